@@ -1,0 +1,82 @@
+"""Answer a few dialogs.
+
+    torchrun --nproc_per_node 1 example_chat_completion.py
+    torchrun --nproc_per_node 8 example_chat_completion.py \
+        --ckpt_dir checkpoints/Meta-Llama-3-70B-Instruct --max_seq_len 512 --max_batch_size 6
+"""
+
+import sys
+from typing import List, Optional
+
+import fire
+
+from llama import Dialog, Llama
+from llama.parallel import is_rank_zero
+
+
+def main(
+    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    tokenizer_path: Optional[str] = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    max_gen_len: Optional[int] = None,
+):
+    """Answer a few dialogs, among them one of several turns and one with a system message.
+
+    Args:
+        ckpt_dir: Meta's params.json and consolidated.*.pth, a directory with a .gguf file, or
+            the .gguf file; any number of ranks reads it, whatever number of shards it has.
+        tokenizer_path: found with the checkpoint by default.
+        temperature: 0 takes the most probable token each time.
+        top_p: share of probability to sample from.
+        max_seq_len: tokens of dialog and answer together.
+        max_batch_size: dialogs answered at once.
+        max_gen_len: tokens of an answer; by default what max_seq_len leaves room for.
+    """
+    llama = Llama.build(
+        ckpt_dir=ckpt_dir,
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    dialogs: List[Dialog] = [
+        [{"role": "user", "content": "What is the capital of France?"}],
+        [
+            {"role": "user", "content": "I have a free day in Lisbon. What should I see first?"},
+            {"role": "assistant", "content": "Start at the Belém Tower, by the river Tagus."},
+            {"role": "user", "content": "And what should I eat while I am there?"},
+        ],
+        [
+            {"role": "system", "content": "Answer in one short sentence."},
+            {"role": "user", "content": "Why does the moon change its shape?"},
+        ],
+        [{"role": "user", "content": "Write a haiku about a lighthouse."}],
+    ]
+    # max_batch_size bounds what is answered at once, not what can be asked
+    results = [
+        result
+        for begin in range(0, len(dialogs), max_batch_size)
+        for result in llama.chat_completion(
+            dialogs[begin : begin + max_batch_size],
+            max_gen_len=max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+        )
+    ]
+    if not is_rank_zero():
+        return
+    for dialog, result in zip(dialogs, results, strict=True):
+        for message in dialog:
+            print(f"{message['role'].capitalize()}: {message['content']}\n")
+        answer = result["generation"]
+        print(f"> {answer['role'].capitalize()}: {answer['content']}")
+        print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,19 @@
+"""Llama reference inference: any Llama checkpoint, any number of ranks, any device."""
+
+from llama.cache import KVCache
+from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+__all__ = [
+    "ChatFormat",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "KVCache",
+    "Llama",
+    "Message",
+    "ModelArgs",
+    "Tokenizer",
+    "Transformer",
+]

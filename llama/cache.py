@@ -1,0 +1,112 @@
+"""The key/value cache: what attention remembers. It belongs to the caller, not to the model."""
+
+from typing import List, Sequence, Tuple
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer, for rows that may stand at different lengths.
+
+    `k` and `v` have the shape (n_layers, rows, n_kv_heads, max_len, head_dim), with the key/value
+    heads of this rank. Entries at and beyond `lengths[row]` are never attended to, so forgetting
+    is a change of that number and nothing is ever cleared. They start as zeros because a masked
+    NaN is still a NaN; the operating system hands zeroed pages out as they are first written, so
+    a long cache costs what is used of it.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        rows: int,
+        max_len: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (n_layers, rows, n_kv_heads, max_len, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths: List[int] = [0] * rows
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def extend(self, starts: Sequence[int], n: int) -> None:
+        """Announce that n new positions follow from `starts` (one per row); sets the lengths.
+
+        Raises:
+            ValueError: more than fits, or a start behind which positions would be missing.
+        """
+        for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
+            if not 0 <= start <= length:
+                raise ValueError(
+                    f"start_pos {start} of row {row}: the cache holds {length} positions, "
+                    f"so it can go on from 0 to {length}"
+                )
+            if start + n > self.max_len:
+                raise ValueError(
+                    f"row {row} would reach {start + n} positions and the cache has room for "
+                    f"{self.max_len}: make a longer cache or shorten the input"
+                )
+        self.lengths = [start + n for start in starts]
+
+    def update(
+        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values and return all that the layer has so far.
+
+        Args:
+            positions: (1, T) where all rows stand alike, else (rows, T).
+            k, v: (rows, T, n_kv_heads, head_dim).
+
+        Returns:
+            Views of shape (rows, n_kv_heads, max(lengths), head_dim).
+        """
+        rows, end = self.rows, max(self.lengths)
+        keys, values = self.k[layer, :rows], self.v[layer, :rows]
+        if len(positions) == 1:  # a plain slice
+            keys[:, :, end - k.shape[1] : end] = k.transpose(1, 2)
+            values[:, :, end - k.shape[1] : end] = v.transpose(1, 2)
+        else:
+            row = torch.arange(rows, device=k.device)[:, None]
+            keys[row, :, positions] = k
+            values[row, :, positions] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        """Forget everything at and beyond the given lengths (one for all rows, or one each).
+
+        Raises:
+            ValueError: a length that the row doesn't have.
+        """
+        if isinstance(lengths, int):
+            lengths = [lengths] * self.rows
+        for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
+            if not 0 <= new <= old:
+                raise ValueError(f"row {row} holds {old} positions and can't be cut to {new}")
+        self.lengths = list(lengths)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.truncate(0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but the given ones (ascending), which move up to take their places."""
+        for new, old in enumerate(rows):
+            if new != old:
+                n = self.lengths[old]
+                self.k[:, new, :, :n] = self.k[:, old, :, :n]
+                self.v[:, new, :, :n] = self.v[:, old, :, :n]
+        self.lengths = [self.lengths[row] for row in rows]

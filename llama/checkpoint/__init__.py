@@ -1,0 +1,217 @@
+"""Checkpoints of any kind, opened and read slice by slice, whatever the number of ranks.
+
+A format's reader knows what its files say (`args`), which weights there are, by Meta's names, and
+how to read a range of one of them along one axis. Everything else is here and the same for all
+formats: which ranges this rank needs, strictness, dtype, padding. A weight is read straight into
+its place, so loading never holds more than the model and a part of one tensor.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Dict, Iterator, Mapping, Optional, Protocol, Tuple
+
+import torch
+from torch import nn
+
+from llama import parallel
+from llama.model import ModelArgs, Transformer
+
+# Rows are read in blocks of about this many elements: what conversion needs in extra memory.
+BLOCK = 1 << 22
+
+Shape = Tuple[int, ...]
+
+
+class Checkpoint(Protocol):
+    """What a reader offers. Names are Meta's; shapes are those of whole, unsharded weights."""
+
+    path: Path
+    args: ModelArgs
+    tokenizer_path: Optional[Path]  # a tokenizer that comes with the weights
+
+    def shapes(self) -> Dict[str, Shape]:
+        """Every weight in the files."""
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) of a weight along an axis, in the file's dtype (dequantized: fp32).
+
+        The result may be a view of the mapped file: copy it, don't keep it.
+        """
+
+
+def open(path: str | Path) -> Checkpoint:
+    """Open a directory of Meta shards, a .gguf file, or a directory that holds one .gguf file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: something there that isn't a checkpoint, or a broken one.
+    """
+    from llama.checkpoint.gguf import GGUFCheckpoint
+    from llama.checkpoint.meta import MetaCheckpoint
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: ./download.sh smollm2 fetches a small one, "
+            "./download.sh alone asks for Meta's"
+        )
+    if path.is_file():
+        return GGUFCheckpoint(path)
+    if (path / "params.json").exists():
+        return MetaCheckpoint(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return GGUFCheckpoint(ggufs[0])
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise ValueError(f"{path} holds several checkpoints, name one of them: {names}")
+    raise ValueError(
+        f"{path} holds no checkpoint: expected params.json with consolidated.*.pth, or a .gguf file"
+    )
+
+
+def weight_shapes(args: ModelArgs) -> Dict[str, Shape]:
+    """Meta's name and whole shape of every weight that a model of this shape has."""
+    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    block: Dict[str, Shape] = {
+        "attention.wq.weight": (q_dim, args.dim),
+        "attention.wk.weight": (kv_dim, args.dim),
+        "attention.wv.weight": (kv_dim, args.dim),
+        "attention.wo.weight": (args.dim, q_dim),
+        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
+        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
+        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
+        "attention_norm.weight": (args.dim,),
+        "ffn_norm.weight": (args.dim,),
+    }
+    shapes: Dict[str, Shape] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in block.items()})
+    shapes["norm.weight"] = (args.dim,)
+    if not args.tied_embeddings:
+        shapes["output.weight"] = (args.vocab_size, args.dim)
+    return shapes
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Compare what the files hold with what the shape of the model asks for.
+
+    Raises:
+        ValueError: names that are missing or too many, or a wrong shape.
+    """
+    expected, found = weight_shapes(checkpoint.args), checkpoint.shapes()
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    for what, names in (("lacks", missing), ("holds what a Llama has no place for:", extra)):
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{checkpoint.path} {what} {some} ({len(names)} in all)")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{checkpoint.path}: {name} has the shape {found[name]}, "
+                f"and its configuration asks for {shape}"
+            )
+
+
+def blocks(shape: Shape, axis: int, start: int, stop: int) -> Iterator[Tuple[int, int]]:
+    """[start, stop) of axis 0 in pieces of about BLOCK elements; of another axis, in one piece."""
+    step = max(1, BLOCK // max(1, shape[-1])) if axis == 0 else max(1, stop - start)
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
+def local_shape(args: ModelArgs, name: str, rank: int, world: int) -> Shape:
+    """Shape of the part of a weight that one of `world` ranks holds.
+
+    Raises:
+        ValueError: a number of ranks that doesn't divide the heads.
+    """
+    shape = weight_shapes(args)[name]
+    parallel.check_world(world, args.n_heads)
+    axis = parallel.shard_axis(name)
+    if axis is None:
+        return shape
+    length = parallel.padded(shape[axis], world) // world
+    if name.endswith(parallel.KV):  # whole heads, possibly replicated
+        heads = parallel.kv_heads(rank, world, args.n_heads, args.n_kv_heads)
+        length = len(heads) * args.head_dim
+    return shape[:axis] + (length,) + shape[axis + 1 :]
+
+
+def read_shard(
+    checkpoint: Checkpoint,
+    name: str,
+    rank: int,
+    world: int,
+    *,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> torch.Tensor:
+    """The part of a weight that one of `world` ranks holds, padded with zeros where it must be.
+
+    Raises:
+        ValueError: a number of ranks that doesn't divide the heads.
+    """
+    args, shape = checkpoint.args, weight_shapes(checkpoint.args)[name]
+    local = local_shape(args, name, rank, world)
+    axis, ranges = parallel.shard_axis(name), [(0, shape[0])]
+    if axis is None:
+        axis = 0
+    else:
+        ranges = parallel.shard_ranges(
+            name, shape[axis], rank, world, args.n_heads, args.n_kv_heads
+        )
+    out, done = None, 0
+    for begin, end in ranges:
+        for start, stop in blocks(shape, axis, begin, end):
+            data = checkpoint.read(name, axis, start, stop)
+            if out is None:
+                out = torch.empty(local, dtype=dtype or data.dtype, device=device)
+            out.narrow(axis, done, stop - start).copy_(data)
+            done += stop - start
+    if out is None:  # nothing but padding
+        return torch.zeros(local, dtype=dtype, device=device)
+    out.narrow(axis, done, local[axis] - done).zero_()
+    return out
+
+
+def load(
+    checkpoint: Checkpoint,
+    model: Transformer,
+    *,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> Transformer:
+    """Fill a model (built on the meta device) with this rank's part of the weights, strictly.
+
+    Raises:
+        ValueError: weights that are missing, too many or of a wrong shape.
+    """
+    check_shapes(checkpoint)
+    rank, world = parallel.rank(), parallel.world_size()
+    for name in weight_shapes(checkpoint.args):
+        owner, _, attribute = name.rpartition(".")
+        weight = read_shard(checkpoint, name, rank, world, dtype=dtype, device=device)
+        module, old = model.get_submodule(owner), model.get_parameter(name)
+        if weight.shape != old.shape:
+            raise AssertionError(f"{name}: the plan says {weight.shape}, the model {old.shape}")
+        setattr(module, attribute, nn.Parameter(weight, requires_grad=old.requires_grad))
+    if checkpoint.args.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+@dataclasses.dataclass
+class InMemory:
+    """Weights that are already in memory, by Meta's names, whole: a checkpoint to read or write."""
+
+    args: ModelArgs
+    weights: Mapping[str, torch.Tensor]
+    path: Path = Path("(memory)")
+    tokenizer_path: Optional[Path] = None
+
+    def shapes(self) -> Dict[str, Shape]:
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name].detach().narrow(axis, start, stop - start)

@@ -1,0 +1,260 @@
+"""Meta's format: params.json and consolidated.00.pth ... consolidated.NN.pth, one file per rank.
+
+Format: the directories that llama.com hands out; what splits how is in `parallel.SHARD_AXIS`.
+"""
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from llama import parallel
+from llama.checkpoint import Checkpoint, Shape, read_shard, weight_shapes
+from llama.checkpoint.mapped import read_slice
+from llama.model import ModelArgs
+
+# Keys that Meta's own files hold and that say nothing about the network.
+IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
+IGNORED_WEIGHTS = {"rope.freqs"}  # Llama 1 and 2 stored what follows from rope_theta
+
+# params.json of Llama 3.2 says only that RoPE is scaled; these two, told by (dim, n_layers), by 32
+# and not by the 8 of all others (their Hugging Face configurations say so).
+SCALED_BY_32 = {(2048, 16), (3072, 28)}
+
+
+def read_params(path: Path) -> dict:
+    """The fields of params.json as ModelArgs takes them; vocab_size may still be -1.
+
+    Raises:
+        ValueError: not JSON, or a key that this model knows nothing of.
+    """
+    try:
+        params = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} isn't JSON: {error}") from None
+    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    unknown = params.keys() - known - IGNORED_PARAMS
+    if unknown:
+        raise ValueError(
+            f"{path} has keys that this model has no meaning for: {', '.join(sorted(unknown))}. "
+            "Ignoring one could silently change the output; is this a text-only Llama?"
+        )
+    params = {key: value for key, value in params.items() if key not in IGNORED_PARAMS}
+    params.setdefault("rope_theta", 10000.0)  # Llama 1 and 2 don't name it
+    if params.get("use_scaled_rope") and "rope_scaling_factor" not in params:
+        by_32 = (params.get("dim"), params.get("n_layers")) in SCALED_BY_32
+        params["rope_scaling_factor"] = 32.0 if by_32 else 8.0
+    return params
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies in a shard's file."""
+
+    offset: int
+    shape: Shape
+    dtype: torch.dtype
+
+
+def _index(path: Path) -> Dict[str, _Stored]:
+    """Where each tensor of a .pth file lies, without reading one.
+
+    The pickle is read with weights_only=True, which builds tensors and runs no code.
+    """
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
+        raise ValueError(f"{path} isn't a readable checkpoint shard: {reason}") from None
+    stored = {}
+    for name, tensor in tensors.items():
+        if name in IGNORED_WEIGHTS:
+            continue
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None or not tensor.is_contiguous():
+            raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
+        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+        stored[name] = _Stored(offset, tuple(tensor.shape), tensor.dtype)
+    return stored
+
+
+class MetaCheckpoint:
+    """A directory in Meta's format, whatever number of shards it has."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._files = sorted(self.path.glob("consolidated.*.pth"))
+        names = [f"consolidated.{i:02d}.pth" for i in range(len(self._files))]
+        if not self._files or [file.name for file in self._files] != names:
+            found = ", ".join(file.name for file in self._files) or "none"
+            raise ValueError(
+                f"{self.path}: expected consolidated.00.pth and so on without a gap, "
+                f"found {found}; fetch what is missing"
+            )
+        self._shards = [_index(file) for file in self._files]
+        params = read_params(self.path / "params.json")
+        params.setdefault("tied_embeddings", "output.weight" not in self._shards[0])
+        if params.get("vocab_size", -1) == -1:
+            params["vocab_size"] = self._count_words(params["dim"])
+        self.args = ModelArgs(**params)
+        tokenizer = self.path / "tokenizer.model"
+        self.tokenizer_path: Optional[Path] = tokenizer if tokenizer.exists() else None
+        for file, shard in zip(self._files, self._shards, strict=True):
+            if shard.keys() != self._shards[0].keys():
+                name = min(shard.keys() ^ self._shards[0].keys())
+                raise ValueError(f"{file} and {self._files[0].name} disagree whether {name} exists")
+
+    def _count_words(self, dim: int) -> int:
+        """Llama 1 leaves the vocabulary's size to the tokenizer; the embedding knows it too."""
+        rows, columns = self._first("tok_embeddings.weight").shape
+        return rows * len(self._files) if columns == dim else rows
+
+    def _first(self, name: str) -> _Stored:
+        if name not in self._shards[0]:
+            raise ValueError(f"{self._files[0]} lacks {name}")
+        return self._shards[0][name]
+
+    def shapes(self) -> Dict[str, Shape]:
+        expected = weight_shapes(self.args)
+        shapes = {}
+        for name in self._shards[0]:
+            shape = self._first(name).shape
+            for file, shard in zip(self._files, self._shards, strict=True):
+                if shard[name].shape != shape:
+                    raise ValueError(
+                        f"{file}: {name} has the shape {shard[name].shape} "
+                        f"and {self._files[0].name} has {shape}"
+                    )
+            whole = expected.get(name)
+            fits = whole is not None and self._layout(name, shape, whole) is not None
+            shapes[name] = whole if fits and whole is not None else shape
+        return shapes
+
+    def _layout(
+        self, name: str, shape: Shape, whole: Shape
+    ) -> Optional[Tuple[int, List[Tuple[int, int]]]]:
+        """How a weight is spread over the shards: the axis, and each shard's range along it.
+
+        The axis is told by the shapes, since Llama 1 and 2 split the embedding along dim and
+        Llama 3 along the vocabulary. None if the shapes can't belong together.
+        """
+        n = len(self._files)
+        if shape == whole:
+            return 0, [(0, whole[0])] * n  # whole in each shard
+        for axis in range(len(whole)):
+            others_equal = shape[:axis] + shape[axis + 1 :] == whole[:axis] + whole[axis + 1 :]
+            if others_equal and shape[axis] * n == whole[axis]:
+                step = shape[axis]
+                return axis, [(i * step, (i + 1) * step) for i in range(n)]
+        if name.endswith(parallel.KV):
+            # more shards than key/value heads: neighbours hold the same head
+            args = self.args
+            if args.n_heads % n == 0 and shape[1:] == whole[1:]:
+                heads = [parallel.kv_heads(i, n, args.n_heads, args.n_kv_heads) for i in range(n)]
+                if all(len(held) == 1 for held in heads) and shape[0] == args.head_dim:
+                    d = args.head_dim
+                    return 0, [(held[0] * d, (held[0] + 1) * d) for held in heads]
+        return None
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        stored = self._first(name)
+        layout = self._layout(name, stored.shape, weight_shapes(self.args)[name])
+        if layout is None:
+            raise AssertionError(f"{name} was read without check_shapes")
+        split_axis, ranges = layout
+        if axis != split_axis:  # every shard has a part of what is asked for
+            parts = [self._slice(i, name, axis, start, stop) for i in range(len(ranges))]
+            return torch.cat(parts, split_axis)
+        parts = []
+        while start < stop:
+            shard = next(i for i, (low, high) in enumerate(ranges) if low <= start < high)
+            low, high = ranges[shard]
+            end = min(stop, high)
+            parts.append(self._slice(shard, name, axis, start - low, end - low))
+            start = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def _slice(self, shard: int, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        stored = self._shards[shard][name]
+        return read_slice(
+            self._files[shard], stored.offset, stored.shape, stored.dtype, axis, start, stop
+        )
+
+
+def params_of(args: ModelArgs) -> dict:
+    """What params.json says of a shape, so that Meta's own code derives the same one from it."""
+    base = int(2 * 4 * args.dim / 3)
+    params = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "multiple_of": args.multiple_of,
+        "ffn_dim_multiplier": args.ffn_dim_multiplier,
+        "norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "use_scaled_rope": args.use_scaled_rope,
+    }
+    derived = dataclasses.replace(args, hidden_dim=None).hidden_dim
+    if derived != args.hidden_dim:
+        # Meta's formula reaches any width when it is rounded up to a multiple of itself.
+        params["multiple_of"] = args.hidden_dim
+        params["ffn_dim_multiplier"] = args.hidden_dim / base
+    if args.use_scaled_rope:
+        for key in (
+            "rope_scaling_factor",
+            "rope_low_freq_factor",
+            "rope_high_freq_factor",
+            "rope_original_max_seq_len",
+        ):
+            params[key] = getattr(args, key)
+    if args.head_dim * args.n_heads != args.dim:
+        params["head_dim"] = args.head_dim
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def write(
+    source: Checkpoint,
+    path: str | Path,
+    model_parallel_size: int = 1,
+    dtype: Optional[torch.dtype] = None,
+) -> Path:
+    """Write a checkpoint in Meta's format, split for a model-parallel size; returns the directory.
+
+    It is written beside its place and renamed when complete, so an interrupted run leaves no
+    directory that looks whole. Tied models are written without output.weight.
+
+    Raises:
+        FileExistsError: the directory exists.
+        ValueError: sizes that don't divide (Meta's format can't express padding).
+    """
+    path, args, world = Path(path), source.args, model_parallel_size
+    if path.exists():
+        raise FileExistsError(f"{path} exists: remove it or choose another name")
+    for what in ("n_heads", "hidden_dim", "vocab_size"):
+        if world < 1 or getattr(args, what) % world:
+            raise ValueError(
+                f"model_parallel_size {world} doesn't divide {what}={getattr(args, what)}"
+            )
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        for rank in range(world):
+            shard = {
+                name: read_shard(source, name, rank, world, dtype=dtype)
+                for name in weight_shapes(args)
+            }
+            torch.save(shard, partial / f"consolidated.{rank:02d}.pth")
+            del shard
+        (partial / "params.json").write_text(json.dumps(params_of(args), indent=2) + "\n")
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path

@@ -1,0 +1,74 @@
+"""Does it fit? An estimate from the shape alone, before anything is loaded."""
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from llama.checkpoint import local_shape, weight_shapes
+from llama.model import ModelArgs
+from llama.parallel import kv_heads
+
+
+class Estimate(NamedTuple):
+    """Bytes on one rank."""
+
+    weights: int
+    cache: int  # with max_batch_size rows of max_seq_len tokens
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+
+def estimate(args: ModelArgs, world: int, dtype: torch.dtype) -> Estimate:
+    """What a model of this shape needs on each of `world` ranks."""
+    shapes = (local_shape(args, name, 0, world) for name in weight_shapes(args))
+    heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
+    per_token = 2 * args.n_layers * heads * args.head_dim
+    return Estimate(
+        weights=sum(math.prod(shape) for shape in shapes) * dtype.itemsize,
+        cache=per_token * args.max_batch_size * args.max_seq_len * dtype.itemsize,
+    )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process could still take on a device, container limits included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")  # Linux, cgroup v2
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - psutil.Process().memory_info().rss)
+    return free
+
+
+def preflight(args: ModelArgs, world: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Compare what is needed with what there is; a line to print.
+
+    Raises:
+        ValueError: it can't fit.
+    """
+    need, have = estimate(args, world, dtype), available(device)
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    line = (
+        f"weights {_size(need.weights)} + cache {_size(need.cache)} "
+        f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {str(dtype)[6:]}"
+        + (f" on each of {world} ranks" if world > 1 else "")
+        + f"; {_size(have)} available on {device}"
+    )
+    if need.total * sharers > have:
+        raise ValueError(
+            f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
+            "a smaller dtype, or more ranks (torchrun --nproc_per_node) on more devices"
+        )
+    return line
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"

@@ -1,0 +1,198 @@
+"""Ranks: the process group, with or without a launcher, and what each rank holds.
+
+The network itself (`model.py`) is written against fairscale's model-parallel layers. This
+file starts what those layers need, answers which part of a weight belongs to which rank, and
+carries rank 0's decisions to the others.
+"""
+
+import datetime
+import math
+import os
+from typing import Any, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+
+
+def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
+    """The device that this process computes on: the one asked for, else CUDA, MPS, CPU.
+
+    Under a launcher each process takes the GPU of its local rank. MPS serves one process only.
+
+    Raises:
+        ValueError: a GPU that this machine doesn't have.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            device = "mps"
+        else:
+            device = "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"{device} was asked for and this machine has {torch.cuda.device_count()} GPUs: "
+                "start at most one process per GPU, or pass device='cpu'"
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def initialize(
+    model_parallel_size: Optional[int] = None,
+    device: Optional[str | torch.device] = None,
+    timeout: float = 1800.0,
+) -> torch.device:
+    """Start the process group and fairscale's model-parallel groups; return the device.
+
+    Works in a plain Python process or notebook (one rank, no environment variables) and under
+    torchrun. NCCL carries CUDA tensors, gloo everything else (bf16 included). Calling it again
+    is harmless; a process can't change its model-parallel size.
+
+    Args:
+        model_parallel_size: ranks that share one copy of the model; all of them by default.
+        timeout: seconds after which a collective whose peers don't answer raises.
+
+    Raises:
+        ValueError: a size that the number of processes doesn't allow.
+    """
+    device = pick_device(device)
+    patience = datetime.timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=patience)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience
+            )
+    world = dist.get_world_size()
+    size = world if model_parallel_size is None else model_parallel_size
+    if size < 1 or world % size:
+        raise ValueError(
+            f"model_parallel_size={size} needs a multiple of {size} processes and there are {world}: "
+            f"start with `torchrun --nproc_per_node {max(size, 1)}`"
+        )
+    if fs_init.model_parallel_is_initialized():
+        if fs_init.get_model_parallel_world_size() != size:
+            raise ValueError(
+                f"model_parallel_size={size}, but this process already runs at "
+                f"{fs_init.get_model_parallel_world_size()}: use that, or a new process"
+            )
+    else:
+        # fairscale announces its groups with print(); shadow that name in its module, and only
+        # there, so that the process's stdout stays the user's.
+        fs_init.print = lambda *_: None  # type: ignore[attr-defined]
+        try:
+            fs_init.initialize_model_parallel(size)
+        finally:
+            del fs_init.print  # type: ignore[attr-defined]
+        # new_group() ignores the timeout of the default group.
+        dist.distributed_c10d._set_pg_timeout(patience, fs_init.get_model_parallel_group())
+    return device
+
+
+def world_size() -> int:
+    """Number of ranks that share one copy of the model."""
+    return fs_init.get_model_parallel_world_size()
+
+
+def rank() -> int:
+    """This process's rank among those that share one copy of the model."""
+    return fs_init.get_model_parallel_rank()
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the one process that talks to the user."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite `tensor` with rank 0's, in place, so that all ranks go on with the same tokens."""
+    if world_size() > 1:
+        dist.broadcast(
+            tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
+        )
+    return tensor
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's picklable object, on every rank (for instance a line that a user typed)."""
+    box = [obj]
+    if world_size() > 1:
+        dist.broadcast_object_list(
+            box, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
+        )
+    return box[0]
+
+
+# What shards along which axis. Pure arithmetic from here on: no process group is needed.
+
+# Column-parallel weights split their output rows, row-parallel ones their input columns; the
+# embedding splits the vocabulary. What isn't named (the norms) is whole on every rank.
+SHARD_AXIS = {
+    "tok_embeddings.weight": 0,
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+    "output.weight": 0,
+}
+
+
+KV = ("attention.wk.weight", "attention.wv.weight")  # these split by whole heads
+
+
+def check_world(world: int, n_heads: int) -> None:
+    """Raises ValueError for a number of ranks that doesn't divide the heads."""
+    if world < 1 or n_heads % world:
+        raise ValueError(
+            f"{world} ranks can't share {n_heads} heads: use a number that divides {n_heads}"
+        )
+
+
+def shard_axis(name: str) -> Optional[int]:
+    """The axis along which a weight (Meta's name) is split, or None."""
+    return SHARD_AXIS.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+
+
+def padded(size: int, world: int) -> int:
+    """`size` rounded up to a multiple of `world`: the last rank is filled up with zeros."""
+    return -(-size // world) * world
+
+
+def kv_heads(rank: int, world: int, n_heads: int, n_kv_heads: int) -> List[int]:
+    """The key/value heads that a rank holds.
+
+    A rank has `n_heads / world` query heads, in order, and each `n_heads / n_kv_heads` of all
+    query heads in a row share a key/value head. The rank's query heads are taken in runs of
+    the greatest common divisor of both numbers, since no such run straddles two key/value
+    heads. With world <= n_kv_heads this is a plain split, beyond it a replication.
+    """
+    local, group = n_heads // world, n_heads // n_kv_heads
+    run = math.gcd(local, group)
+    return [head // group for head in range(rank * local, (rank + 1) * local, run)]
+
+
+def shard_ranges(
+    name: str, size: int, rank: int, world: int, n_heads: int, n_kv_heads: int
+) -> List[Tuple[int, int]]:
+    """The ranges of the split axis (`size` long in the whole weight) that a rank holds, in order.
+
+    Ranges end at `size`: what a rank lacks up to `padded(size, world) / world` is zeros.
+    """
+    if name.endswith(KV):
+        head_dim = size // n_kv_heads
+        heads = kv_heads(rank, world, n_heads, n_kv_heads)
+        return [(head * head_dim, (head + 1) * head_dim) for head in heads]
+    step = padded(size, world) // world
+    return [(min(rank * step, size), min((rank + 1) * step, size))]

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PEERS = ["transformers>=5", "accelerate", "llama-models==0.3.0", "xllamacpp"]
+
+setup(
+    name="llama-reference",
+    version="0.1.0",
+    description="The Llama reference inference repository: any checkpoint, ranks and device",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["llama", "llama.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "fairscale==0.4.13",
+        "tiktoken>=0.12",
+        "fire",
+        "blobfile",
+        "gguf>=0.17",
+        "jinja2>=3.1.6",
+        "numpy",
+        "psutil",
+    ],
+    extras_require={
+        "notebook": ["ipykernel", "matplotlib"],
+        "bench": PEERS,
+        "test": [
+            *PEERS,
+            "pytest",
+            "hypothesis",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
+            "matplotlib",
+            "mypy",
+            "ruff",
+        ],
+    },
+)
