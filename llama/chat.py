@@ -14,7 +14,7 @@ from llama.tokenizer import ROLES, ChatFormat, Dialog, Tokenizer
 
 
 def chat_format(tokenizer: Tokenizer) -> Optional["ChatFormat | TemplateFormat"]:
-    """The format of a checkpoint's dialogs: its template, else Llama 3's; None if it has neither."""
+    """The format of a checkpoint's dialogs: its template, else Llama 3's, else None."""
     if tokenizer.chat_template:
         return TemplateFormat(tokenizer, tokenizer.chat_template)
     if "<|start_header_id|>" in tokenizer.special_tokens:

@@ -48,7 +48,7 @@ def read_header(path: str | Path) -> Header:
             return _Parser(data).header()
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
             raise ValueError(
-                f"{path} is cut off or damaged: its header doesn't parse ({error!r}); fetch it again"
+                f"{path} is cut off or damaged: its header doesn't parse ({error!r})"
             ) from None
         except _Unsupported as error:
             raise ValueError(f"{path}: {error}") from None
@@ -92,7 +92,7 @@ class _Parser:
         _, version, n_tensors, n_values = self.scalars("4sIQQ")
         if version not in (2, 3):
             raise _Unsupported(
-                f"GGUF version {version} (or big-endian); versions 2 and 3 are read: convert it anew"
+                f"GGUF version {version} (or big-endian); 2 and 3 are read: convert it anew"
             )
         metadata: Dict[str, Any] = {}
         for _ in range(n_values):

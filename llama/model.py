@@ -246,7 +246,7 @@ class Transformer(nn.Module):
 
         # fairscale allocates fp32 on the CPU whatever one asks for; moving each block at once
         # keeps that down to one block.
-        def place(module: nn.Module) -> nn.Module:
+        def place(module):
             return module.to(device=device, dtype=dtype)
 
         padded_vocab = parallel.padded(params.vocab_size, world)
@@ -264,16 +264,15 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:
         """An empty cache for this rank's key/value heads, of max_seq_len positions by default."""
-        attention = self.layers[0].attention
-        weight = self.norm.weight
+        args, world = self.params, parallel.world_size()
         return KVCache(
-            self.n_layers,
+            args.n_layers,
             rows,
-            self.params.max_seq_len if max_len is None else max_len,
-            attention.n_local_kv_heads,
-            attention.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
+            args.max_seq_len if max_len is None else max_len,
+            len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads)),
+            args.head_dim,
+            dtype=self.norm.weight.dtype,
+            device=self.norm.weight.device,
         )
 
     def forward(

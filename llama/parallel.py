@@ -76,7 +76,7 @@ def initialize(
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
         raise ValueError(
-            f"model_parallel_size={size} needs a multiple of {size} processes and there are {world}: "
+            f"model_parallel_size={size} doesn't divide the number of processes, {world}: "
             f"start with `torchrun --nproc_per_node {max(size, 1)}`"
         )
     if fs_init.model_parallel_is_initialized():

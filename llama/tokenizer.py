@@ -212,8 +212,8 @@ def _from_llama3(path: Path) -> Vocabulary:
         )
     if data[:1] in (b"{", b"<") or data[:7] == b"version":
         raise ValueError(
-            f"{path} begins with {data[:20]!r}: not a tokenizer.model (a JSON file, a web page or a "
-            "Git LFS pointer?); take the file from the checkpoint's directory or ./download.sh"
+            f"{path} begins with {data[:20]!r}: not a tokenizer.model (JSON, a web page or a Git "
+            "LFS pointer?); take the file from the checkpoint's directory or ./download.sh"
         )
     ranks: Dict[bytes, int] = {}
     try:

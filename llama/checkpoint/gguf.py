@@ -107,7 +107,7 @@ class GGUFCheckpoint:
     def _scaled_rope(self, args: Dict[str, Any]) -> Dict[str, Any]:
         """The values behind the stored factors: the largest is the factor; checked against all."""
         stored = self.read(ROPE_FACTORS, 0, 0, args["head_dim"] // 2)
-        found = dict(use_scaled_rope=True, rope_scaling_factor=float(stored.max()))
+        found: Dict[str, Any] = dict(use_scaled_rope=True, rope_scaling_factor=float(stored.max()))
         plain = rope_frequencies(ModelArgs(**args))
         scaled = rope_frequencies(ModelArgs(**args, **found))
         if not torch.allclose(plain / stored, scaled, rtol=1e-4):

@@ -199,7 +199,13 @@ def params_of(args: ModelArgs) -> dict:
         "rope_theta": args.rope_theta,
         "use_scaled_rope": args.use_scaled_rope,
     }
-    derived = dataclasses.replace(args, hidden_dim=None).hidden_dim
+    derived = ModelArgs(
+        dim=args.dim,
+        n_heads=args.n_heads,
+        multiple_of=args.multiple_of,
+        ffn_dim_multiplier=args.ffn_dim_multiplier,
+        head_dim=args.head_dim,
+    ).hidden_dim
     if derived != args.hidden_dim:
         # Meta's formula reaches any width when it is rounded up to a multiple of itself.
         params["multiple_of"] = args.hidden_dim

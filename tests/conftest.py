@@ -1,0 +1,120 @@
+"""What the tests share: a tiny random model, a byte-level tokenizer, the two real assets, ranks."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Dict
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama.checkpoint import InMemory, meta, weight_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
+
+# Grouped-query attention, heads that 1, 2, 4 and 8 ranks can share, a width that isn't Meta's rule.
+TINY = ModelArgs(
+    dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=96, max_seq_len=128
+)
+
+
+def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
+    """Whole weights of a shape, large enough that outputs differ clearly from token to token."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in weight_shapes(args).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            weights[name] = (1 + 0.1 * noise).to(dtype)
+        else:
+            weights[name] = (noise * (1.0 if "embed" in name else shape[1] ** -0.5)).to(dtype)
+    return weights
+
+
+def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
+    """A model of a shape with random weights, fp32, on the CPU."""
+    parallel.initialize(device="cpu")
+    model = Transformer(args, device="meta")
+    return checkpoint.load(InMemory(args, random_weights(args, seed)), model)
+
+
+def write_byte_tokenizer(path: Path) -> Path:
+    """A tokenizer.model in Meta's format whose tokens are the 256 bytes."""
+    lines = [base64.b64encode(bytes([b])) + f" {b}\n".encode() for b in range(256)]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def write_checkpoint(path: Path, args: ModelArgs, mp: int = 1, seed: int = 0) -> Path:
+    """A random checkpoint in Meta's format, with the byte-level tokenizer."""
+    meta.write(InMemory(args, random_weights(args, seed)), path, mp)
+    write_byte_tokenizer(path / "tokenizer.model")
+    return path
+
+
+def run_ranks(world: int, task: str, out: Path, **arguments) -> dict:
+    """Run a task of tests/ranks.py under torchrun; returns what its rank 0 reports."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(world), str(ROOT / "tests" / "ranks.py")]
+    command += [task, str(out), json.dumps(arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(out.read_text()) | {"stdout": done.stdout, "stderr": done.stderr}
+
+
+def asset(name: str) -> Path:
+    path = ROOT / "checkpoints" / name
+    if not path.exists():
+        pytest.fail(f"{path} is missing: run ./download.sh smollm2 tokenizer (`make test` does)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    return asset("SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_path() -> Path:
+    return asset("llama3-tokenizer/tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path) -> Llama:
+    """The real model, fp32 on the CPU."""
+    return Llama.build(smollm2_path, max_batch_size=16, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "mp1", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir) -> Llama:
+    """A random model over bytes, fp32 on the CPU."""
+    return Llama.build(tiny_dir, max_seq_len=128, max_batch_size=16, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def parity() -> dict:
+    """Reference outputs for the real model; `source` in the file says what made them."""
+    return json.loads((DATA / "smollm2_parity.json").read_text())
+
+
+@pytest.fixture
+def tiny_args() -> ModelArgs:
+    return TINY
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Transformer]:
+    """make_model(dim=..., ...): a random model that differs from the tiny one in these fields."""
+    return lambda seed=0, **fields: random_model(replace(TINY, **fields), seed)
