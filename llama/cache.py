@@ -1,8 +1,22 @@
 """The key/value cache: what attention remembers. It belongs to the caller, not to the model."""
 
+import math
 from typing import List, Sequence, Tuple
 
+import numpy as np
 import torch
+
+
+def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that, on the CPU, take memory only as they are written to.
+
+    torch.zeros writes each page; numpy's come from calloc, where the operating system hands out a
+    zeroed page at its first use. So a long cache costs what is used of it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 class KVCache:
@@ -11,8 +25,7 @@ class KVCache:
     `k` and `v` have the shape (n_layers, rows, n_kv_heads, max_len, head_dim), with the key/value
     heads of this rank. Entries at and beyond `lengths[row]` are never attended to, so forgetting
     is a change of that number and nothing is ever cleared. They start as zeros because a masked
-    NaN is still a NaN; the operating system hands zeroed pages out as they are first written, so
-    a long cache costs what is used of it.
+    NaN is still a NaN.
     """
 
     def __init__(
@@ -27,8 +40,8 @@ class KVCache:
         device: torch.device,
     ):
         shape = (n_layers, rows, n_kv_heads, max_len, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
         self.lengths: List[int] = [0] * rows
 
     @property

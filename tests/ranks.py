@@ -1,0 +1,80 @@
+"""What runs on several ranks, started by `conftest.run_ranks` under torchrun. Not a test itself."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llama import Llama, parallel
+
+
+def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, **kwargs):
+    llama = Llama.build(ckpt, device="cpu", **({"dtype": "fp32", "max_batch_size": 16} | (build or {})))
+    tokens, logprobs = llama.generate(
+        prompts, max_gen_len, temperature=temperature, logprobs=True, **kwargs
+    )
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, tokens)
+    return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}
+
+
+def twice(ckpt):
+    """Starting again is harmless; a second model works beside the first."""
+    first = Llama.build(ckpt, device="cpu", dtype="fp32")
+    second = Llama.build(ckpt, device="cpu", dtype="fp32")
+    a, _ = first.generate([[1, 2, 3]], 8, temperature=0)
+    b, _ = second.generate([[1, 2, 3]], 8, temperature=0)
+    return {"same": a == b}
+
+
+def messages(ckpt):
+    """Rank 0's objects reach everyone; collectives carry bf16."""
+    parallel.initialize(device="cpu")
+    heard = parallel.broadcast_object(f"said by rank {parallel.rank()}")
+    tokens = parallel.broadcast(torch.tensor([parallel.rank() + 7]))
+    mine = torch.full((3,), parallel.rank() + 1.0, dtype=torch.bfloat16)
+    dist.all_reduce(mine)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (heard, tokens.tolist(), mine.tolist()))
+    return {"gathered": gathered}
+
+
+def too_many(ckpt):
+    """Every rank gets the same clear error."""
+    try:
+        Llama.build(ckpt, device="cpu", dtype="fp32")
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def silent_peer(ckpt):
+    """A rank that doesn't answer is an error after the timeout, not a hang."""
+    parallel.initialize(device="cpu", timeout=2.0)
+    if parallel.rank() != 0:
+        time.sleep(6)
+        return {}
+    start = time.monotonic()
+    try:
+        parallel.broadcast(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=parallel.fs_init.get_model_parallel_group())
+    except RuntimeError as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
+    return {"error": None}
+
+
+def replicas(ckpt, prompts):
+    """Two ranks that each hold the whole model (model_parallel_size=1)."""
+    llama = Llama.build(ckpt, model_parallel_size=1, device="cpu", dtype="fp32")
+    tokens, _ = llama.generate(prompts, 8, temperature=0)
+    return {"tokens": tokens, "world": parallel.world_size()}
+
+
+if __name__ == "__main__":
+    task, out, arguments = sys.argv[1:]
+    report = globals()[task](**json.loads(arguments))
+    if parallel.is_rank_zero():
+        Path(out).write_text(json.dumps(report))
