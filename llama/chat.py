@@ -1,13 +1,15 @@
 """Dialogs to token ids by the Jinja2 template that came with a checkpoint."""
 
 import datetime
+import json
 import re
 import secrets
 from typing import Any, Dict, List, Optional
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import LoopControlExtension
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llama.tokenizer import ROLES, ChatFormat, Dialog, Tokenizer
@@ -45,14 +47,15 @@ class TemplateFormat:
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension]
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
         )
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
         try:
             self._plain = environment.from_string(template)
             self._marked = environment.from_string(self._tag(environment.parse(template)))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is somebody else's program
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
 
     def _tag(self, tree: nodes.Template) -> nodes.Template:
@@ -103,10 +106,12 @@ class TemplateFormat:
         try:
             return template.render(
                 messages=[dict(message) for message in dialog],
+                tools=None,
+                documents=None,
                 add_generation_prompt=True,
                 **self._names(marked),
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # raise_exception, the sandbox's, or a mistake in the template
             raise ValueError(
                 f"the checkpoint's chat template refuses this dialog: {error}"
             ) from None
@@ -132,3 +137,18 @@ class TemplateFormat:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """transformers' filter in place of Jinja2's own, which would write <, > and & as for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+class _Generation(Extension):
+    """transformers' {% generation %} block, which only tells training what the answers are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> List[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

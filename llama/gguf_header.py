@@ -46,9 +46,12 @@ def read_header(path: str | Path) -> Header:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Parser(data).header()
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
+        except (
+            struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError, RecursionError
+        ) as error:  # fmt: skip
             raise ValueError(
-                f"{path} is cut off or damaged: its header doesn't parse ({error!r})"
+                f"{path} is cut off or damaged: its header doesn't parse "
+                f"({type(error).__name__}: {error})"
             ) from None
         except _Unsupported as error:
             raise ValueError(f"{path}: {error}") from None
@@ -107,6 +110,8 @@ class _Parser:
             kind, offset = self.scalars("IQ")
             found.append((name, dims[::-1], kind, offset))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Unsupported(f"an alignment of {alignment!r} bytes")
         begin = -(-self.at // alignment) * alignment
         tensors: Dict[str, TensorInfo] = {}
         for name, shape, kind, offset in found:

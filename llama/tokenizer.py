@@ -51,6 +51,9 @@ PATTERNS = {
     ),
 }
 
+# GGUF's kinds of tokens, of those that matter here.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
 # Names under which vocabularies have an end of text, turn or message.
 STOP_NAMES = {
     "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>",
@@ -70,6 +73,7 @@ class Vocabulary(NamedTuple):
     pattern: str
     ranks: Dict[bytes, int]  # mergeable bytes -> id; a lower id merges first
     special_tokens: Dict[str, int]
+    decode_only: Dict[int, bytes]  # tokens that no text is encoded to
     user_defined: AbstractSet[str]  # of the special ones, those that text may contain
     n_words: int
     bos_id: Optional[int]
@@ -114,7 +118,8 @@ class Tokenizer:
         self._user_defined = vocabulary.user_defined
         self._max_chars, self._max_run = vocabulary.cuts
         over = f"{{{self._max_run + 1},}}"
-        self._long_run = re.compile(rf"\s{over}|\S{over}")
+        # Looked for only where a run begins: to try at each character would take quadratic time.
+        self._long_run = re.compile(rf"(?<!\s)\s{over}|(?<!\S)\S{over}")
 
         # tiktoken can't do without any of the 256 bytes. A vocabulary may lack some that UTF-8
         # hardly uses; they get ids beyond the vocabulary, which encode drops as llama.cpp does.
@@ -128,6 +133,9 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
+        table = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
+        table.update({i: name.encode() for name, i in self.special_tokens.items()})
+        self._bytes = [table[i] for i in range(self.n_words)]
 
     def encode(
         self,
@@ -193,13 +201,12 @@ class Tokenizer:
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
         """The bytes of token ids, which may begin or end within a character."""
-        try:
-            return self.model.decode_bytes(list(t))
-        except (KeyError, OverflowError, TypeError):
-            wrong = next((i for i in t if not 0 <= i < self.n_words), None)
-            raise ValueError(
-                f"token id {wrong}: this vocabulary has the ids 0 to {self.n_words - 1}"
-            ) from None
+        for i in t:
+            if not 0 <= i < self.n_words:
+                raise ValueError(
+                    f"token id {i}: this vocabulary has the ids 0 to {self.n_words - 1}"
+                )
+        return b"".join(self._bytes[i] for i in t)
 
 
 def _from_llama3(path: Path) -> Vocabulary:
@@ -248,6 +255,7 @@ def _from_llama3(path: Path) -> Vocabulary:
         pattern=PATTERNS["llama-bpe"],
         ranks=ranks,
         special_tokens=special,
+        decode_only={},
         user_defined=frozenset(),
         n_words=len(ranks) + len(special),
         bos_id=special["<|begin_of_text|>"],
@@ -278,6 +286,12 @@ def _from_gguf(path: Path) -> Vocabulary:
             raise ValueError(f"{path} lacks the metadata key {key}: it holds no vocabulary")
         return metadata[key]
 
+    def strings(key: str) -> List[str]:
+        values = require(key)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path}: {key} isn't a list of strings")
+        return values
+
     kind = require("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ValueError(f"{path} has a vocabulary of the kind {kind!r}; 'gpt2' is read here")
@@ -286,12 +300,16 @@ def _from_gguf(path: Path) -> Vocabulary:
         raise ValueError(
             f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
         )
-    tokens: List[str] = require("tokenizer.ggml.tokens")
-    types: List[int] = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens = strings("tokenizer.ggml.tokens")
+    types: List[int] = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
     ids = {token: i for i, token in enumerate(tokens)}
     alphabet = _byte_alphabet()
 
-    special = {token: i for i, token in enumerate(tokens) if types[i] != 1}
+    special = {
+        token: i for token, i in ids.items() if types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    }
     ranks: Dict[bytes, int] = {}
 
     def add(token: str) -> None:
@@ -304,10 +322,12 @@ def _from_gguf(path: Path) -> Vocabulary:
         if stand_in in ids and stand_in not in special:
             add(stand_in)
     last = -1
-    for merge in require("tokenizer.ggml.merges"):
+    for merge in strings("tokenizer.ggml.merges"):
         token = merge.replace(" ", "")
         if token not in ids:
             raise ValueError(f"{path}: the merge {merge!r} makes a token that isn't there")
+        if token in special:
+            continue  # else ordinary text would become a control token
         if bytes(alphabet.get(c, 0) for c in token) in ranks:
             continue  # reached by an earlier merge
         if ids[token] < last:
@@ -315,28 +335,41 @@ def _from_gguf(path: Path) -> Vocabulary:
             raise ValueError(f"{path}: the merge {merge!r} is out of the order of ids; unsupported")
         last = ids[token]
         add(token)
-    for token, i in ids.items():
-        if types[i] == 1 and bytes(alphabet.get(c, 0) for c in token) not in ranks:
-            if pre == "llama-bpe":
+    if pre == "llama-bpe":
+        for token, i in ids.items():
+            if types[i] == _NORMAL:
                 add(token)  # Llama 3 takes a whole word that is a token, merges or not
-            else:
-                special[token] = i  # no merge makes it: it can be decoded, never encoded
+    # What no merge makes, what is there twice, what is unused.
+    encoded = {*ranks.values(), *special.values()}
+    decode_only = {
+        i: b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+        for i, token in enumerate(tokens)
+        if i not in encoded
+    }
 
     stop = {ids[name] for name in STOP_NAMES if name in special}
     for key in ("eos", "eot", "eom"):
         if f"tokenizer.ggml.{key}_token_id" in metadata:
             stop.add(metadata[f"tokenizer.ggml.{key}_token_id"])
     eos_id = require("tokenizer.ggml.eos_token_id")
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    pad_id = metadata.get("tokenizer.ggml.padding_token_id", eos_id)
+    for i in (*stop, pad_id, eos_id if bos_id is None else bos_id):
+        if not isinstance(i, int) or not 0 <= i < len(tokens):
+            raise ValueError(
+                f"{path}: the bos, eos or pad id {i} isn't one of {len(tokens)} tokens"
+            )
     return Vocabulary(
         name=path.name,
         pattern=PATTERNS[pre],
         ranks=ranks,
         special_tokens=special,
-        user_defined=frozenset(token for token in special if types[ids[token]] == 4),
+        decode_only=decode_only,
+        user_defined=frozenset(name for name, i in special.items() if types[i] == _USER_DEFINED),
         n_words=len(tokens),
-        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_id=bos_id,
         eos_id=eos_id,
-        pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
+        pad_id=pad_id,
         stop_tokens=stop,
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
         chat_template=metadata.get("tokenizer.chat_template"),

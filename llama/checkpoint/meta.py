@@ -5,7 +5,6 @@ Format: the directories that llama.com hands out; what splits how is in `paralle
 
 import dataclasses
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -36,6 +35,8 @@ def read_params(path: Path) -> dict:
         params = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds a {type(params).__name__}, not settings by name")
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:
@@ -66,13 +67,17 @@ def _index(path: Path) -> Dict[str, _Stored]:
     """
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
+    except Exception as error:  # damaged bytes lead an unpickler anywhere
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise ValueError(f"{path} isn't a readable checkpoint shard: {reason}") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, not weights by name")
     stored = {}
     for name, tensor in tensors.items():
         if name in IGNORED_WEIGHTS:
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not tensor.is_contiguous():
             raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
