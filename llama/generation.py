@@ -210,6 +210,8 @@ class Llama:
             Per prompt `generation` (str) and `finish_reason`; with logprobs also `tokens` (each
             one's text) and `logprobs`.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: pass a list of texts")
         bos = self.tokenizer.add_bos
         ids = [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
         return [
@@ -245,6 +247,8 @@ class Llama:
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
         for i, dialog in enumerate(dialogs):
+            if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+                raise ValueError("dialogs is one dialog: pass a list of dialogs")
             _check_dialog(i, dialog)
         ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         return [
@@ -417,7 +421,7 @@ class Llama:
                 f"{len(prompts)} prompts, and max_batch_size is {params.max_batch_size}: "
                 "pass fewer at a time, or build with a larger max_batch_size"
             )
-        if temperature < 0:
+        if not temperature >= 0:  # nor NaN
             raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
         if not 0 <= top_p <= 1:
             raise ValueError(f"top_p={top_p} must lie between 0 and 1")

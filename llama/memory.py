@@ -71,4 +71,4 @@ def preflight(args: ModelArgs, world: int, dtype: torch.dtype, device: torch.dev
 
 
 def _size(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"

@@ -12,7 +12,9 @@ from llama import Llama, parallel
 
 
 def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, **kwargs):
-    llama = Llama.build(ckpt, device="cpu", **({"dtype": "fp32", "max_batch_size": 16} | (build or {})))
+    llama = Llama.build(
+        ckpt, device="cpu", **({"dtype": "fp32", "max_batch_size": 16} | (build or {}))
+    )
     tokens, logprobs = llama.generate(
         prompts, max_gen_len, temperature=temperature, logprobs=True, **kwargs
     )

@@ -148,7 +148,10 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
         ({"metadata": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "method 'yarn'"),
         ({"metadata": {"split.count": 2}}, "llama-gguf-split"),
-        ({"metadata": {"llama.rope.dimension_count": 16}}, "dimension_count=16, but heads are 32 wide"),
+        (
+            {"metadata": {"llama.rope.dimension_count": 16}},
+            "dimension_count=16, but heads are 32 wide",
+        ),
         ({"metadata": {"llama.block_count": None}}, "lacks the metadata key llama.block_count"),
         ({"metadata": {"llama.block_count": 5}}, "lacks layers.2"),
         ({"metadata": {"llama.feed_forward_length": 511}}, "asks for (511, 256)"),
