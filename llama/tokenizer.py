@@ -8,6 +8,7 @@ token in a text is encoded as the ordinary characters it consists of.
 import base64
 import binascii
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import (
     AbstractSet,
@@ -133,6 +134,8 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
+        # Of two names that begin alike tiktoken may find the shorter one in a text.
+        self._nested = any(b.startswith(a) for a, b in pairwise(sorted(self.special_tokens)))
         table = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
         table.update({i: name.encode() for name, i in self.special_tokens.items()})
         self._bytes = [table[i] for i in range(self.n_words)]
@@ -168,17 +171,29 @@ class Tokenizer:
                 raise ValueError("this vocabulary has no bos token: pass bos=False")
             ids.append(self.bos_id)
         for part in self._parts(s):
-            ids.extend(
-                self.model.encode(
-                    part,
-                    allowed_special=allowed_special,
-                    disallowed_special=disallowed_special,
-                )
-            )
+            ids.extend(self._encode(part, allowed_special, disallowed_special))
         if self._drops:
             ids = [i for i in ids if i < self.n_words]
         if eos:
             ids.append(self.eos_id)
+        return ids
+
+    def _encode(
+        self,
+        s: str,
+        allowed: Literal["all"] | AbstractSet[str],
+        disallowed: Literal["all"] | Collection[str],
+    ) -> List[int]:
+        def plain(text: str) -> List[int]:
+            return self.model.encode(text, allowed_special=allowed, disallowed_special=disallowed)
+
+        if not self._nested:
+            return plain(s)
+        names = [name for name in self.special_tokens if allowed == "all" or name in allowed]
+        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+        ids: List[int] = []
+        for i, piece in enumerate(re.split(f"({longest_first})", s)):
+            ids.extend([self.special_tokens[piece]] if i % 2 else plain(piece))
         return ids
 
     def _parts(self, s: str) -> Iterator[str]:

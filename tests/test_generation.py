@@ -193,20 +193,18 @@ def test_metas_names_order_and_defaults():
             if p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"
         }
 
-    assert list(parameters(Llama.build)) == [
-        "ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size", "model_parallel_size", "seed",
-    ]  # fmt: skip
+    build = "ckpt_dir tokenizer_path max_seq_len max_batch_size model_parallel_size seed"
+    assert list(parameters(Llama.build)) == build.split()
     assert parameters(Llama.build)["seed"] == 1
-    sampling = {"temperature": 0.6, "top_p": 0.9}
-    empty = inspect.Parameter.empty
-    assert parameters(Llama.generate) == {"prompt_tokens": empty, "max_gen_len": empty} | sampling | {
-        "logprobs": False, "echo": False,
+    empty, sampling = inspect.Parameter.empty, {"temperature": 0.6, "top_p": 0.9}
+    assert parameters(Llama.generate) == {
+        "prompt_tokens": empty, "max_gen_len": empty, **sampling, "logprobs": False, "echo": False,
     }  # fmt: skip
-    assert parameters(Llama.text_completion) == {"prompts": empty} | sampling | {
-        "max_gen_len": None, "logprobs": False, "echo": False,
+    assert parameters(Llama.text_completion) == {
+        "prompts": empty, **sampling, "max_gen_len": None, "logprobs": False, "echo": False,
     }  # fmt: skip
-    assert parameters(Llama.chat_completion) == {"dialogs": empty} | sampling | {
-        "max_gen_len": None, "logprobs": False,
+    assert parameters(Llama.chat_completion) == {
+        "dialogs": empty, **sampling, "max_gen_len": None, "logprobs": False,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The estimate before loading: right to the byte, refused where it can't fit, true while loading."""
+"""The estimate before loading: right to the byte, kept while loading, refused if it can't fit."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_the_estimate_is_printed_on_stderr(tiny_dir, capfd):
     Llama.build(tiny_dir, device="cpu", dtype="fp32", max_seq_len=64, max_batch_size=2)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "weights 0.50 MB + cache 0.03 MB (2 rows of 64 tokens) as float32" in err
+    assert "weights 0.49 MB + cache 0.03 MB (2 rows of 64 tokens) as float32" in err
 
 
 def test_available_is_positive_and_not_more_than_the_machine_has():

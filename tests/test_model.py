@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -216,13 +217,13 @@ def test_cached_equals_uncached(make_model, length):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_chunked_prefill_equals_whole_for_any_split(make_model, seed):
-    """A mask that ignores start_pos passes until a chunk is longer than one token (llama PR 177)."""
+    """A mask that ignores start_pos passes until a chunk has several tokens (llama PR 177)."""
     model, tokens = make_model(), ids(2, 60, seed)
     cuts = torch.randint(1, 60, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
     bounds = [0, *sorted(set(cuts)), 60]
     with torch.no_grad():
         whole, cache = model(tokens), model.new_cache(2)
-        parts = [model(tokens[:, a:b], a, cache) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [model(tokens[:, a:b], a, cache) for a, b in pairwise(bounds)]
     assert gap(torch.cat(parts, 1), whole) <= TOLERANCE
 
 

@@ -513,7 +513,7 @@ def typed(small, tmp_path) -> Tokenizer:
     return Tokenizer(
         write_gguf(
             tmp_path / "v.gguf",
-            small.tokens + list(extra) + ["Ġthe"],
+            small.tokens + list(extra) + [small.tokens[-1]],
             small.merges,
             types=[NORMAL] * len(small.tokens) + [*extra.values(), NORMAL],
             weights=False,
@@ -542,8 +542,8 @@ def test_tokens_that_nothing_encodes_to_still_decode(typed):
 
 
 def test_a_token_listed_twice_decodes_under_both_ids(typed, small):
-    first, second = small.tokens.index("Ġthe"), typed.n_words - 1
-    assert typed.decode([first]) == typed.decode([second]) == " the"
+    once, again = len(small.tokens) - 1, typed.n_words - 1
+    assert typed.decode([once]) == typed.decode([again]) != ""
 
 
 def test_text_cannot_be_merged_into_a_control_token(small, tmp_path):
@@ -577,7 +577,8 @@ def seconds(tokenizer: Tokenizer, text: str) -> float:
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_time_to_encode_grows_linearly(either, name):
-    text = (REPEATED[name] * 1_000_000)[:1_000_000]
+    unit = REPEATED[name]
+    text = (unit * (1_000_000 // len(unit) + 1))[:1_000_000]
     slow, fast = seconds(either, text), seconds(either, text[:100_000])
     assert slow <= 20 * fast + 0.5, (
         f"{fast:.3f} s for 100,000 characters, {slow:.3f} s for 1,000,000"
@@ -674,7 +675,7 @@ WRONG_FILES = {
     "cut at an early line": lambda data: b"".join(data.splitlines(True)[:200]),
     "without its first lines": lambda data: b"".join(data.splitlines(True)[1:]),
     "without a line in the middle": lambda data: data[:9000] + data[data.index(b"\n", 9000) + 1 :],
-    "a line twice": lambda data: data + data.splitlines(True)[-1],
+    "a token twice": lambda data: data + data.split()[0] + b" 128000\n",
     "ranks too high": lambda data: re.sub(rb"127999", b"128999", data),
     "gguf cut off": lambda _: b"GGUF\x03\x00\x00\x00" + b"\xff" * 9,
     "gguf without anything": lambda _: b"GGUF\x03\x00\x00\x00" + bytes(16),

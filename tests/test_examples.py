@@ -1,0 +1,116 @@
+"""The example scripts as a user starts them, and the notebook."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import example_chat_completion
+import example_text_completion
+from llama import Llama
+
+
+def run(*command, timeout=300):
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
+
+
+def torchrun(ranks, *arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run(*launcher, "--nproc_per_node", str(ranks), *arguments)
+
+
+def test_chat_under_torchrun_says_paris(smollm2_path):
+    done = torchrun(
+        1, "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
+        "--max_gen_len", "24",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    question, answer = done.stdout.split("==")[0].split("> Assistant:")
+    assert "What is the capital of France?" in question and "Paris" in answer
+    assert done.stdout.count("> Assistant:") == 4
+    assert "System: Answer in one short sentence." in done.stdout
+
+
+def test_text_without_a_launcher(smollm2_path):
+    done = run(
+        sys.executable, "example_text_completion.py", "--max_gen_len", "8", "--temperature=0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is\n>  Paris" in done.stdout
+    assert "cheese =>" in done.stdout and done.stdout.count("\n> ") == 4
+
+
+def test_text_on_three_ranks_prints_once(smollm2_path):
+    done = torchrun(3, "example_text_completion.py", "--max_gen_len=8", "--temperature=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is\n>  Paris")
+    assert done.stdout.count("\n> ") == 4
+
+
+def test_more_dialogs_than_max_batch_size_are_answered_in_turns(smollm2_path):
+    arguments = ["--max_gen_len=4", "--max_batch_size=1", "--temperature=0"]
+    done = run(sys.executable, "example_chat_completion.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> Assistant:") == 4
+
+
+@pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
+def test_help_and_mistakes(script):
+    done = run(sys.executable, script, "--help")
+    assert done.returncode == 0
+    assert "ckpt_dir" in done.stdout + done.stderr
+    for arguments, message in (
+        (["--ckpt_dir", "nowhere"], "error: no checkpoint at nowhere: ./download.sh smollm2"),
+        (["--max_seq_len", "0"], "error: max_seq_len=0 must be at least 1"),
+    ):
+        done = run(sys.executable, script, *arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert message in done.stderr and done.stdout == ""
+
+
+def test_arguments_are_metas():
+    metas = {"ckpt_dir", "tokenizer_path", "temperature", "top_p", "max_seq_len", "max_batch_size"}
+    for script in (example_chat_completion, example_text_completion):
+        parameters = inspect.signature(script.main).parameters
+        assert set(parameters) == metas | {"max_gen_len"}
+        assert parameters["temperature"].default == 0.6 and parameters["top_p"].default == 0.9
+
+
+def test_metas_own_script_runs_unchanged(smollm2_path):
+    """The calls that Meta's example_chat_completion.py makes, keywords and all."""
+    generator = Llama.build(
+        ckpt_dir=str(smollm2_path.parent),
+        tokenizer_path=str(smollm2_path),
+        max_seq_len=512,
+        max_batch_size=4,
+    )
+    dialogs = [[{"role": "user", "content": "what is the recipe of mayonnaise?"}]]
+    results = generator.chat_completion(dialogs, max_gen_len=4, temperature=0.6, top_p=0.9)
+    for dialog, result in zip(dialogs, results, strict=True):
+        assert dialog[0]["content"]
+        assert result["generation"]["role"].capitalize() == "Assistant"
+        assert isinstance(result["generation"]["content"], str)
+    assert generator.model and generator.tokenizer and generator.formatter
+
+
+def test_quickstart_notebook_runs_from_top_to_bottom(smollm2_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    outputs = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.get("outputs", [])
+    ]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Paris" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)
