@@ -8,13 +8,18 @@ still does the dequantizing. A leaf of this project, since both weights and toke
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 MAGIC = b"GGUF"
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+
+# Characters of a string or values of an array: far more than any vocabulary has. A damaged length
+# beyond it may still lie within a large file, whose weights would then be taken for text.
+_MAX_LENGTH = 1 << 24
+_MAX_DIMS = 4  # GGML_MAX_DIMS
 
 
 class TensorInfo(NamedTuple):
@@ -73,9 +78,9 @@ class _Parser:
 
     def string(self) -> str:
         (length,) = self.scalars("Q")
+        if length > min(len(self.data) - self.at, _MAX_LENGTH):
+            raise struct.error(f"a string of {length} bytes at {self.at}")
         raw = self.data[self.at : self.at + length]
-        if len(raw) != length:
-            raise struct.error(f"a string of {length} bytes at {self.at} passes the end")
         self.at += length
         return raw.decode("utf-8")
 
@@ -85,8 +90,8 @@ class _Parser:
         if kind != _ARRAY:
             return self.scalars(_SCALARS[kind])[0]
         kind, length = self.scalars("IQ")
-        if length > len(self.data):
-            raise struct.error(f"an array of {length} values passes the end")
+        if length > min(len(self.data) - self.at, _MAX_LENGTH):
+            raise struct.error(f"an array of {length} values at {self.at}")
         if kind in _SCALARS:
             return list(self.scalars(f"{length}{_SCALARS[kind]}"))
         return [self.value(kind) for _ in range(length)]
@@ -100,22 +105,24 @@ class _Parser:
         metadata: Dict[str, Any] = {}
         for _ in range(n_values):
             key = self.string()
+            if key in metadata:
+                raise _Unsupported(f"it holds the key {key[:80]} twice")
             (kind,) = self.scalars("I")
             metadata[key] = self.value(kind)
-        found: List[Tuple[str, Tuple[int, ...], int, int]] = []
+        found: Dict[str, TensorInfo] = {}
         for _ in range(n_tensors):
             name = self.string()
+            if name in found:
+                raise _Unsupported(f"it holds {name[:80]} twice")
             (n_dims,) = self.scalars("I")
+            if n_dims > _MAX_DIMS:
+                raise struct.error(f"a tensor of {n_dims} dimensions at {self.at}")
             dims = self.scalars(f"{n_dims}Q")
             kind, offset = self.scalars("IQ")
-            found.append((name, dims[::-1], kind, offset))
+            found[name] = TensorInfo(dims[::-1], kind, offset)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise _Unsupported(f"an alignment of {alignment!r} bytes")
         begin = -(-self.at // alignment) * alignment
-        tensors: Dict[str, TensorInfo] = {}
-        for name, shape, kind, offset in found:
-            if name in tensors:
-                raise _Unsupported(f"it holds {name} twice")
-            tensors[name] = TensorInfo(shape, kind, begin + offset)
+        tensors = {name: info._replace(offset=begin + info.offset) for name, info in found.items()}
         return Header(metadata, tensors)

@@ -53,6 +53,7 @@ class ModelArgs:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    rope_linear_factor: float = 1.0  # positions divided by this (arXiv 2306.15595); not Meta's
     # Where the shape doesn't follow from the fields above. None: derived as Meta does.
     head_dim: int = None  # type: ignore[assignment]
     hidden_dim: int = None  # type: ignore[assignment]
@@ -106,6 +107,7 @@ def rope_frequencies(args: ModelArgs) -> torch.Tensor:
     """
     head_dim = args.head_dim
     freqs = 1.0 / (args.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    freqs = freqs / args.rope_linear_factor
     if not args.use_scaled_rope:
         return freqs
     low, high = args.rope_low_freq_factor, args.rope_high_freq_factor

@@ -1,12 +1,11 @@
 """Text to token ids and back, and Llama 3's chat format.
 
-Both vocabularies read here are byte-level BPE and run on tiktoken: Llama 3's `tokenizer.model`, and
-the one inside a .gguf file. Text is never trusted: unless a caller allows it, the name of a special
-token in a text is encoded as the ordinary characters it consists of.
+All vocabularies read here are byte-level BPE and run on tiktoken: Llama 3's `tokenizer.model`, the
+one inside a .gguf file, and Hugging Face's `tokenizer.json`. Text is never trusted: unless a caller
+allows it, the name of a special token in a text is encoded as the ordinary characters it consists
+of.
 """
 
-import base64
-import binascii
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -17,17 +16,14 @@ from typing import (
     Iterator,
     List,
     Literal,
-    NamedTuple,
-    Optional,
     Sequence,
     Set,
-    Tuple,
     TypedDict,
 )
 
 import tiktoken
 
-from llama.gguf_header import is_gguf, read_header
+from llama.vocabulary import PATTERNS, read
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
 ROLES = ("system", "user", "assistant", "ipython", "tool")
@@ -40,54 +36,9 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-# How text is cut into words before BPE, by the names that GGUF gives these patterns.
-PATTERNS = {
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "smollm": (
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-    ),
-}
-
-# GGUF's kinds of tokens, of those that matter here.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-
-# Names under which vocabularies have an end of text, turn or message.
-STOP_NAMES = {
-    "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>",
-}  # fmt: skip
-
-# Longer inputs, and longer runs of space or of anything else, are cut there before tokenizing:
-# (characters, run). For Meta's files as Meta does, whose ids are the reference; otherwise only
-# where tiktoken's regular expressions would give up.
-META_CUTS = (400_000, 25_000)
-SAFE_CUTS = (None, 400_000)
-
-
-class Vocabulary(NamedTuple):
-    """What a tokenizer file says."""
-
-    name: str
-    pattern: str
-    ranks: Dict[bytes, int]  # mergeable bytes -> id; a lower id merges first
-    special_tokens: Dict[str, int]
-    decode_only: Dict[int, bytes]  # tokens that no text is encoded to
-    user_defined: AbstractSet[str]  # of the special ones, those that text may contain
-    n_words: int
-    bos_id: Optional[int]
-    eos_id: int
-    pad_id: int
-    stop_tokens: Set[int]
-    add_bos: bool  # whether a text to complete begins with bos
-    chat_template: Optional[str]
-    cuts: Tuple[Optional[int], int]
-
 
 class Tokenizer:
-    """Encodes and decodes with a vocabulary from Llama 3's tokenizer.model or from a .gguf file.
+    """Encodes and decodes with the vocabulary of a tokenizer.model, .gguf or tokenizer.json file.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included.
@@ -95,8 +46,9 @@ class Tokenizer:
         bos_id, eos_id, pad_id: ids; bos_id is None where a vocabulary has none.
         stop_tokens: the ids at which generation ends.
         add_bos: whether text to be completed begins with bos.
-        chat_template: the Jinja2 template that came with a .gguf file, or None.
+        chat_template: the Jinja2 template that came with the vocabulary, or None.
         model: the tiktoken encoding.
+        vocabulary: all that the file says.
 
     Raises:
         FileNotFoundError: no such file.
@@ -104,10 +56,8 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path):
-        path = Path(model_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer file at {path}")
-        vocabulary = _from_gguf(path) if is_gguf(path) else _from_llama3(path)
+        vocabulary = read(model_path)
+        self.vocabulary = vocabulary
         self.special_tokens: Dict[str, int] = vocabulary.special_tokens
         self.n_words: int = vocabulary.n_words
         self.bos_id = vocabulary.bos_id
@@ -130,7 +80,7 @@ class Tokenizer:
         self._drops = bool(absent)
         self.model = tiktoken.Encoding(
             name=vocabulary.name,
-            pat_str=vocabulary.pattern,
+            pat_str=PATTERNS[vocabulary.pre],
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
@@ -222,174 +172,6 @@ class Tokenizer:
                     f"token id {i}: this vocabulary has the ids 0 to {self.n_words - 1}"
                 )
         return b"".join(self._bytes[i] for i in t)
-
-
-def _from_llama3(path: Path) -> Vocabulary:
-    """Meta's file for all of Llama 3: a line `base64 rank` per token; special tokens by rule."""
-    data = path.read_bytes()
-    if data[:1] == b"\n" and b"<unk>" in data[:64]:
-        raise ValueError(
-            f"{path} is a SentencePiece model, as Llama 1 and 2 have; "
-            "Llama 3's tokenizer.model is needed here"
-        )
-    if data[:1] in (b"{", b"<") or data[:7] == b"version":
-        raise ValueError(
-            f"{path} begins with {data[:20]!r}: not a tokenizer.model (JSON, a web page or a Git "
-            "LFS pointer?); take the file from the checkpoint's directory or ./download.sh"
-        )
-    ranks: Dict[bytes, int] = {}
-    try:
-        for line in data.splitlines():
-            if line:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error):
-        raise ValueError(
-            f"{path}: line {len(ranks) + 1} isn't `base64 rank`: not Llama 3's tokenizer.model"
-        ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-        raise ValueError(f"{path} is cut off or damaged: its ranks aren't 0 to {len(ranks) - 1}")
-    names = [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>",
-        "<|step_id|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|python_tag|>",
-        "<|image|>",
-    ]
-    names += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(names) + 2)]
-    special = {name: len(ranks) + i for i, name in enumerate(names)}
-    return Vocabulary(
-        name=path.name,
-        pattern=PATTERNS["llama-bpe"],
-        ranks=ranks,
-        special_tokens=special,
-        decode_only={},
-        user_defined=frozenset(),
-        n_words=len(ranks) + len(special),
-        bos_id=special["<|begin_of_text|>"],
-        eos_id=special["<|end_of_text|>"],
-        pad_id=special["<|finetune_right_pad_id|>"],
-        stop_tokens={special[name] for name in STOP_NAMES if name in special},
-        add_bos=True,
-        chat_template=None,
-        cuts=META_CUTS,
-    )
-
-
-def _byte_alphabet() -> Dict[str, int]:
-    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py), inverted."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_ins = {chr(byte): byte for byte in printable}
-    stand_ins.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return stand_ins
-
-
-def _from_gguf(path: Path) -> Vocabulary:
-    """The vocabulary in a .gguf file, of the kind `gpt2`: byte-level BPE."""
-    metadata = read_header(path).metadata
-
-    def require(key: str):
-        if key not in metadata:
-            raise ValueError(f"{path} lacks the metadata key {key}: it holds no vocabulary")
-        return metadata[key]
-
-    def strings(key: str) -> List[str]:
-        values = require(key)
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{path}: {key} isn't a list of strings")
-        return values
-
-    kind = require("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ValueError(f"{path} has a vocabulary of the kind {kind!r}; 'gpt2' is read here")
-    pre = metadata.get("tokenizer.ggml.pre", "(none)")
-    if pre not in PATTERNS:
-        raise ValueError(
-            f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
-        )
-    tokens = strings("tokenizer.ggml.tokens")
-    types: List[int] = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
-    ids = {token: i for i, token in enumerate(tokens)}
-    alphabet = _byte_alphabet()
-
-    special = {
-        token: i for token, i in ids.items() if types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    }
-    ranks: Dict[bytes, int] = {}
-
-    def add(token: str) -> None:
-        try:
-            ranks[bytes(alphabet[c] for c in token)] = ids[token]
-        except KeyError:
-            raise ValueError(f"{path}: {token!r} isn't a token of byte-level BPE") from None
-
-    for stand_in in alphabet:
-        if stand_in in ids and stand_in not in special:
-            add(stand_in)
-    last = -1
-    for merge in strings("tokenizer.ggml.merges"):
-        token = merge.replace(" ", "")
-        if token not in ids:
-            raise ValueError(f"{path}: the merge {merge!r} makes a token that isn't there")
-        if token in special:
-            continue  # else ordinary text would become a control token
-        if bytes(alphabet.get(c, 0) for c in token) in ranks:
-            continue  # reached by an earlier merge
-        if ids[token] < last:
-            # tiktoken merges in the order of ids
-            raise ValueError(f"{path}: the merge {merge!r} is out of the order of ids; unsupported")
-        last = ids[token]
-        add(token)
-    if pre == "llama-bpe":
-        for token, i in ids.items():
-            if types[i] == _NORMAL:
-                add(token)  # Llama 3 takes a whole word that is a token, merges or not
-    # What no merge makes, what is there twice, what is unused.
-    encoded = {*ranks.values(), *special.values()}
-    decode_only = {
-        i: b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
-        for i, token in enumerate(tokens)
-        if i not in encoded
-    }
-
-    stop = {ids[name] for name in STOP_NAMES if name in special}
-    for key in ("eos", "eot", "eom"):
-        if f"tokenizer.ggml.{key}_token_id" in metadata:
-            stop.add(metadata[f"tokenizer.ggml.{key}_token_id"])
-    eos_id = require("tokenizer.ggml.eos_token_id")
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    pad_id = metadata.get("tokenizer.ggml.padding_token_id", eos_id)
-    for i in (*stop, pad_id, eos_id if bos_id is None else bos_id):
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise ValueError(
-                f"{path}: the bos, eos or pad id {i} isn't one of {len(tokens)} tokens"
-            )
-    return Vocabulary(
-        name=path.name,
-        pattern=PATTERNS[pre],
-        ranks=ranks,
-        special_tokens=special,
-        decode_only=decode_only,
-        user_defined=frozenset(name for name, i in special.items() if types[i] == _USER_DEFINED),
-        n_words=len(tokens),
-        bos_id=bos_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        stop_tokens=stop,
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        cuts=SAFE_CUTS,
-    )
 
 
 class ChatFormat:

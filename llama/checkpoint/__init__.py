@@ -8,7 +8,7 @@ its place, so loading never holds more than the model and a part of one tensor.
 
 import dataclasses
 from pathlib import Path
-from typing import Dict, Iterator, Mapping, Optional, Protocol, Tuple
+from typing import Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 from torch import nn
@@ -21,6 +21,26 @@ BLOCK = 1 << 22
 
 Shape = Tuple[int, ...]
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name that safetensors and GGUF have for a dtype."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in a file, row-major."""
+
+    offset: int  # of its first byte
+    shape: Shape
+    dtype: torch.dtype
+
 
 class Checkpoint(Protocol):
     """What a reader offers. Names are Meta's; shapes are those of whole, unsharded weights."""
@@ -32,6 +52,9 @@ class Checkpoint(Protocol):
     def shapes(self) -> Dict[str, Shape]:
         """Every weight in the files."""
 
+    def stored_as(self, name: str) -> str:
+        """The dtype or quantization type in the file: BF16, Q4_0, ..."""
+
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         """[start, stop) of a weight along an axis, in the file's dtype (dequantized: fp32).
 
@@ -40,13 +63,14 @@ class Checkpoint(Protocol):
 
 
 def open(path: str | Path) -> Checkpoint:
-    """Open a directory of Meta shards, a .gguf file, or a directory that holds one .gguf file.
+    """Open a directory in Meta's or Hugging Face's format, a .gguf file, or one's directory.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: something there that isn't a checkpoint, or a broken one.
     """
     from llama.checkpoint.gguf import GGUFCheckpoint
+    from llama.checkpoint.huggingface import HFCheckpoint
     from llama.checkpoint.meta import MetaCheckpoint
 
     path = Path(path)
@@ -59,6 +83,8 @@ def open(path: str | Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     if (path / "params.json").exists():
         return MetaCheckpoint(path)
+    if (path / "config.json").exists():
+        return HFCheckpoint(path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
@@ -66,7 +92,8 @@ def open(path: str | Path) -> Checkpoint:
         names = ", ".join(file.name for file in ggufs)
         raise ValueError(f"{path} holds several checkpoints, name one of them: {names}")
     raise ValueError(
-        f"{path} holds no checkpoint: expected params.json with consolidated.*.pth, or a .gguf file"
+        f"{path} holds no checkpoint: expected params.json with consolidated.*.pth, config.json "
+        "with *.safetensors, or a .gguf file"
     )
 
 
@@ -113,9 +140,15 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             )
 
 
-def blocks(shape: Shape, axis: int, start: int, stop: int) -> Iterator[Tuple[int, int]]:
-    """[start, stop) of axis 0 in pieces of about BLOCK elements; of another axis, in one piece."""
-    step = max(1, BLOCK // max(1, shape[-1])) if axis == 0 else max(1, stop - start)
+def blocks(
+    shape: Shape, axis: int, start: int, stop: int, head_dim: int = 1
+) -> Iterator[Tuple[int, int]]:
+    """[start, stop) of axis 0 in pieces of about BLOCK elements; of another axis, in one piece.
+
+    Pieces are whole heads, within which some formats have the rows in another order.
+    """
+    step = BLOCK // max(1, shape[-1]) // head_dim * head_dim if axis == 0 else stop - start
+    step = max(step, head_dim)
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 
@@ -163,7 +196,7 @@ def read_shard(
         )
     out, done = None, 0
     for begin, end in ranges:
-        for start, stop in blocks(shape, axis, begin, end):
+        for start, stop in blocks(shape, axis, begin, end, args.head_dim):
             data = checkpoint.read(name, axis, start, stop)
             if out is None:
                 out = torch.empty(local, dtype=dtype or data.dtype, device=device)
@@ -212,6 +245,9 @@ class InMemory:
 
     def shapes(self) -> Dict[str, Shape]:
         return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self.weights[name].dtype)
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         return self.weights[name].detach().narrow(axis, start, stop - start)

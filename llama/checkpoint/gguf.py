@@ -4,6 +4,8 @@ Names and metadata keys: github.com/ggml-org/ggml, docs/gguf.md. Its converter h
 q and k into the interleaved rotary layout that Meta's weights have, so they are taken as they are.
 """
 
+import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -12,10 +14,14 @@ import gguf
 import numpy as np
 import torch
 
-from llama.checkpoint import Shape
+from llama import vocabulary_files
+from llama.checkpoint import Checkpoint, Shape, weight_shapes
+from llama.checkpoint.dequantize import dequantize
 from llama.checkpoint.mapped import map_bytes, read_slice
+from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
 from llama.gguf_header import Header, read_header
 from llama.model import ModelArgs, rope_frequencies
+from llama.tokenizer import Tokenizer
 
 TO_META = {
     "token_embd": "tok_embeddings",
@@ -31,6 +37,17 @@ TO_META = {
     "ffn_up": "feed_forward.w3",
     "ffn_norm": "ffn_norm",
 }
+FROM_META = {ours: theirs for theirs, ours in TO_META.items()}
+
+# What can be written, and what llama.cpp calls a file that is mostly so.
+WRITABLE = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+}
+
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
 
 _PLAIN = {
@@ -75,7 +92,7 @@ class GGUFCheckpoint:
         if metadata.get("llama.expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
         scaling = metadata.get("llama.rope.scaling.type", "none")
-        if scaling != "none":
+        if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path} scales RoPE by the method {scaling!r}, not supported")
         for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
             if name not in self._tensors:
@@ -98,6 +115,9 @@ class GGUFCheckpoint:
             # stored as fp32; the shortest decimal that means the same is what was once typed
             norm_eps=float(str(np.float32(require("llama.attention.layer_norm_rms_epsilon")))),
             rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
+            rope_linear_factor=metadata.get("llama.rope.scaling.factor", 1.0)
+            if scaling == "linear"
+            else 1.0,
             tied_embeddings="output.weight" not in self._tensors,
         )
         if ROPE_FACTORS in self._tensors:
@@ -120,6 +140,9 @@ class GGUFCheckpoint:
     def shapes(self) -> Dict[str, Shape]:
         return {name: info.shape for name, info in self._tensors.items()}
 
+    def stored_as(self, name: str) -> str:
+        return gguf.GGMLQuantizationType(self._tensors[name].type).name
+
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         info = self._tensors[name]
         try:
@@ -136,11 +159,116 @@ class GGUFCheckpoint:
         first, last = (start, stop) if axis == 0 else (0, info.shape[0])
         raw = map_bytes(self.path, info.offset + first * row_bytes, (last - first) * row_bytes)
         try:
-            rows = gguf.dequantize(raw.reshape(last - first, row_bytes), kind)
+            whole = dequantize(torch.from_numpy(raw).view(last - first, row_bytes), kind)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: {name} is quantized as {kind.name}, which can't be read: "
                 "requantize the model, to Q8_0 for instance"
             ) from None
-        whole = torch.from_numpy(rows)
         return whole if axis == 0 else whole[:, start:stop]
+
+
+def gguf_name(name: str) -> str:
+    """The inverse of `meta_name`."""
+    stem, layer = name.removesuffix(".weight"), ""
+    if stem.startswith("layers."):
+        _, i, stem = stem.split(".", 2)
+        layer = f"blk.{i}."
+    return f"{layer}{FROM_META[stem]}.weight"
+
+
+def write(
+    source: Checkpoint,
+    path: str | Path,
+    kind: str = "f32",
+    *,
+    tokenizer: Optional[Tokenizer] = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write a .gguf file that llama.cpp loads; returns its path.
+
+    Args:
+        kind: f32, f16, bf16, q8_0 or q4_0. Norms are always fp32. Rows that don't divide into
+            the 32 values of a quantized block are written as f16, as llama.cpp's tools do.
+        tokenizer: whose vocabulary and template are written into the file.
+        force: overwrite what is there, once the new file is complete.
+
+    Raises:
+        FileExistsError: the file exists, without `force`.
+        ValueError: an unknown kind.
+    """
+    if kind.upper() not in WRITABLE:
+        raise ValueError(f"{kind!r} can't be written; choose one of {', '.join(WRITABLE).lower()}")
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    args, path = source.args, Path(path)
+
+    def kind_of(shape: Shape) -> gguf.GGMLQuantizationType:
+        if len(shape) == 1:
+            return gguf.GGMLQuantizationType.F32
+        whole_blocks = shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+        return wanted if whole_blocks else gguf.GGMLQuantizationType.F16
+
+    with beside(path, force) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        writer.add_name(path.stem)
+        writer.add_file_type(gguf.LlamaFileType[WRITABLE[kind.upper()]])
+        writer.add_block_count(args.n_layers)
+        writer.add_context_length(args.max_seq_len)
+        writer.add_embedding_length(args.dim)
+        writer.add_feed_forward_length(args.hidden_dim)
+        writer.add_head_count(args.n_heads)
+        writer.add_head_count_kv(args.n_kv_heads)
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
+        writer.add_rope_dimension_count(args.head_dim)
+        writer.add_rope_freq_base(args.rope_theta)
+        writer.add_layer_norm_rms_eps(args.norm_eps)
+        writer.add_vocab_size(args.vocab_size)
+        if args.rope_linear_factor != 1.0:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(args.rope_linear_factor)
+        if kind.upper().startswith("Q"):
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        if tokenizer is not None:
+            vocabulary_files.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
+
+        shapes = weight_shapes(args)
+        if args.use_scaled_rope:
+            plain = rope_frequencies(dataclasses.replace(args, use_scaled_rope=False))
+            factors = (plain / rope_frequencies(args)).numpy()
+            writer.add_tensor_info(
+                ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=None
+            )
+        for name, shape in shapes.items():
+            target = kind_of(shape)
+            row = gguf.quant_shape_to_byte_shape(shape, target)
+            writer.add_tensor_info(
+                gguf_name(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        out: Any = writer.fout[0]  # type: ignore[index]
+        alignment = writer.data_alignment
+
+        def align() -> None:
+            out.write(b"\0" * (-out.tell() % alignment))
+
+        align()
+        if args.use_scaled_rope:
+            out.write(factors.tobytes())
+            align()
+        for name, shape in shapes.items():
+            for block in rows(source, name):
+                out.write(_encoded(block, kind_of(shape)))
+                progress(block.numel() * block.itemsize)
+            align()
+        writer.close()
+    return path
+
+
+def _encoded(block: torch.Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
+    if kind in _PLAIN:
+        return bytes_of(block.to(_PLAIN[kind]))
+    return memoryview(gguf.quantize(block.float().numpy(), kind)).cast("B")  # type: ignore[arg-type]

@@ -5,15 +5,33 @@ Format: the directories that llama.com hands out; what splits how is in `paralle
 
 import dataclasses
 import json
-import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, Shape, read_shard, weight_shapes
+from llama.checkpoint import (
+    Checkpoint,
+    Shape,
+    Stored,
+    dtype_name,
+    local_shape,
+    read_shard,
+    weight_shapes,
+)
 from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.writing import (
+    Progress,
+    beside,
+    bytes_of,
+    dtype_of,
+    no_progress,
+    write_tensor,
+)
 from llama.model import ModelArgs
 
 # Keys that Meta's own files hold and that say nothing about the network.
@@ -52,15 +70,7 @@ def read_params(path: Path) -> dict:
     return params
 
 
-class _Stored(NamedTuple):
-    """Where a tensor lies in a shard's file."""
-
-    offset: int
-    shape: Shape
-    dtype: torch.dtype
-
-
-def _index(path: Path) -> Dict[str, _Stored]:
+def index_pth(path: Path) -> Dict[str, Stored]:
     """Where each tensor of a .pth file lies, without reading one.
 
     The pickle is read with weights_only=True, which builds tensors and runs no code.
@@ -82,7 +92,7 @@ def _index(path: Path) -> Dict[str, _Stored]:
         if start is None or not tensor.is_contiguous():
             raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
         offset = start + tensor.storage_offset() * tensor.dtype.itemsize
-        stored[name] = _Stored(offset, tuple(tensor.shape), tensor.dtype)
+        stored[name] = Stored(offset, tuple(tensor.shape), tensor.dtype)
     return stored
 
 
@@ -99,7 +109,7 @@ class MetaCheckpoint:
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        self._shards = [_index(file) for file in self._files]
+        self._shards = [index_pth(file) for file in self._files]
         params = read_params(self.path / "params.json")
         params.setdefault("tied_embeddings", "output.weight" not in self._shards[0])
         if params.get("vocab_size", -1) == -1:
@@ -117,7 +127,7 @@ class MetaCheckpoint:
         rows, columns = self._first("tok_embeddings.weight").shape
         return rows * len(self._files) if columns == dim else rows
 
-    def _first(self, name: str) -> _Stored:
+    def _first(self, name: str) -> Stored:
         if name not in self._shards[0]:
             raise ValueError(f"{self._files[0]} lacks {name}")
         return self._shards[0][name]
@@ -163,6 +173,9 @@ class MetaCheckpoint:
                     d = args.head_dim
                     return 0, [(held[0] * d, (held[0] + 1) * d) for held in heads]
         return None
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self._first(name).dtype)
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         stored = self._first(name)
@@ -233,39 +246,88 @@ def write(
     path: str | Path,
     model_parallel_size: int = 1,
     dtype: Optional[torch.dtype] = None,
+    *,
+    force: bool = False,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write a checkpoint in Meta's format, split for a model-parallel size; returns the directory.
 
-    It is written beside its place and renamed when complete, so an interrupted run leaves no
-    directory that looks whole. Tied models are written without output.weight.
+    Args:
+        dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
+        force: overwrite what is there, once the new directory is complete.
 
     Raises:
-        FileExistsError: the directory exists.
+        FileExistsError: the directory exists, without `force`.
         ValueError: sizes that don't divide (Meta's format can't express padding).
     """
     path, args, world = Path(path), source.args, model_parallel_size
-    if path.exists():
-        raise FileExistsError(f"{path} exists: remove it or choose another name")
     for what in ("n_heads", "hidden_dim", "vocab_size"):
         if world < 1 or getattr(args, what) % world:
             raise ValueError(
                 f"model_parallel_size {world} doesn't divide {what}={getattr(args, what)}"
             )
-    partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
+    with beside(path, force) as partial:
+        partial.mkdir()
         for rank in range(world):
-            shard = {
-                name: read_shard(source, name, rank, world, dtype=dtype)
-                for name in weight_shapes(args)
-            }
-            torch.save(shard, partial / f"consolidated.{rank:02d}.pth")
-            del shard
+            _write_shard(
+                source, partial / f"consolidated.{rank:02d}.pth", rank, world, dtype, progress
+            )
         (partial / "params.json").write_text(json.dumps(params_of(args), indent=2) + "\n")
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return path
+
+
+def _write_shard(
+    source: Checkpoint,
+    file: Path,
+    rank: int,
+    world: int,
+    dtype: Optional[torch.dtype],
+    progress: Progress,
+) -> None:
+    """One consolidated.NN.pth, without ever holding more than one of its tensors.
+
+    torch.save first lays out the file with the room for its tensors left empty; memory that is
+    only allocated costs nothing. Then each tensor goes to its place.
+    """
+    empty = {
+        name: torch.empty(
+            local_shape(source.args, name, rank, world), dtype=dtype or dtype_of(source, name)
+        )
+        for name in weight_shapes(source.args)
+    }
+    with torch.serialization.skip_data():
+        torch.save(empty, file)
+    del empty
+    checksums = {}
+    places = index_pth(file)
+    with file.open("r+b") as out:
+        for name, place in places.items():
+            tensor = read_shard(source, name, rank, world, dtype=dtype)
+            out.seek(place.offset)
+            write_tensor(out, tensor, progress)
+            checksums[place.offset] = zlib.crc32(bytes_of(tensor))
+    _mend_checksums(file, checksums)
+
+
+def _mend_checksums(path: Path, checksums: Dict[int, int]) -> None:
+    """Enter CRC-32s, by the offset of the data, where torch.save has put those of empty room.
+
+    torch.load doesn't look at them; whatever else reads a .zip does. Format: APPNOTE.TXT, 4.3.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries, at = archive.infolist(), archive.start_dir
+    with path.open("r+b") as file:
+        for entry in entries:
+            file.seek(entry.header_offset + 26)
+            begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            if begin in checksums:
+                crc = struct.pack("<I", checksums[begin])
+                file.seek(at + 16)
+                file.write(crc)
+                descriptor = begin + entry.compress_size  # follows the data if flag 3 says so
+                file.seek(descriptor)
+                if entry.flag_bits & 8 and file.read(4) == b"PK\x07\x08":
+                    file.seek(descriptor + 4)
+                    file.write(crc)
+            file.seek(at + 28)
+            at += 46 + sum(struct.unpack("<HHH", file.read(6)))

@@ -1,0 +1,341 @@
+"""Hugging Face's format: config.json and *.safetensors (or pytorch_model*.bin), read and written.
+
+Formats: transformers' LlamaConfig and LlamaForCausalLM; the weights are in `safetensors.py`.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from llama import vocabulary_files
+from llama.checkpoint import Checkpoint, Shape, Stored, dtype_name, weight_shapes
+from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.meta import index_pth
+from llama.checkpoint.safetensors import (
+    hf_name,
+    index_safetensors,
+    interleave,
+    meta_name,
+    write_safetensors,
+)
+from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
+from llama.model import ModelArgs
+from llama.tokenizer import Tokenizer
+
+# Llama itself, and architectures that are Llama when their config says nothing else.
+ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
+
+# Config keys by what they do to us. Those that say nothing about the network's function:
+IGNORED = {
+    "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
+    "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_llama_config", "label2id", "max_position_embeddings", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
+    "_commit_hash", "problem_type", "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
+}  # fmt: skip
+# Those that must have one of these values, because our model computes nothing else:
+REQUIRED: Dict[str, Tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0, 1),
+    "attention_multiplier": (None, 1.0),
+    "quantization_config": (None,),
+    "is_decoder": (True, False),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "layer_types": (None,),
+    "num_local_experts": (None, 0),
+}
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    """An object from a JSON file, in which no key may come twice.
+
+    Raises:
+        ValueError: not JSON, not an object, or a key that comes twice.
+    """
+
+    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {max(names, key=names.count)!r} comes twice")
+        return found
+
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} isn't usable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} and not an object")
+    return value
+
+
+def read_config(path: Path) -> Dict[str, Any]:
+    """The fields of config.json as ModelArgs takes them.
+
+    Raises:
+        ValueError: an architecture, or a key, that our model can't honour; it is named.
+    """
+    config = read_json(path)
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if not set(architectures) <= ARCHITECTURES:
+        raise ValueError(
+            f"{path}: architectures={architectures}; read here: {', '.join(sorted(ARCHITECTURES))}"
+        )
+
+    def take(key: str, kind: type, default: Any = None) -> Any:
+        value: Any = config.pop(key, default)
+        if value is None:
+            raise ValueError(f"{path} lacks {key}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        positive = kind is bool or (isinstance(value, (int, float)) and value > 0)
+        if type(value) is not kind or not positive:
+            raise ValueError(f"{path}: {key}={value!r} isn't a positive {kind.__name__}")
+        return value
+
+    n_heads = take("num_attention_heads", int)
+    args: Dict[str, Any] = dict(
+        dim=take("hidden_size", int),
+        n_layers=take("num_hidden_layers", int),
+        n_heads=n_heads,
+        n_kv_heads=take("num_key_value_heads", int, n_heads),
+        hidden_dim=take("intermediate_size", int),
+        vocab_size=take("vocab_size", int),
+        norm_eps=take("rms_norm_eps", float, 1e-6),
+        tied_embeddings=take("tie_word_embeddings", bool, False),
+    )
+    if config.get("head_dim") is not None:
+        args["head_dim"] = take("head_dim", int)
+    config.pop("head_dim", None)
+    rope = dict(config.pop("rope_parameters", None) or config.pop("rope_scaling", None) or {})
+    config.pop("rope_scaling", None)
+    theta = config.pop("rope_theta", None) or 10000.0
+    args |= _read_rope(path, {"rope_theta": theta} | rope)
+
+    for key, allowed in REQUIRED.items():
+        if key in config and config.pop(key) not in allowed:
+            value = read_json(path)[key]
+            raise ValueError(f"{path}: {key}={value!r}, which this model doesn't compute")
+    unknown = sorted(config.keys() - IGNORED)
+    if unknown:
+        raise ValueError(
+            f"{path} has keys that this model has no meaning for: {', '.join(unknown)}. "
+            "Ignoring one could silently change the output"
+        )
+    return args
+
+
+def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
+    """Both spellings: `rope_scaling` with `type` or `rope_type`, and `rope_parameters`."""
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    names = {"rope_theta": "rope_theta"}
+    if kind == "llama3":
+        names |= {
+            "factor": "rope_scaling_factor",
+            "low_freq_factor": "rope_low_freq_factor",
+            "high_freq_factor": "rope_high_freq_factor",
+            "original_max_position_embeddings": "rope_original_max_seq_len",
+        }
+    elif kind == "linear":
+        names |= {"factor": "rope_linear_factor"}
+    elif kind != "default":
+        raise ValueError(f"{path}: RoPE of the type {kind!r}; known are default, llama3 and linear")
+    args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
+    for theirs, ours in names.items():
+        value = rope.pop(theirs, None)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{path}: RoPE of the type {kind!r} with {theirs}={value!r}")
+        args[ours] = value if ours == "rope_original_max_seq_len" else float(value)
+    rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
+    if rope:
+        raise ValueError(f"{path}: RoPE has unknown settings: {', '.join(sorted(rope))}")
+    return args
+
+
+class _Placed(NamedTuple):
+    """A tensor and the file that it lies in."""
+
+    file: Path
+    stored: Stored
+
+
+class HFCheckpoint:
+    """A directory in Hugging Face's format."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.args = ModelArgs(**read_config(self.path / "config.json"))
+        self._placed: Dict[str, _Placed] = {}
+        for file in self._files():
+            index = index_safetensors if file.suffix == ".safetensors" else index_pth
+            for name, stored in index(file).items():
+                name = meta_name(name)
+                if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
+                    continue  # what follows from rope_theta; old files have it
+                if name in self._placed:
+                    other = self._placed[name].file.name
+                    raise ValueError(f"{name} is both in {other} and in {file}")
+                self._placed[name] = _Placed(file, stored)
+        if self.args.tied_embeddings:
+            self._placed.pop("output.weight", None)  # as transformers does
+        beside = [self.path / name for name in ("tokenizer.model", "tokenizer.json")]
+        self.tokenizer_path: Optional[Path] = next((p for p in beside if p.exists()), None)
+
+    def _files(self) -> List[Path]:
+        """The files with weights, by the index where there is one."""
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = self.path / f"{stem}.{suffix}.index.json"
+            single = self.path / f"{stem}.{suffix}"
+            if index.exists():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ValueError(f"{index} has no weight_map")
+                names = sorted({str(name) for name in weight_map.values()})
+                for name in names:
+                    if Path(name).name != name or not name.endswith("." + suffix):
+                        raise ValueError(
+                            f"{index} points to {name!r}: not a .{suffix} file in its directory"
+                        )
+                    if not (self.path / name).is_file():
+                        raise ValueError(f"{index} names {name}, which is missing; fetch it")
+                self._check_extra(suffix, names, index)
+                return [self.path / name for name in names]
+            if single.exists():
+                return [single]
+        raise ValueError(f"{self.path} has no model.safetensors, pytorch_model.bin or their index")
+
+    def _check_extra(self, suffix: str, names: List[str], index: Path) -> None:
+        stem = names[0].split("-")[0]
+        extra = {f.name for f in self.path.glob(f"{stem}-*-of-*.{suffix}")} - set(names)
+        if extra:
+            raise ValueError(f"{index} doesn't know {min(extra)}: two checkpoints in one place?")
+
+    def shapes(self) -> Dict[str, Shape]:
+        return {name: placed.stored.shape for name, placed in self._placed.items()}
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self._placed[name].stored.dtype)
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        file, stored = self._placed[name]
+        if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            return read_slice(file, stored.offset, stored.shape, stored.dtype, axis, start, stop)
+        if axis != 0:
+            whole = self.read(name, 0, 0, stored.shape[0])
+            return whole.narrow(axis, start, stop - start)
+        d = self.args.head_dim
+        first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
+        rows = read_slice(file, stored.offset, stored.shape, stored.dtype, 0, first, last)
+        return interleave(rows, d)[start - first : stop - first]
+
+
+def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:
+    """config.json for a shape, as transformers writes it."""
+    rope: Dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.use_scaled_rope:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": args.rope_low_freq_factor,
+            "high_freq_factor": args.rope_high_freq_factor,
+            "original_max_position_embeddings": args.rope_original_max_seq_len,
+        }
+    elif args.rope_linear_factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": args.rope_linear_factor}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": bos_id,
+        "dtype": str(dtype)[6:],
+        "eos_token_id": eos if len(eos) != 1 else eos[0],
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "max_position_embeddings": args.max_seq_len,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": args.n_heads,
+        "num_hidden_layers": args.n_layers,
+        "num_key_value_heads": args.n_kv_heads,
+        "rms_norm_eps": args.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": args.tied_embeddings,
+        "vocab_size": args.vocab_size,
+    }
+
+
+def write(
+    source: Checkpoint,
+    path: str | Path,
+    dtype: Optional[torch.dtype] = None,
+    *,
+    tokenizer: Optional[Tokenizer] = None,
+    max_shard_bytes: int = 5 * 10**9,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write a directory that transformers' from_pretrained loads; returns it.
+
+    Args:
+        dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
+        tokenizer: whose files are written beside the weights.
+        max_shard_bytes: size beyond which another .safetensors file is begun.
+        force: overwrite what is there, once the new directory is complete.
+
+    Raises:
+        FileExistsError: the directory exists, without `force`.
+    """
+    path, args = Path(path), source.args
+    names = list(weight_shapes(args))
+    dtypes = {name: dtype or dtype_of(source, name) for name in names}
+    shards: List[List[str]] = [[]]
+    room = max_shard_bytes
+    for name in names:
+        size = math.prod(weight_shapes(args)[name]) * dtypes[name].itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    with beside(path, force) as partial:
+        partial.mkdir()
+        files = ["model.safetensors"]
+        if len(shards) > 1:
+            n = len(shards)
+            files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        for file, shard in zip(files, shards, strict=True):
+            write_safetensors(source, partial / file, shard, dtypes, progress)
+        if len(shards) > 1:
+            weight_map = {
+                hf_name(name): file
+                for file, shard in zip(files, shards, strict=True)
+                for name in shard
+            }
+            total = sum(math.prod(weight_shapes(args)[n]) * dtypes[n].itemsize for n in names)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(partial / "model.safetensors.index.json", index)
+        bos_id: Optional[int] = None
+        eos: List[int] = []
+        if tokenizer is not None:
+            bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
+            vocabulary_files.write_tokenizer_json(tokenizer.vocabulary, partial)
+        config = config_of(args, dtypes[names[0]], bos_id, eos)
+        _write_json(partial / "config.json", config)
+    return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,147 @@
+"""Hugging Face's weights: names, the order of rows in q and k, and the .safetensors file.
+
+Format: github.com/huggingface/safetensors. The weights differ from Meta's in names, and in q and k,
+whose rows stand in another order because transformers rotates the halves of a head where Meta
+rotates neighbouring pairs.
+"""
+
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import torch
+
+from llama.checkpoint import DTYPES, Checkpoint, Stored, dtype_name, weight_shapes
+from llama.checkpoint.writing import Progress, rows, write_tensor
+
+TO_META = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+FROM_META = {ours: theirs for theirs, ours in TO_META.items()}
+
+
+def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q or k, whole heads of them, from transformers' order to Meta's.
+
+    Within a head, row j of the first half and row j of the second become neighbours.
+    """
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of `interleave`: from Meta's order to transformers'."""
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def meta_name(name: str) -> str:
+    """Meta's name of a weight; one that Llama doesn't have stays as it is."""
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
+    if match is None or match[2] not in TO_META:
+        return name
+    return (f"layers.{match[1]}." if match[1] else "") + TO_META[match[2]] + ".weight"
+
+
+def hf_name(name: str) -> str:
+    """The inverse of `meta_name`."""
+    stem, layer = name.removesuffix(".weight"), ""
+    if stem.startswith("layers."):
+        _, i, stem = stem.split(".", 2)
+        layer = f"model.layers.{i}."
+    return f"{layer}{FROM_META[stem]}.weight"
+
+
+def index_safetensors(path: Path) -> Dict[str, Stored]:
+    """Where each tensor of a .safetensors file lies: 8 bytes of length, a JSON header, data.
+
+    Raises:
+        ValueError: a header that isn't one, or tensors that don't fill the file exactly.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(
+                f"{path} is cut off or no .safetensors file: it has {size} bytes "
+                f"and its header says {length}; fetch it again"
+            )
+        raw = file.read(length)
+
+    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it holds {max(names, key=names.count)} twice")
+        return found
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        stored, ends = {}, [0]
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = info["data_offsets"]
+            if info["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has the dtype {info['dtype']}: not a float; unsupported")
+            dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+            count = 1
+            for dimension in shape:
+                if type(dimension) is not int or dimension < 0:
+                    raise ValueError(f"{name} has the shape {shape}")
+                count *= dimension
+            if begin != ends[-1] or end - begin != count * dtype.itemsize:
+                raise ValueError(
+                    f"{name} of shape {shape} and dtype {info['dtype']} can't lie in "
+                    f"bytes {begin} to {end}"
+                )
+            ends.append(end)
+            stored[name] = Stored(8 + length + begin, shape, dtype)
+        if ends[-1] != size - 8 - length:
+            raise ValueError(f"its tensors end at {ends[-1]} of {size - 8 - length} bytes")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return stored
+
+
+def write_safetensors(
+    source: Checkpoint,
+    path: Path,
+    names: List[str],
+    dtypes: Dict[str, torch.dtype],
+    progress: Progress,
+) -> None:
+    """Write weights under their Hugging Face names, in its order of rows, block by block."""
+    header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape = weight_shapes(source.args)[name]
+        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[hf_name(name)] = {
+            "dtype": dtype_name(dtypes[name]),
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the data is aligned
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in names:
+            for block in rows(source, name, dtypes[name]):
+                if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+                    block = split_halves(block.contiguous(), source.args.head_dim)
+                write_tensor(file, block, progress)

@@ -1,0 +1,78 @@
+"""What the writers of all formats share: all or nothing, and one block of one tensor at a time."""
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterator, Optional
+
+import torch
+
+from llama.checkpoint import Checkpoint, blocks, weight_shapes
+
+# Called with the number of bytes written since the last call.
+Progress = Callable[[int], object]
+
+
+def no_progress(_: int) -> None:
+    pass
+
+
+@contextmanager
+def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """A path to write to, renamed to `path` once the block ends; removed if it doesn't end well.
+
+    So whatever interrupts the writing, nothing half-written ever has the final name, and with
+    `force` the old file or directory stays until the new one is complete.
+
+    Raises:
+        FileExistsError: `path` exists and not `force`.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
+    partial, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        if path.exists():
+            _remove(old)
+            path.rename(old)
+        partial.rename(path)
+        _remove(old)
+    finally:
+        _remove(partial)
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def rows(
+    source: Checkpoint, name: str, dtype: Optional[torch.dtype] = None
+) -> Iterator[torch.Tensor]:
+    """A whole weight, as consecutive blocks of its rows (whole heads of q, k and v)."""
+    shape = weight_shapes(source.args)[name]
+    for start, stop in blocks(shape, 0, 0, shape[0], source.args.head_dim):
+        block = source.read(name, 0, start, stop)
+        yield block if dtype is None else block.to(dtype)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_tensor(file: BinaryIO, tensor: torch.Tensor, progress: Progress = no_progress) -> None:
+    """Write a tensor at the file's position."""
+    progress(file.write(bytes_of(tensor)))
+
+
+def dtype_of(source: Checkpoint, name: str) -> torch.dtype:
+    """The dtype in which a weight is read: the file's own, fp32 where it is quantized."""
+    return source.read(name, 0, 0, 1).dtype
