@@ -184,13 +184,14 @@ with_curl() { # URL PART
         *) return 3 ;;
     esac
 }
-# CloudFront, which serves the links, answers HTTP 400 to a request for more than 50 GB at once.
+# CloudFront, which serves the links, answers HTTP 400 to a request for more than 50 GiB at once.
 piece=25000000000
 sizer='import os, sys; print(os.path.getsize(sys.argv[1]) if os.path.exists(sys.argv[1]) else 0)'
 with_curl_in_pieces() { # URL PART
     local status have size pattern='.*HTTP/[0-9.]+ ([0-9]{3})'
     while :; do
         status=0 http=000 have=$("$PYTHON" -c "$sizer" "$2")
+        : >"$tmp/log"
         run curl --fail --location --globoff --range "$have-$((have + piece - 1))" \
             --connect-timeout 30 --speed-limit 1 --speed-time 60 "$curl_bar" --show-error \
             --dump-header "$tmp/log" --config - 3< <(printf 'url = "%s"\n' "$1") >>"$2" || status=$?
@@ -486,7 +487,7 @@ case $source in
         for word in ${words[@]+"${words[@]}"}; do # bash 3.2 holds an empty list for unset
             case $word in smollm2 | tokenizer) ;; *) misuse "unknown argument '$word'" ;; esac
         done ;;
-    *) misuse "unknown source '$source'; there are meta and hf" ;;
+    *) misuse "--source $source is unknown; there are meta and hf" ;;
 esac
 
 if [ -z "${PYTHON-}" ]; then

@@ -13,6 +13,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "fairscale==0.4.13",
@@ -23,6 +24,7 @@ setup(
         "jinja2>=3.1.6",
         "numpy",
         "psutil",
+        "tqdm",
     ],
     extras_require={
         "notebook": ["ipykernel", "matplotlib"],

@@ -57,10 +57,10 @@ def preflight(args: ModelArgs, world: int, dtype: torch.dtype, device: torch.dev
     need, have = estimate(args, world, dtype), available(device)
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     line = (
-        f"weights {_size(need.weights)} + cache {_size(need.cache)} "
+        f"weights {size(need.weights)} + cache {size(need.cache)} "
         f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {str(dtype)[6:]}"
         + (f" on each of {world} ranks" if world > 1 else "")
-        + f"; {_size(have)} available on {device}"
+        + f"; {size(have)} available on {device}"
     )
     if need.total * sharers > have:
         raise ValueError(
@@ -70,5 +70,6 @@ def preflight(args: ModelArgs, world: int, dtype: torch.dtype, device: torch.dev
     return line
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
+    """Bytes for people."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"

@@ -7,6 +7,7 @@ shows that it needs no md5sum, sha256sum, seq, uname and so on.
 import contextlib
 import hashlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -26,10 +27,17 @@ TOOLS = ["bash", "cat", "cp", "dirname", "ln", "mkdir", "mktemp", "mv", "rm"]
 SIGNATURE = "s3cr3t-Sig~nature_"
 QUERY = f"Policy=eyJ~a_&Signature={SIGNATURE}&Key-Pair-Id=K1&Download-Request-ID=7"
 BIG = bytes(range(256)) * 1200  # 300 KiB
+TERMS = {"LICENSE": b"the licence\n", "USE_POLICY": b"the policy\n"}
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or not shutil.which("bash"), reason="needs bash"
 )
+
+
+def checklist(files, kind="md5", prefix=""):
+    return "".join(
+        f"{hashlib.new(kind, data).hexdigest()}  {prefix}{name}\n" for name, data in files.items()
+    ).encode()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -52,12 +60,13 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/*?{QUERY}"
 
-    def add_model(self, remote, shards, *, big=b""):
-        files = {"params.json": b'{"dim": 8}', "tokenizer.model": b"tokens of " + remote.encode()}
+    def add_model(self, remote, shards, *, big=b"", tokenizer=True):
+        files = {"params.json": b'{"dim": 8}'}
+        if tokenizer:
+            files["tokenizer.model"] = b"tokens of " + remote.encode()
         for n in range(shards):
             files[f"consolidated.{n:02}.pth"] = f"{remote} shard {n} ".encode() + big
-        checklist = "".join(f"{hashlib.md5(d).hexdigest()}  {n}\n" for n, d in files.items())
-        files["checklist.chk"] = checklist.encode()
+        files["checklist.chk"] = checklist(files)
         self.files.update({f"{remote}/{name}": data for name, data in files.items()})
         return files
 
@@ -77,17 +86,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path).lstrip("/")
-        status = server.status.get(path, server.status.get("*", 200))
+        status = 200 if path in server.files else 404
+        status = server.status.get(path, server.status.get("*", status))
         if query != QUERY:
             status = 403
-        elif path not in server.files:
-            status = 404
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         first = int(asked[1]) if asked else None
         data = server.files.get(path, b"")
         start = first if first and server.ranges else 0
-        if status == 200 and start:
+        stop = int(asked[2]) + 1 if asked and asked[2] and server.ranges else len(data)
+        if status == 200 and (start or stop < len(data)):
             status = 206 if start < len(data) else 416
+        data = data[:stop]
         if status not in (200, 206):
             server.log.append((path, first, 0))
             self.send_error(status)
@@ -95,7 +105,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data) - start))
         if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/*")
         self.end_headers()
         body = data[start:]
         if server.cuts.get(path, 0):
@@ -114,8 +124,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with Server() as server:
-        server.files["LICENSE"] = b"the licence\n"
-        server.files["USE_POLICY"] = b"the policy\n"
+        server.files.update(TERMS)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield server
@@ -220,9 +229,8 @@ def test_two_models(either, server):
     result = either.run("--models", "8B-instruct,70b", url=server.url)
 
     assert result.returncode == 0, result.stderr
-    expected = {"LICENSE": b"the licence\n", "USE_POLICY": b"the policy\n"}
-    expected.update({f"Meta-Llama-3-8B-Instruct/{n}": d for n, d in small.items()})
-    expected.update({f"Meta-Llama-3-70B/{n}": d for n, d in large.items()})
+    expected = {f"Meta-Llama-3-8B-Instruct/{n}": d for n, d in (small | TERMS).items()}
+    expected.update({f"Meta-Llama-3-70B/{n}": d for n, d in (large | TERMS).items()})
     assert "Meta-Llama-3-70B/consolidated.07.pth" in expected
     assert files_in(either.out) == set(expected)
     for name, data in expected.items():
@@ -238,27 +246,224 @@ def test_two_models(either, server):
     assert server.log == []
 
 
-def test_every_model_has_its_place(sandbox, server):
-    places = {
-        "8B": ("8b_pre_trained", "Meta-Llama-3-8B", 1),
-        "8B-instruct": ("8b_instruction_tuned", "Meta-Llama-3-8B-Instruct", 1),
-        "70B": ("70b_pre_trained", "Meta-Llama-3-70B", 8),
-        "70B-instruct": ("70b_instruction_tuned", "Meta-Llama-3-70B-Instruct", 8),
-    }
-    for remote, _, shards in places.values():
-        server.add_model(remote, shards)
-    # Asked for interactively; an empty answer means all of them.
-    result = sandbox.run(stdin=f"  {server.url} \n\n")
+# What each model's files are called: in the link, here, and how many shards it has.
+PLACES = {
+    "Llama-2-7b": ("llama-2-7b", "Llama-2-7b", 1),
+    "Llama-2-7b-chat": ("llama-2-7b-chat", "Llama-2-7b-chat", 1),
+    "Llama-2-13b": ("llama-2-13b", "Llama-2-13b", 2),
+    "Llama-2-13b-chat": ("llama-2-13b-chat", "Llama-2-13b-chat", 2),
+    "Llama-2-70b": ("llama-2-70b", "Llama-2-70b", 8),
+    "Llama-2-70b-chat": ("llama-2-70b-chat", "Llama-2-70b-chat", 8),
+    "8B": ("8b_pre_trained", "Meta-Llama-3-8B", 1),
+    "8B-instruct": ("8b_instruction_tuned", "Meta-Llama-3-8B-Instruct", 1),
+    "70B": ("70b_pre_trained", "Meta-Llama-3-70B", 8),
+    "70B-instruct": ("70b_instruction_tuned", "Meta-Llama-3-70B-Instruct", 8),
+    "Llama-3.1-405B-MP16": ("Llama-3.1-405B-MP16", "Llama-3.1-405B-MP16", 16),
+    "Llama-3.1-405B-Instruct-MP16": (
+        "Llama-3.1-405B-Instruct-MP16", "Llama-3.1-405B-Instruct-MP16", 16,
+    ),
+} | {
+    name: (name, name, shards)
+    for shards, names in {
+        1: ["3.1-8B", "3.1-8B-Instruct", "3.2-1B", "3.2-1B-Instruct", "3.2-3B", "3.2-3B-Instruct"],
+        8: ["3.1-70B", "3.1-70B-Instruct", "3.1-405B-MP8", "3.1-405B-Instruct-MP8",
+            "3.3-70B-Instruct"],
+    }.items()
+    for name in (f"Llama-{n}" for n in names)
+}  # fmt: skip
+
+
+@pytest.fixture
+def recorded(bare):
+    """Stand-ins for curl and Python, for tests of what is asked for; nothing verifies."""
+    bare.log = bare.root / "urls"
+    bare.log.write_text("")
+    wc = shutil.which("wc")
+    bare.add_program(
+        "curl",
+        f"""
+while [ $# -gt 0 ]; do
+    case $1 in --output) out=$2 ;; --dump-header) printf 'HTTP/1.1 206 OK\\r\\n' >"$2" ;; esac
+    shift
+done
+read -r line; echo "$line" >>"{bare.log}"
+if [ "$out" ]; then echo x >"$out"; printf 200; else echo x; fi""",
+    )
+    bare.add_program("python", f'case $3 in md5|sha*) echo 0 ;; *) {wc} -c <"$3" || echo 0 ;; esac')
+    bare.env["PYTHON"] = str(bare.bin / "python")
+    bare.asked = lambda: [
+        line.removeprefix('url = "').partition("?")[0].partition("//")[2].partition("/")[2]
+        for line in bare.log.read_text().splitlines()
+    ]
+    return bare
+
+
+def test_every_model_has_its_place(recorded):
+    names = ",".join(PLACES).upper()  # in capitals or not is the same
+    result = recorded.run("--models", names, url=f"https://download.invalid/*?{QUERY}")
+    assert "Is the link" not in result.stderr
+    remote, local = [], set()
+    for name, (path, folder, shards) in PLACES.items():
+        terms = ["LICENSE", "USE_POLICY" if re.match(r"\d", name) else "USE_POLICY.md"]
+        beside = ["checklist.chk", "params.json"]
+        beside += [f"consolidated.{n:02}.pth" for n in range(shards)]
+        above = ["tokenizer_checklist.chk", "tokenizer.model"] if "Llama-2" in name else []
+        beside += [] if above else ["tokenizer.model"]
+        remote += [f"{path}/{file}" for file in beside] + terms + above
+        local |= {f"{folder}/{file}" for file in beside + terms + above}
+    assert sorted(recorded.asked()) == sorted(remote)
+    assert files_in(recorded.out) == local
+
+
+def test_list(bare):
+    result = bare.run("--list")
+    assert result.returncode == 0
+    rows = re.findall(r"^(Llama [\d.]+) +(\S+) +([\d.]+) GB +(\d+)$", result.stdout, re.M)
+    assert [(name, int(shards)) for _, name, _, shards in rows] == [
+        (name, PLACES[name][2]) for name in dict.fromkeys(row[1] for row in rows)
+    ]
+    assert {row[1] for row in rows} == set(PLACES)
+    for family, name, size, _ in rows:
+        assert name.startswith(family.replace(" ", "-")) or family == "Llama 3"
+        billions = float(re.search(r"([\d.]+)b", name, re.I)[1])
+        assert 1.8 * billions < float(size) < 2.6 * billions  # two bytes a weight, roughly
+
+
+@pytest.mark.parametrize(
+    ("host", "models"),
+    [
+        ("download.llamameta.net", "Llama-2-7b,Llama-2-7b-chat,Llama-2-13b,Llama-2-13b-chat,"
+         "Llama-2-70b,Llama-2-70b-chat"),
+        ("download6.llamameta.net", "8B,8B-instruct,70B,70B-instruct"),
+        ("llama3-1.llamameta.net", "Llama-3.1-8B,Llama-3.1-8B-Instruct,Llama-3.1-70B,"
+         "Llama-3.1-70B-Instruct"),
+        ("llama3-2-lightweight.llamameta.net", "Llama-3.2-1B,Llama-3.2-1B-Instruct,Llama-3.2-3B,"
+         "Llama-3.2-3B-Instruct"),
+        ("llama3-3.llamameta.net", "Llama-3.3-70B-Instruct"),
+    ],
+)  # fmt: skip
+def test_enter_means_all_that_the_links_server_has(recorded, host, models):
+    recorded.run(stdin=f"  https://{host}/*?{QUERY} \n\n")
+    folders = {path.name for path in recorded.out.iterdir()}
+    assert folders == {PLACES[name][1] for name in models.split(",")}
+
+
+def test_older_names_on_the_server(either, server):
+    """Llama 3.1's folders began with Meta- at first; other files of the link may be refused."""
+    files = server.add_model("Meta-Llama-3.1-8B", 1)
+    server.status["Llama-3.1-8B/checklist.chk"] = 403
+    del server.files["USE_POLICY"]
+
+    result = either.run("--models", "Llama-3.1-8B", url=server.url)
+
     assert result.returncode == 0, result.stderr
-    for _, folder, shards in places.values():
-        assert len(list((sandbox.out / folder).glob("consolidated.*.pth"))) == shards
+    assert "the link serves no USE_POLICY.md" in result.stderr
+    folder = either.out / "Llama-3.1-8B"
+    assert files_in(folder) == {*files, "LICENSE"}
+    asked = [path for path, *_ in server.log if path.startswith("Llama-3.1")]
+    assert asked == ["Llama-3.1-8B/checklist.chk"]
+    (folder / "params.json").unlink()  # the checklist is here: its place is to be found anew
+    assert either.run("--models", "Llama-3.1-8B", url=server.url).returncode == 0
+    assert (folder / "params.json").read_bytes() == files["params.json"]
+
+
+def test_llama_2(sandbox, server):
+    files = server.add_model("llama-2-13b", 2, tokenizer=False)
+    files["tokenizer.model"] = server.files["tokenizer.model"] = b"sentences"
+    listed = checklist({"tokenizer.model": b"sentences"})
+    files["tokenizer_checklist.chk"] = server.files["tokenizer_checklist.chk"] = listed
+
+    result = sandbox.run("--models", "llama-2-13B", url=server.url)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(": ok") == 4
+    folder = sandbox.out / "Llama-2-13b"
+    assert files_in(folder) == {*files, "LICENSE"}
+    (folder / "tokenizer.model").write_bytes(b"sentence")
+    result = sandbox.run("--models", "Llama-2-13b", url=server.url)
+    assert result.returncode == 1
+    assert f"checksum mismatch: {folder}/tokenizer.model" in result.stderr
+
+
+def test_llama_2_without_its_tokenizer(sandbox, server):
+    server.add_model("llama-2-7b", 1, tokenizer=False)
+    result = sandbox.run("--models", "Llama-2-7b", url=server.url)
+    assert result.returncode == 1
+    assert "404" in result.stderr and "tokenizer_checklist.chk" in result.stderr
+    assert "Llama 2" in result.stderr
+
+
+def test_checklist_of_sha256(sandbox, server):
+    files = server.add_model("Llama-3.2-1B", 1)
+    del files["checklist.chk"]
+    server.files["Llama-3.2-1B/checklist.chk"] = checklist(files, "sha256", prefix="./")
+    result = sandbox.run("--models", "Llama-3.2-1B", url=server.url)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(": ok") == 3
+
+
+PIECE = 100_000
+
+
+@pytest.fixture
+def pieces(sandbox, server):
+    """A model whose files are too large for one request, where a request may have PIECE bytes."""
+    text = SCRIPT.read_text()
+    assert text.count("\npiece=25000000000\n") == 1
+    sandbox.script = sandbox.root / "download.sh"
+    sandbox.script.write_text(text.replace("\npiece=25000000000\n", f"\npiece={PIECE}\n"))
+    sandbox.script.chmod(0o755)
+    server.add_model("Llama-3.1-405B-MP8", 8)
+    sandbox.path = "Llama-3.1-405B-MP8/consolidated.03.pth"
+
+    def run_with(data):
+        files = {p.split("/")[1]: d for p, d in server.files.items() if p.startswith("Llama-3.1")}
+        files.pop("checklist.chk")
+        files["consolidated.03.pth"] = server.files[sandbox.path] = data
+        server.files["Llama-3.1-405B-MP8/checklist.chk"] = checklist(files)
+        result = sandbox.run("--models", "Llama-3.1-405B-MP8", url=server.url)
+        assert result.returncode == 0, result.stderr
+        assert (sandbox.out / sandbox.path).read_bytes() == data
+        return server.requests(sandbox.path)
+
+    sandbox.run_with = run_with
+    return sandbox
+
+
+def test_in_pieces(pieces, server):
+    server.cuts[pieces.path], server.cut_after = 1, 1000
+    rest = len(BIG) - 1000 - 3 * PIECE
+    assert pieces.run_with(BIG) == [
+        (0, 1000), (1000, PIECE), (1000 + PIECE, PIECE), (1000 + 2 * PIECE, PIECE),
+        (1000 + 3 * PIECE, rest),
+    ]  # fmt: skip
+    assert not Path(f"{pieces.out / pieces.path}.part").exists()
+
+
+def test_in_pieces_that_come_out_even(pieces):
+    assert pieces.run_with(BIG[: 2 * PIECE]) == [(0, PIECE), (PIECE, PIECE), (2 * PIECE, 0)]
+
+
+def test_in_pieces_from_a_server_without_ranges(pieces, server):
+    server.ranges = False
+    part = Path(f"{pieces.out / pieces.path}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"begun elsewhere")
+    assert [sent for _, sent in pieces.run_with(BIG)] == [len(BIG), len(BIG)]
+
+
+def test_in_pieces_needs_curl(bare, server):
+    bare.use("wget")
+    result = bare.run("--models", "Llama-3.1-405B-MP8", url=server.url)
+    assert result.returncode == 1
+    assert "needs curl" in result.stderr
 
 
 def test_interactive_choice(sandbox, server):
     server.add_model("8b_pre_trained", 1)
     result = sandbox.run(stdin=f"{server.url}\n8B\n")
     assert result.returncode == 0, result.stderr
-    assert {p.name for p in sandbox.out.iterdir()} == {"LICENSE", "USE_POLICY", "Meta-Llama-3-8B"}
+    assert {p.name for p in sandbox.out.iterdir()} == {"Meta-Llama-3-8B"}
 
 
 def test_spaces_around_the_link(sandbox, server):
@@ -398,7 +603,7 @@ def test_not_found(either, server):
     assert result.returncode == 1
     assert "404" in result.stderr and "8b_pre_trained/checklist.chk" in result.stderr
     assert "another model family" in result.stderr
-    assert files_in(either.out) == {"LICENSE", "USE_POLICY"}
+    assert files_in(either.out) == set()
 
 
 def test_server_error(either, server):
@@ -694,6 +899,209 @@ def test_wheel_interrupted(wheel):
     assert not wheel.placed.exists()
 
 
+# ---- Hugging Face ----------------------------------------------------------------------------
+
+TOKEN = "hf_s3cr3t"
+LLAMA = {
+    "config.json": b"{}",
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "model-00001-of-00002.safetensors": b"first",
+    "model-00002-of-00002.safetensors": BIG,
+    "model.safetensors.index.json": b"{}",
+    "LICENSE.txt": b"the licence",
+}
+SUPERFLUOUS = {
+    "pytorch_model.bin": BIG,
+    "consolidated.safetensors": BIG,
+    "original/consolidated.00.pth": BIG,
+    "original/params.json": b"{}",
+    "onnx/model.onnx": BIG,
+    "model.gguf": BIG,
+}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of a Hugging Face Hub as `hf download` needs, with the one repository o/n."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = {}
+        self.log = []  # (method, path, Authorization header)
+        self.error = None  # (status, error code) for the contents of files; info stays public
+
+    def contents_asked_for(self):
+        return {path.split("/", 4)[4] for method, path, _ in self.log
+                if method == "GET" and "/resolve/" in path}  # fmt: skip
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        files, sha = self.server.files, "a" * 40
+        path = urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/")
+        self.server.log.append((self.command, path, self.headers.get("Authorization")))
+        blob = lambda data: hashlib.sha1(data).hexdigest()  # noqa: E731
+        if path in ("api/models/o/n", "api/models/o/n/revision/main"):
+            self.answer(200, json.dumps({"id": "o/n", "sha": sha, "siblings": []}).encode())
+        elif path == f"api/models/o/n/tree/{sha}":
+            entries = [{"type": "file", "path": name, "size": len(data), "oid": blob(data)}
+                       for name, data in files.items()]  # fmt: skip
+            self.answer(200, json.dumps(entries).encode())
+        elif not path.startswith("o/n/resolve/"):
+            self.answer(404, X_Error_Code="RepoNotFound")
+        elif self.server.error:
+            self.answer(self.server.error[0], X_Error_Code=self.server.error[1])
+        elif (name := path.split("/", 4)[4]) not in files:
+            self.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            etag = f'"{blob(files[name])}"'
+            self.answer(200, files[name], ETag=etag, X_Repo_Commit=sha)
+
+
+@pytest.fixture
+def hub(bare):
+    """`bare` with a hub to ask, and with the real `hf` behind a note of its command lines."""
+    real = Path(sys.executable).parent / "hf"
+    if not real.exists():
+        pytest.skip("huggingface_hub is not installed")
+    bare.script = shutil.copy(SCRIPT, bare.root)  # beside it, there's no .venv
+    bare.commands = bare.root / "commands"
+    bare.add_program("hf", f'echo "$@" >>"{bare.commands}"; exec "{real}" "$@"')
+    bare.dest = bare.out / "n"
+    with Hub() as hub:
+        bare.env.update(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_TOKEN=TOKEN)
+        threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
+        hub.run = lambda *repos: bare.run("--source", "hf", *repos)
+        hub.sandbox = bare
+        yield hub
+        hub.shutdown()
+
+
+def contents(folder):
+    """The files below a folder, without those that hf keeps its own records in."""
+    return {name: (folder / name).read_bytes()
+            for name in files_in(folder) if not name.startswith(".cache/")}  # fmt: skip
+
+
+def test_hf(hub):
+    hub.files = {**LLAMA, **SUPERFLUOUS}
+    result = hub.run("o/n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(f"Ready: {hub.sandbox.dest}\n")
+    assert contents(hub.sandbox.dest) == LLAMA
+    assert hub.contents_asked_for() == set(LLAMA)
+    # The token goes where it must, and nowhere else.
+    assert {auth for _, path, auth in hub.log if "o/n" in path} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in hub.sandbox.commands.read_text() + result.stdout + result.stderr
+
+    # Access that has ended is an error, even though all files are here.
+    hub.error = 403, "GatedRepo"
+    result = hub.run("o/n")
+    assert result.returncode == 1
+    assert "Ready" not in result.stdout
+    assert f"{hub.sandbox.env['HF_ENDPOINT']}/o/n" in result.stderr
+    assert "licence" in result.stderr and "HF_TOKEN" in result.stderr
+    assert contents(hub.sandbox.dest) == LLAMA
+
+
+def test_hf_with_bin_files_only(hub):
+    index = "pytorch_model.bin.index.json"
+    hub.files = {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"1", index: b"{}",
+                 "training_args.bin": b"no weights"}  # fmt: skip
+    result = hub.run("https://huggingface.co/o/n")
+    assert result.returncode == 0, result.stderr
+    del hub.files["training_args.bin"]
+    assert contents(hub.sandbox.dest) == hub.files
+
+
+def test_hf_without_weights(hub):
+    hub.files = {"config.json": b"{}"}
+    result = hub.run("o/n")
+    assert result.returncode == 1
+    assert "neither *.safetensors nor pytorch_model*.bin" in result.stderr
+
+
+def test_hf_single_file(hub):
+    hub.files = {"README.md": b"", "q/model.Q4_K_M.gguf": b"GGUF", "q/model.F16.gguf": BIG}
+    result = hub.run("o/n")
+    assert result.returncode == 1
+    assert "no config.json" in result.stderr and "--source hf o/n/FILE" in result.stderr
+    assert not hub.sandbox.dest.exists()
+    result = hub.run("o/n/q/model.Q4_K_M.gguf")
+    assert result.returncode == 0, result.stderr
+    assert contents(hub.sandbox.dest) == {"q/model.Q4_K_M.gguf": b"GGUF"}
+
+
+@pytest.mark.parametrize("error", [(401, "GatedRepo"), (401, "None"), (403, "None")])
+def test_hf_without_access(hub, error):
+    hub.files, hub.error = LLAMA, error
+    del hub.sandbox.env["HF_TOKEN"]
+    result = hub.run("o/n")
+    assert result.returncode == 1
+    assert "refuses access to o/n" in result.stderr
+    assert "licence" in result.stderr and "HF_TOKEN" in result.stderr
+    assert not hub.sandbox.dest.exists()
+
+
+def test_hf_unknown_repository(hub):
+    result = hub.run("o/m")
+    assert result.returncode == 1
+    assert "no model o/m" in result.stderr
+
+
+def test_hf_without_network(hub):
+    hub.shutdown()
+    hub.server_close()
+    result = hub.run("o/n")
+    assert result.returncode == 1
+    assert "could not reach o/n" in result.stderr and "Connection refused" in result.stderr
+
+
+@pytest.mark.parametrize("repo", ["smollm2", "o/n/", "-o/n", "o/n m", "a/b c/d", "../n", "o//n"])
+def test_hf_strange_names(hub, repo):
+    result = hub.run(repo)
+    assert result.returncode == 2
+    assert repo in result.stderr
+    assert not hub.sandbox.commands.exists()
+
+
+def test_hf_not_installed(bare):
+    bare.script = shutil.copy(SCRIPT, bare.root)
+    result = bare.run("--source", "hf", "o/n")
+    assert result.returncode == 1
+    assert f"{sys.executable} -m pip install huggingface_hub" in result.stderr
+
+
+def test_choice_of_hf(bare):
+    """The checkout's own virtual environment comes before the PATH."""
+    bare.script = shutil.copy(SCRIPT, bare.root)
+    own = bare.root / ".venv/bin/hf"
+    for mark, file in {"path": bare.bin / "hf", "venv": own}.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!{shutil.which('sh')}\necho {mark} >>{bare.root}/used\nexit 1\n")
+        file.chmod(0o755)
+    assert bare.run("--source", "hf", "o/n").returncode == 1
+    own.unlink()
+    assert bare.run("--source", "hf", "o/n").returncode == 1
+    assert (bare.root / "used").read_text() == "venv\npath\n"
+
+
 # ---- command line ----------------------------------------------------------------------------
 
 
@@ -703,11 +1111,16 @@ def test_help(bare, flag):
     assert result.returncode == 0
     assert result.stderr == ""
     for word in ("Usage:", "smollm2", "tokenizer", "--models", "--out", "8B-instruct,70B",
-                 "PRESIGNED_URL", "PYTHON", "LLAMA_CACHE", "Examples:"):  # fmt: skip
+                 "--list", "--source hf", "PRESIGNED_URL", "HF_TOKEN", "HF_ENDPOINT", "PYTHON",
+                 "LLAMA_CACHE", "Examples:"):  # fmt: skip
         assert word in result.stdout
 
 
-@pytest.mark.parametrize("args", [["--frobnicate"], ["smollm3"], ["--models"], ["--out", ""]])
+@pytest.mark.parametrize(
+    "args",
+    [["--frobnicate"], ["smollm3"], ["--models"], ["--out", ""], ["--source", "s3"],
+     ["--source", "hf"], ["--models", "8B", "--source", "hf", "o/n"]],
+)  # fmt: skip
 def test_misuse(bare, args):
     result = bare.run(*args, out=False)
     assert result.returncode == 2

@@ -25,6 +25,7 @@ LAYERS = {
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
     "memory": {"checkpoint", "model", "parallel"},
     "generation": {"checkpoint", "chat", "memory", "model", "parallel", "sampling", "tokenizer"},
+    "cli": {"checkpoint", "generation", "memory"},
     "__init__": {"cache", "generation", "model", "tokenizer"},
 }
 

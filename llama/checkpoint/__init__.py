@@ -97,6 +97,12 @@ def open(path: str | Path) -> Checkpoint:
     )
 
 
+def find_tokenizer(directory: Path) -> Optional[Path]:
+    """The tokenizer that lies beside weights: tokenizer.json, which says most, or Meta's."""
+    places = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((path for path in places if path.exists()), None)
+
+
 def weight_shapes(args: ModelArgs) -> Dict[str, Shape]:
     """Meta's name and whole shape of every weight that a model of this shape has."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim

@@ -268,6 +268,21 @@ def write(
     return path
 
 
+def as_stored(block: torch.Tensor, kind: str) -> torch.Tensor:
+    """What is read back of a block once it has been stored as a dtype or quantization type."""
+    target = gguf.GGMLQuantizationType[kind]
+    if target in _PLAIN:
+        return block.to(_PLAIN[target])
+    raw = torch.frombuffer(bytearray(_encoded(block, target)), dtype=torch.uint8)
+    return dequantize(raw.view(len(block), -1), target)
+
+
+def stored_bytes(shape: Shape, kind: str) -> int:
+    """Bytes that a weight takes when it is stored as a dtype or quantization type."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return math.prod(shape) // values * size
+
+
 def _encoded(block: torch.Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
     if kind in _PLAIN:
         return bytes_of(block.to(_PLAIN[kind]))

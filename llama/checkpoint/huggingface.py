@@ -12,7 +12,14 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 
 from llama import vocabulary_files
-from llama.checkpoint import Checkpoint, Shape, Stored, dtype_name, weight_shapes
+from llama.checkpoint import (
+    Checkpoint,
+    Shape,
+    Stored,
+    dtype_name,
+    find_tokenizer,
+    weight_shapes,
+)
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.meta import index_pth
 from llama.checkpoint.safetensors import (
@@ -190,8 +197,7 @@ class HFCheckpoint:
                 self._placed[name] = _Placed(file, stored)
         if self.args.tied_embeddings:
             self._placed.pop("output.weight", None)  # as transformers does
-        beside = [self.path / name for name in ("tokenizer.model", "tokenizer.json")]
-        self.tokenizer_path: Optional[Path] = next((p for p in beside if p.exists()), None)
+        self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
 
     def _files(self) -> List[Path]:
         """The files with weights, by the index where there is one."""

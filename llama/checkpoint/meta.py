@@ -13,12 +13,13 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from llama import parallel
+from llama import parallel, vocabulary_files
 from llama.checkpoint import (
     Checkpoint,
     Shape,
     Stored,
     dtype_name,
+    find_tokenizer,
     local_shape,
     read_shard,
     weight_shapes,
@@ -33,6 +34,7 @@ from llama.checkpoint.writing import (
     write_tensor,
 )
 from llama.model import ModelArgs
+from llama.tokenizer import Tokenizer
 
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
@@ -115,8 +117,7 @@ class MetaCheckpoint:
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params["dim"])
         self.args = ModelArgs(**params)
-        tokenizer = self.path / "tokenizer.model"
-        self.tokenizer_path: Optional[Path] = tokenizer if tokenizer.exists() else None
+        self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
                 name = min(shard.keys() ^ self._shards[0].keys())
@@ -236,6 +237,8 @@ def params_of(args: ModelArgs) -> dict:
             "rope_original_max_seq_len",
         ):
             params[key] = getattr(args, key)
+    if args.rope_linear_factor != 1.0:
+        params["rope_linear_factor"] = args.rope_linear_factor
     if args.head_dim * args.n_heads != args.dim:
         params["head_dim"] = args.head_dim
     return {key: value for key, value in params.items() if value is not None}
@@ -247,6 +250,7 @@ def write(
     model_parallel_size: int = 1,
     dtype: Optional[torch.dtype] = None,
     *,
+    tokenizer: Optional[Tokenizer] = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Path:
@@ -254,6 +258,8 @@ def write(
 
     Args:
         dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
+        tokenizer: written beside the weights: as tokenizer.model if Llama 3's rule gives its
+            special tokens and it has no chat template, else as tokenizer.json.
         force: overwrite what is there, once the new directory is complete.
 
     Raises:
@@ -273,6 +279,8 @@ def write(
                 source, partial / f"consolidated.{rank:02d}.pth", rank, world, dtype, progress
             )
         (partial / "params.json").write_text(json.dumps(params_of(args), indent=2) + "\n")
+        if tokenizer is not None:
+            vocabulary_files.write_tokenizer(tokenizer.vocabulary, partial)
     return path
 
 

@@ -1,0 +1,138 @@
+"""Any format to any other, one block of a tensor at a time; and a look at what one is."""
+
+import math
+from pathlib import Path
+from typing import Dict, NamedTuple, Optional
+
+import torch
+from tqdm import tqdm
+
+from llama import checkpoint
+from llama.checkpoint import Checkpoint, gguf, huggingface, meta, weight_shapes
+from llama.checkpoint.writing import dtype_of
+from llama.tokenizer import Tokenizer
+
+FORMATS = ("meta", "hf", "gguf")
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    path: str | Path,
+    to: str,
+    *,
+    model_parallel_size: int = 1,
+    dtype: Optional[torch.dtype] = None,
+    quant: Optional[str] = None,
+    tokenizer_path: Optional[str | Path] = None,
+    max_shard_bytes: int = 5 * 10**9,
+    force: bool = False,
+    verify: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Write a checkpoint, its tokenizer and its chat template in another format.
+
+    Args:
+        to: "meta", "hf" or "gguf"; the last is a file, the others are directories.
+        model_parallel_size: shards, for Meta's format.
+        dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
+        quant: "q8_0" or "q4_0", for GGUF.
+        tokenizer_path: by default what is found with the source.
+        max_shard_bytes: size of a .safetensors file, about.
+        force: overwrite what is there, once the new checkpoint is complete.
+        verify: read everything again from what was written, and compare.
+        quiet: no progress bar on stderr.
+
+    Raises:
+        FileExistsError: `path` exists, without `force`.
+        ValueError: a format, size or option that don't go together; a difference on verifying.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"format {to!r}: choose one of {', '.join(FORMATS)}")
+    if to != "meta" and model_parallel_size != 1:
+        raise ValueError(f"model_parallel_size={model_parallel_size} is for Meta's format only")
+    if quant is not None and (to != "gguf" or dtype is not None):
+        raise ValueError(f"quant={quant!r} is for GGUF only, and takes the place of dtype")
+    opened = checkpoint.open(source) if isinstance(source, (str, Path)) else source
+    checkpoint.check_shapes(opened)
+    tokenizer_path = tokenizer_path or opened.tokenizer_path
+    tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
+    path = Path(path)
+
+    total = sum(
+        math.prod(shape) * ((to != "gguf" and dtype) or dtype_of(opened, name)).itemsize
+        for name, shape in weight_shapes(opened.args).items()
+    )
+    silent = True if quiet else None  # None: only where stderr is a terminal
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=silent, delay=0.5)
+    with bar:
+        if to == "meta":
+            meta.write(
+                opened, path, model_parallel_size, dtype,
+                tokenizer=tokenizer, force=force, progress=bar.update,
+            )  # fmt: skip
+        elif to == "hf":
+            huggingface.write(
+                opened, path, dtype,
+                tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, force=force,
+                progress=bar.update,
+            )  # fmt: skip
+        else:
+            kind = quant or checkpoint.dtype_name(dtype or _widest(opened)).lower()
+            gguf.write(opened, path, kind, tokenizer=tokenizer, force=force, progress=bar.update)
+    if verify:
+        check_equal(opened, checkpoint.open(path), quiet=quiet)
+    return path
+
+
+def _widest(source: Checkpoint) -> torch.dtype:
+    """The dtype that holds all matrices of a checkpoint exactly."""
+    shapes = weight_shapes(source.args)
+    dtypes = {dtype_of(source, name) for name, shape in shapes.items() if len(shape) == 2}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) -> None:
+    """Compare every weight of a checkpoint with what was written of it, block by block.
+
+    Raises:
+        ValueError: a difference beyond what the written dtype or quantization makes.
+    """
+    shapes = weight_shapes(source.args)
+    if weight_shapes(written.args) != shapes:
+        raise ValueError(f"{written.path} doesn't have the shape of {source.path}")
+    for name, shape in tqdm(shapes.items(), desc="verifying", disable=quiet or None):
+        stored = written.stored_as(name)
+        for start, stop in checkpoint.blocks(shape, 0, 0, shape[0], source.args.head_dim):
+            ours = source.read(name, 0, start, stop)
+            theirs = written.read(name, 0, start, stop)
+            if not torch.equal(gguf.as_stored(ours, stored), theirs):
+                raise ValueError(
+                    f"{written.path}: {name} differs from {source.path}; write it anew"
+                )
+
+
+class Description(NamedTuple):
+    """What a checkpoint is."""
+
+    format: str
+    parameters: int
+    bytes: Dict[str, int]  # by dtype or quantization type
+
+
+def describe(source: Checkpoint) -> Description:
+    """Look at a checkpoint's table of tensors, not at its weights."""
+    names = {
+        meta.MetaCheckpoint: "Meta",
+        huggingface.HFCheckpoint: "Hugging Face",
+        gguf.GGUFCheckpoint: "GGUF",
+    }
+    shapes: Dict[str, checkpoint.Shape] = source.shapes()
+    by_dtype: Dict[str, int] = {}
+    for name, shape in shapes.items():
+        kind = source.stored_as(name)
+        by_dtype[kind] = by_dtype.get(kind, 0) + gguf.stored_bytes(shape, kind)
+    return Description(
+        next(text for kind, text in names.items() if isinstance(source, kind)),
+        sum(math.prod(shape) for shape in shapes.values()),
+        by_dtype,
+    )

@@ -1,0 +1,95 @@
+"""The `llama` command."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional
+
+import fire
+import torch
+
+from llama import checkpoint, memory
+from llama.checkpoint import convert as conversion
+from llama.generation import pick_dtype
+
+
+def convert(
+    src: str,
+    dst: str,
+    to: str,
+    mp: int = 1,
+    dtype: Optional[str] = None,
+    quant: Optional[str] = None,
+    tokenizer_path: Optional[str] = None,
+    force: bool = False,
+    verify: bool = False,
+) -> None:
+    """Write a checkpoint, with its tokenizer and chat template, in another format.
+
+    Memory: a few blocks of one tensor. An interrupted run leaves nothing under the final name.
+
+    Args:
+        src: Meta's or Hugging Face's directory, or a .gguf file.
+        dst: the directory, or for gguf the file, to write.
+        to: meta, hf or gguf.
+        mp: number of shards, for meta.
+        dtype: bf16, fp16 or fp32; by default what the weights are stored in (fp32 if quantized).
+        quant: q8_0 or q4_0, for gguf.
+        tokenizer_path: by default what is found with the source.
+        force: overwrite dst, once the new checkpoint is complete.
+        verify: read everything again and compare.
+    """
+    path = conversion.convert(
+        src, dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
+        quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
+    )  # fmt: skip
+    print(f"{path}: {memory.size(_bytes_under(path))}" + (", verified" if verify else ""))
+
+
+def inspect(path: str, max_seq_len: int = 2048, max_batch_size: int = 8) -> None:
+    """Say what a checkpoint is, and the memory that it needs on each of 1, 2, 4, ... ranks.
+
+    Args:
+        path: Meta's or Hugging Face's directory, or a .gguf file.
+        max_seq_len: tokens of prompt and answer together, for the cache.
+        max_batch_size: rows of the cache.
+    """
+    source = checkpoint.open(path)
+    about = conversion.describe(source)
+    args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
+    print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
+    print(f"tokenizer: {source.tokenizer_path or 'none'}")
+    for field, value in vars(args).items():
+        if field not in ("max_seq_len", "max_batch_size"):
+            print(f"  {field} = {value}")
+    checkpoint.check_shapes(source)
+    print(f"memory per rank with a cache of {max_batch_size} rows of {max_seq_len} tokens:")
+    for world in (w for w in range(1, args.n_heads + 1) if args.n_heads % w == 0):
+        for dtype in ("bf16", "fp32"):
+            need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
+            parts = f"weights {memory.size(need.weights)} + cache {memory.size(need.cache)}"
+            print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {parts}")
+
+
+def _dtype(name: Optional[str]) -> Optional[torch.dtype]:
+    return None if name is None else pick_dtype(name, torch.device("cpu"))
+
+
+def _bytes_under(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def main() -> None:
+    """The entry point: mistakes are a line on stderr and exit code 1, not a traceback."""
+    try:
+        fire.Fire({"convert": convert, "inspect": inspect}, name="llama")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written under the final name")
+
+
+if __name__ == "__main__":
+    main()
