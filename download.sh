@@ -186,17 +186,17 @@ with_curl() { # URL PART
 }
 # CloudFront, which serves the links, answers HTTP 400 to a request for more than 50 GiB at once.
 piece=25000000000
-sizer='import os, sys; print(os.path.getsize(sys.argv[1]) if os.path.exists(sys.argv[1]) else 0)'
+size_of() { if [ -e "$1" ]; then echo $(($(wc -c <"$1"))); else echo 0; fi; } # macOS's wc pads
 with_curl_in_pieces() { # URL PART
     local status have size pattern='.*HTTP/[0-9.]+ ([0-9]{3})'
     while :; do
-        status=0 http=000 have=$("$PYTHON" -c "$sizer" "$2")
+        status=0 http=000 have=$(size_of "$2")
         : >"$tmp/log"
         run curl --fail --location --globoff --range "$have-$((have + piece - 1))" \
             --connect-timeout 30 --speed-limit 1 --speed-time 60 "$curl_bar" --show-error \
             --dump-header "$tmp/log" --config - 3< <(printf 'url = "%s"\n' "$1") >>"$2" || status=$?
         if [[ $(<"$tmp/log") =~ $pattern ]]; then http=${BASH_REMATCH[1]}; fi
-        size=$("$PYTHON" -c "$sizer" "$2")
+        size=$(size_of "$2")
         case $status:$http in
             *:416) return 0 ;;
             0:206) [ "$((size - have))" -ge "$piece" ] || return 0 ;; # less than asked for: the last

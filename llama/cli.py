@@ -8,7 +8,7 @@ from typing import Optional
 import fire
 import torch
 
-from llama import checkpoint, memory
+from llama import checkpoint, memory, remote
 from llama.checkpoint import convert as conversion
 from llama.generation import pick_dtype
 
@@ -40,7 +40,7 @@ def convert(
         verify: read everything again and compare.
     """
     path = conversion.convert(
-        src, dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
+        remote.local_path(src), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
         quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
     )  # fmt: skip
     print(f"{path}: {memory.size(_bytes_under(path))}" + (", verified" if verify else ""))
@@ -54,7 +54,7 @@ def inspect(path: str, max_seq_len: int = 2048, max_batch_size: int = 8) -> None
         max_seq_len: tokens of prompt and answer together, for the cache.
         max_batch_size: rows of the cache.
     """
-    source = checkpoint.open(path)
+    source = checkpoint.open(remote.local_path(path))
     about = conversion.describe(source)
     args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     print(f"{source.path}: {about.format}, {about.parameters:,} parameters")

@@ -8,7 +8,7 @@ from typing import Iterator, List, Literal, NamedTuple, Optional, Sequence, Set,
 
 import torch
 
-from llama import checkpoint, memory, parallel
+from llama import checkpoint, memory, parallel, remote
 from llama.chat import TemplateFormat, chat_format
 from llama.model import Transformer
 from llama.sampling import sample, sample_top_p
@@ -100,10 +100,11 @@ class Llama:
         checkpoint has.
 
         Args:
-            ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, or with a .gguf
-                file, or the .gguf file itself.
-            tokenizer_path: Llama 3's tokenizer.model or a .gguf file; by default what is found
-                with the checkpoint.
+            ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, with Hugging
+                Face's config.json and *.safetensors, or with a .gguf file, or the .gguf file. It
+                may be remote (https://, gs://, az://): then it is fetched once, into a cache.
+            tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or
+                not; by default what is found with the checkpoint.
             max_seq_len: tokens of prompt and answer together.
             max_batch_size: prompts in one call.
             model_parallel_size: ranks that share one copy of the model; all of them by default.
@@ -123,7 +124,7 @@ class Llama:
         start = time.monotonic()
         torch_device = parallel.initialize(model_parallel_size, device)
         torch_dtype = pick_dtype(dtype, torch_device)
-        source = checkpoint.open(ckpt_dir)
+        source = checkpoint.open(remote.local_path(ckpt_dir))
         args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         parallel.check_world(parallel.world_size(), args.n_heads)
         _say(memory.preflight(args, parallel.world_size(), torch_dtype, torch_device))
@@ -133,7 +134,7 @@ class Llama:
             raise FileNotFoundError(
                 f"no tokenizer.model in {ckpt_dir}: copy it there or pass tokenizer_path"
             )
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = Tokenizer(remote.local_path(tokenizer_path))
         if tokenizer.n_words > args.vocab_size:
             raise ValueError(
                 f"{tokenizer_path} has {tokenizer.n_words} tokens and the model in {ckpt_dir} "
@@ -380,7 +381,7 @@ class Llama:
         self, logits: torch.Tensor, temperature: float, top_p: float, rows: List[int]
     ) -> torch.Tensor:
         """The next token of each row: (B, vocab_size) -> (B,), drawn by rank 0 for all."""
-        finite = logits.isfinite().all(-1)
+        finite = logits.sum(-1).isfinite()
         if not finite.all():  # the same on every rank, so that none waits for another
             bad = [rows[i] for i in (~finite).nonzero()[:, 0].tolist()]
             raise ValueError(

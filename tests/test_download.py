@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
-TOOLS = ["bash", "cat", "cp", "dirname", "ln", "mkdir", "mktemp", "mv", "rm"]
+TOOLS = ["bash", "cat", "cp", "dirname", "ln", "mkdir", "mktemp", "mv", "rm", "wc"]
 SIGNATURE = "s3cr3t-Sig~nature_"
 QUERY = f"Policy=eyJ~a_&Signature={SIGNATURE}&Key-Pair-Id=K1&Download-Request-ID=7"
 BIG = bytes(range(256)) * 1200  # 300 KiB
@@ -278,7 +278,6 @@ def recorded(bare):
     """Stand-ins for curl and Python, for tests of what is asked for; nothing verifies."""
     bare.log = bare.root / "urls"
     bare.log.write_text("")
-    wc = shutil.which("wc")
     bare.add_program(
         "curl",
         f"""
@@ -289,7 +288,7 @@ done
 read -r line; echo "$line" >>"{bare.log}"
 if [ "$out" ]; then echo x >"$out"; printf 200; else echo x; fi""",
     )
-    bare.add_program("python", f'case $3 in md5|sha*) echo 0 ;; *) {wc} -c <"$3" || echo 0 ;; esac')
+    bare.add_program("python", "echo 0")
     bare.env["PYTHON"] = str(bare.bin / "python")
     bare.asked = lambda: [
         line.removeprefix('url = "').partition("?")[0].partition("//")[2].partition("/")[2]
@@ -1048,7 +1047,7 @@ def test_hf_single_file(hub):
     assert contents(hub.sandbox.dest) == {"q/model.Q4_K_M.gguf": b"GGUF"}
 
 
-@pytest.mark.parametrize("error", [(401, "GatedRepo"), (401, "None"), (403, "None")])
+@pytest.mark.parametrize("error", [(401, "GatedRepo"), (403, "None")])
 def test_hf_without_access(hub, error):
     hub.files, hub.error = LLAMA, error
     del hub.sandbox.env["HF_TOKEN"]

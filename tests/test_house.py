@@ -24,8 +24,11 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"checkpoint", "chat", "memory", "model", "parallel", "sampling", "tokenizer"},
-    "cli": {"checkpoint", "generation", "memory"},
+    "generation": {
+        "checkpoint", "chat", "memory", "model", "parallel", "remote", "sampling", "tokenizer",
+    },  # fmt: skip
+    "cli": {"checkpoint", "generation", "memory", "remote"},
+    "remote": set(),
     "__init__": {"cache", "generation", "model", "tokenizer"},
 }
 

@@ -7,8 +7,9 @@ its place, so loading never holds more than the model and a part of one tensor.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
-from typing import Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 from torch import nn
@@ -101,6 +102,34 @@ def find_tokenizer(directory: Path) -> Optional[Path]:
     """The tokenizer that lies beside weights: tokenizer.json, which says most, or Meta's."""
     places = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
     return next((path for path in places if path.exists()), None)
+
+
+def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> ModelArgs:
+    """The shape that a file describes, by the fields of ModelArgs, whose values may be anything.
+
+    Raises:
+        ValueError: a value of another type, one out of range, or more layers than tensors.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelArgs)}
+    for name, value in fields.items():
+        default = defaults[name]
+        if value is None and default is None:
+            continue
+        kind: type = int if default is None else type(default)
+        kind = float if name == "ffn_dim_multiplier" else kind
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is not bool and not 0 < value < 1 << 31):
+            what = "true or false" if kind is bool else f"a positive {kind.__name__}"
+            raise ValueError(f"{path}: {name}={str(value)[:80]} isn't {what}")
+    try:
+        args = ModelArgs(**fields)
+        if args.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs of dimensions, and head_dim={args.head_dim} is odd")
+        if args.n_layers > n_tensors:  # else naming what is missing could take forever
+            raise ValueError(f"{args.n_layers} layers can't be made of {n_tensors} tensors")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return args
 
 
 def weight_shapes(args: ModelArgs) -> Dict[str, Shape]:
@@ -223,6 +252,8 @@ def load(
 ) -> Transformer:
     """Fill a model (built on the meta device) with this rank's part of the weights, strictly.
 
+    Warns of weights that are NaN or infinite, of which no answer can come.
+
     Raises:
         ValueError: weights that are missing, too many or of a wrong shape.
     """
@@ -234,6 +265,9 @@ def load(
         module, old = model.get_submodule(owner), model.get_parameter(name)
         if weight.shape != old.shape:
             raise AssertionError(f"{name}: the plan says {weight.shape}, the model {old.shape}")
+        # A sum is NaN or infinite if any value is, and costs a fraction of looking at each.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinity", stacklevel=2)
         setattr(module, attribute, nn.Parameter(weight, requires_grad=old.requires_grad))
     if checkpoint.args.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from llama import vocabulary_files
-from llama.checkpoint import Checkpoint, Shape, weight_shapes
+from llama.checkpoint import Checkpoint, Shape, checked_args, weight_shapes
 from llama.checkpoint.dequantize import dequantize
 from llama.checkpoint.mapped import map_bytes, read_slice
 from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
@@ -61,7 +61,8 @@ def meta_name(name: str) -> str:
     """Meta's name of a GGUF tensor; one that Llama doesn't have stays as it is."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
     if match is None or match[2] not in TO_META:
-        return name
+        stem = re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
+        return f"{name} (Meta's name)" if stem in FROM_META else name
     return (f"layers.{match[1]}." if match[1] else "") + TO_META[match[2]] + ".weight"
 
 
@@ -87,7 +88,7 @@ class GGUFCheckpoint:
         architecture = require("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{self.path} is of the architecture {architecture!r}, not 'llama'")
-        if metadata.get("split.count", 1) > 1:
+        if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
         if metadata.get("llama.expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
@@ -97,53 +98,55 @@ class GGUFCheckpoint:
         for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
             if name not in self._tensors:
                 raise ValueError(f"{self.path} lacks {name}")
-        dim, n_heads = require("llama.embedding_length"), require("llama.attention.head_count")
-        head_dim = metadata.get("llama.attention.key_length", dim // n_heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if metadata.get(key, head_dim) != head_dim:
-                raise ValueError(
-                    f"{self.path}: {key}={metadata[key]}, but heads are {head_dim} wide"
-                )
-        args: Dict[str, Any] = dict(
-            dim=dim,
-            n_layers=require("llama.block_count"),
-            n_heads=n_heads,
-            n_kv_heads=metadata.get("llama.attention.head_count_kv", n_heads),
-            head_dim=head_dim,
-            hidden_dim=require("llama.feed_forward_length"),
-            vocab_size=self._tensors["tok_embeddings.weight"].shape[0],
+
+        def decimal(value: Any) -> Any:
             # stored as fp32; the shortest decimal that means the same is what was once typed
-            norm_eps=float(str(np.float32(require("llama.attention.layer_norm_rms_epsilon")))),
-            rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-            rope_linear_factor=metadata.get("llama.rope.scaling.factor", 1.0)
-            if scaling == "linear"
-            else 1.0,
+            return float(str(np.float32(value))) if isinstance(value, float) else value
+
+        linear = metadata.get("llama.rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
+        fields = dict(
+            dim=require("llama.embedding_length"),
+            n_layers=require("llama.block_count"),
+            n_heads=require("llama.attention.head_count"),
+            n_kv_heads=metadata.get("llama.attention.head_count_kv"),
+            head_dim=metadata.get("llama.attention.key_length"),
+            hidden_dim=require("llama.feed_forward_length"),
+            vocab_size=(self._tensors["tok_embeddings.weight"].shape or (0,))[0],
+            norm_eps=decimal(require("llama.attention.layer_norm_rms_epsilon")),
+            rope_theta=decimal(metadata.get("llama.rope.freq_base", 10000.0)),
+            rope_linear_factor=decimal(linear),
             tied_embeddings="output.weight" not in self._tensors,
         )
-        if ROPE_FACTORS in self._tensors:
-            args.update(self._scaled_rope(args))
-        return ModelArgs(**args)
+        args = checked_args(self.path, fields, len(self._tensors))
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if metadata.get(key, args.head_dim) != args.head_dim:
+                raise ValueError(
+                    f"{self.path}: {key}={metadata[key]}, but heads are {args.head_dim} wide"
+                )
+        return self._scaled_rope(args) if ROPE_FACTORS in self._tensors else args
 
-    def _scaled_rope(self, args: Dict[str, Any]) -> Dict[str, Any]:
+    def _scaled_rope(self, args: ModelArgs) -> ModelArgs:
         """The values behind the stored factors: the largest is the factor; checked against all."""
-        stored = self.read(ROPE_FACTORS, 0, 0, args["head_dim"] // 2)
-        found: Dict[str, Any] = dict(use_scaled_rope=True, rope_scaling_factor=float(stored.max()))
-        plain = rope_frequencies(ModelArgs(**args))
-        scaled = rope_frequencies(ModelArgs(**args, **found))
-        if not torch.allclose(plain / stored, scaled, rtol=1e-4):
+        if self._tensors[ROPE_FACTORS].shape != (args.head_dim // 2,):
+            raise ValueError(f"{self.path}: {ROPE_FACTORS} isn't a factor per pair of dimensions")
+        stored = self.read(ROPE_FACTORS, 0, 0, args.head_dim // 2)
+        scaled = dataclasses.replace(
+            args, use_scaled_rope=True, rope_scaling_factor=float(stored.max())
+        )
+        if not torch.allclose(rope_frequencies(args) / stored, rope_frequencies(scaled), rtol=1e-4):
             raise ValueError(
                 f"{self.path}: {ROPE_FACTORS} isn't Llama 3.1's scaling of RoPE for a context "
                 f"of {ModelArgs.rope_original_max_seq_len}"
             )
-        return found
+        return scaled
 
     def shapes(self) -> Dict[str, Shape]:
         return {name: info.shape for name, info in self._tensors.items()}
 
     def stored_as(self, name: str) -> str:
-        return gguf.GGMLQuantizationType(self._tensors[name].type).name
+        return self._kind(name).name
 
-    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+    def _kind(self, name: str) -> gguf.GGMLQuantizationType:
         info = self._tensors[name]
         try:
             kind = gguf.GGMLQuantizationType(info.type)
@@ -151,6 +154,12 @@ class GGUFCheckpoint:
             raise ValueError(
                 f"{self.path}: {name} has the unknown quantization type {info.type}"
             ) from None
+        if info.shape and info.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            raise ValueError(f"{self.path}: {name} of shape {info.shape} can't be {kind.name}")
+        return kind
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        info, kind = self._tensors[name], self._kind(name)
         if kind in _PLAIN:
             return read_slice(self.path, info.offset, info.shape, _PLAIN[kind], axis, start, stop)
         # Quantized in blocks along the last axis: whole rows, then the columns asked for.

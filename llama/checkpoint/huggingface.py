@@ -16,6 +16,7 @@ from llama.checkpoint import (
     Checkpoint,
     Shape,
     Stored,
+    checked_args,
     dtype_name,
     find_tokenizer,
     weight_shapes,
@@ -40,7 +41,7 @@ ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "max_position_embeddings", "model_type",
+    "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
@@ -48,6 +49,7 @@ IGNORED = {
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
+    "model_type": ("llama", "mistral"),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -62,6 +64,10 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "layer_types": (None,),
     "num_local_experts": (None, 0),
 }
+
+
+# What transformers takes where the config of a Mistral doesn't say.
+MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
 def read_json(path: Path) -> Dict[str, Any]:
@@ -95,21 +101,22 @@ def read_config(path: Path) -> Dict[str, Any]:
     """
     config = read_json(path)
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if not set(architectures) <= ARCHITECTURES:
+    if not isinstance(architectures, list) or not ARCHITECTURES.issuperset(map(str, architectures)):
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(sorted(ARCHITECTURES))}"
         )
+    if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
+        config = MISTRAL | config
 
     def take(key: str, kind: type, default: Any = None) -> Any:
-        value: Any = config.pop(key, default)
+        value: Any = config.pop(key, None)
+        value = default if value is None else value
         if value is None:
             raise ValueError(f"{path} lacks {key}")
-        if kind is float and type(value) is int:
-            value = float(value)
-        positive = kind is bool or (isinstance(value, (int, float)) and value > 0)
-        if type(value) is not kind or not positive:
+        positive = kind is bool or (isinstance(value, (int, float)) and 0 < value < 1 << 31)
+        if not positive or not (type(value) is kind or (type(value) is int and kind is float)):
             raise ValueError(f"{path}: {key}={value!r} isn't a positive {kind.__name__}")
-        return value
+        return kind(value)
 
     n_heads = take("num_attention_heads", int)
     args: Dict[str, Any] = dict(
@@ -125,14 +132,16 @@ def read_config(path: Path) -> Dict[str, Any]:
     if config.get("head_dim") is not None:
         args["head_dim"] = take("head_dim", int)
     config.pop("head_dim", None)
-    rope = dict(config.pop("rope_parameters", None) or config.pop("rope_scaling", None) or {})
-    config.pop("rope_scaling", None)
-    theta = config.pop("rope_theta", None) or 10000.0
-    args |= _read_rope(path, {"rope_theta": theta} | rope)
+    new, old = (config.pop(key, None) or {} for key in ("rope_parameters", "rope_scaling"))
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise ValueError(f"{path}: rope_parameters={new!r}, rope_scaling={old!r}: not settings")
+    if new and any(new.get(key, value) != value for key, value in old.items()):
+        raise ValueError(f"{path}: rope_parameters={new} contradicts rope_scaling={old}")
+    theta = config.pop("rope_theta", None)
+    args |= _read_rope(path, {"rope_theta": 10000.0 if theta is None else theta} | old | new)
 
     for key, allowed in REQUIRED.items():
-        if key in config and config.pop(key) not in allowed:
-            value = read_json(path)[key]
+        if key in config and (value := config.pop(key)) not in allowed:
             raise ValueError(f"{path}: {key}={value!r}, which this model doesn't compute")
     unknown = sorted(config.keys() - IGNORED)
     if unknown:
@@ -162,9 +171,10 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
     for theirs, ours in names.items():
         value = rope.pop(theirs, None)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if type(value) not in (int, float) or not 0 < value < 1 << 31:
             raise ValueError(f"{path}: RoPE of the type {kind!r} with {theirs}={value!r}")
-        args[ours] = value if ours == "rope_original_max_seq_len" else float(value)
+        whole = ours == "rope_original_max_seq_len" and value == int(value)
+        args[ours] = int(value) if whole else float(value)
     rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
     if rope:
         raise ValueError(f"{path}: RoPE has unknown settings: {', '.join(sorted(rope))}")
@@ -183,7 +193,7 @@ class HFCheckpoint:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.args = ModelArgs(**read_config(self.path / "config.json"))
+        fields = read_config(self.path / "config.json")
         self._placed: Dict[str, _Placed] = {}
         for file in self._files():
             index = index_safetensors if file.suffix == ".safetensors" else index_pth
@@ -195,6 +205,7 @@ class HFCheckpoint:
                     other = self._placed[name].file.name
                     raise ValueError(f"{name} is both in {other} and in {file}")
                 self._placed[name] = _Placed(file, stored)
+        self.args = checked_args(self.path / "config.json", fields, len(self._placed))
         if self.args.tied_embeddings:
             self._placed.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
@@ -209,16 +220,17 @@ class HFCheckpoint:
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise ValueError(f"{index} has no weight_map")
                 names = sorted({str(name) for name in weight_map.values()})
+                here = {file.name for file in self.path.iterdir()}
                 for name in names:
                     if Path(name).name != name or not name.endswith("." + suffix):
                         raise ValueError(
                             f"{index} points to {name!r}: not a .{suffix} file in its directory"
                         )
-                    if not (self.path / name).is_file():
+                    if name not in here:
                         raise ValueError(f"{index} names {name}, which is missing; fetch it")
                 self._check_extra(suffix, names, index)
                 return [self.path / name for name in names]
-            if single.exists():
+            if single.is_file():
                 return [single]
         raise ValueError(f"{self.path} has no model.safetensors, pytorch_model.bin or their index")
 

@@ -15,9 +15,11 @@ import torch
 
 from llama import parallel, vocabulary_files
 from llama.checkpoint import (
+    DTYPES,
     Checkpoint,
     Shape,
     Stored,
+    checked_args,
     dtype_name,
     find_tokenizer,
     local_shape,
@@ -52,8 +54,8 @@ def read_params(path: Path) -> dict:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
     try:
-        params = json.loads(path.read_text())
-    except ValueError as error:
+        params = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't JSON: {error}") from None
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds a {type(params).__name__}, not settings by name")
@@ -88,8 +90,12 @@ def index_pth(path: Path) -> Dict[str, Stored]:
     for name, tensor in tensors.items():
         if name in IGNORED_WEIGHTS:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{path}: {name} has the dtype {tensor.dtype}: not a float; unsupported"
+            )
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not tensor.is_contiguous():
             raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
@@ -115,8 +121,8 @@ class MetaCheckpoint:
         params = read_params(self.path / "params.json")
         params.setdefault("tied_embeddings", "output.weight" not in self._shards[0])
         if params.get("vocab_size", -1) == -1:
-            params["vocab_size"] = self._count_words(params["dim"])
-        self.args = ModelArgs(**params)
+            params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
+        self.args = checked_args(self.path / "params.json", params, len(self._shards[0]))
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
@@ -125,8 +131,10 @@ class MetaCheckpoint:
 
     def _count_words(self, dim: int) -> int:
         """Llama 1 leaves the vocabulary's size to the tokenizer; the embedding knows it too."""
-        rows, columns = self._first("tok_embeddings.weight").shape
-        return rows * len(self._files) if columns == dim else rows
+        shape = self._first("tok_embeddings.weight").shape
+        if len(shape) != 2:
+            raise ValueError(f"{self._files[0]}: tok_embeddings.weight has the shape {shape}")
+        return shape[0] * len(self._files) if shape[1] == dim else shape[0]
 
     def _first(self, name: str) -> Stored:
         if name not in self._shards[0]:
@@ -160,6 +168,8 @@ class MetaCheckpoint:
         n = len(self._files)
         if shape == whole:
             return 0, [(0, whole[0])] * n  # whole in each shard
+        if len(shape) != len(whole):
+            return None
         for axis in range(len(whole)):
             others_equal = shape[:axis] + shape[axis + 1 :] == whole[:axis] + whole[axis + 1 :]
             if others_equal and shape[axis] * n == whole[axis]:

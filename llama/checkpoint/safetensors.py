@@ -33,6 +33,8 @@ TO_META = {
 }
 FROM_META = {ours: theirs for theirs, ours in TO_META.items()}
 
+MAX_HEADER = 100_000_000  # the format's own bound: weights must not be taken for text
+
 
 def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of q or k, whole heads of them, from transformers' order to Meta's.
@@ -53,7 +55,8 @@ def meta_name(name: str) -> str:
     """Meta's name of a weight; one that Llama doesn't have stays as it is."""
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
     if match is None or match[2] not in TO_META:
-        return name
+        stem = re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
+        return f"{name} (Meta's name)" if stem in FROM_META else name
     return (f"layers.{match[1]}." if match[1] else "") + TO_META[match[2]] + ".weight"
 
 
@@ -76,7 +79,7 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
+        if length > min(size - 8, MAX_HEADER):
             raise ValueError(
                 f"{path} is cut off or no .safetensors file: it has {size} bytes "
                 f"and its header says {length}; fetch it again"
@@ -104,7 +107,8 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
                 if type(dimension) is not int or dimension < 0:
                     raise ValueError(f"{name} has the shape {shape}")
                 count *= dimension
-            if begin != ends[-1] or end - begin != count * dtype.itemsize:
+            whole = type(begin) is int and type(end) is int
+            if not whole or begin != ends[-1] or end - begin != count * dtype.itemsize:
                 raise ValueError(
                     f"{name} of shape {shape} and dtype {info['dtype']} can't lie in "
                     f"bytes {begin} to {end}"
