@@ -1,21 +1,31 @@
-"""Ours against transformers, on the same weights, in one run.
+"""This code and `transformers`, side by side: the same weights, the same tokens, one machine.
 
-    python -m benchmarks.peers [--rounds 5] [--dtypes bf16,fp32] [--quick]
+    make bench
+    python -m benchmarks.peers --dtype fp32 --rounds 9
+    python -m benchmarks.peers --quick
 
 What is measured:
-  decode    one prompt of 32 tokens, 64 new ones. Each new token reads all weights once, so this
-            is bound by memory bandwidth and by the overhead of small operations.
-  ragged    16 prompts of 8 to 128 tokens, 32 new ones each. transformers pads on the left and
-            keeps every row to the end.
-  prefill   512 tokens, one new one: bound by arithmetic.
-  load      from the GGUF file to weights in memory, in a process of its own, imports apart.
-  memory    peak resident memory of such a process, torch and imports included, also for a
-            generated Meta checkpoint of 2 GB in bf16.
 
-Both sides take turns (A B A B ...) in one process with the same number of threads, and medians are
-compared: machines are shared and change their speed, so only ratios within one run mean anything.
-Both must give the same greedy tokens in fp32, and the table says how many rows do. The last line of
-stdout is JSON.
+    decode    One prompt of 32 tokens, 64 greedy tokens. Each step reads every weight to make one
+              token, so it is bound by memory bandwidth, and by what a step costs beside that.
+    ragged    16 prompts of unlike lengths at once, 32 greedy tokens each. First comes prefill, all
+              prompt tokens in one go, bound by arithmetic (`prefill` times it alone, with the first
+              token of each row); then decode with 16 rows. `transformers` gets the batch as it
+              wants it: padded on the left, with an attention mask.
+    load      From a .gguf file, and from Meta's .pth files for a model of 2 GB, each in a process
+              of its own (benchmarks/loading.py), with the highest resident memory. The files have
+              been read before, so it isn't the disk that is measured.
+
+Both sides make the same number of tokens (no stop tokens), and `equal rows` says how many rows are
+the same, token by token, in fp32: work is compared with equal work. In bf16 rounding decides
+between near-equal tokens, so rows may part.
+
+Only the ratios mean something, and only within one run: processors differ, and one processor
+differs from hour to hour with heat and neighbours. So both sides take turns, A B A B, and the
+medians of the rounds are compared. A machine with other work to do measures that work (the load
+average is printed): two programs that wait for each other's threads slow down far more than twice.
+
+The table goes to stdout; the last line is JSON with every figure.
 """
 
 import json
@@ -23,209 +33,196 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import fire
 import torch
 
-from llama import Llama, ModelArgs
-from llama.checkpoint import InMemory, meta, weight_shapes
+from benchmarks import loading
+from llama import Llama, checkpoint
 from llama.generation import pick_dtype
 
-CHECKPOINT = "checkpoints/SmolLM2-135M-Instruct"
-LIMIT = 1.3, 300e6  # peak memory while loading: times the weights, plus
-
-LOADER = """
-import json, sys, time, torch
-side, path, dtype = sys.argv[1:]
-def memory(key):
-    line = next(line for line in open("/proc/self/status") if key in line)
-    return int(line.split()[1]) * 1024
-if side == "llama":
-    from llama import checkpoint, parallel, Transformer
-    from llama.generation import pick_dtype
-    parallel.initialize(device="cpu")
-    base, start = memory("VmRSS"), time.perf_counter()
-    source = checkpoint.open(path)
-    model = Transformer(source.args, device="meta")
-    checkpoint.load(source, model, dtype=pick_dtype(dtype, torch.device("cpu")))
-else:
-    from pathlib import Path
-    from transformers import AutoModelForCausalLM
-    base, start = memory("VmRSS"), time.perf_counter()
-    path = Path(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
-seconds = time.perf_counter() - start
-weights = sum(p.nbytes for p in model.parameters())
-print(json.dumps(dict(seconds=seconds, base=base, peak=memory("VmHWM"), weights=weights)))
-"""
+Tokens = List[List[int]]
+Generate = Callable[[Tokens, int], Tokens]  # prompts, new tokens of each -> new tokens
 
 
-def load_in_fresh_process(side: str, path: Path, dtype: str = "fp32") -> Dict[str, float]:
-    command = [sys.executable, "-c", LOADER, side, str(path), dtype]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def ours(path: Path, dtype: str, rows: int) -> Generate:
+    llama = Llama.build(path, max_seq_len=256, max_batch_size=rows, device="cpu", dtype=dtype)
+
+    def generate(prompts: Tokens, n: int) -> Tokens:
+        return llama.generate(prompts, n, temperature=0, stop_tokens=set())[0]
+
+    return generate
+
+
+def peer(model: Any, dtype: torch.dtype) -> Generate:
+    model = model.to(dtype)
+    model.generation_config.eos_token_id = None  # nothing ends a row early
+
+    @torch.inference_mode()
+    def generate(prompts: Tokens, n: int) -> Tokens:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        mask = (torch.arange(width) >= width - lengths[:, None]).long()
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=n,
+            max_new_tokens=n,
+            pad_token_id=0,
+        )
+        return out[:, width:].tolist()
+
+    return generate
 
 
 def alternate(sides: Dict[str, Callable[[], Any]], rounds: int) -> Dict[str, float]:
-    """Median seconds of each side, taking turns, after one turn that isn't counted."""
-    times: Dict[str, List[float]] = {name: [] for name in sides}
-    for counted in [False] + [True] * rounds:
+    """Median seconds of each side, taking turns, after one turn each that isn't counted."""
+    seconds: Dict[str, List[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            if counted:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peer_generate(model: Any, prompts: List[List[int]], n: int) -> List[List[int]]:
-    """transformers' greedy generate with left padding, exactly n new tokens."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        do_sample=False,
-        min_new_tokens=n,
-        max_new_tokens=n,
-        pad_token_id=0,
-    )
-    return out[:, width:].tolist()
+def compare_generation(
+    path: Path, vocab_size: int, dtype: str, rounds: int
+) -> Dict[str, Dict[str, Any]]:
+    from transformers import LlamaForCausalLM
 
+    rng = random.Random(0)
 
-def speed(path: Path, dtypes: List[str], rounds: int) -> List[Dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+    def prompt(length: int) -> List[int]:
+        return [rng.randrange(vocab_size) for _ in range(length)]
 
-    pick = random.Random(0)
-    text = [pick.randrange(1000, 40000) for _ in range(16 * 128)]
-    ragged = [text[128 * i : 128 * i + pick.randint(8, 128)] for i in range(16)]
-    work = {
-        "decode": ([text[:32]], 64),
-        "ragged": (ragged, 32),
-        "prefill": ([text[:512]], 1),
-    }
-    theirs: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype="float32"
-    )
-    results = []
-    for dtype in dtypes:
-        theirs = theirs.to(pick_dtype(dtype, torch.device("cpu"))).eval()
-        ours = Llama.build(path, max_seq_len=640, max_batch_size=16, device="cpu", dtype=dtype)
-        for name, (prompts, n) in work.items():
+    ragged = [prompt(rng.randint(8, 128)) for _ in range(16)]
+    cases = {"decode": ([prompt(32)], 64), "prefill": (ragged, 1), "ragged": (ragged, 32)}
 
-            def run_ours(prompts=prompts, n=n, ours=ours):
-                return ours.generate(prompts, n, temperature=0, stop_tokens=set())[0]
-
-            def run_theirs(prompts=prompts, n=n, theirs=theirs):
-                return peer_generate(theirs, prompts, n)
-
-            same = sum(a == b for a, b in zip(run_ours(), run_theirs(), strict=True))
-            seconds = alternate({"llama": run_ours, "transformers": run_theirs}, rounds)
-            count = len(prompts[0]) if name == "prefill" else n * len(prompts)
-            results.append(
-                {
-                    "what": name,
-                    "dtype": dtype,
-                    "batch": len(prompts),
-                    "llama_tok_s": count / seconds["llama"],
-                    "transformers_tok_s": count / seconds["transformers"],
-                    "ratio": seconds["transformers"] / seconds["llama"],
-                    "rows_with_equal_tokens": f"{same} of {len(prompts)}",
-                }
-            )
-    return results
-
-
-def loading(path: Path, rounds: int, with_2gb: bool) -> Dict[str, Any]:
-    ours = [load_in_fresh_process("llama", path) for _ in range(rounds)]
-    theirs = load_in_fresh_process("transformers", path)
-    seconds = statistics.median(run["seconds"] for run in ours)
-    result: Dict[str, Any] = {
-        "gguf_seconds": seconds,
-        "transformers_seconds": theirs["seconds"],
-        "ratio": theirs["seconds"] / seconds,
-        "memory": {"gguf fp32": ours[0], "transformers gguf fp32": theirs},
-    }
-    if with_2gb:
-        args = ModelArgs(
-            dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=32000
+    model = LlamaForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    a, b = ours(path, "fp32", 16), peer(model, torch.float32)
+    figures: Dict[str, Dict[str, Any]] = {}
+    for name, (prompts, n) in cases.items():
+        mine, theirs = a(prompts, n), b(prompts, n)
+        if any(len(row) != n for row in mine + theirs):
+            raise AssertionError(f"{name}: a side made fewer than {n} tokens")
+        figures[name] = {
+            "prompt_lengths": sorted(map(len, prompts)),
+            "new_tokens": n,
+            "equal_rows_fp32": sum(x == y for x, y in zip(mine, theirs, strict=True)),
+        }
+    if dtype != "fp32":
+        a, b = ours(path, dtype, 16), peer(model, pick_dtype(dtype, torch.device("cpu")))
+    for name, (prompts, n) in cases.items():
+        sides: Dict[str, Callable[[], Any]] = {
+            "llama": lambda p=prompts, n=n: a(p, n),  # type: ignore[misc]
+            "transformers": lambda p=prompts, n=n: b(p, n),  # type: ignore[misc]
+        }
+        seconds = alternate(sides, rounds)
+        for side, value in seconds.items():
+            figures[name][f"{side}_tok_s"] = len(prompts) * n / value
+        figures[name]["ratio"] = seconds["transformers"] / seconds["llama"]
+        figures[name]["load_average"] = os.getloadavg()[0]
+        row = figures[name]
+        lengths = row["prompt_lengths"]
+        print(
+            f"{name:<10}{len(prompts):>3} x {lengths[0]:>3}..{lengths[-1]:<3} +{n:<3}"
+            f"{row['llama_tok_s']:>10.1f}{row['transformers_tok_s']:>14.1f}{row['ratio']:>8.2f}"
+            f"{row['equal_rows_fp32']:>8} of {len(prompts):<2}{row['load_average']:>8.1f}",
+            flush=True,
         )
-        shapes = weight_shapes(args)
-        weights = {n: torch.full(shape, 0.01, dtype=torch.bfloat16) for n, shape in shapes.items()}
-        for shards in (1, 2):
-            with tempfile.TemporaryDirectory(prefix="llama-bench-") as folder:
-                written = meta.write(InMemory(args, weights), Path(folder) / "ckpt", shards)
-                run = load_in_fresh_process("llama", written, "bf16")
-            run["mb_s"] = run["weights"] / run["seconds"] / 1e6
-            result["memory"][f"meta bf16, {shards} shard(s)"] = run
-    return result
+    return figures
+
+
+def compare_loading(path: Path, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
+    figures: Dict[str, Dict[str, float]] = {}
+
+    def report(name: str, kind: str, path: Path, dtype: str, rounds: int) -> None:
+        runs = [loading.measure(kind, path, dtype) for _ in range(rounds)]
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        row["mb_s"] = row["weights_mb"] / row["load_s"]
+        row["allowed_mb"] = 1.3 * row["weights_mb"] + 300
+        figures[name] = row
+        print(
+            f"{name:<22}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
+            f"{row['weights_mb']:>9.0f}{row['rss_before_mb']:>9.0f}{row['rss_peak_mb']:>9.0f}"
+            f"{row['allowed_mb']:>9.0f}",
+            flush=True,
+        )
+
+    report("gguf: open + load", "load", path, "fp32", rounds)
+    report("gguf: Llama.build", "build", path, "fp32", rounds)
+    report("gguf: transformers", "transformers", path, "fp32", 1)
+    figures["gguf: Llama.build"]["ratio"] = (
+        figures["gguf: transformers"]["load_s"] / figures["gguf: Llama.build"]["load_s"]
+    )
+    if not quick:
+        with tempfile.TemporaryDirectory() as directory:
+            loading.measure("write", Path(directory), "bf16")
+            for mp in (1, 2):
+                report(f"meta: {mp} shard(s)", "load", Path(directory) / f"mp{mp}", "bf16", rounds)
+    return figures
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(
-    ckpt: str = CHECKPOINT, rounds: int = 5, dtypes: str = "bf16,fp32", quick: bool = False
-) -> None:
-    """Measure decoding, a ragged batch, prefill, loading and memory against transformers.
+    ckpt: str = "checkpoints/SmolLM2-135M-Instruct",
+    rounds: int = 5,
+    dtype: Optional[str] = None,
+    quick: bool = False,
+):
+    """Measure and print a table, then one line of JSON.
 
     Args:
-        ckpt: a directory with one .gguf file.
-        rounds: turns of each side; medians are reported.
-        dtypes: separated by commas.
-        quick: one round, and no 2 GB checkpoint.
+        ckpt: a .gguf file or a directory with one, which both sides can read.
+        rounds: counted turns of each side.
+        dtype: bf16 or fp32; by default what Llama.build would pick on this processor.
+        quick: 2 rounds and no model of 2 GB.
     """
-    import transformers
-
-    [path] = Path(ckpt).glob("*.gguf")
-    rounds = 1 if quick else rounds
-    names = dtypes if isinstance(dtypes, (tuple, list)) else dtypes.split(",")
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if "model name" in line), cpu)
-    machine = {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
+    source = checkpoint.open(ckpt)
+    if source.path.suffix != ".gguf":
+        raise ValueError(f"{ckpt}: transformers reads .gguf files, not Meta's")
+    picked = pick_dtype(dtype, torch.device("cpu"))
+    name = "fp32" if picked == torch.float32 else "bf16"
+    rounds = min(rounds, 2) if quick else rounds
+    about = {
+        "processor": processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": path.name,
-        "rounds": rounds,
         "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "checkpoint": source.path.name,
+        "dtype": name,
+        "rounds": rounds,
     }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    load = loading(path, rounds, with_2gb=not quick)
-    print(
-        f"GGUF load: {load['gguf_seconds']:.2f} s, "
-        f"transformers {load['transformers_seconds']:.2f} s "
-        f"({load['ratio']:.1f}x)"
-    )
-    for name, run in load["memory"].items():
-        allowed = LIMIT[0] * run["weights"] + LIMIT[1]
-        rate = f", {run['mb_s']:.0f} MB/s" if "mb_s" in run else ""
-        print(
-            f"peak memory, {name}: {run['peak'] / 1e6:.0f} MB for {run['weights'] / 1e6:.0f} MB of "
-            f"weights (1.3 x weights + 300 MB: {allowed / 1e6:.0f}){rate}"
-        )
-    results = speed(path, list(names), rounds)
-    print(
-        f"{'':8} {'dtype':6} {'batch':>5} {'llama':>9} {'transformers':>13}   ratio  equal tokens"
-    )
-    for row in results:
-        print(
-            f"{row['what']:8} {row['dtype']:6} {row['batch']:5} {row['llama_tok_s']:9.1f} "
-            f"{row['transformers_tok_s']:13.1f} {row['ratio']:7.2f}  "
-            f"{row['rows_with_equal_tokens']}"
-        )
-    print(json.dumps({"machine": machine, "loading": load, "speed": results}))
+    print("\n".join(f"{key:<14}{value}" for key, value in about.items()))
+
+    columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
+    print(f"\nload                  {columns}")
+    load = compare_loading(source.path, min(rounds, 3), quick)
+    print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
+
+    print("\ntokens/s  prompts + new        llama  transformers   ratio  equal rows    load")
+    generation = compare_generation(source.path, source.args.vocab_size, name, rounds)
+    print()
+    print(json.dumps({**about, "load": load, "generation": generation}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import sys
 from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import fire
 import torch
@@ -81,10 +83,41 @@ def _bytes_under(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def _check_options(command: Optional[Callable], given: List[str]) -> None:
+    """fire would first do all the work, and then complain of an option that it doesn't know."""
+    known = {"help", *signature(command).parameters} if command else set()
+    for option in given if command else []:
+        name = option[2:].partition("=")[0].replace("-", "_")
+        if option == "--":
+            break
+        if option.startswith("--") and not {name, name.removeprefix("no")} & known:
+            raise ValueError(f"no such option: --{name}; see llama {sys.argv[1]} --help")
+
+
+def _typed(command: Callable) -> Callable:
+    """fire makes what it likes of a value: a number of the path 2024, a text of --force=no."""
+
+    @wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        bound = signature(command).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            kind = signature(command).parameters[name].annotation
+            if kind not in (bool, int):
+                bound.arguments[name] = value if value is None else str(value)
+            elif type(value) is not kind or (kind is int and value < 1):
+                what = "a number from 1 up" if kind is int else "a switch and takes no value"
+                raise ValueError(f"--{name}={value}: it's {what}")
+        command(*bound.args, **bound.kwargs)
+
+    return checked
+
+
 def main() -> None:
     """The entry point: mistakes are a line on stderr and exit code 1, not a traceback."""
     try:
-        fire.Fire({"convert": convert, "inspect": inspect}, name="llama")
+        commands: Dict[str, Callable] = {"convert": convert, "inspect": inspect}
+        _check_options(commands.get("".join(sys.argv[1:2])), sys.argv[2:])
+        fire.Fire({name: _typed(command) for name, command in commands.items()}, name="llama")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -3,18 +3,17 @@
 import copy
 import json
 import math
+import pickle
+import random
+import struct
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    TINY,
-    random_weights,
-    run_ranks,
-    write_byte_tokenizer,
-)
+from conftest import TINY, random_weights, run_ranks, write_byte_tokenizer, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_model import SHAPES, TOLERANCE, gap, ids, to_hugging_face
 from transformers import (
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from llama import Llama, Tokenizer, Transformer, checkpoint, parallel
-from llama.checkpoint import InMemory, huggingface, mapped, weight_shapes
+from llama.checkpoint import InMemory, gguf, huggingface, mapped, weight_shapes
 from llama.checkpoint.safetensors import hf_name, interleave, meta_name, split_halves
 
 LINEAR = {"rope_linear_factor": 4.0}
@@ -96,13 +95,16 @@ def test_files_of_every_kind(tmp_path, dtype, files):
     assert (len(list(tmp_path.glob(f"*.{suffix}"))) > 1) == ("shards" in files)
     source = checkpoint.open(tmp_path)
     name = "layers.1.attention.wq.weight"
-    assert source.stored_as(name) == {4: "F32", 2: "F16" if dtype == torch.float16 else "BF16"}[
-        dtype.itemsize
-    ]
+    assert (
+        source.stored_as(name)
+        == {4: "F32", 2: "F16" if dtype == torch.float16 else "BF16"}[dtype.itemsize]
+    )
     weights = random_weights(TINY)
     for name, shape in weight_shapes(TINY).items():
         assert torch.equal(source.read(name, 0, 0, shape[0]), weights[name].to(dtype)), name
-    assert_same_logits(tmp_path, theirs)
+    assert_same_logits(
+        tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    )
 
 
 def to_bin(path: Path) -> None:
@@ -155,7 +157,7 @@ LLAMA3 = {
         {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "linear", "factor": 4}},
         {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-        {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}},
         {"rope_scaling": {"rope_type": "default"}},
     ],
     ids=json.dumps,
@@ -296,7 +298,9 @@ def test_what_is_written_is_what_transformers_loads(tmp_path, shape, max_shard_b
     huggingface.write(InMemory(args, weights), path, max_shard_bytes=max_shard_bytes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        theirs, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, attn_implementation="eager"
+        )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         tokens = ids(2, 90)
@@ -318,8 +322,8 @@ def test_what_is_written_is_what_transformers_loads(tmp_path, shape, max_shard_b
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_written_dtype(tmp_path, dtype):
     huggingface.write(InMemory(TINY, random_weights(TINY)), tmp_path / "hf", dtype)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert theirs.dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert_same_logits(tmp_path / "hf", theirs)
 
 
@@ -329,7 +333,9 @@ def test_written_tokenizer_is_what_auto_tokenizer_loads(tmp_path):
     path = huggingface.write(source, tmp_path / "hf", tokenizer=tokenizer)
     theirs, ours = AutoTokenizer.from_pretrained(path), Tokenizer(path / "tokenizer.json")
     for text in ("Hello, world!", "naïve 你好\n\n  x", "<|eot_id|>", ""):
-        assert theirs(text).input_ids == ours.encode(text, bos=True, eos=False, allowed_special="all")
+        assert theirs(text).input_ids == ours.encode(
+            text, bos=True, eos=False, allowed_special="all"
+        )
     config = AutoModelForCausalLM.from_pretrained(path).generation_config
     assert config.bos_token_id == 256 and set(config.eos_token_id) == tokenizer.stop_tokens
     llama = Llama.build(path, device="cpu", dtype="fp32")
@@ -371,3 +377,249 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path):
     stop = one.tokenizer.stop_tokens
     cut = [row[: next((i for i, t in enumerate(row) if t in stop), 99)] for row in expected]
     assert report["tokens"] == cut
+
+
+# --- what is broken ------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle ran code')",))
+
+
+def header_of(file: Path) -> dict:
+    data = file.read_bytes()
+    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+
+
+def reheader(file: Path, header, name=None, **changed) -> None:
+    """Put another header before the same data; `changed` are keys of one tensor's."""
+    data = file.read_bytes()
+    if name is not None:
+        header[name] |= changed
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    rest = data[8 + struct.unpack("<Q", data[:8])[0] :]
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + rest)
+
+
+def broken(path: Path) -> dict:
+    """Ways to break a checkpoint of several shards, and what the error must name."""
+    files = sorted(path.glob("*.safetensors")) or [path]
+    first, index, config = (
+        files[0], path / "model.safetensors.index.json", path / "config.json",
+    )  # fmt: skip
+    embed, norm = "model.embed_tokens.weight", "model.norm.weight"
+
+    def point_to(name):
+        weight_map = json.loads(index.read_text())["weight_map"]
+        edit_json(index, weight_map=weight_map | {embed: name})
+
+    def change(**tensors):
+        file = next(f for f in files if next(iter(tensors)) in load_file(f))
+        save_file(load_file(file) | tensors, file)
+
+    def drop():
+        file = next(f for f in files if norm in load_file(f))
+        save_file({k: v for k, v in load_file(file).items() if k != norm}, file)
+
+    def header(**changed):
+        reheader(first, header_of(first), embed, **changed)
+
+    def twice():
+        raw = json.dumps({embed: header_of(first)[embed]})
+        reheader(first, (raw[:-1] + "," + raw[1:]).encode())
+
+    def pickled(value, save=torch.save):
+        index.unlink()
+        for file in files:
+            file.unlink()
+        save(value, path / "pytorch_model.bin")
+
+    def bare_pickle(value, file):
+        file.write_bytes(pickle.dumps(value))
+
+    return {
+        "points outside": (lambda: point_to("../model.safetensors"), "'../model.safetensors'"),
+        "points to the root": (lambda: point_to("/etc/x.safetensors"), "/etc/x.safetensors"),
+        "points to a pickle": (lambda: point_to("x.bin"), "'x.bin'"),
+        "missing shard": (first.unlink, f"{first.name}, which is missing"),
+        "extra shard": (
+            lambda: (path / "model-00009-of-00009.safetensors").write_bytes(first.read_bytes()),
+            "doesn't know model-00009-of-00009",
+        ),
+        "no index": (index.unlink, "no model.safetensors"),
+        "index without a map": (lambda: edit_json(index, weight_map=[]), "has no weight_map"),
+        "index with a key twice": (
+            lambda: index.write_text('{"weight_map": {}, "weight_map": {}}'),
+            "'weight_map' comes twice",
+        ),
+        "in two shards": (lambda: change(**{norm: torch.ones(64), embed: torch.ones(512, 64)}),
+                          "tok_embeddings.weight is both in"),
+        "header beyond the end": (
+            lambda: first.write_bytes(struct.pack("<Q", 10**7) + first.read_bytes()[8:]),
+            "its header says 10000000",
+        ),
+        "header of 2^64 - 1": (
+            lambda: first.write_bytes(b"\xff" * 8 + first.read_bytes()[8:]),
+            "its header says 18446744073709551615",
+        ),
+        "header no JSON": (lambda: reheader(first, b"{"), "is damaged"),
+        "header no object": (lambda: reheader(first, b"[1]"), "is damaged"),
+        "header nested deeply": (lambda: reheader(first, b"[" * 100_000), "is damaged"),
+        "empty": (lambda: first.write_bytes(b""), "is cut off"),
+        "truncated": (lambda: first.write_bytes(first.read_bytes()[:-100]), "its tensors end at"),
+        "bytes too many": (
+            lambda: first.write_bytes(first.read_bytes() + b"x"), "its tensors end at",
+        ),
+        "negative offset": (lambda: header(data_offsets=[-4, 131068]), embed),
+        "overlapping offsets": (lambda: header(data_offsets=[0, 131076]), embed),
+        "offset no integer": (lambda: header(data_offsets=[0.0, 131072.0]), embed),
+        "offsets beyond the end": (lambda: header(data_offsets=[10**9, 10**9 + 131072]), embed),
+        "name twice": (twice, f"it holds {embed} twice"),
+        "integers": (lambda: header(dtype="I32"), f"{embed} has the dtype I32"),
+        "unknown dtype": (lambda: header(dtype=["F32"]), "is damaged"),
+        "shape no list": (lambda: header(shape=5), "is damaged"),
+        "negative shape": (lambda: header(shape=[-512, -64]), f"{embed} has the shape"),
+        "wrong shape": (lambda: header(shape=[64, 512]), "tok_embeddings.weight has the shape"),
+        "one dimension": (lambda: header(shape=[512 * 64]), "tok_embeddings.weight has the shape"),
+        "lacks a weight": (drop, "lacks norm.weight"),
+        "unknown weight": (
+            lambda: change(**{norm: torch.ones(64), "model.layers.0.self_attn.q_proj.bias":
+                              torch.ones(64)}),
+            "no place for: model.layers.0.self_attn.q_proj.bias",
+        ),
+        "Meta's names": (
+            lambda: change(**{norm: torch.ones(64), "layers.0.attention.wq.weight":
+                              torch.ones(64, 64)}),
+            "no place for: layers.0.attention.wq.weight (Meta's name)",
+        ),
+        "config no JSON": (lambda: config.write_text("{"), "config.json isn't usable JSON"),
+        "config no text": (lambda: config.write_bytes(b"\xff\xfe{"), "isn't usable JSON"),
+        "config no object": (lambda: config.write_text("[]"), "config.json holds a list"),
+        "config nested deeply": (lambda: config.write_text("[" * 100_000), "isn't usable JSON"),
+        "another width": (lambda: edit_json(config, hidden_size=128), "has the shape"),
+        "a layer more": (lambda: edit_json(config, num_hidden_layers=3), "lacks layers.2."),
+        "pickle runs code": (lambda: pickled(Evil(), bare_pickle), "pytorch_model.bin isn't a"),
+        "pickle runs code in a zip": (lambda: pickled({"x": Evil()}), "pytorch_model.bin isn't a"),
+        "pickled integers": (lambda: pickled({embed: torch.ones(2, 2, dtype=torch.int64)}),
+                             f"{embed} has the dtype torch.int64"),
+        "pickled numbers for names": (lambda: pickled({1: torch.ones(2)}), "1 is a Tensor"),
+        "pickled list": (lambda: pickled([1]), "pytorch_model.bin holds a list"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", broken(Path()))
+def test_broken_checkpoints_are_one_clear_error(tmp_path, way):
+    path = tmp_path / "hf"
+    huggingface.write(InMemory(TINY, random_weights(TINY)), path, max_shard_bytes=140_000)
+    damage, named = broken(path)[way]
+    damage()
+    with pytest.raises(ValueError) as caught:
+        checkpoint.check_shapes(checkpoint.open(path))
+    assert named in str(caught.value) and str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_numbers_are_warned_of(value, dtype):
+    parallel.initialize(device="cpu")
+    weights = random_weights(TINY, dtype=dtype)
+    weights["layers.1.attention.wv.weight"][3, 5] = value
+    with pytest.warns(UserWarning) as caught:
+        checkpoint.load(InMemory(TINY, weights), Transformer(TINY, device="meta"))
+    assert [str(w.message) for w in caught] == [
+        "(memory): layers.1.attention.wv.weight holds NaN or infinity"
+    ]
+
+
+def test_large_weights_are_not_warned_of():
+    """Whose sum overflows, while each is a number."""
+    parallel.initialize(device="cpu")
+    weights = {name: w.half() * 0 + 6e4 for name, w in random_weights(TINY).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.load(InMemory(TINY, weights), Transformer(TINY, device="meta"))
+
+
+# --- mutations -----------------------------------------------------------------------------------
+
+SMALL = replace(TINY, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=24, hidden_dim=32,
+                use_scaled_rope=True, rope_theta=500000.0, head_dim=8)  # fmt: skip
+EXTREMES = [0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+WORDS = [b"0", b"-1", b"1e400", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b"9" * 30, b"2.5"]
+
+
+def mutate(data: bytes, rng: random.Random, ends: int) -> bytes:
+    """One to three changes, most of them among the first `ends` bytes, some among the last."""
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        if not out:
+            break
+        near = min(ends, len(out))
+        early, late = rng.randrange(near), len(out) - 1 - rng.randrange(near)
+        at = rng.choice([early, early, late, rng.randrange(len(out))])
+        way = rng.randrange(7) if rng.random() < 0.6 else 7 + (data[:1] != b"{")
+        if way == 0:
+            out[at] ^= 1 << rng.randrange(8)
+        elif way == 1:
+            out[at] = rng.randrange(256)
+        elif way == 2:
+            del out[at:]
+        elif way == 3:
+            out[at:at] = rng.randbytes(rng.randint(1, 16))
+        elif way == 4:
+            del out[at : at + rng.randint(1, 16)]
+        elif way == 5:
+            size = rng.choice([1, 4, 8])
+            value = rng.choice(EXTREMES) % (1 << 8 * size)
+            out[at : at + size] = value.to_bytes(size, "little")
+        elif way == 6:
+            out[at:at] = out[at : at + rng.randint(1, 64)]
+        elif way == 8:  # a number that says how many or how large
+            sizes = [i for i in range(near) if out[i] in (1, 2, 8, 16, 24, 32)] or [0]
+            at, size = rng.choice(sizes), rng.choice([1, 1, 4, 8])
+            out[at : at + size] = (rng.choice(EXTREMES) % (1 << 8 * size)).to_bytes(size, "little")
+        else:  # a value of JSON
+            end = next((i for i in range(at, len(out)) if out[i] in b",}] \n"), at)
+            begin = next((i for i in range(end - 1, 0, -1) if out[i] in b":[ ,"), end)
+            out[begin + 1 : end] = rng.choice(WORDS)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["hf", "bin", "meta", "gguf"])
+def test_mutated_files_load_or_are_one_error(tmp_path, kind):
+    """Damaged bytes end as a ValueError or load as other numbers; never another way, nor slowly."""
+    source, path = InMemory(SMALL, random_weights(SMALL)), tmp_path / "ckpt"
+    if kind == "meta":
+        write_checkpoint(path, SMALL)
+        (path / "tokenizer.model").unlink()
+    elif kind == "gguf":
+        path.mkdir()
+        gguf.write(source, path / "model.gguf")
+    else:
+        huggingface.write(source, path, max_shard_bytes=2000)
+        if kind == "bin":
+            to_bin(path)
+    originals = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    load(path)
+    rng, refused, messages = random.Random(0), 0, set()
+    cases = 300 if kind == "bin" else 600
+    for case in range(cases):
+        texts = [file for file in originals if file.suffix == ".json"]
+        file = rng.choice(texts if texts and rng.random() < 0.5 else list(originals))
+        file.write_bytes(mutate(originals[file], rng, ends=2500))
+        start = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(path)
+            except (ValueError, FileNotFoundError) as error:
+                refused += 1
+                messages.add(str(error)[len(str(path)) :][:60])
+                assert str(path) in str(error), (case, error)
+                assert len(str(error)) < 2000
+        assert time.monotonic() - start < 5, case
+        file.write_bytes(originals[file])
+    load(path)
+    assert cases / 4 < refused < cases and len(messages) > 10

@@ -24,9 +24,8 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {
-        "checkpoint", "chat", "memory", "model", "parallel", "remote", "sampling", "tokenizer",
-    },  # fmt: skip
+    "generation": {"chat", "checkpoint", "memory", "model", "parallel", "remote"}
+    | {"sampling", "tokenizer"},
     "cli": {"checkpoint", "generation", "memory", "remote"},
     "remote": set(),
     "__init__": {"cache", "generation", "model", "tokenizer"},

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from llama import checkpoint
 from llama.checkpoint import Checkpoint, gguf, huggingface, meta, weight_shapes
-from llama.checkpoint.writing import dtype_of
+from llama.checkpoint.writing import beside, bytes_of, dtype_of
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
@@ -39,12 +39,13 @@ def convert(
         tokenizer_path: by default what is found with the source.
         max_shard_bytes: size of a .safetensors file, about.
         force: overwrite what is there, once the new checkpoint is complete.
-        verify: read everything again from what was written, and compare.
+        verify: read everything again from what was written, and compare, before it gets its name.
         quiet: no progress bar on stderr.
 
     Raises:
         FileExistsError: `path` exists, without `force`.
-        ValueError: a format, size or option that don't go together; a difference on verifying.
+        ValueError: a format, size or option that don't go together; a source that `force` would
+            overwrite; a difference on verifying.
     """
     if to not in FORMATS:
         raise ValueError(f"format {to!r}: choose one of {', '.join(FORMATS)}")
@@ -57,6 +58,9 @@ def convert(
     tokenizer_path = tokenizer_path or opened.tokenizer_path
     tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
     path = Path(path)
+    here = opened.path.resolve()
+    if path.exists() and path.resolve() in (here, *here.parents):
+        raise ValueError(f"{path} holds the source itself: choose another name")
 
     total = sum(
         math.prod(shape) * ((to != "gguf" and dtype) or dtype_of(opened, name)).itemsize
@@ -64,23 +68,26 @@ def convert(
     )
     silent = True if quiet else None  # None: only where stderr is a terminal
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=silent, delay=0.5)
-    with bar:
-        if to == "meta":
-            meta.write(
-                opened, path, model_parallel_size, dtype,
-                tokenizer=tokenizer, force=force, progress=bar.update,
-            )  # fmt: skip
-        elif to == "hf":
-            huggingface.write(
-                opened, path, dtype,
-                tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, force=force,
-                progress=bar.update,
-            )  # fmt: skip
-        else:
-            kind = quant or checkpoint.dtype_name(dtype or _widest(opened)).lower()
-            gguf.write(opened, path, kind, tokenizer=tokenizer, force=force, progress=bar.update)
-    if verify:
-        check_equal(opened, checkpoint.open(path), quiet=quiet)
+    with beside(path, force) as partial:
+        with bar:
+            if to == "meta":
+                meta.write(
+                    opened, partial, model_parallel_size, dtype,
+                    tokenizer=tokenizer, progress=bar.update,
+                )  # fmt: skip
+            elif to == "hf":
+                huggingface.write(
+                    opened, partial, dtype,
+                    tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, progress=bar.update,
+                )  # fmt: skip
+            else:
+                kind = quant or checkpoint.dtype_name(dtype or _widest(opened)).lower()
+                gguf.write(
+                    opened, partial, kind,
+                    name=path.stem, tokenizer=tokenizer, progress=bar.update,
+                )  # fmt: skip
+        if verify:
+            check_equal(opened, checkpoint.open(partial), quiet=quiet)
     return path
 
 
@@ -105,9 +112,11 @@ def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) ->
         for start, stop in checkpoint.blocks(shape, 0, 0, shape[0], source.args.head_dim):
             ours = source.read(name, 0, start, stop)
             theirs = written.read(name, 0, start, stop)
-            if not torch.equal(gguf.as_stored(ours, stored), theirs):
+            ours = gguf.as_stored(ours, stored)
+            # by bytes: a NaN isn't equal to itself, and 0.0 is equal to -0.0
+            if ours.dtype != theirs.dtype or bytes_of(ours) != bytes_of(theirs):
                 raise ValueError(
-                    f"{written.path}: {name} differs from {source.path}; write it anew"
+                    f"what was written to {written.path.name} isn't {source.path}: {name} differs"
                 )
 
 

@@ -191,6 +191,7 @@ def write(
     path: str | Path,
     kind: str = "f32",
     *,
+    name: Optional[str] = None,
     tokenizer: Optional[Tokenizer] = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -200,6 +201,7 @@ def write(
     Args:
         kind: f32, f16, bf16, q8_0 or q4_0. Norms are always fp32. Rows that don't divide into
             the 32 values of a quantized block are written as f16, as llama.cpp's tools do.
+        name: what the file says the model is called; by default its own name.
         tokenizer: whose vocabulary and template are written into the file.
         force: overwrite what is there, once the new file is complete.
 
@@ -220,7 +222,7 @@ def write(
 
     with beside(path, force) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
-        writer.add_name(path.stem)
+        writer.add_name(name or path.stem)
         writer.add_file_type(gguf.LlamaFileType[WRITABLE[kind.upper()]])
         writer.add_block_count(args.n_layers)
         writer.add_context_length(args.max_seq_len)

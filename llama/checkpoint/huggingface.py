@@ -113,10 +113,10 @@ def read_config(path: Path) -> Dict[str, Any]:
         value = default if value is None else value
         if value is None:
             raise ValueError(f"{path} lacks {key}")
-        positive = kind is bool or (isinstance(value, (int, float)) and 0 < value < 1 << 31)
-        if not positive or not (type(value) is kind or (type(value) is int and kind is float)):
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or not (kind is bool or 0 < value < 1 << 31):
             raise ValueError(f"{path}: {key}={value!r} isn't a positive {kind.__name__}")
-        return kind(value)
+        return float(value) if kind is float else value
 
     n_heads = take("num_attention_heads", int)
     args: Dict[str, Any] = dict(

@@ -25,11 +25,14 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
     `force` the old file or directory stays until the new one is complete.
 
     Raises:
-        FileExistsError: `path` exists and not `force`.
+        FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no
+            checkpoint but perhaps the place of all of them.
     """
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
+    if path.is_dir() and any(inner.is_dir() for inner in path.iterdir()):
+        raise FileExistsError(f"{path} has directories in it: not overwritten, even with force")
     partial, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -47,7 +50,7 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""One load in a process of its own, so that its memory's high-water mark is that load's alone.
+
+    python -m benchmarks.loading KIND PATH DTYPE      prints one line of JSON
+
+KIND: `load` (checkpoint.open and checkpoint.load), `build` (Llama.build, the tokenizer included),
+`transformers` (from_pretrained with gguf_file), or `write`, which makes a random checkpoint of
+Llama 3.2 1B's shape in Meta's format, at model-parallel sizes 1 and 2, below PATH.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+SHAPE = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=32000)
+
+
+def measure(kind: str, path: Path, dtype: str) -> Dict[str, float]:
+    """Run one of the KINDs in a fresh process; what it printed."""
+    command = [sys.executable, "-m", "benchmarks.loading", kind, str(path), dtype]
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident(key: str) -> float:
+    """This process's memory in MB: VmRSS now, VmHWM at its highest.
+
+    Not getrusage's ru_maxrss, which on Linux starts at what the parent process had.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise KeyError(key)
+
+
+def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
+    start = time.perf_counter()
+    import torch
+
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model: Any  # three libraries' models; all have parameters()
+    if kind == "transformers":
+        from transformers import LlamaForCausalLM
+
+        imported, before = time.perf_counter(), resident("VmRSS")
+        model = LlamaForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch_dtype
+        )
+    else:
+        from llama import Llama, Transformer, checkpoint, parallel
+
+        imported, before = time.perf_counter(), resident("VmRSS")
+        if kind == "build":
+            llama = Llama.build(path, max_batch_size=1, device="cpu", dtype=torch_dtype)
+            model = llama.model
+        else:
+            device = parallel.initialize(device="cpu")
+            source = checkpoint.open(path)
+            model = Transformer(source.args, device="meta")
+            checkpoint.load(source, model, dtype=torch_dtype, device=device)
+    return {
+        "import_s": imported - start,
+        "load_s": time.perf_counter() - imported,
+        "rss_before_mb": before,
+        "rss_peak_mb": resident("VmHWM"),
+        "weights_mb": sum(weight.nbytes for weight in model.parameters()) / 1e6,
+    }
+
+
+def write(path: Path) -> Dict[str, float]:
+    import torch
+
+    from llama import ModelArgs, checkpoint
+    from llama.checkpoint import InMemory, meta, weight_shapes
+
+    args = ModelArgs(**SHAPE)  # type: ignore[arg-type]
+    weights = {
+        name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        for name, shape in weight_shapes(args).items()
+    }
+    meta.write(InMemory(args, weights), path / "mp1")
+    del weights
+    meta.write(checkpoint.open(path / "mp1"), path / "mp2", model_parallel_size=2)
+    return {}
+
+
+if __name__ == "__main__":
+    kind, path, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    print(json.dumps(write(path) if kind == "write" else child(kind, path, dtype)))
