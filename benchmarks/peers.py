@@ -12,6 +12,7 @@ What is measured:
               prompt tokens in one go, bound by arithmetic (`prefill` times it alone, with the first
               token of each row); then decode with 16 rows. `transformers` gets the batch as it
               wants it: padded on the left, with an attention mask.
+    longer    The same with 16 prompts of 8 to 512 tokens, most of them short, as questions are.
     load      From a .gguf file, and from Meta's .pth files for a model of 2 GB, each in a process
               of its own (benchmarks/loading.py), with the highest resident memory. The files have
               been read before, so it isn't the disk that is measured.
@@ -44,14 +45,14 @@ import torch
 
 from benchmarks import loading
 from llama import Llama, checkpoint
-from llama.generation import pick_dtype
+from llama.parallel import pick_dtype
 
 Tokens = List[List[int]]
 Generate = Callable[[Tokens, int], Tokens]  # prompts, new tokens of each -> new tokens
 
 
 def ours(path: Path, dtype: str, rows: int) -> Generate:
-    llama = Llama.build(path, max_seq_len=256, max_batch_size=rows, device="cpu", dtype=dtype)
+    llama = Llama.build(path, max_seq_len=640, max_batch_size=rows, device="cpu", dtype=dtype)
 
     def generate(prompts: Tokens, n: int) -> Tokens:
         return llama.generate(prompts, n, temperature=0, stop_tokens=set())[0]
@@ -105,7 +106,13 @@ def compare_generation(
         return [rng.randrange(vocab_size) for _ in range(length)]
 
     ragged = [prompt(rng.randint(8, 128)) for _ in range(16)]
-    cases = {"decode": ([prompt(32)], 64), "prefill": (ragged, 1), "ragged": (ragged, 32)}
+    longer = [prompt(round(8 * 64 ** (i / 15))) for i in range(16)]
+    cases = {
+        "decode": ([prompt(32)], 64),
+        "prefill": (ragged, 1),
+        "ragged": (ragged, 32),
+        "longer": (longer, 32),
+    }
 
     model = LlamaForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

@@ -1,5 +1,6 @@
 """The key/value cache: what attention remembers. It belongs to the caller, not to the model."""
 
+import copy
 import math
 from typing import List, Sequence, Tuple
 
@@ -114,6 +115,13 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
+
+    def part(self, start: int, stop: int) -> "KVCache":
+        """Some neighbouring rows as a cache of their own, in the same memory, with own lengths."""
+        part = copy.copy(self)
+        part.k, part.v = self.k[:, start:stop], self.v[:, start:stop]
+        part.lengths = self.lengths[start:stop]
+        return part
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but the given ones (ascending), which move up to take their places."""

@@ -24,6 +24,25 @@ def chat_format(tokenizer: Tokenizer) -> Optional["ChatFormat | TemplateFormat"]
     return None
 
 
+def check_dialog(i: int, dialog: Dialog) -> None:
+    """Raises ValueError for what isn't a dialog, naming its index i and what is wrong."""
+    if not dialog:
+        raise ValueError(f"dialog {i} is empty: it takes at least one message")
+    for message in dialog:
+        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
+            raise ValueError(
+                f"dialog {i}: a message is {{'role': ..., 'content': a string}}, not {message!r}"
+            )
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"dialog {i}: unknown role {message['role']!r}; roles are {', '.join(ROLES)}"
+            )
+    if dialog[0]["role"] == "assistant":
+        raise ValueError(
+            f"dialog {i} begins with the assistant: begin with a user or a system message"
+        )
+
+
 class TemplateFormat:
     """Encodes dialogs by a template, rendered in Jinja2's sandbox.
 

@@ -12,7 +12,7 @@ import torch
 
 from llama import checkpoint, memory, remote
 from llama.checkpoint import convert as conversion
-from llama.generation import pick_dtype
+from llama.parallel import pick_dtype
 
 
 def convert(

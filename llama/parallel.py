@@ -44,6 +44,37 @@ def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
     return device
 
 
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def pick_dtype(dtype: Optional[str | torch.dtype], device: torch.device) -> torch.dtype:
+    """The dtype asked for, else bf16 where the hardware computes in it, else fp32.
+
+    Raises:
+        ValueError: a name that isn't one of bf16, fp16 and fp32 or their long forms.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if dtype is not None:
+        return dtype
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bf16 = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
+    else:
+        has_bf16 = False
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
 def initialize(
     model_parallel_size: Optional[int] = None,
     device: Optional[str | torch.device] = None,

@@ -7,6 +7,7 @@ import torch
 from conftest import random_weights
 
 from llama import Dialog, Llama
+from llama.generation import _similar
 
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
 
@@ -124,19 +125,49 @@ def test_finished_rows_leave_the_batch(tiny):
     assert rows_fed == [5] + [sum(end > step for end in ends) for step in range(1, max(ends))]
 
 
-def test_ragged_prompts_prefill_in_one_pass_and_one_row_each_is_projected(tiny):
+def test_ragged_prompts_prefill_whole_and_one_position_each_is_projected(tiny):
+    """Not token by token, and not the whole prompt to the whole vocabulary."""
     shapes, projected = [], []
     forward, project = tiny.model.hidden, tiny.model.logits
+
+    def hidden(tokens, *rest):
+        shapes.append(tokens.shape)
+        return forward(tokens, *rest)
+
+    def logits(h):
+        projected.append(h.shape[:-1])
+        return project(h)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            tiny.model, "hidden", lambda t, *r: (shapes.append(t.shape), forward(t, *r))[1]
-        )
-        patch.setattr(
-            tiny.model, "logits", lambda h: (projected.append(h.shape[:-1]), project(h))[1]
-        )
+        patch.setattr(tiny.model, "hidden", hidden)
+        patch.setattr(tiny.model, "logits", logits)
         tiny.generate(PROMPTS, 3, temperature=0, stop_tokens=set())
     assert shapes == [(5, 40), (5, 1), (5, 1)]
     assert projected == [(5,)] * 3
+
+
+def test_padding_of_prefill_is_bounded():
+    """Prompts of similar lengths go together: one long prompt doesn't pad all the others to it."""
+    for lengths in ([3, 5, 8, 900], [100] * 16, list(range(8, 1000, 62)), [1], [7, 2000]):
+        runs = list(_similar(lengths))
+        assert [i for start, stop in runs for i in range(start, stop)] == list(range(len(lengths)))
+        for start, stop in runs:
+            padded = (stop - start) * lengths[stop - 1]
+            assert padded <= max(256, 1.25 * sum(lengths[start:stop]))
+    assert list(_similar([100] * 16)) == [(0, 16)]
+
+
+def test_long_ragged_prompts_in_several_passes_equal_singles(tiny):
+    prompts = [[(7 * i + n) % 500 for i in range(n)] for n in (90, 3, 120, 60, 88, 2, 101, 30)]
+    together, scores = tiny.generate(
+        prompts, 6, temperature=0, logprobs=True, echo=True, stop_tokens=set()
+    )
+    for row, prompt in enumerate(prompts):
+        alone, expected = tiny.generate(
+            [prompt], 6, temperature=0, logprobs=True, echo=True, stop_tokens=set()
+        )
+        assert together[row] == alone[0]
+        assert max(abs(a - b) for a, b in zip(scores[row], expected[0], strict=True)) <= 1e-4
 
 
 def test_the_context_ends_each_row_on_its_own(tiny):

@@ -24,9 +24,9 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"chat", "checkpoint", "memory", "model", "parallel", "remote"}
+    "generation": {"cache", "chat", "checkpoint", "memory", "model", "parallel", "remote"}
     | {"sampling", "tokenizer"},
-    "cli": {"checkpoint", "generation", "memory", "remote"},
+    "cli": {"checkpoint", "memory", "parallel", "remote"},
     "remote": set(),
     "__init__": {"cache", "generation", "model", "tokenizer"},
 }

@@ -71,8 +71,9 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.tokenizer_path: Optional[Path] = self.path
         header = read_header(self.path)
+        has_vocabulary = "tokenizer.ggml.model" in header.metadata
+        self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
         self._tensors = {meta_name(name): info for name, info in header.tensors.items()}
         self.args = self._args(header)
         self._tensors.pop(ROPE_FACTORS, None)
