@@ -42,7 +42,11 @@ def main(
         max_batch_size=max_batch_size,
     )
     dialogs: List[Dialog] = [
-        [{"role": "user", "content": "What is the capital of France?"}],
+        [
+            {"role": "user", "content": "What is the capital of Italy?"},
+            {"role": "assistant", "content": "The capital of Italy is Rome."},
+            {"role": "user", "content": "What is the capital of France?"},
+        ],
         [
             {"role": "user", "content": "I have a free day in Lisbon. What should I see first?"},
             {"role": "assistant", "content": "Start at the Belém Tower, by the river Tagus."},

@@ -146,12 +146,12 @@ def family(name: str) -> ModelArgs:
     return ModelArgs(**(base | FAMILY[name]))
 
 
-@pytest.mark.parametrize("mp", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name, mp",
+    [(name, mp) for name in FAMILY for mp in (1, 2, 4, 8, 16) if mp < 16 or name == "3.1 405B"],
+)
 def test_family_survives_the_way_there_and_back(tmp_path, name, mp):
     args = family(name)
-    if args.n_heads % mp or (mp == 16 and "405B" not in name):
-        pytest.skip("a number of shards that nobody has")
     weights = random_weights(args, dtype=torch.bfloat16)
     path = meta.write(InMemory(args, weights), tmp_path / "meta", mp)
     if name == "1 7B":  # whose files leave it to the code
@@ -453,7 +453,7 @@ def test_conversion_needs_little_memory(tmp_path):
         "convert(*sys.argv[1:], quiet=True)\n"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
-    for kind in ("hf", "gguf", "meta"):
+    for kind in ("hf", "gguf"):
         command = [sys.executable, "-c", code, tmp_path / "meta", tmp_path / "out", kind]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
