@@ -5,6 +5,7 @@ file starts what those layers need, answers which part of a weight belongs to wh
 carries rank 0's decisions to the others.
 """
 
+import atexit
 import datetime
 import math
 import os
@@ -96,6 +97,7 @@ def initialize(
     device = pick_device(device)
     patience = datetime.timedelta(seconds=timeout)
     if not dist.is_initialized():
+        atexit.register(_shut_down)
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=patience)
@@ -127,6 +129,17 @@ def initialize(
         # new_group() ignores the timeout of the default group.
         dist.distributed_c10d._set_pg_timeout(patience, fs_init.get_model_parallel_group())
     return device
+
+
+def _shut_down() -> None:
+    """Leave the groups before the interpreter goes.
+
+    Groups that outlive it abort the process now and then ("terminate called without an active
+    exception"), and torchrun takes that for a failure of the whole job.
+    """
+    fs_init.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -436,7 +436,7 @@ def broken(path: Path) -> dict:
         save(value, path / "pytorch_model.bin")
 
     def bare_pickle(value, file):
-        file.write_bytes(pickle.dumps(value))
+        file.write_bytes(pickle.dumps(value, protocol=2))
 
     return {
         "points outside": (lambda: point_to("../model.safetensors"), "'../model.safetensors'"),

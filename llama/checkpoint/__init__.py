@@ -17,8 +17,10 @@ from torch import nn
 from llama import parallel
 from llama.model import ModelArgs, Transformer
 
-# Rows are read in blocks of about this many elements: what conversion needs in extra memory.
-BLOCK = 1 << 22
+# Rows are read in blocks of about this many elements: what conversion needs in extra memory. Smaller
+# than most weights, so that malloc keeps blocks and weights apart: mixed, they leave holes between
+# the weights that nothing fits into.
+BLOCK = 1 << 19
 
 Shape = Tuple[int, ...]
 
@@ -229,6 +231,8 @@ def read_shard(
         ranges = parallel.shard_ranges(
             name, shape[axis], rank, world, args.n_heads, args.n_kv_heads
         )
+    if ranges == [(0, shape[axis])]:
+        axis, ranges = 0, [(0, shape[0])]  # all of it: by rows, in blocks
     out, done = None, 0
     for begin, end in ranges:
         for start, stop in blocks(shape, axis, begin, end, args.head_dim):
