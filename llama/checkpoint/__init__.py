@@ -17,9 +17,10 @@ from torch import nn
 from llama import parallel
 from llama.model import ModelArgs, Transformer
 
-# Rows are read in blocks of about this many elements: what conversion needs in extra memory. Smaller
-# than most weights, so that malloc keeps blocks and weights apart: mixed, they leave holes between
-# the weights that nothing fits into.
+
+# Rows are read in blocks of about this many elements: what conversion needs in extra memory.
+# Smaller than most weights, so that malloc keeps blocks and weights apart: mixed, they leave holes
+# between the weights that nothing fits into.
 BLOCK = 1 << 19
 
 Shape = Tuple[int, ...]
