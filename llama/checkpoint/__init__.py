@@ -17,7 +17,6 @@ from torch import nn
 from llama import parallel
 from llama.model import ModelArgs, Transformer
 
-
 # Rows are read in blocks of about this many elements: what conversion needs in extra memory.
 # Smaller than most weights, so that malloc keeps blocks and weights apart: mixed, they leave holes
 # between the weights that nothing fits into.
