@@ -29,10 +29,6 @@ QUERY = f"Policy=eyJ~a_&Signature={SIGNATURE}&Key-Pair-Id=K1&Download-Request-ID
 BIG = bytes(range(256)) * 1200  # 300 KiB
 TERMS = {"LICENSE": b"the licence\n", "USE_POLICY": b"the policy\n"}
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32" or not shutil.which("bash"), reason="needs bash"
-)
-
 
 def checklist(files, kind="md5", prefix=""):
     return "".join(

@@ -100,6 +100,15 @@ def open(path: str | Path) -> Checkpoint:
     )
 
 
+def foreign_name(name: str, stems: Mapping[str, str], layers: str) -> str:
+    """A weight's name in another format, from Meta's, its stems and its prefix of layers."""
+    stem, prefix = name.removesuffix(".weight"), ""
+    if stem.startswith("layers."):
+        _, i, stem = stem.split(".", 2)
+        prefix = f"{layers}.{i}."
+    return f"{prefix}{stems[stem]}.weight"
+
+
 def find_tokenizer(directory: Path) -> Optional[Path]:
     """The tokenizer that lies beside weights: tokenizer.json, which says most, or Meta's."""
     places = (directory / name for name in ("tokenizer.json", "tokenizer.model"))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from llama import vocabulary_files
-from llama.checkpoint import Checkpoint, Shape, checked_args, weight_shapes
+from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, weight_shapes
 from llama.checkpoint.dequantize import dequantize
 from llama.checkpoint.mapped import map_bytes, read_slice
 from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
@@ -180,11 +180,7 @@ class GGUFCheckpoint:
 
 def gguf_name(name: str) -> str:
     """The inverse of `meta_name`."""
-    stem, layer = name.removesuffix(".weight"), ""
-    if stem.startswith("layers."):
-        _, i, stem = stem.split(".", 2)
-        layer = f"blk.{i}."
-    return f"{layer}{FROM_META[stem]}.weight"
+    return foreign_name(name, FROM_META, "blk")
 
 
 def write(

@@ -28,6 +28,7 @@ from llama.checkpoint.safetensors import (
     index_safetensors,
     interleave,
     meta_name,
+    unique_keys,
     write_safetensors,
 )
 from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
@@ -77,15 +78,9 @@ def read_json(path: Path) -> Dict[str, Any]:
         ValueError: not JSON, not an object, or a key that comes twice.
     """
 
-    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {max(names, key=names.count)!r} comes twice")
-        return found
-
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        hook = unique_keys("the key {!r} comes twice")
+        value = json.loads(path.read_bytes(), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't usable JSON: {error}") from None
     if not isinstance(value, dict):

@@ -10,11 +10,18 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-from llama.checkpoint import DTYPES, Checkpoint, Stored, dtype_name, weight_shapes
+from llama.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Stored,
+    dtype_name,
+    foreign_name,
+    weight_shapes,
+)
 from llama.checkpoint.writing import Progress, rows, write_tensor
 
 TO_META = {
@@ -62,11 +69,23 @@ def meta_name(name: str) -> str:
 
 def hf_name(name: str) -> str:
     """The inverse of `meta_name`."""
-    stem, layer = name.removesuffix(".weight"), ""
-    if stem.startswith("layers."):
-        _, i, stem = stem.split(".", 2)
-        layer = f"model.layers.{i}."
-    return f"{layer}{FROM_META[stem]}.weight"
+    return foreign_name(name, FROM_META, "model.layers")
+
+
+def unique_keys(complaint: str) -> Callable[[List[Tuple[str, Any]]], Dict[str, Any]]:
+    """A json object_pairs_hook that raises ValueError for a key that comes twice.
+
+    json itself would keep the last of them. `complaint` has a place {} for the key.
+    """
+
+    def check(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(complaint.format(max(names, key=names.count)))
+        return found
+
+    return check
 
 
 def index_safetensors(path: Path) -> Dict[str, Stored]:
@@ -86,15 +105,8 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
             )
         raw = file.read(length)
 
-    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it holds {max(names, key=names.count)} twice")
-        return found
-
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw, object_pairs_hook=unique_keys("it holds {} twice"))
         header.pop("__metadata__", None)
         stored, ends = {}, [0]
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
