@@ -42,7 +42,7 @@ def test_1_to_4_to_2_to_8_to_1_is_bit_exact(tmp_path, dtype):
     assert_same(torch.load(first), torch.load(last))
 
 
-@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_four_shards_load_on_any_number_of_ranks(tiny, tmp_path, world):
     path = write_checkpoint(tmp_path / "four", TINY, mp=4)
     expected, _ = tiny.generate(PROMPTS, 12, temperature=0)
