@@ -3,8 +3,8 @@
     python -m benchmarks.loading KIND PATH DTYPE      prints one line of JSON
 
 KIND: `load` (checkpoint.open and checkpoint.load), `build` (Llama.build, the tokenizer included),
-`transformers` (from_pretrained with gguf_file), or `write`, which makes a random checkpoint of
-Llama 3.2 1B's shape in Meta's format, at model-parallel sizes 1 and 2, below PATH.
+`transformers` (from_pretrained, with gguf_file for a .gguf), or `write`, which makes a random
+checkpoint of Llama 3.2 1B's shape in Meta's format, at model-parallel sizes 1 and 2, below PATH.
 """
 
 import json
@@ -49,9 +49,8 @@ def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
         from transformers import LlamaForCausalLM
 
         imported, before = time.perf_counter(), resident("VmRSS")
-        model = LlamaForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch_dtype
-        )
+        where, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+        model = LlamaForCausalLM.from_pretrained(where, dtype=torch_dtype, **how)
     else:
         from llama import Llama, Transformer, checkpoint, parallel
 

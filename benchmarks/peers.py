@@ -13,9 +13,11 @@ What is measured:
               token of each row); then decode with 16 rows. `transformers` gets the batch as it
               wants it: padded on the left, with an attention mask.
     longer    The same with 16 prompts of 8 to 512 tokens, most of them short, as questions are.
-    load      From a .gguf file, and from Meta's .pth files for a model of 2 GB, each in a process
-              of its own (benchmarks/loading.py), with the highest resident memory. The files have
-              been read before, so it isn't the disk that is measured.
+    load      From a .gguf file, from the same weights as .safetensors, and from Meta's .pth files
+              for a model of 2 GB, each in a process of its own (benchmarks/loading.py), with the
+              highest resident memory. The files have been read before, so it isn't the disk that
+              is measured. (transformers leaves safetensors unread until they are used; ours have
+              been looked through for NaN.) And how fast the 2 GB are converted, beside `cp`.
 
 Both sides make the same number of tokens (no stop tokens), and `equal rows` says how many rows are
 the same, token by token, in fp32: work is compared with equal work. In bf16 rounding decides
@@ -33,7 +35,9 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from importlib.metadata import version
@@ -45,6 +49,7 @@ import torch
 
 from benchmarks import loading
 from llama import Llama, checkpoint
+from llama.checkpoint.convert import convert
 from llama.parallel import pick_dtype
 
 Tokens = List[List[int]]
@@ -173,11 +178,42 @@ def compare_loading(path: Path, rounds: int, quick: bool) -> Dict[str, Dict[str,
     figures["gguf: Llama.build"]["ratio"] = (
         figures["gguf: transformers"]["load_s"] / figures["gguf: Llama.build"]["load_s"]
     )
-    if not quick:
-        with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory:
+        hf = convert(path, Path(directory) / "hf", "hf", quiet=True)
+        report("safetensors: load", "load", hf, "fp32", rounds)
+        report("safetensors: transf.", "transformers", hf, "fp32", rounds)
+        figures["safetensors: load"]["ratio"] = (
+            figures["safetensors: transf."]["load_s"] / figures["safetensors: load"]["load_s"]
+        )
+        if not quick:
             loading.measure("write", Path(directory), "bf16")
             for mp in (1, 2):
                 report(f"meta: {mp} shard(s)", "load", Path(directory) / f"mp{mp}", "bf16", rounds)
+            figures["converting 2.2 GB"] = compare_converting(Path(directory) / "mp1", rounds)
+    return figures
+
+
+def compare_converting(path: Path, rounds: int) -> Dict[str, float]:
+    """MB/s of converting a checkpoint in Meta's format, and of `cp`, which does nothing else."""
+    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    out = path.with_name("converted")
+
+    def cp() -> None:
+        subprocess.run(["cp", "-r", path, out], check=True)
+
+    def to(kind: str) -> Callable[[], None]:
+        return lambda: convert(path, out, kind, quiet=True)  # type: ignore[func-returns-value]
+
+    sides: Dict[str, Callable[[], Any]] = {"cp": cp, "hf": to("hf"), "gguf": to("gguf")}
+    seconds: Dict[str, List[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    figures = {name: size / statistics.median(times) for name, times in seconds.items()}
+    print("converting, MB/s:     " + "  ".join(f"{n} {v:.0f}" for n, v in figures.items()))
     return figures
 
 

@@ -98,6 +98,8 @@ class Llama:
         args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         parallel.check_world(parallel.world_size(), args.n_heads)
         _say(memory.preflight(args, parallel.world_size(), torch_dtype, torch_device))
+        if max_seq_len > source.args.max_seq_len:
+            _say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
 
         tokenizer_path = tokenizer_path or source.tokenizer_path
         if tokenizer_path is None:

@@ -236,7 +236,12 @@ def shard_ranges(
     """
     if name.endswith(KV):
         head_dim = size // n_kv_heads
-        heads = kv_heads(rank, world, n_heads, n_kv_heads)
-        return [(head * head_dim, (head + 1) * head_dim) for head in heads]
+        ranges: List[Tuple[int, int]] = []
+        for head in kv_heads(rank, world, n_heads, n_kv_heads):
+            begin, end = head * head_dim, (head + 1) * head_dim
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, end))
+        return ranges
     step = padded(size, world) // world
     return [(min(rank * step, size), min((rank + 1) * step, size))]

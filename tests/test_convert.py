@@ -7,7 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import List, Sequence
 from urllib.parse import urlparse
@@ -136,6 +136,9 @@ FAMILY = {
                    rope_scaling_factor=32.0, head_dim=64),
     "3.2 3B": dict(n_heads=24, n_kv_heads=8, tied_embeddings=True, use_scaled_rope=True,
                    rope_scaling_factor=32.0, head_dim=128),
+    "scaled unusually": dict(n_heads=8, n_kv_heads=8, head_dim=64, use_scaled_rope=True,
+                             rope_low_freq_factor=1.5, rope_high_freq_factor=3.0,
+                             rope_original_max_seq_len=4096),
     "narrow heads": dict(n_heads=8, n_kv_heads=2, head_dim=16, rope_linear_factor=2.5),
 }  # fmt: skip
 
@@ -180,6 +183,44 @@ def test_gguf_holds_the_factors_of_scaled_rope(tmp_path):
     (found,) = (t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if "rope" in t.name)
     plain = rope_frequencies(replace(args, use_scaled_rope=False))
     assert torch.equal(torch.tensor(found.data), plain / rope_frequencies(args))
+
+
+def test_the_context_is_carried(tmp_path):
+    args = replace(TINY, max_seq_len=1234)
+    hf = to(InMemory(args, random_weights(args)), tmp_path / "hf", "hf")
+    path = to(hf, tmp_path / "m.gguf", "gguf")
+    again = to(path, tmp_path / "again", "hf")
+    assert json.loads((again / "config.json").read_text())["max_position_embeddings"] == 1234
+    assert gguf.GGUFReader(path).fields["llama.context_length"].contents() == 1234
+    for changes, context in (
+        ({"use_scaled_rope": True}, 131072),
+        ({}, 8192),
+        ({"rope_theta": 1e6}, 16384),
+        ({"rope_theta": 1e4}, 4096),
+        ({"rope_theta": 1e4, "norm_eps": 1e-6}, 2048),
+    ):
+        args = replace(TINY, **changes)
+        path = meta.write(InMemory(args, random_weights(args)), tmp_path / "meta", force=True)
+        assert checkpoint.open(path).args.max_seq_len == context
+
+
+def test_tied_weights_have_both_names_and_one_place_in_metas_files(tmp_path):
+    args = family("3.2 1B")
+    weights = random_weights(args)
+    path = meta.write(InMemory(args, weights), tmp_path / "meta", 2)
+    for i, part in enumerate(weights["tok_embeddings.weight"].chunk(2)):
+        file = path / f"consolidated.0{i}.pth"
+        shard = torch.load(file)
+        assert torch.equal(shard["output.weight"], part)
+        assert torch.equal(shard["tok_embeddings.weight"], part)
+        total = sum(w.nbytes for name, w in shard.items() if name != "output.weight")
+        assert total < file.stat().st_size < total + 20_000
+    assert checkpoint.open(path).args.tied_embeddings
+    for i in range(2):  # the same values in two places are a model with an output layer of its own
+        file = path / f"consolidated.0{i}.pth"
+        torch.save({name: w.clone() for name, w in torch.load(file).items()}, file)
+    assert not checkpoint.open(path).args.tied_embeddings
+    assert_same_weights(path, weights | {"output.weight": weights["tok_embeddings.weight"]})
 
 
 # --- the demo model, and what peers make of it ---------------------------------------------------
@@ -228,11 +269,18 @@ def windows(llama: Llama) -> List[List[int]]:
     return [ids[9 * i : 9 * i + 32] for i in range(20)]
 
 
-def test_ring_of_the_demo_model_is_bit_exact(ring, smollm2_path):
+def test_the_demo_model_goes_from_each_format_to_each_other(ring, smollm2_path, tmp_path):
+    """Bit-exact: the four conversions of the ring and the eight that complete the square."""
+    original = checkpoint.open(smollm2_path)
+    done = {(a, b) for a, b in pairwise([*ring, *ring]) if a != "meta"}
     for path in ring.values():
-        check_equal(checkpoint.open(smollm2_path), checkpoint.open(path), quiet=True)
-        args = checkpoint.open(path).args
-        assert shape_of(args) == shape_of(checkpoint.open(smollm2_path).args)
+        check_equal(original, checkpoint.open(path), quiet=True)
+    for a, b in sorted({*permutations(ring, 2)} - done):
+        path = to(ring[a], tmp_path / "out", b)
+        written = checkpoint.open(path)
+        check_equal(original, written, quiet=True)
+        assert shape_of(written.args) == shape_of(original.args)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_three_implementations_give_the_same_text(ring):

@@ -2,13 +2,16 @@
 
 A format's reader knows what its files say (`args`), which weights there are, by Meta's names, and
 how to read a range of one of them along one axis. Everything else is here and the same for all
-formats: which ranges this rank needs, strictness, dtype, padding. A weight is read straight into
-its place, so loading never holds more than the model and a part of one tensor.
+formats: which ranges this rank needs, strictness, dtype, padding. On the CPU a weight whose bytes
+are what is asked for stays in the mapped file, of which all processes share one copy; any other is
+read straight into its place, so loading never holds more than the model and a part of one tensor.
 """
 
 import dataclasses
 import warnings
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
@@ -61,7 +64,7 @@ class Checkpoint(Protocol):
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         """[start, stop) of a weight along an axis, in the file's dtype (dequantized: fp32).
 
-        The result may be a view of the mapped file: copy it, don't keep it.
+        The result may be a view of the mapped file, copied on write.
         """
 
 
@@ -72,22 +75,25 @@ def open(path: str | Path) -> Checkpoint:
         FileNotFoundError: nothing there.
         ValueError: something there that isn't a checkpoint, or a broken one.
     """
-    from llama.checkpoint.gguf import GGUFCheckpoint
-    from llama.checkpoint.huggingface import HFCheckpoint
-    from llama.checkpoint.meta import MetaCheckpoint
-
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"no checkpoint at {path}: ./download.sh smollm2 fetches a small one, "
             "./download.sh alone asks for Meta's"
         )
-    if path.is_file():
-        return GGUFCheckpoint(path)
+    # Each format is imported where it is met: they import this module, and not each is cheap.
     if (path / "params.json").exists():
+        from llama.checkpoint.meta import MetaCheckpoint
+
         return MetaCheckpoint(path)
     if (path / "config.json").exists():
+        from llama.checkpoint.huggingface import HFCheckpoint
+
         return HFCheckpoint(path)
+    from llama.checkpoint.gguf import GGUFCheckpoint
+
+    if path.is_file():
+        return GGUFCheckpoint(path)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
@@ -143,7 +149,8 @@ def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> Model
     return args
 
 
-def weight_shapes(args: ModelArgs) -> Dict[str, Shape]:
+@lru_cache
+def weight_shapes(args: ModelArgs) -> Mapping[str, Shape]:
     """Meta's name and whole shape of every weight that a model of this shape has."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     block: Dict[str, Shape] = {
@@ -163,7 +170,7 @@ def weight_shapes(args: ModelArgs) -> Dict[str, Shape]:
     shapes["norm.weight"] = (args.dim,)
     if not args.tied_embeddings:
         shapes["output.weight"] = (args.vocab_size, args.dim)
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:
@@ -240,6 +247,11 @@ def read_shard(
         ranges = parallel.shard_ranges(
             name, shape[axis], rank, world, args.n_heads, args.n_kv_heads
         )
+    begin, end = ranges[0]
+    in_place = end - begin == local[axis] and checkpoint.stored_as(name) in DTYPES
+    in_place = in_place and (device is None or device.type == "cpu")
+    if in_place and dtype in (None, DTYPES[checkpoint.stored_as(name)]):
+        return checkpoint.read(name, axis, begin, end)  # the mapped file itself, where it can be
     if ranges == [(0, shape[axis])]:
         axis, ranges = 0, [(0, shape[0])]  # all of it: by rows, in blocks
     out, done = None, 0

@@ -17,7 +17,7 @@ import torch
 from llama import vocabulary_files
 from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, weight_shapes
 from llama.checkpoint.dequantize import dequantize
-from llama.checkpoint.mapped import map_bytes, read_slice
+from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
 from llama.gguf_header import Header, read_header
 from llama.model import ModelArgs, rope_frequencies
@@ -49,6 +49,14 @@ WRITABLE = {
 }
 
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
+
+# Llama 3.1's other values, from which the factors follow. No GGUF of llama.cpp's says them, and it
+# looks at the factors alone; ours says those that aren't Llama 3.1's.
+ROPE_BOUNDS = {
+    "rope_original_max_seq_len": "llama.rope.scaling.original_context_length",
+    "rope_low_freq_factor": "llama.rope.scaling.low_freq_factor",
+    "rope_high_freq_factor": "llama.rope.scaling.high_freq_factor",
+}
 
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -116,6 +124,7 @@ class GGUFCheckpoint:
             norm_eps=decimal(require("llama.attention.layer_norm_rms_epsilon")),
             rope_theta=decimal(metadata.get("llama.rope.freq_base", 10000.0)),
             rope_linear_factor=decimal(linear),
+            max_seq_len=metadata.get("llama.context_length", 2048),
             tied_embeddings="output.weight" not in self._tensors,
         )
         args = checked_args(self.path, fields, len(self._tensors))
@@ -124,20 +133,26 @@ class GGUFCheckpoint:
                 raise ValueError(
                     f"{self.path}: {key}={metadata[key]}, but heads are {args.head_dim} wide"
                 )
-        return self._scaled_rope(args) if ROPE_FACTORS in self._tensors else args
+        if ROPE_FACTORS not in self._tensors:
+            return args
+        said = {ours: metadata[key] for ours, key in ROPE_BOUNDS.items() if key in metadata}
+        for name, value in said.items():
+            if not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
+                raise ValueError(f"{self.path}: {ROPE_BOUNDS[name]}={value!r} isn't positive")
+        return self._scaled_rope(args, {name: decimal(value) for name, value in said.items()})
 
-    def _scaled_rope(self, args: ModelArgs) -> ModelArgs:
+    def _scaled_rope(self, args: ModelArgs, bounds: Dict[str, Any]) -> ModelArgs:
         """The values behind the stored factors: the largest is the factor; checked against all."""
         if self._tensors[ROPE_FACTORS].shape != (args.head_dim // 2,):
             raise ValueError(f"{self.path}: {ROPE_FACTORS} isn't a factor per pair of dimensions")
         stored = self.read(ROPE_FACTORS, 0, 0, args.head_dim // 2)
         scaled = dataclasses.replace(
-            args, use_scaled_rope=True, rope_scaling_factor=float(stored.max())
+            args, use_scaled_rope=True, rope_scaling_factor=float(stored.max()), **bounds
         )
         if not torch.allclose(rope_frequencies(args) / stored, rope_frequencies(scaled), rtol=1e-4):
             raise ValueError(
                 f"{self.path}: {ROPE_FACTORS} isn't Llama 3.1's scaling of RoPE for a context "
-                f"of {ModelArgs.rope_original_max_seq_len}"
+                f"of {scaled.rope_original_max_seq_len}"
             )
         return scaled
 
@@ -163,19 +178,22 @@ class GGUFCheckpoint:
         info, kind = self._tensors[name], self._kind(name)
         if kind in _PLAIN:
             return read_slice(self.path, info.offset, info.shape, _PLAIN[kind], axis, start, stop)
-        # Quantized in blocks along the last axis: whole rows, then the columns asked for.
+        # Quantized in blocks along the last axis: the rows, or of each row the blocks, asked for.
         values, size = gguf.GGML_QUANT_SIZES[kind]
         row_bytes = info.shape[-1] // values * size
-        first, last = (start, stop) if axis == 0 else (0, info.shape[0])
-        raw = map_bytes(self.path, info.offset + first * row_bytes, (last - first) * row_bytes)
+        raw_shape, begin, end, skip = (math.prod(info.shape[:-1]), row_bytes), start, stop, 0
+        if axis == 1:
+            begin, end = start // values * size, -(-stop // values) * size
+            skip = start % values
+        raw = read_slice(self.path, info.offset, raw_shape, torch.uint8, axis, begin, end)
         try:
-            whole = dequantize(torch.from_numpy(raw).view(last - first, row_bytes), kind)
+            whole = dequantize(raw, kind)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: {name} is quantized as {kind.name}, which can't be read: "
                 "requantize the model, to Q8_0 for instance"
             ) from None
-        return whole if axis == 0 else whole[:, start:stop]
+        return whole if axis == 0 else whole[:, skip : skip + stop - start]
 
 
 def gguf_name(name: str) -> str:
@@ -236,6 +254,11 @@ def write(
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(args.rope_linear_factor)
+        if args.use_scaled_rope:
+            for field, key in ROPE_BOUNDS.items():
+                if (value := getattr(args, field)) != getattr(ModelArgs, field):
+                    add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+                    add(key, value)
         if kind.upper().startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:

@@ -42,7 +42,7 @@ ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
+    "initializer_range", "is_llama_config", "label2id",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
@@ -123,6 +123,7 @@ def read_config(path: Path) -> Dict[str, Any]:
         vocab_size=take("vocab_size", int),
         norm_eps=take("rms_norm_eps", float, 1e-6),
         tied_embeddings=take("tie_word_embeddings", bool, False),
+        max_seq_len=take("max_position_embeddings", int, 2048),
     )
     if config.get("head_dim") is not None:
         args["head_dim"] = take("head_dim", int)

@@ -1,5 +1,6 @@
 """One slice of one tensor, out of a file: the bottom of every reader."""
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +10,22 @@ import torch
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
     """A view of nbytes of a file, mapped for as long as the result lives.
 
-    Each call makes a mapping of its own, so what was read leaves this process's memory with the
-    tensor that it was copied into: a file mapped as a whole would stay resident beside the model.
+    Each call makes a mapping of its own, so that a slice which is copied or converted leaves this
+    process's memory at once: a file mapped as a whole would stay resident beside the model.
 
     Raises:
         ValueError: the file ends before that.
     """
-    size = path.stat().st_size
-    if offset < 0 or offset + nbytes > size:
-        raise ValueError(
-            f"{path} is cut off: it has {size} bytes and a tensor ends at {offset + nbytes}; "
-            "fetch it again"
-        )
+    _check_length(path, offset + nbytes)
     if nbytes == 0:
         return np.empty(0, dtype=np.uint8)
-    # "c" maps copy-on-write: the file can't be changed, and torch gets the writable array it wants.
-    return np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(nbytes,))
+    begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        # Copy-on-write: the file can't be changed, and torch gets the writable array it wants.
+        pages = mmap.mmap(
+            file.fileno(), offset - begin + nbytes, access=mmap.ACCESS_COPY, offset=begin
+        )
+    return np.frombuffer(pages, dtype=np.uint8, offset=offset - begin)
 
 
 def read_slice(
@@ -36,14 +37,40 @@ def read_slice(
     start: int,
     stop: int,
 ) -> torch.Tensor:
-    """[start, stop) along an axis of a row-major tensor that begins at a byte of a file."""
+    """[start, stop) along an axis of a row-major tensor that begins at a byte of a file.
+
+    Only these bytes are read: rows are mapped in one piece, columns are read from each row.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
+    if axis == 1 and stop - start < shape[1]:
+        return _read_columns(path, offset, shape, dtype, start, stop)
     if axis == 0:
         row = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-        offset, shape, start, stop = (
-            offset + start * row,
-            (stop - start, *shape[1:]),
-            0,
-            stop - start,
-        )
+        offset, shape = offset + start * row, (stop - start, *shape[1:])
     raw = map_bytes(path, offset, dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
-    return torch.from_numpy(raw).view(dtype).view(shape).narrow(axis, start, stop - start)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def _read_columns(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, start: int, stop: int
+) -> torch.Tensor:
+    width, row = dtype.itemsize * (stop - start), dtype.itemsize * shape[1]
+    _check_length(path, offset + shape[0] * row)
+    out = torch.empty(shape[0], stop - start, dtype=dtype)
+    into = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        for i in range(shape[0]):
+            file.seek(offset + i * row + start * dtype.itemsize)
+            if file.readinto(into[i * width : (i + 1) * width]) != width:
+                raise ValueError(f"{path} became shorter while it was read")
+    return out
+
+
+def _check_length(path: Path, end: int) -> None:
+    size = path.stat().st_size
+    if end > size:
+        raise ValueError(
+            f"{path} is cut off: it has {size} bytes and a tensor ends at {end}; fetch it again"
+        )

@@ -74,6 +74,19 @@ def read_params(path: Path) -> dict:
     return params
 
 
+def trained_context(params: dict) -> int:
+    """The context that a released model was trained for, which params.json doesn't say.
+
+    Told by what changed with it: Llama 1 2048, Llama 2 4096, Code Llama 16384, Llama 3 8192, 3.1
+    and later 131072 (the model cards). Nothing computes with it; other formats' files state it.
+    """
+    if params.get("use_scaled_rope"):
+        return 131072
+    by_theta = {500000.0: 8192, 1000000.0: 16384}
+    llama_1_or_2 = 2048 if params.get("norm_eps") == 1e-6 else 4096
+    return by_theta.get(params["rope_theta"], llama_1_or_2)
+
+
 def index_pth(path: Path) -> Dict[str, Stored]:
     """Where each tensor of a .pth file lies, without reading one.
 
@@ -119,15 +132,26 @@ class MetaCheckpoint:
             )
         self._shards = [index_pth(file) for file in self._files]
         params = read_params(self.path / "params.json")
-        params.setdefault("tied_embeddings", "output.weight" not in self._shards[0])
+        params.setdefault("tied_embeddings", self._is_tied())
+        if params["tied_embeddings"]:
+            for shard in self._shards:
+                shard.pop("output.weight", None)
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
+        params["max_seq_len"] = trained_context(params)
         self.args = checked_args(self.path / "params.json", params, len(self._shards[0]))
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
                 name = min(shard.keys() ^ self._shards[0].keys())
                 raise ValueError(f"{file} and {self._files[0].name} disagree whether {name} exists")
+
+    def _is_tied(self) -> bool:
+        """Whether the output layer is left out, or lies where the embedding lies."""
+        return all(
+            shard.get("output.weight") in (None, shard.get("tok_embeddings.weight"))
+            for shard in self._shards
+        )
 
     def _count_words(self, dim: int) -> int:
         """Llama 1 leaves the vocabulary's size to the tokenizer; the embedding knows it too."""
@@ -313,13 +337,16 @@ def _write_shard(
         )
         for name in weight_shapes(source.args)
     }
+    if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
+        empty["output.weight"] = empty["tok_embeddings.weight"]
     with torch.serialization.skip_data():
         torch.save(empty, file)
     del empty
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
-        for name, place in places.items():
+        for name in weight_shapes(source.args):
+            place = places[name]
             tensor = read_shard(source, name, rank, world, dtype=dtype)
             out.seek(place.offset)
             write_tensor(out, tensor, progress)
