@@ -49,6 +49,7 @@ def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
         from transformers import LlamaForCausalLM
 
         imported, before = time.perf_counter(), resident("VmRSS")
+        how: Any
         where, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
         model = LlamaForCausalLM.from_pretrained(where, dtype=torch_dtype, **how)
     else:
