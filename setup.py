@@ -23,7 +23,10 @@ setup(
         "gguf>=0.17",
         "jinja2>=3.1.6",
         "numpy",
+        "protobuf",
         "psutil",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.21",
         "tqdm",
     ],
     extras_require={

@@ -10,10 +10,11 @@ import torch
 
 from llama import checkpoint, memory, parallel, remote
 from llama.cache import KVCache
-from llama.chat import TemplateFormat, chat_format, check_dialog
+from llama.chat import Format, check_dialog
 from llama.model import Transformer
 from llama.sampling import sample, sample_top_p
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.templates import chat_format
+from llama.tokenizer import Dialog, Message, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Step", "sample_top_p"]
 
@@ -121,7 +122,7 @@ class Llama:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        formatter: Optional[ChatFormat | TemplateFormat] = None,
+        formatter: Optional[Format] = None,
         *,
         seed: int = 1,
     ):

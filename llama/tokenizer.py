@@ -1,4 +1,4 @@
-"""Text to token ids and back, and Llama 3's chat format.
+"""Text to token ids and back.
 
 All vocabularies read here are byte-level BPE and run on tiktoken: Llama 3's `tokenizer.model`, the
 one inside a .gguf file, and Hugging Face's `tokenizer.json`. Text is never trusted: unless a caller
@@ -18,23 +18,14 @@ from typing import (
     Literal,
     Sequence,
     Set,
-    TypedDict,
 )
 
 import tiktoken
 
+from llama.chat import ROLES, ChatFormat, Dialog, Message, Role
 from llama.vocabulary import PATTERNS, read
 
-Role = Literal["system", "user", "assistant", "ipython", "tool"]
-ROLES = ("system", "user", "assistant", "ipython", "tool")
-
-
-class Message(TypedDict):
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
+__all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
 
 class Tokenizer:
@@ -172,38 +163,3 @@ class Tokenizer:
                     f"token id {i}: this vocabulary has the ids 0 to {self.n_words - 1}"
                 )
         return b"".join(self._bytes[i] for i in t)
-
-
-class ChatFormat:
-    """Llama 3's chat format: <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>.
-
-    Source: Meta's `ChatFormat` (meta-llama/llama3, llama/tokenizer.py). Roles and contents are
-    encoded as ordinary text, so that the only control tokens are those put here.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-
-    def encode_header(self, message: Message) -> List[int]:
-        special, encode = self.tokenizer.special_tokens, self.tokenizer.encode
-        role = "ipython" if message["role"] == "tool" else message["role"]
-        return [
-            special["<|start_header_id|>"],
-            *encode(role, bos=False, eos=False),
-            special["<|end_header_id|>"],
-            *encode("\n\n", bos=False, eos=False),
-        ]
-
-    def encode_message(self, message: Message) -> List[int]:
-        return [
-            *self.encode_header(message),
-            *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
-            self.tokenizer.special_tokens["<|eot_id|>"],
-        ]
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> List[int]:
-        """The dialog, and the header of the assistant's answer for the model to go on from."""
-        ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
-        for message in dialog:
-            ids.extend(self.encode_message(message))
-        return ids + self.encode_header({"role": "assistant", "content": ""})

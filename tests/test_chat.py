@@ -21,7 +21,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from llama import ChatFormat, Tokenizer
-from llama.chat import TemplateFormat, chat_format
+from llama.templates import TemplateFormat, chat_format
 
 PARITY = json.loads((Path(__file__).parent / "data" / "smollm2_parity.json").read_text())
 

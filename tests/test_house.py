@@ -19,13 +19,14 @@ LAYERS = {
     "parallel": set(),
     "vocabulary": {"gguf_header"},
     "vocabulary_files": {"vocabulary"},
-    "tokenizer": {"vocabulary"},
-    "chat": {"tokenizer"},
+    "chat": set(),
+    "templates": {"chat"},
+    "tokenizer": {"chat", "vocabulary"},
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
     "memory": {"checkpoint", "model", "parallel"},
     "generation": {"cache", "chat", "checkpoint", "memory", "model", "parallel", "remote"}
-    | {"sampling", "tokenizer"},
+    | {"sampling", "templates", "tokenizer"},
     "cli": {"checkpoint", "memory", "parallel", "remote"},
     "remote": set(),
     "__init__": {"cache", "generation", "model", "tokenizer"},
@@ -33,7 +34,11 @@ LAYERS = {
 
 
 def own_imports(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for block in [node for node in tree.body if isinstance(node, ast.If)]:
+        if ast.unparse(block.test) == "TYPE_CHECKING":  # never run: names for annotations
+            tree.body.remove(block)
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = node.module.split(".")
             if parts[0] == "llama":
