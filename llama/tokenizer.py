@@ -1,31 +1,27 @@
 """Text to token ids and back.
 
-All vocabularies read here are byte-level BPE and run on tiktoken: Llama 3's `tokenizer.model`, the
-one inside a .gguf file, and Hugging Face's `tokenizer.json`. Text is never trusted: unless a caller
-allows it, the name of a special token in a text is encoded as the ordinary characters it consists
-of.
+One class for every vocabulary (`llama.vocabulary`): Llama 3's and SentencePiece's tokenizer.model,
+Hugging Face's tokenizer.json, both kinds inside GGUF. Text is never trusted: unless a caller allows
+it, the name of a special token in a text is encoded as the ordinary characters it consists of.
 """
 
-import re
-from itertools import pairwise
+import codecs
 from pathlib import Path
 from typing import (
     AbstractSet,
     Collection,
     Dict,
-    Iterator,
     List,
     Literal,
     Sequence,
     Set,
 )
 
-import tiktoken
-
 from llama.chat import ROLES, ChatFormat, Dialog, Message, Role
-from llama.vocabulary import PATTERNS, read
+from llama.vocabulary import read
+from llama.vocabulary.codecs import codec
 
-__all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
+__all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "StreamDecoder", "Tokenizer"]
 
 
 class Tokenizer:
@@ -38,7 +34,7 @@ class Tokenizer:
         stop_tokens: the ids at which generation ends.
         add_bos: whether text to be completed begins with bos.
         chat_template: the Jinja2 template that came with the vocabulary, or None.
-        model: the tiktoken encoding.
+        model: who encodes: a tiktoken.Encoding, SentencePieceProcessor or tokenizers.Tokenizer.
         vocabulary: all that the file says.
 
     Raises:
@@ -58,28 +54,8 @@ class Tokenizer:
         self.add_bos: bool = vocabulary.add_bos
         self.chat_template = vocabulary.chat_template
         self._user_defined = vocabulary.user_defined
-        self._max_chars, self._max_run = vocabulary.cuts
-        over = f"{{{self._max_run + 1},}}"
-        # Looked for only where a run begins: to try at each character would take quadratic time.
-        self._long_run = re.compile(rf"(?<!\s)\s{over}|(?<!\S)\S{over}")
-
-        # tiktoken can't do without any of the 256 bytes. A vocabulary may lack some that UTF-8
-        # hardly uses; they get ids beyond the vocabulary, which encode drops as llama.cpp does.
-        ranks = dict(vocabulary.ranks)
-        absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        ranks.update({byte: self.n_words + i for i, byte in enumerate(absent)})
-        self._drops = bool(absent)
-        self.model = tiktoken.Encoding(
-            name=vocabulary.name,
-            pat_str=PATTERNS[vocabulary.pre],
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
-        )
-        # Of two names that begin alike tiktoken may find the shorter one in a text.
-        self._nested = any(b.startswith(a) for a, b in pairwise(sorted(self.special_tokens)))
-        table = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
-        table.update({i: name.encode() for name, i in self.special_tokens.items()})
-        self._bytes = [table[i] for i in range(self.n_words)]
+        self._codec = codec(vocabulary)
+        self.model = self._codec.model
 
     def encode(
         self,
@@ -106,54 +82,28 @@ class Tokenizer:
             raise TypeError(f"encode takes a str, not {type(s).__name__}")
         if allowed_special != "all":
             allowed_special = self._user_defined | allowed_special
-        ids: List[int] = []
+        ids = self._codec.encode(s, allowed_special, disallowed_special)
         if bos:
             if self.bos_id is None:
                 raise ValueError("this vocabulary has no bos token: pass bos=False")
-            ids.append(self.bos_id)
-        for part in self._parts(s):
-            ids.extend(self._encode(part, allowed_special, disallowed_special))
-        if self._drops:
-            ids = [i for i in ids if i < self.n_words]
+            ids.insert(0, self.bos_id)
         if eos:
             ids.append(self.eos_id)
         return ids
 
-    def _encode(
-        self,
-        s: str,
-        allowed: Literal["all"] | AbstractSet[str],
-        disallowed: Literal["all"] | Collection[str],
-    ) -> List[int]:
-        def plain(text: str) -> List[int]:
-            return self.model.encode(text, allowed_special=allowed, disallowed_special=disallowed)
-
-        if not self._nested:
-            return plain(s)
-        names = [name for name in self.special_tokens if allowed == "all" or name in allowed]
-        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
-        ids: List[int] = []
-        for i, piece in enumerate(re.split(f"({longest_first})", s)):
-            ids.extend([self.special_tokens[piece]] if i % 2 else plain(piece))
-        return ids
-
-    def _parts(self, s: str) -> Iterator[str]:
-        step = self._max_chars or len(s) or 1
-        for begin in range(0, len(s), step):
-            part, at = s[begin : begin + step], 0
-            for run in self._long_run.finditer(part):
-                for cut in range(run.start() + self._max_run, run.end(), self._max_run):
-                    yield part[at:cut]
-                    at = cut
-            yield part[at:]
-
     def decode(self, t: Sequence[int]) -> str:
         """The text of token ids; bytes that aren't UTF-8 become U+FFFD.
+
+        SentencePiece puts a space before a text, which is taken away here, as its own decoder does.
 
         Raises:
             ValueError: an id outside of the vocabulary.
         """
-        return self.decode_bytes(t).decode("utf-8", errors="replace")
+        data = self.decode_bytes(t)
+        first = next((i for i in t if self._codec.token_bytes[i]), None)
+        if first in self._codec.word_starts:
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
         """The bytes of token ids, which may begin or end within a character."""
@@ -162,4 +112,35 @@ class Tokenizer:
                 raise ValueError(
                     f"token id {i}: this vocabulary has the ids 0 to {self.n_words - 1}"
                 )
-        return b"".join(self._bytes[i] for i in t)
+        token_bytes = self._codec.token_bytes
+        return b"".join(token_bytes[i] for i in t)
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder of tokens that come one by one: what it gives adds up to `decode`'s text."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Token ids to text as they come. Bytes are held until they are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._begun = False
+
+    def feed(self, token: int) -> str:
+        """The characters that a token completes; often none, or one that began earlier.
+
+        Raises:
+            ValueError: an id outside of the vocabulary.
+        """
+        data = self._tokenizer.decode_bytes([token])
+        if data and not self._begun:
+            self._begun = True
+            if token in self._tokenizer._codec.word_starts:
+                data = data[1:]
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the last character isn't whole, else nothing."""
+        return self._utf8.decode(b"", final=True)

@@ -27,7 +27,7 @@ from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint import convert as conversion
 from llama.checkpoint.convert import check_equal, convert, describe
 from llama.model import rope_frequencies
-from llama.vocabulary_files import write_tokenizer_json
+from llama.vocabulary.writing import write_for_hugging_face
 
 FORMATS = {
     "meta": ("meta", {}),
@@ -481,7 +481,7 @@ def test_llama_3s_tokenizer_there_and_back(tmp_path, llama3_tokenizer_path):
 
 def test_a_tokenizer_of_bytes_has_no_merges(tmp_path):
     tokenizer = Tokenizer(write_byte_tokenizer(tmp_path / "tokenizer.model"))
-    found = Tokenizer(write_tokenizer_json(tokenizer.vocabulary, tmp_path))
+    found = Tokenizer(write_for_hugging_face(tokenizer.vocabulary, tmp_path))
     assert_same_tokenizer(tokenizer, found, random_texts(8, 50))
 
 

@@ -23,7 +23,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama import Tokenizer
-from llama.vocabulary import PATTERNS
+from llama.vocabulary.byte_level import PATTERNS
 
 CASES = json.loads((Path(__file__).parent / "data" / "tokenizer_cases.json").read_text())
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -703,7 +703,8 @@ def test_missing_files_and_directories_are_refused_by_name(tmp_path):
 
 
 WRONG_GGUFS = {
-    "kind llama": ({"kind": "llama"}, "'llama'"),
+    "kind rwkv": ({"kind": "rwkv"}, "'rwkv'"),
+    "kind llama without scores": ({"kind": "llama"}, "scores isn't a list"),
     "kind missing": ({"kind": None}, r"tokenizer\.ggml\.model"),
     "rule unknown": ({"pre": "qwen2"}, "'qwen2'"),
     "rule missing": ({"pre": None}, "none"),

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 import torch
 
-from llama import vocabulary_files
 from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, weight_shapes
 from llama.checkpoint.dequantize import dequantize
 from llama.checkpoint.mapped import read_slice
@@ -22,6 +21,7 @@ from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, ro
 from llama.gguf_header import Header, read_header
 from llama.model import ModelArgs, rope_frequencies
 from llama.tokenizer import Tokenizer
+from llama.vocabulary import writing as writing_vocabulary
 
 TO_META = {
     "token_embd": "tok_embeddings",
@@ -262,7 +262,7 @@ def write(
         if kind.upper().startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:
-            vocabulary_files.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
+            writing_vocabulary.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
 
         shapes = weight_shapes(args)
         if args.use_scaled_rope:

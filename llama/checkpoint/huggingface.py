@@ -11,7 +11,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from llama import vocabulary_files
 from llama.checkpoint import (
     Checkpoint,
     Shape,
@@ -34,6 +33,7 @@ from llama.checkpoint.safetensors import (
 from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
+from llama.vocabulary import writing as writing_vocabulary
 
 # Llama itself, and architectures that are Llama when their config says nothing else.
 ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
@@ -345,7 +345,7 @@ def write(
         eos: List[int] = []
         if tokenizer is not None:
             bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
-            vocabulary_files.write_tokenizer_json(tokenizer.vocabulary, partial)
+            writing_vocabulary.write_for_hugging_face(tokenizer.vocabulary, partial)
         config = config_of(args, dtypes[names[0]], bos_id, eos)
         _write_json(partial / "config.json", config)
     return path

@@ -13,7 +13,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from llama import parallel, vocabulary_files
+from llama import parallel
 from llama.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -37,6 +37,7 @@ from llama.checkpoint.writing import (
 )
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
+from llama.vocabulary import writing as writing_vocabulary
 
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
@@ -314,7 +315,7 @@ def write(
             )
         (partial / "params.json").write_text(json.dumps(params_of(args), indent=2) + "\n")
         if tokenizer is not None:
-            vocabulary_files.write_tokenizer(tokenizer.vocabulary, partial)
+            writing_vocabulary.write_tokenizer(tokenizer.vocabulary, partial)
     return path
 
 
