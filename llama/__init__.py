@@ -4,6 +4,7 @@ from llama.cache import KVCache
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tools import parse_tool_calls, tool_schema
 
 __all__ = [
     "ChatFormat",
@@ -16,4 +17,6 @@ __all__ = [
     "ModelArgs",
     "Tokenizer",
     "Transformer",
+    "parse_tool_calls",
+    "tool_schema",
 ]

@@ -4,44 +4,27 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, List, Literal, NamedTuple, Optional, Sequence, Set, Tuple, TypedDict
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
 from llama import checkpoint, memory, parallel, remote
 from llama.cache import KVCache
-from llama.chat import Format, check_dialog
+from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.model import Transformer
+from llama.predictions import (
+    ChatPrediction,
+    CompletionPrediction,
+    FinishReason,
+    Prediction,
+    Step,
+)
 from llama.sampling import sample, sample_top_p
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
+from llama.tools import Tool
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Step", "sample_top_p"]
-
-FinishReason = Literal["stop", "length"]
-
-
-class _Prediction(TypedDict, total=False):
-    finish_reason: FinishReason  # "stop": a stop token; "length": max_gen_len or the context's end
-    tokens: List[str]  # with logprobs only
-    logprobs: List[float]  # with logprobs only
-
-
-class CompletionPrediction(_Prediction):
-    generation: str
-
-
-class ChatPrediction(_Prediction):
-    generation: Message
-
-
-class Step(NamedTuple):
-    """One event of the generation loop."""
-
-    row: int  # index of the prompt
-    token: Optional[int]  # None: the row ended without a further token
-    logprob: Optional[float]  # natural logarithm, of the model's own distribution; if asked for
-    finish_reason: Optional[FinishReason]  # set in the last event of a row
 
 
 class Llama:
@@ -50,7 +33,7 @@ class Llama:
     Attributes:
         model: the Transformer.
         tokenizer: the Tokenizer.
-        formatter: ChatFormat, TemplateFormat, or None where the checkpoint has no chat format.
+        formatter: the Format of its dialogs, or None where the checkpoint has none.
     """
 
     @staticmethod
@@ -128,7 +111,7 @@ class Llama:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = formatter or chat_format(tokenizer)
+        self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self.device = model.norm.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -202,38 +185,54 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
+        *,
+        tools: Optional[Sequence[Tool]] = None,
     ) -> List[ChatPrediction]:
-        """Answer dialogs, each a list of {"role": ..., "content": ...}.
+        """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
         Nothing that a message holds, in role or content, becomes a control token.
 
         Args:
             max_gen_len: None fills the context.
+            tools: what the model may call: JSON schemas, Python functions (which aren't run), and
+                names of built-in tools. Its calls are in the message, as `tool_calls`.
 
         Returns:
             Per dialog `generation` (the assistant's message) and `finish_reason`; with logprobs
-            also `tokens` and `logprobs`.
+            also `tokens` and `logprobs`; with tools, and a call that is malformed and was left in
+            the text, also `tool_call_error`.
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
-                model without a chat format; and what `generate` raises.
+                model without a chat format, or tools and a format without them; and what
+                `generate` raises.
         """
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
-        for i, dialog in enumerate(dialogs):
-            if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-                raise ValueError("dialogs is one dialog: pass a list of dialogs")
-            check_dialog(i, dialog)
-        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        return [
-            {
-                "generation": {"role": "assistant", "content": self.tokenizer.decode(tokens)},
-                **details,
-            }
-            for tokens, details in self._predict(
-                ids, temperature, top_p, max_gen_len, logprobs, echo=False
-            )
-        ]
+        check_dialogs(dialogs)
+        encode = self.formatter.encode_dialog_prompt
+        ids = [encode(dialog, tools) if tools else encode(dialog) for dialog in dialogs]
+        self._check_trained()
+        predictions: List[ChatPrediction] = []
+        for tokens, details in self._predict(
+            ids, temperature, top_p, max_gen_len, logprobs, echo=False
+        ):
+            message: Message = {"role": "assistant", "content": self.tokenizer.decode(tokens)}
+            error = read_calls(message, tools) if tools else None
+            predictions.append({"generation": message, **details})
+            if error:
+                predictions[-1]["tool_call_error"] = error
+        return predictions
+
+    def _check_trained(self) -> None:
+        """Warn of a base model, on all ranks alike: each has a part of the embeddings."""
+        if isinstance(self.formatter, ChatFormat):
+            turns = self.formatter.turn_ids()
+            ids = torch.tensor([[*turns, *range(256)]], device=self.device)
+            with torch.inference_mode():
+                rows = self.model.tok_embeddings(ids)[0]
+            if parallel.is_rank_zero():
+                warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
     def _predict(
         self,
@@ -243,7 +242,7 @@ class Llama:
         max_gen_len: Optional[int],
         logprobs: bool,
         echo: bool,
-    ) -> List[Tuple[List[int], _Prediction]]:
+    ) -> List[Tuple[List[int], Prediction]]:
         """What both completions have in common: tokens and the rest of a prediction."""
         if max_gen_len is None:
             max_gen_len = self.model.params.max_seq_len
@@ -252,7 +251,7 @@ class Llama:
         )
         predictions = []
         for row, reason in enumerate(reasons):
-            details: _Prediction = {"finish_reason": reason}
+            details: Prediction = {"finish_reason": reason}
             if logprobs:
                 details["tokens"] = [self.tokenizer.decode([token]) for token in tokens[row]]
                 details["logprobs"] = scores[row]

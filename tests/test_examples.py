@@ -97,11 +97,14 @@ def test_metas_own_script_runs_unchanged(smollm2_path):
     assert generator.model and generator.tokenizer and generator.formatter
 
 
-def test_quickstart_notebook_runs_from_top_to_bottom(smollm2_path):
+@pytest.mark.parametrize(
+    "name, says, images", [("quickstart", "Paris", 1), ("tools", "2100000 people live in Paris", 0)]
+)
+def test_notebooks_run_from_top_to_bottom(smollm2_path, name, says, images):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     ).execute()
@@ -112,5 +115,5 @@ def test_quickstart_notebook_runs_from_top_to_bottom(smollm2_path):
         for output in cell.get("outputs", [])
     ]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "Paris" in text
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert says in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == images

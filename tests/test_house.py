@@ -18,18 +18,19 @@ LAYERS = {
     "sampling": set(),
     "parallel": set(),
     "vocabulary": {"gguf_header"},
-    "vocabulary_files": {"vocabulary"},
-    "chat": set(),
-    "templates": {"chat"},
+    "tools": set(),
+    "chat": {"tools"},
+    "templates": {"chat", "tools"},
+    "predictions": {"chat"},
     "tokenizer": {"chat", "vocabulary"},
     "model": {"cache", "parallel"},
-    "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary_files"},
+    "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary"},
     "memory": {"checkpoint", "model", "parallel"},
     "generation": {"cache", "chat", "checkpoint", "memory", "model", "parallel", "remote"}
-    | {"sampling", "templates", "tokenizer"},
+    | {"predictions", "sampling", "templates", "tokenizer", "tools"},
     "cli": {"checkpoint", "memory", "parallel", "remote"},
     "remote": set(),
-    "__init__": {"cache", "generation", "model", "tokenizer"},
+    "__init__": {"cache", "generation", "model", "tokenizer", "tools"},
 }
 
 

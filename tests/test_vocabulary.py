@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import List
@@ -10,15 +11,16 @@ from typing import List
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ROOT, random_weights
+from conftest import ROOT, TINY, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import LlamaCpp, assert_same_ids, glued_tokens, plain, random_texts
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from llama import Tokenizer, checkpoint
-from llama.checkpoint import InMemory
+from llama import Llama, Tokenizer, checkpoint
+from llama.chat import Llama2Format
+from llama.checkpoint import InMemory, meta
 from llama.checkpoint.convert import convert
 from llama.model import ModelArgs
 from llama.vocabulary import writing
@@ -420,3 +422,30 @@ def test_ids_of_pairs_are_words_with_their_spaces(spm):
     assert "".join(pieces) == "one two three" and not pieces[0].startswith(" ")
     assert all(b"".join([spm.decode_bytes([a]), spm.decode_bytes([b])]) == spm.decode_bytes([a, b])
                for a, b in pairwise(ids))  # fmt: skip
+
+
+# --- Llama 2, whole ------------------------------------------------------------------------------
+
+
+def test_a_llama_2_directory_completes_and_chats(spm_path, theirs, tmp_path):
+    """Meta's directory with a SentencePiece model: bos before a text, turns of [INST]."""
+    args = replace(TINY, vocab_size=theirs.get_piece_size(), rope_theta=10000.0)
+    path = meta.write(InMemory(args, random_weights(args)), tmp_path / "llama-2")
+    (path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=128)
+    assert isinstance(llama.formatter, Llama2Format)
+    dialog = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hello "},
+        {"role": "assistant", "content": "Hi! "},
+        {"role": "user", "content": "<s> [in] </s>"},
+    ]
+    expected = [1, *theirs.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hello [/INST] Hi! "), 2]
+    expected += [1, *theirs.encode("[INST] <s> [in] </s> [/INST]")]
+    assert llama.formatter.encode_dialog_prompt(dialog) == expected
+    (answer,) = llama.chat_completion([dialog], temperature=0, max_gen_len=4)
+    ids, _ = llama.generate([expected], 4, temperature=0)
+    assert answer["generation"] == {"role": "assistant", "content": theirs.decode(ids[0])}
+    (text,) = llama.text_completion(["Hello"], temperature=0, max_gen_len=4)
+    ids, _ = llama.generate([[1, *theirs.encode("Hello")]], 4, temperature=0)
+    assert text["generation"] == theirs.decode(ids[0])

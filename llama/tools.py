@@ -1,0 +1,375 @@
+"""Tools that a model may call: their definitions, and the calls in what a model replies.
+
+No tool is run here, and nothing of a reply is evaluated: JSON and Python literals only.
+"""
+
+import ast
+import enum
+import inspect
+import json
+import re
+import types
+import typing
+import warnings
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+# A built-in tool by its name, a JSON schema, or a Python function with type hints and docstring.
+Tool = Union[str, Dict[str, Any], Callable[..., Any]]
+# {"name": str, "arguments": dict of JSON values}, and "id" where the model's format has one.
+ToolCall = Dict[str, Any]
+
+# Those that Llama 3.1 was trained on. The first three take a query, the last one code.
+BUILTINS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
+PYTHON_TAG = "<|python_tag|>"
+
+
+class Reply(NamedTuple):
+    """A model's reply, taken apart."""
+
+    content: str  # the text that belongs to no call; with an error, all of it
+    calls: List[ToolCall]
+    error: Optional[str]  # what is wrong with an attempted call
+
+
+# --- definitions ---------------------------------------------------------------------------------
+
+
+def split_tools(tools: Sequence[Tool]) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """The schemas (see `tool_schema`) and the built-in tools among tools.
+
+    Raises:
+        ValueError: an unknown built-in tool, a name that comes twice, or what `tool_schema` raises.
+    """
+    if isinstance(tools, (str, dict)) or callable(tools):
+        raise ValueError("tools is one tool: pass a list of tools")
+    builtins = [tool for tool in tools if isinstance(tool, str)]
+    for name in builtins:
+        if name not in BUILTINS:
+            raise ValueError(
+                f"no built-in tool {name!r}: those are {', '.join(BUILTINS)}; "
+                "pass others as a JSON schema or a Python function"
+            )
+    schemas = [tool_schema(tool) for tool in tools if not isinstance(tool, str)]
+    names = builtins + [schema["function"]["name"] for schema in schemas]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tools are named {name!r}: rename one")
+    return schemas, builtins
+
+
+def tool_schema(tool: Tool) -> Dict[str, Any]:
+    """A tool's JSON schema as chat templates take it: {"type": "function", "function": {...}}.
+
+    Args:
+        tool: such a schema, the inner part of one ({"name", "description", "parameters"}), or a
+            Python function. Of a function, the type hints give the parameters' types, and a
+            docstring in Google's style gives what it and each parameter is for.
+
+    Raises:
+        ValueError: a schema without a name, or with what JSON hasn't; a function without
+            docstring, or with a parameter that has no hint, no description or an unsupported type.
+    """
+    if callable(tool):
+        return {"type": "function", "function": _function_schema(tool)}
+    if not isinstance(tool, dict):
+        raise ValueError(f"a tool is a JSON schema or a Python function, not {tool!r}")
+    schema = plain_json(tool, "a tool's schema")
+    if "function" not in schema:
+        kind = {"type": schema.pop("type")} if schema.get("type") == "function" else {}
+        schema = {"type": "function", **kind, "function": schema}
+    inner = schema["function"]
+    if schema.get("type") != "function" or not isinstance(inner, dict):
+        raise ValueError(f"a tool is {{'type': 'function', 'function': {{...}}}}, not {tool!r}")
+    if not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise ValueError(f"a tool needs a name, a string that isn't empty: {tool!r}")
+    if not isinstance(inner.get("description", ""), str):
+        raise ValueError(f"the description of the tool {inner['name']!r} isn't a string")
+    if not isinstance(inner.get("parameters", {}), dict):
+        raise ValueError(f"the parameters of the tool {inner['name']!r} aren't a JSON schema")
+    return schema
+
+
+def plain_json(value: Any, what: str) -> Any:
+    """A copy that consists of JSON's own types.
+
+    Raises:
+        ValueError: it holds what JSON hasn't, NaN included, or is nested too deeply.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} can't be written as JSON: {error}") from None
+
+
+def _function_schema(function: Callable[..., Any]) -> Dict[str, Any]:
+    name = getattr(function, "__name__", "")
+    if not name:
+        raise ValueError(f"{function!r} has no name to call it by: pass a function or a schema")
+    description, described = _docstring(inspect.getdoc(function) or "")
+    if not description:
+        raise ValueError(f"the function {name} has no docstring to tell the model what it does")
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise ValueError(f"the type hints of {name} can't be resolved: {error}") from None
+    properties, required = {}, []
+    for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"{name} takes *{key}: a tool's parameters need names of their own")
+        if key not in hints:
+            raise ValueError(f"the parameter {key} of {name} has no type hint")
+        if key not in described:
+            raise ValueError(f"the docstring of {name} doesn't describe {key} under `Args:`")
+        where = f"the parameter {key} of {name}"
+        properties[key] = {**_type_schema(hints[key], where), "description": described[key]}
+        if parameter.default is parameter.empty:
+            required.append(key)
+    parameters: Dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        parameters["required"] = required
+    return {"name": name, "description": description, "parameters": parameters}
+
+
+_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_TYPES = {**_NAMES, list: "array", dict: "object"}
+
+
+def _type_schema(hint: Any, where: str) -> Dict[str, Any]:
+    """A type hint as JSON schema, in the same words as transformers' get_json_schema."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if isinstance(hint, type) and origin is None and hint in _TYPES:
+        return {"type": _TYPES[hint]}
+    if isinstance(hint, type) and origin is None and issubclass(hint, enum.Enum):
+        return _choices([member.value for member in hint], where)
+    if origin is typing.Literal:
+        return _choices(list(inner), where)
+    if origin is list:
+        return {"type": "array", "items": _type_schema(inner[0], where)}
+    if origin is dict and inner[0] is str:
+        return {"type": "object", "additionalProperties": _type_schema(inner[1], where)}
+    if origin in (Union, types.UnionType):
+        kinds = [_type_schema(one, where) for one in inner if one is not type(None)]
+        if len(kinds) == 1:
+            schema = kinds[0]
+        elif all(set(kind) == {"type"} for kind in kinds):
+            schema = {"type": sorted({kind["type"] for kind in kinds})}
+        else:
+            schema = {"anyOf": kinds}
+        return {**schema, "nullable": True} if type(None) in inner else schema
+    raise ValueError(
+        f"{where} has the type {hint!r}: a tool takes str, int, float, bool, list, dict[str, ...], "
+        "None, Literal, enums and unions of them; write the JSON schema yourself for others"
+    )
+
+
+def _choices(values: List[Any], where: str) -> Dict[str, Any]:
+    if not values or any(type(value) not in _NAMES for value in values):
+        raise ValueError(f"{where} has the choices {values}: they need to be JSON's simple values")
+    kinds = list(dict.fromkeys(_NAMES[type(value)] for value in values))
+    return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": values}
+
+
+_SECTION = re.compile(r"(Args|Arguments|Returns|Raises|Yields|Examples?|Notes?):")
+_PARAMETER = re.compile(r"(\w+)(?: ?\([^()]*\))?:(.*)")
+
+
+def _docstring(doc: str) -> Tuple[str, Dict[str, str]]:
+    """The description, and the parameters' descriptions, of a docstring in Google's style."""
+    section, indent, key = "", None, ""
+    description: List[str] = []
+    parameters: Dict[str, List[str]] = {}
+    for line in doc.splitlines():
+        if _SECTION.fullmatch(line.rstrip()):
+            section = line.strip()
+        elif not section:
+            description.append(line)
+        elif section in ("Args:", "Arguments:") and line.strip():
+            depth = len(line) - len(line.lstrip())
+            indent = depth if indent is None else indent
+            begun = _PARAMETER.fullmatch(line.strip()) if depth <= indent else None
+            if begun:
+                key = begun[1]
+                parameters[key] = []
+            if key:
+                parameters[key].append((begun[2] if begun else line).strip())
+    texts = {key: " ".join(filter(None, lines)) for key, lines in parameters.items()}
+    return "\n".join(description).strip(), texts
+
+
+# --- calls ---------------------------------------------------------------------------------------
+
+
+class _Malformed(Exception):
+    """A reply tries to call a tool and fails."""
+
+
+_DECODER = json.JSONDecoder()
+_OPENING = re.compile(r"<function=([^<>]{1,200})>|<tool_call>|\[TOOL_CALLS\]")
+_BUILTIN = re.compile(r'(\w+)\.call\(query="(.*)"\)', re.DOTALL)
+_PYTHONIC = re.compile(r"\[\s*(\w+)\(")
+_BETWEEN = re.compile(r"[\s;]*")
+
+
+def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
+    """The tool calls in a model's reply, in any of the usual spellings.
+
+    Read are, as the whole reply: {"name": ..., "parameters" or "arguments": {...}} (several of them
+    one after another, with spaces or ";" between, or in a list), [f(a=1), g(b="x")], and
+    brave_search.call(query="..."); among other text: <function=name>{...}</function>,
+    <tool_call>{...}</tool_call> and [TOOL_CALLS] [{...}]. What follows a leading <|python_tag|> is
+    any of these, or else code for code_interpreter.
+
+    Only the tools given and the built-in ones can be called; arguments aren't checked against the
+    schemas. It is all or nothing: of a reply with a malformed call every call stays text.
+
+    Returns:
+        The remaining text, the calls, and what is malformed, if anything. No text raises.
+
+    Raises:
+        ValueError: what isn't a tool among tools.
+    """
+    schemas, _ = split_tools(tools)
+    names = {schema["function"]["name"] for schema in schemas} | set(BUILTINS)
+    try:
+        if text.lstrip().startswith(PYTHON_TAG):
+            return Reply("", _after_python_tag(text.lstrip()[len(PYTHON_TAG) :], names), None)
+        return Reply(*_anywhere(text, names), None)
+    except _Malformed as error:
+        return Reply(text, [], str(error))
+
+
+def _after_python_tag(code: str, names: Set[str]) -> List[ToolCall]:
+    begin = code.strip()
+    try:
+        content, calls = _anywhere(begin, names)
+        if calls and not content:
+            return calls
+    except _Malformed:
+        # No Python program begins like this. Others may hold what looks like a call and is none.
+        if begin.startswith(("{", "<", *(f"{name}.call(" for name in BUILTINS))):
+            raise
+    return [{"name": "code_interpreter", "arguments": {"code": code.rstrip(" ")}}]
+
+
+def _anywhere(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
+    body = text.strip()
+    calls = _builtin(body, names) or _json(body, names) or _pythonic(body, names)
+    return ("", calls) if calls else _tagged(text, names)
+
+
+def _builtin(body: str, names: Set[str]) -> List[ToolCall]:
+    """name.call(query="..."), with the query as it stands: Llama escapes nothing in it."""
+    found = _BUILTIN.fullmatch(body)
+    if found and '.call(query="' not in found[2]:
+        return [_call({"name": found[1], "arguments": {"query": found[2]}}, names)]
+    if body.startswith(tuple(f"{name}.call(" for name in BUILTINS)):
+        raise _Malformed('a call of a built-in tool is name.call(query="...") and nothing else')
+    return []
+
+
+def _json(body: str, names: Set[str]) -> List[ToolCall]:
+    if not body.startswith(("{", "[")):
+        return []
+    values: List[Any] = []
+    at = 0
+    try:
+        while at < len(body):
+            value, at = _DECODER.raw_decode(body, at)
+            values += value if isinstance(value, list) else [value]
+            at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it may match nothing
+    except (ValueError, RecursionError) as error:
+        if body[0] == "{" and '"name"' in body and re.search('"(parameters|arguments)"', body):
+            raise _Malformed(f"the call isn't JSON: {error}") from None
+        return []
+    if not any(_is_call(value, names) for value in values):
+        return []  # JSON, but it calls nothing
+    return [_call(value, names) for value in values]
+
+
+def _pythonic(body: str, names: Set[str]) -> List[ToolCall]:
+    begin = _PYTHONIC.match(body)
+    if not begin:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes in the model's Python
+            tree = ast.parse(body, mode="eval").body
+        if not isinstance(tree, ast.List):
+            return []
+        calls = []
+        for node in tree.elts:
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+                raise ValueError("every element is name(parameter=value, ...)")
+            arguments = {str(key.arg): ast.literal_eval(key.value) for key in node.keywords}
+            if any(key.arg is None for key in node.keywords):
+                raise ValueError("** isn't an argument")
+            calls.append({"name": node.func.id, "arguments": arguments})
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        if begin[1] in names:
+            raise _Malformed(f"the list of calls can't be read: {str(error)[:200]}") from None
+        return []
+    return [_call(call, names) for call in calls]
+
+
+def _tagged(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
+    """Calls between tags. The JSON itself says where it ends, so that it may contain tags."""
+    rest: List[str] = []
+    calls: List[ToolCall] = []
+    at = 0
+    while found := _OPENING.search(text, at):
+        rest.append(text[at : found.start()])
+        try:
+            value, at = _DECODER.raw_decode(text, _spaces(text, found.end()))
+        except (ValueError, RecursionError) as error:
+            raise _Malformed(f"after {found[0]} comes no JSON: {error}") from None
+        if found[1]:
+            calls.append(_call({"name": found[1], "arguments": value}, names))
+        else:
+            several = found[0] == "[TOOL_CALLS]" and isinstance(value, list)
+            calls += [_call(one, names) for one in (value if several else [value])]
+        closing = {"<tool": "</tool_call>", "<func": "</function>"}.get(found[0][:5], "")
+        end = _spaces(text, at)
+        if not text.startswith(closing, end) and end < len(text):
+            raise _Malformed(f"the call after {found[0]} isn't closed by {closing}")
+        at = end + len(closing) if closing else at
+    if not calls:
+        return text, []
+    return "".join([*rest, text[at:]]).strip(), calls
+
+
+def _spaces(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _is_call(value: Any, names: Set[str]) -> bool:
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and (value["name"] in names or "parameters" in value or "arguments" in value)
+    )
+
+
+def _call(value: Any, names: Set[str]) -> ToolCall:
+    if not _is_call(value, names):
+        raise _Malformed('a call is {"name": ..., "arguments": {...}}')
+    identifier = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    value = value["function"] if isinstance(value.get("function"), dict) else value
+    name, arguments = value["name"], value.get("parameters", value.get("arguments"))
+    if name not in names:
+        given = ", ".join(sorted(names - set(BUILTINS))) or "none"
+        raise _Malformed(f"there is no tool {name[:80]!r}; those given: {given}")
+    try:
+        if isinstance(arguments, str):  # JSON within JSON, as OpenAI writes it
+            arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError("they are a dict")
+        arguments = plain_json(arguments, "they")
+    except (ValueError, RecursionError) as error:
+        raise _Malformed(f"the arguments for {name!r}: {error}") from None
+    return {**identifier, "name": name, "arguments": arguments}
