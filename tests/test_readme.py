@@ -81,8 +81,9 @@ def test_files_that_it_names_exist():
     layout = README[README.index("How the house is laid out") :]
     for name in re.findall(r"^  (\w+\.py) ", layout, flags=re.MULTILINE):
         assert (ROOT / "llama" / name).exists(), name
-    for name in re.findall(r"^    (\w+\.py) ", layout, flags=re.MULTILINE):
-        assert (ROOT / "llama" / "checkpoint" / name).exists(), name
+    for package, files in re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", layout, flags=re.MULTILINE):
+        for name in re.findall(r"^    (\w+\.py) ", files, flags=re.MULTILINE):
+            assert (ROOT / "llama" / package / name).exists(), name
     listed = set(re.findall(r"(\w+\.py)", layout))
     for path in (ROOT / "llama").rglob("*.py"):
         assert path.name in listed, path
