@@ -7,6 +7,8 @@ from typing import List, Sequence, Tuple
 import numpy as np
 import torch
 
+BLOCK = 256  # positions by which a cache grows
+
 
 def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that, on the CPU, take memory only as they are written to.
@@ -23,10 +25,10 @@ def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class KVCache:
     """Keys and values of every layer, for rows that may stand at different lengths.
 
-    `k` and `v` have the shape (n_layers, rows, n_kv_heads, max_len, head_dim), with the key/value
-    heads of this rank. Entries at and beyond `lengths[row]` are never attended to, so forgetting
-    is a change of that number and nothing is ever cleared. They start as zeros because a masked
-    NaN is still a NaN.
+    `k` and `v` have the shape (n_layers, rows, n_kv_heads, room, head_dim), with the key/value
+    heads of this rank; the room grows by blocks of positions, up to max_len. Entries at and beyond
+    `lengths[row]` are never attended to, so forgetting is a change of that number and nothing is
+    ever cleared. They start as zeros because a masked NaN is still a NaN.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (n_layers, rows, n_kv_heads, max_len, head_dim)
+        self.max_len = max_len
+        shape = (n_layers, rows, n_kv_heads, min(BLOCK, max_len), head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
         self.lengths: List[int] = [0] * rows
@@ -48,10 +51,6 @@ class KVCache:
     @property
     def rows(self) -> int:
         return len(self.lengths)
-
-    @property
-    def max_len(self) -> int:
-        return self.k.shape[3]
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +73,21 @@ class KVCache:
                     f"row {row} would reach {start + n} positions and the cache has room for "
                     f"{self.max_len}: make a longer cache or shorten the input"
                 )
+        self.reserve(max(starts) + n)
         self.lengths = [start + n for start in starts]
+
+    def reserve(self, n: int) -> None:
+        """Make room for n positions in each row, in whole blocks."""
+        if n <= self.k.shape[3]:
+            return
+        used = max(self.lengths)  # no more is copied: what isn't written to takes no memory
+        room = min(-(-n // BLOCK) * BLOCK, self.max_len)
+        for name in ("k", "v"):
+            small: torch.Tensor = getattr(self, name)
+            shape = (small.shape[0], self.rows, small.shape[2], room, small.shape[4])
+            large = _zeros(shape, small.dtype, small.device)
+            large[:, :, :, :used] = small[:, : self.rows, :, :used]
+            setattr(self, name, large)
 
     def update(
         self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -122,6 +135,16 @@ class KVCache:
         part.k, part.v = self.k[:, start:stop], self.v[:, start:stop]
         part.lengths = self.lengths[start:stop]
         return part
+
+    def spread(self, sources: Sequence[int]) -> None:
+        """Copy rows: row i becomes what row sources[i] was; ascending, none beyond its own i."""
+        lengths = [self.lengths[source] for source in sources]
+        for new in reversed(range(len(sources))):
+            old, n = sources[new], lengths[new]
+            if new != old:
+                self.k[:, new, :, :n] = self.k[:, old, :, :n]
+                self.v[:, new, :, :n] = self.v[:, old, :, :n]
+        self.lengths = lengths
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but the given ones (ascending), which move up to take their places."""

@@ -2,29 +2,32 @@
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
-from llama import checkpoint, memory, parallel, remote
-from llama.cache import KVCache
+from llama import checkpoint, loop, memory, parallel, remote
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
+from llama.loop import Row
 from llama.model import Transformer
 from llama.predictions import (
     ChatPrediction,
     CompletionPrediction,
+    Event,
     FinishReason,
     Prediction,
-    Step,
 )
-from llama.sampling import sample, sample_top_p
+from llama.sampling import SamplingParams, sample_top_p
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tools import Tool
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Step", "sample_top_p"]
+__all__ = ["ChatPrediction", "CompletionPrediction", "Event", "Llama", "sample_top_p"]
+
+# Between the seeds of a prompt's samples, so that neighbours' seeds don't meet.
+SEED_STEP = 0x9E3779B97F4A7C15
 
 
 class Llama:
@@ -113,7 +116,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self.device = model.norm.weight.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
 
     def generate(
         self,
@@ -125,6 +128,9 @@ class Llama:
         echo: bool = False,
         *,
         stop_tokens: Optional[Set[int]] = None,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
     ) -> Tuple[List[List[int]], Optional[List[List[float]]]]:
         """Continue prompts of token ids, of any mixture of lengths.
 
@@ -136,18 +142,23 @@ class Llama:
                 distribution, before temperature and top_p).
             echo: put the prompt before the answer; its first token's log-probability is 0.0.
             stop_tokens: ids that end a row, themselves left out; the tokenizer's by default.
+            params: all that can be said of sampling, in place of temperature and top_p.
+            seed: of the random numbers, one for all prompts or one each. A row's tokens depend on
+                its prompt, its parameters and its seed, and not on the batch that it is in. By
+                default drawn from the seed given to `build`, and different for each call.
+            n: samples of each prompt; they share its prefill and stand next to each other.
 
         Returns:
-            A list of ids per prompt, and a list of log-probabilities per prompt or None.
+            A list of ids per prompt and sample, and one of log-probabilities, or None.
 
         Raises:
             ValueError: no prompts, too many, an empty or too long one, ids outside of the
                 vocabulary, or parameters out of range; non-finite logits.
         """
-        tokens, scores, _ = self._collect(
-            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, stop_tokens
-        )
-        return tokens, scores if logprobs else None
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
+        rows = self._rows(prompt_tokens, max_gen_len, params, seed, n, ())
+        found = self._collect(rows, stop_tokens=stop_tokens, logprobs=logprobs, echo=echo)
+        return [row.tokens for row in found], [r.logprobs for r in found] if logprobs else None
 
     def text_completion(
         self,
@@ -157,26 +168,59 @@ class Llama:
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        should_stop: Optional[Callable[[], bool]] = None,
     ) -> List[CompletionPrediction]:
-        """Continue texts. See `generate` for the arguments and errors.
+        """Continue texts. See `generate` for the other arguments and errors.
 
         Args:
             max_gen_len: None fills the context.
+            stop: strings at the first of which a text ends, itself left out.
+            top_logprobs: as many most probable tokens are returned for each one of the answer.
+            should_stop: asked after each step, on rank 0; True ends all rows.
 
         Returns:
-            Per prompt `generation` (str) and `finish_reason`; with logprobs also `tokens` (each
-            one's text) and `logprobs`.
+            Per prompt and sample `generation` (str) and `finish_reason`; with logprobs also
+            `tokens` (each one's text) and `logprobs`; with top_logprobs also `top_logprobs`.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one text: pass a list of texts")
-        bos = self.tokenizer.add_bos
-        ids = [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
+        rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
+        found = self._collect(
+            rows, logprobs=logprobs, echo=echo, top_logprobs=top_logprobs, should_stop=should_stop
+        )
         return [
-            {"generation": self.tokenizer.decode(tokens), **details}
-            for tokens, details in self._predict(
-                ids, temperature, top_p, max_gen_len, logprobs, echo
-            )
+            {"generation": row.text, **self._details(row, logprobs, top_logprobs)} for row in found
         ]
+
+    def stream_text(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: bool = False,
+        *,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        should_stop: Optional[Callable[[], bool]] = None,
+    ) -> Iterator[Event]:
+        """What `text_completion` would return, event by event as it comes about.
+
+        To stop early, close the iterator (on all ranks) or let should_stop return True.
+        """
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
+        rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
+        return self._run(
+            rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
+        )
 
     def chat_completion(
         self,
@@ -187,10 +231,17 @@ class Llama:
         logprobs: bool = False,
         *,
         tools: Optional[Sequence[Tool]] = None,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        should_stop: Optional[Callable[[], bool]] = None,
     ) -> List[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
-        Nothing that a message holds, in role or content, becomes a control token.
+        Nothing that a message holds, in role or content, becomes a control token. See
+        `text_completion` and `generate` for the other arguments.
 
         Args:
             max_gen_len: None fills the context.
@@ -198,31 +249,74 @@ class Llama:
                 names of built-in tools. Its calls are in the message, as `tool_calls`.
 
         Returns:
-            Per dialog `generation` (the assistant's message) and `finish_reason`; with logprobs
-            also `tokens` and `logprobs`; with tools, and a call that is malformed and was left in
-            the text, also `tool_call_error`.
+            Per dialog and sample `generation` (the assistant's message) and `finish_reason`; with
+            logprobs also `tokens` and `logprobs`; with tools, and a call that is malformed and was
+            left in the text, also `tool_call_error`.
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
+        ids = self._encode_dialogs(dialogs, tools)
+        found = self._collect(
+            self._rows(ids, max_gen_len, params, seed, n, stop),
+            logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop,
+        )  # fmt: skip
+        predictions: List[ChatPrediction] = []
+        for row in found:
+            message: Message = {"role": "assistant", "content": row.text}
+            error = read_calls(message, tools) if tools else None
+            details = self._details(row, logprobs, top_logprobs)
+            predictions.append({"generation": message, **details})
+            if error:
+                predictions[-1]["tool_call_error"] = error
+        return predictions
+
+    def stream_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: bool = False,
+        *,
+        tools: Optional[Sequence[Tool]] = None,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        should_stop: Optional[Callable[[], bool]] = None,
+    ) -> Iterator[Event]:
+        """What `chat_completion` would return, event by event; calls of tools as they are written.
+
+        To stop early, close the iterator (on all ranks) or let should_stop return True.
+        """
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
+        ids = self._encode_dialogs(dialogs, tools)
+        rows = self._rows(ids, max_gen_len, params, seed, n, stop)
+        return self._run(
+            rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
+        )
+
+    def _encode(self, prompts: Sequence[str]) -> List[List[int]]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: pass a list of texts")
+        bos = self.tokenizer.add_bos
+        return [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
+
+    def _encode_dialogs(
+        self, dialogs: Sequence[Dialog], tools: Optional[Sequence[Tool]]
+    ) -> List[List[int]]:
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
         check_dialogs(dialogs)
         encode = self.formatter.encode_dialog_prompt
         ids = [encode(dialog, tools) if tools else encode(dialog) for dialog in dialogs]
         self._check_trained()
-        predictions: List[ChatPrediction] = []
-        for tokens, details in self._predict(
-            ids, temperature, top_p, max_gen_len, logprobs, echo=False
-        ):
-            message: Message = {"role": "assistant", "content": self.tokenizer.decode(tokens)}
-            error = read_calls(message, tools) if tools else None
-            predictions.append({"generation": message, **details})
-            if error:
-                predictions[-1]["tool_call_error"] = error
-        return predictions
+        return ids
 
     def _check_trained(self) -> None:
         """Warn of a base model, on all ranks alike: each has a part of the embeddings."""
@@ -234,191 +328,95 @@ class Llama:
             if parallel.is_rank_zero():
                 warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
-    def _predict(
+    def _rows(
         self,
-        ids: List[List[int]],
-        temperature: float,
-        top_p: float,
+        prompts: Sequence[Sequence[int]],
         max_gen_len: Optional[int],
-        logprobs: bool,
-        echo: bool,
-    ) -> List[Tuple[List[int], Prediction]]:
-        """What both completions have in common: tokens and the rest of a prediction."""
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len
-        tokens, scores, reasons = self._collect(
-            ids, max_gen_len, temperature, top_p, logprobs, echo, None
-        )
-        predictions = []
-        for row, reason in enumerate(reasons):
-            details: Prediction = {"finish_reason": reason}
-            if logprobs:
-                details["tokens"] = [self.tokenizer.decode([token]) for token in tokens[row]]
-                details["logprobs"] = scores[row]
-            predictions.append((tokens[row], details))
-        return predictions
-
-    def _collect(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-        stop_tokens: Optional[Set[int]],
-    ) -> Tuple[List[List[int]], List[List[float]], List[FinishReason]]:
-        """Run the loop to its end: tokens, log-probabilities and finish reason per row."""
-        tokens: List[List[int]] = [[] for _ in prompts]
-        scores: List[List[float]] = [[] for _ in prompts]
-        reasons: List[FinishReason] = ["length"] * len(prompts)
-        for step in self._steps(
-            prompts, max_gen_len, temperature, top_p, logprobs, echo, stop_tokens
-        ):
-            if step.finish_reason is not None:
-                reasons[step.row] = step.finish_reason
-            if step.token is not None and step.finish_reason != "stop":
-                tokens[step.row].append(step.token)
-                if step.logprob is not None:
-                    scores[step.row].append(step.logprob)
-        return tokens, scores, reasons
-
-    @torch.inference_mode()
-    def _steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-        stop_tokens: Optional[Set[int]],
-    ) -> Iterator[Step]:
-        """The generation loop: one event per token, in the order in which tokens come about.
-
-        Prompts go through the model whole, those of similar lengths together. Then each step
-        feeds every unfinished row's last token at that row's own position; finished rows leave the
-        batch and the cache. All ranks run this in step; rank 0 alone draws the tokens.
-        """
-        self._check(prompts, max_gen_len, temperature, top_p)
-        stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-        lengths = [len(prompt) for prompt in prompts]
-        limits = [min(self.model.params.max_seq_len, n + max_gen_len) for n in lengths]
-
-        # In the batch and the cache, rows stand in the order of their lengths.
-        order = sorted(range(len(prompts)), key=lengths.__getitem__)
-        cache = self.model.new_cache(len(prompts), max(limits))
-        h, scores = self._prefill([prompts[row] for row in order], cache, echo and logprobs)
-
-        if echo:
-            for row, prompt in enumerate(prompts):
-                known = scores[order.index(row)] if logprobs else [None] * len(prompt)
-                for token, logprob in zip(prompt, known, strict=True):
-                    yield Step(row, token, logprob, None)
-        for row, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
-            if length == limit:
-                yield Step(row, None, None, "length")
-        unfinished = [i for i, row in enumerate(order) if lengths[row] < limits[row]]
-        cache.keep(unfinished)
-        rows, h = [order[i] for i in unfinished], h[unfinished]
-        while rows:
-            logits = self.model.logits(h)
-            drawn = self._draw(logits, temperature, top_p, rows)
-            tokens: List[int] = drawn.tolist()
-            chosen: List[Optional[float]] = [None] * len(rows)
-            if logprobs:
-                chosen = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
-            unfinished = []  # places in the batch
-            for i, row in enumerate(rows):
-                lengths[row] += 1
-                if tokens[i] in stops:
-                    yield Step(row, tokens[i], chosen[i], "stop")
-                elif lengths[row] == limits[row]:
-                    yield Step(row, tokens[i], chosen[i], "length")
-                else:
-                    unfinished.append(i)
-                    yield Step(row, tokens[i], chosen[i], None)
-            if len(unfinished) < len(rows):
-                cache.keep(unfinished)
-                rows, drawn = [rows[i] for i in unfinished], drawn[unfinished]
-            if rows:
-                h = self.model.hidden(drawn[:, None], cache.lengths, cache)[:, -1]
-
-    def _prefill(
-        self, prompts: List[Sequence[int]], cache: KVCache, score: bool
-    ) -> Tuple[torch.Tensor, List[List[float]]]:
-        """Fill the cache with prompts of ascending lengths, padded on the right.
-
-        Returns:
-            The hidden state of each one's last token, (B, dim), and their scores if asked for.
-        """
-        lengths = [len(prompt) for prompt in prompts]
-        last, scores = [], []
-        for start, stop in _similar(lengths):
-            tokens = torch.zeros(stop - start, lengths[stop - 1], dtype=torch.long)
-            for i, prompt in enumerate(prompts[start:stop]):
-                tokens[i, : len(prompt)] = torch.tensor(prompt)
-            tokens = tokens.to(self.device)
-            h = self.model.hidden(tokens, 0, cache.part(start, stop))
-            ends = torch.tensor(lengths[start:stop], device=self.device) - 1
-            last.append(h[torch.arange(stop - start, device=self.device), ends])
-            if score:
-                scores += [
-                    row[:length]
-                    for row, length in zip(self._score(h, tokens), lengths[start:stop], strict=True)
-                ]
-        cache.lengths = lengths
-        return torch.cat(last), scores
-
-    def _draw(
-        self, logits: torch.Tensor, temperature: float, top_p: float, rows: List[int]
-    ) -> torch.Tensor:
-        """The next token of each row: (B, vocab_size) -> (B,), drawn by rank 0 for all."""
-        finite = logits.sum(-1).isfinite()
-        if not finite.all():  # the same on every rank, so that none waits for another
-            bad = [rows[i] for i in (~finite).nonzero()[:, 0].tolist()]
-            raise ValueError(
-                f"the model's logits for prompt {bad[0]} aren't finite (prompts {bad}): "
-                "broken weights, or a dtype too narrow for them; try dtype=torch.float32"
-            )
-        if parallel.rank() == 0:
-            drawn = sample(logits, temperature, top_p, self.generator)
+        params: SamplingParams,
+        seed: Optional[int | Sequence[int]],
+        n: int,
+        stop: Sequence[str],
+    ) -> List[Row]:
+        """The rows of a call: n for each prompt."""
+        max_seq_len = self.model.params.max_seq_len
+        max_gen_len = max_seq_len if max_gen_len is None else max_gen_len
+        self._check(prompts, max_gen_len, n)
+        if seed is None:
+            drawn = torch.randint(1 << 62, (len(prompts),), generator=self.generator)
+            seeds = drawn.tolist()
         else:
-            drawn = torch.empty(len(rows), dtype=torch.long, device=self.device)
-        return parallel.broadcast(drawn)
+            seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
+        return [
+            Row(
+                index, sample, prompt, min(max_seq_len, len(prompt) + max_gen_len), params,
+                (seeds[index] + sample * SEED_STEP) % (1 << 63), stop,
+            )
+            for index, prompt in enumerate(prompts)
+            for sample in range(n)
+        ]  # fmt: skip
 
-    def _score(self, h: torch.Tensor, tokens: torch.Tensor) -> List[List[float]]:
-        """Log-probability of each token given those before it; 0.0 for the first.
+    def _run(
+        self,
+        rows: List[Row],
+        *,
+        stop_tokens: Optional[Set[int]] = None,
+        top_logprobs: int = 0,
+        **options: Any,
+    ) -> Iterator[Event]:
+        if not 0 <= top_logprobs <= self.model.params.vocab_size:
+            raise ValueError(f"top_logprobs={top_logprobs} must be 0 (none) to the vocabulary's")
+        stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        return loop.run(
+            self.model, self.tokenizer, rows,
+            stop_tokens=stops, top_logprobs=top_logprobs, **options,
+        )  # fmt: skip
 
-        The vocabulary is wide, so a few positions are projected at a time.
-        """
-        scores = torch.zeros(tokens.shape, dtype=torch.float32, device=h.device)
-        for begin in range(0, tokens.shape[1] - 1, 64):
-            end = min(begin + 64, tokens.shape[1] - 1)
-            predicted = self.model.logits(h[:, begin:end]).log_softmax(-1)
-            actual = tokens[:, begin + 1 : end + 1, None]
-            scores[:, begin + 1 : end + 1] = predicted.gather(-1, actual)[..., 0]
-        return scores.tolist()
+    def _collect(self, rows: List[Row], **options: Any) -> List["_Collected"]:
+        """Run the loop to its end; what came of each row, in the rows' order."""
+        found = {(row.index, row.sample): _Collected() for row in rows}
+        for event in self._run(rows, **options):
+            row = found[event.row, event.sample]
+            row.text += event.text
+            row.finish_reason = event.finish_reason or row.finish_reason
+            if event.token is not None:
+                row.tokens.append(event.token)
+                if event.logprob is not None:
+                    row.logprobs.append(event.logprob)
+                if event.top_logprobs is not None:
+                    row.top_logprobs.append(event.top_logprobs)
+        return list(found.values())
+
+    def _details(self, row: "_Collected", logprobs: bool, top_logprobs: int) -> Prediction:
+        decode = self.tokenizer.decode
+        details: Prediction = {"finish_reason": row.finish_reason}
+        if logprobs:
+            details["tokens"] = [decode([token]) for token in row.tokens]
+            details["logprobs"] = row.logprobs
+        if top_logprobs:
+            details["top_logprobs"] = [
+                [(decode([token]), value) for token, value in best] for best in row.top_logprobs
+            ]
+        return details
 
     def _check(
         self,
         prompts: Sequence[Sequence[int]],
         max_gen_len: int,
-        temperature: float,
-        top_p: float,
+        n: int,
     ) -> None:
         params = self.model.params
         if not prompts:
             raise ValueError("no prompts: pass at least one")
-        if len(prompts) > params.max_batch_size:
+        if len(prompts) * n > params.max_batch_size:
+            samples = f" of {n} samples" if n > 1 else ""
             raise ValueError(
-                f"{len(prompts)} prompts, and max_batch_size is {params.max_batch_size}: "
+                f"{len(prompts)} prompts{samples}, and max_batch_size is {params.max_batch_size}: "
                 "pass fewer at a time, or build with a larger max_batch_size"
             )
-        if not temperature >= 0:  # nor NaN
-            raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-        if not 0 <= top_p <= 1:
-            raise ValueError(f"top_p={top_p} must lie between 0 and 1")
+        if n < 1:
+            raise ValueError(f"n={n} must be at least 1")
         if max_gen_len < 0:
             raise ValueError(f"max_gen_len={max_gen_len} must be 0 or more")
         for row, prompt in enumerate(prompts):
@@ -437,19 +435,15 @@ class Llama:
                 )
 
 
-def _similar(lengths: List[int]) -> Iterator[Tuple[int, int]]:
-    """Cut ascending lengths into runs (start, stop) whose padding is at most a quarter of them.
+@dataclass
+class _Collected:
+    """The events of a row, put together."""
 
-    Up to 256 tokens a pass costs about the same with padding as without.
-    """
-    start = 0
-    for stop in range(1, len(lengths) + 1):
-        if stop < len(lengths):
-            padded, real = (stop + 1 - start) * lengths[stop], sum(lengths[start : stop + 1])
-            if padded <= max(256, 1.25 * real):
-                continue
-        yield start, stop
-        start = stop
+    text: str = ""
+    tokens: List[int] = field(default_factory=list)
+    logprobs: List[float] = field(default_factory=list)
+    top_logprobs: List[List[Tuple[int, float]]] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,6 @@
 """What `Llama` returns, and the events that it is made of."""
 
-from typing import List, Literal, NamedTuple, Optional, Required, TypedDict
+from typing import List, Literal, NamedTuple, Optional, Required, Tuple, TypedDict
 
 from llama.chat import Message
 
@@ -10,9 +10,11 @@ FinishReason = Literal["stop", "length"]
 class Prediction(TypedDict, total=False):
     """What predictions of text and of messages have in common."""
 
-    finish_reason: FinishReason  # "stop": a stop token; "length": max_gen_len or the context's end
+    # "stop": a stop token, a stop string or should_stop; "length": max_gen_len or the context's end
+    finish_reason: FinishReason
     tokens: List[str]  # with logprobs only
     logprobs: List[float]  # with logprobs only
+    top_logprobs: List[List[Tuple[str, float]]]  # with top_logprobs only; of the answer's tokens
 
 
 class CompletionPrediction(Prediction):
@@ -24,10 +26,17 @@ class ChatPrediction(Prediction, total=False):
     tool_call_error: str  # with tools only: why a call in the generation is left as text
 
 
-class Step(NamedTuple):
-    """One event of the generation loop."""
+class Event(NamedTuple):
+    """One token of one row, as it comes about.
+
+    The texts of a row's events add up to its generation: whole characters only, and nothing of a
+    stop string or a stop token.
+    """
 
     row: int  # index of the prompt
+    sample: int  # which of its samples, from 0
     token: Optional[int]  # None: the row ended without a further token
-    logprob: Optional[float]  # natural logarithm, of the model's own distribution; if asked for
-    finish_reason: Optional[FinishReason]  # set in the last event of a row
+    text: str  # what it adds to the generation, often nothing
+    logprob: Optional[float] = None  # natural, of the model's own distribution; if asked for
+    top_logprobs: Optional[List[Tuple[int, float]]] = None  # the most probable ids, if asked for
+    finish_reason: Optional[FinishReason] = None  # set in the last event of a row

@@ -1,17 +1,202 @@
-"""From logits to a token: pure functions, in fp32."""
+"""From logits to a token: pure functions of one row's logits, in fp32, in a fixed order.
 
-from typing import Optional
+    logit_bias, repetition_penalty, presence and frequency penalty, no_repeat_ngram_size,
+    banned_tokens, a processor of one's own; then, unless the temperature is 0,
+    temperature, top_k, top_p, min_p, typical_p, and the draw
+
+This is the order of transformers' `generate` (what it doesn't have stands with its like). A token
+that is ruled out has the logit -inf.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Callable, Collection, List, Mapping, Optional, Sequence
 
 import torch
+
+Processor = Callable[[List[int], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults for all but temperature and top_p change nothing.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most probable token each time.
+        top_p: share of probability to draw from, from the most probable token down (1904.09751).
+        top_k: number of most probable tokens to draw from; 0 for all.
+        min_p: tokens at least this times as probable as the most probable one (2407.01082).
+        typical_p: share of probability to draw from, from the tokens whose information is nearest
+            to the expected one (2202.00666).
+        repetition_penalty: positive logits of tokens in prompt and answer are divided by it,
+            negative ones multiplied (1909.05858).
+        presence_penalty: taken from the logit of each token in the answer (OpenAI's formula).
+        frequency_penalty: the same, times its count.
+        no_repeat_ngram_size: no run of so many tokens comes twice in prompt and answer; 0 for off.
+        logit_bias: added to the logits of these ids.
+        banned_tokens: ids that are never drawn.
+        logits_processor: called with the row's ids, prompt included, and its logits (vocab_size,);
+            returns what to use in their place.
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned_tokens: Collection[int] = ()
+    logits_processor: Optional[Processor] = None
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the most probable token is drawn each time, and nothing rules any out."""
+        # The others only matter where there is a draw.
+        plain = replace(self, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
+        return plain == _ARGMAX
+
+    def __post_init__(self) -> None:
+        def check(name: str, fits: bool, range_: str) -> None:
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)} must {range_}")
+
+        check("temperature", 0 <= self.temperature < math.inf, "be 0 (greedy) or more")
+        for name in ("top_p", "min_p"):
+            check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
+        check("typical_p", 0 < self.typical_p <= 1, "be more than 0 and at most 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be more than 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, math.isfinite(getattr(self, name)), "be a finite number")
+        for name in ("top_k", "no_repeat_ngram_size"):
+            check(name, getattr(self, name) >= 0, "be 0 (off) or more")
+
+
+_ARGMAX = SamplingParams(temperature=0.0, top_p=1.0)
+
+
+def draw(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    generator: Optional[torch.Generator] = None,
+) -> int:
+    """The next token of a row with these logits (vocab_size,)."""
+    logits = constrained(logits, params, prompt, answer)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    return draw_from(torch.softmax(warped(logits, params), -1), generator)
+
+
+def draw_from(probs: torch.Tensor, generator: Optional[torch.Generator] = None) -> int:
+    """A token of a distribution (vocab_size,): where one random number falls in the running sum.
+
+    So a row uses up one number per token, whatever the vocabulary and the other rows.
+    """
+    running = probs.double().cumsum(-1)
+    number = torch.rand((), dtype=torch.float64, generator=generator, device=probs.device)
+    # Strictly beyond the number, where no token of probability 0 can be.
+    return int(torch.searchsorted(running, number * running[-1], right=True))
+
+
+def constrained(
+    logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
+) -> torch.Tensor:
+    """What depends on the tokens so far and on single ids: (vocab_size,) -> (vocab_size,)."""
+    logits = logits.float()
+    if params.logit_bias:
+        logits = logits.clone()
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1:
+        logits = penalize_repetition(logits, params.repetition_penalty, [*prompt, *answer])
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        logits = logits.clone()
+        for token, count in Counter(answer).items():
+            logits[token] -= params.presence_penalty + count * params.frequency_penalty
+    banned = list(params.banned_tokens)
+    if params.no_repeat_ngram_size:
+        banned += would_repeat([*prompt, *answer], params.no_repeat_ngram_size)
+    if banned:
+        logits = logits.clone()
+        logits[torch.tensor(banned, device=logits.device)] = -math.inf
+    if params.logits_processor is not None:
+        logits = params.logits_processor([*prompt, *answer], logits)
+    return logits
+
+
+def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Temperature, and what leaves the less probable tokens out: (vocab_size,) each."""
+    logits = logits / params.temperature
+    if params.top_k:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    if params.min_p > 0:
+        logits = keep_min_p(logits, params.min_p)
+    if params.typical_p < 1:
+        logits = keep_typical(logits, params.typical_p)
+    return logits
+
+
+def penalize_repetition(logits: torch.Tensor, penalty: float, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of tokens that were there before are divided by the penalty; negative ones, times."""
+    if not ids:
+        return logits
+    seen = torch.tensor(sorted(set(ids)), device=logits.device)
+    old = logits[seen]
+    return logits.index_put((seen,), torch.where(old < 0, old * penalty, old / penalty))
+
+
+def would_repeat(ids: Sequence[int], n: int) -> List[int]:
+    """The tokens that would complete a run of n that is there already."""
+    start = list(ids[len(ids) - n + 1 :]) if n > 1 else []
+    if len(ids) < n:
+        return []
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if list(ids[i : i + n - 1]) == start]
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k most probable tokens, and what ties with the last of them."""
+    last = logits.topk(min(k, len(logits))).values[-1]
+    return logits.masked_fill(logits < last, -math.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """The smallest set of most probable tokens that together reach p; at least one."""
+    ordered, ids = torch.softmax(logits, -1).sort(descending=True, stable=True)
+    out = ordered.cumsum(-1) - ordered > p  # those more probable already exceed p
+    return logits.index_fill(0, ids[out], -math.inf)
+
+
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Tokens at least p times as probable as the most probable one."""
+    probs = torch.softmax(logits, -1)
+    return logits.masked_fill(probs < p * probs.max(), -math.inf)
+
+
+def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Those tokens that together reach p, whose information is nearest to the entropy."""
+    logprobs = torch.log_softmax(logits, -1)
+    probs = logprobs.exp()
+    entropy = -(logprobs * probs).nansum()
+    distance, ids = (-logprobs - entropy).abs().sort(stable=True)
+    last = min(int((probs[ids].cumsum(-1) < p).sum()), len(ids) - 1)
+    return logits.index_fill(0, ids[distance > distance[last]], -math.inf)
 
 
 def sample_top_p(
     probs: torch.Tensor, p: float, generator: Optional[torch.Generator] = None
 ) -> torch.Tensor:
-    """Draw from the smallest set of most probable tokens that together reach p.
-
-    Nucleus sampling, arXiv 1904.09751. A token is out when those more probable than it already
-    exceed p, so the most probable one is always in.
+    """Meta's function of this name, draw for draw; generation itself uses `draw`.
 
     Args:
         probs: (..., vocab_size), summing to 1.
@@ -24,16 +209,3 @@ def sample_top_p(
     ordered = ordered.masked_fill(before > p, 0.0)  # multinomial doesn't ask for a sum of 1
     drawn = torch.multinomial(ordered, num_samples=1, generator=generator)
     return ids.gather(-1, drawn)
-
-
-def sample(
-    logits: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    generator: Optional[torch.Generator] = None,
-) -> torch.Tensor:
-    """One token id per row: (B, vocab_size) -> (B,). Temperature 0 takes the most probable one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    return sample_top_p(probs, top_p, generator).squeeze(-1)

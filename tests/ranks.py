@@ -8,13 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import Llama, parallel
+from llama import Llama, SamplingParams, parallel
 
 
-def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, **kwargs):
+def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=None, **kwargs):
     llama = Llama.build(
         ckpt, device="cpu", **({"dtype": "fp32", "max_batch_size": 16} | (build or {}))
     )
+    if params is not None:
+        kwargs["params"] = SamplingParams(**params)
+    if kwargs.pop("no_stops", False):
+        kwargs["stop_tokens"] = set()
     tokens, logprobs = llama.generate(
         prompts, max_gen_len, temperature=temperature, logprobs=True, **kwargs
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama import KVCache
+from llama.cache import BLOCK, KVCache
 
 CPU = torch.device("cpu")
 
@@ -82,11 +82,50 @@ def test_nbytes_is_keys_and_values_of_all_layers():
     assert cache.nbytes == 2 * 3 * 2 * 10 * 4 * 8 * 2
 
 
-def test_an_unused_cache_costs_no_memory():
+def test_a_cache_takes_what_is_used_and_a_block():
+    """10 short rows where 8192 positions are allowed: 300 of them, in blocks of 256."""
+    rows, per_position = 10, 2 * 4 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
+    cache = KVCache(4, rows, 8192, 8, 128, dtype=torch.bfloat16, device=CPU)
+    assert cache.nbytes == rows * per_position * BLOCK
+    cache.extend([0] * rows, 300)
+    assert cache.nbytes == rows * per_position * 2 * BLOCK <= rows * per_position * (300 + BLOCK)
+    cache.extend(cache.lengths, 8192 - 300)
+    assert cache.nbytes == rows * per_position * 8192
+    with pytest.raises(ValueError, match="8193 positions and the cache has room for 8192"):
+        cache.extend(cache.lengths, 1)
+
+
+def test_growing_keeps_what_was_there():
+    cache = KVCache(2, 3, 5 * BLOCK, 2, 4, dtype=torch.float32, device=CPU)
+    whole = torch.randn(2, 3, 700, 2, 4)
+    done = 0
+    for n in (1, 200, 55, 1, 300, 143):
+        cache.extend([done] * 3, n)
+        positions = torch.arange(done, done + n)[None]
+        for layer in range(2):
+            part = whole[layer, :, done : done + n]
+            keys, values = cache.update(layer, positions, part, -part)
+            assert torch.equal(keys.transpose(1, 2), whole[layer, :, : done + n])
+            assert torch.equal(values.transpose(1, 2), -whole[layer, :, : done + n])
+        done += n
+
+
+def test_spread_copies_rows():
+    cache = KVCache(1, 5, 8, 1, 1, dtype=torch.float32, device=CPU)
+    cache.extend([0] * 5, 4)
+    cache.k[0, :, 0, :4, 0] = torch.arange(5.0)[:, None]
+    cache.truncate([4, 3, 2, 1, 0])
+    cache.spread([0, 0, 1, 1, 2])
+    assert cache.lengths == [4, 4, 3, 3, 2]
+    assert cache.k[0, :, 0, 0, 0].tolist() == [0, 0, 1, 1, 2]
+
+
+def test_room_that_is_not_written_to_costs_no_memory():
     import psutil
 
     process = psutil.Process()
     before = process.memory_info().rss
     cache = KVCache(32, 16, 8192, 8, 128, dtype=torch.bfloat16, device=CPU)
+    cache.reserve(8192)
     assert cache.nbytes == 16 * 2**30
     assert process.memory_info().rss - before < 64 * 2**20

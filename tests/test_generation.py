@@ -1,13 +1,14 @@
 """The loop and Meta's API: batch equals single, generated equals re-scored, errors that help."""
 
 import inspect
+from itertools import zip_longest
 
 import pytest
 import torch
 from conftest import random_weights
 
 from llama import Dialog, Llama
-from llama.generation import _similar
+from llama.loop import similar
 
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
 
@@ -149,12 +150,12 @@ def test_ragged_prompts_prefill_whole_and_one_position_each_is_projected(tiny):
 def test_padding_of_prefill_is_bounded():
     """Prompts of similar lengths go together: one long prompt doesn't pad all the others to it."""
     for lengths in ([3, 5, 8, 900], [100] * 16, list(range(8, 1000, 62)), [1], [7, 2000]):
-        runs = list(_similar(lengths))
+        runs = list(similar(lengths))
         assert [i for start, stop in runs for i in range(start, stop)] == list(range(len(lengths)))
         for start, stop in runs:
             padded = (stop - start) * lengths[stop - 1]
             assert padded <= max(256, 1.25 * sum(lengths[start:stop]))
-    assert list(_similar([100] * 16)) == [(0, 16)]
+    assert list(similar([100] * 16)) == [(0, 16)]
 
 
 def test_long_ragged_prompts_in_several_passes_equal_singles(tiny):
@@ -199,18 +200,21 @@ def test_seeds_repeat_and_leave_the_process_alone(tiny_dir):
 
 def test_two_generations_share_a_model(tiny):
     """Attention has no state: interleaved loops don't disturb each other."""
-    arguments = (12, 0.0, 0.9, False, False, set())
-    expected = [tiny.generate([p], 12, 0, stop_tokens=set())[0][0] for p in PROMPTS[:2]]
-    loops = [tiny._steps([p], *arguments) for p in PROMPTS[:2]]
-    pairs = list(zip(*loops, strict=True))
-    assert [[step.token for step in side] for side in zip(*pairs, strict=True)] == expected
+    texts = ["ab", "wxyz"]
+    expected = [p["generation"] for p in tiny.text_completion(texts, 0, max_gen_len=12)]
+    streams = [tiny.stream_text([text], 0, max_gen_len=12) for text in texts]
+    found = ["", ""]
+    for events in zip_longest(*streams):
+        for i, event in enumerate(events):
+            found[i] += event.text if event else ""
+    assert found == expected
 
 
 def test_a_loop_that_is_dropped_leaves_the_model_usable(tiny):
-    loop = tiny._steps(PROMPTS, 12, 0.0, 0.9, False, False, set())
-    next(loop)
+    stream = tiny.stream_text(["a", "bc"], 0, max_gen_len=12)
+    next(stream)
     assert not torch.is_inference_mode_enabled()
-    loop.close()
+    stream.close()
     assert len(tiny.generate([[1]], 3, 0, stop_tokens=set())[0][0]) == 3
 
 

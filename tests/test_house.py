@@ -16,6 +16,8 @@ LAYERS = {
     "gguf_header": set(),
     "cache": set(),
     "sampling": set(),
+    "stopping": set(),
+    "loop": {"cache", "model", "parallel", "predictions", "sampling", "stopping", "tokenizer"},
     "parallel": set(),
     "vocabulary": {"gguf_header"},
     "tools": set(),
@@ -26,11 +28,11 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"cache", "chat", "checkpoint", "memory", "model", "parallel", "remote"}
+    "generation": {"chat", "checkpoint", "loop", "memory", "model", "parallel", "remote"}
     | {"predictions", "sampling", "templates", "tokenizer", "tools"},
     "cli": {"checkpoint", "memory", "parallel", "remote"},
     "remote": set(),
-    "__init__": {"cache", "generation", "model", "tokenizer", "tools"},
+    "__init__": {"cache", "generation", "model", "sampling", "tokenizer", "tools"},
 }
 
 

@@ -1,0 +1,209 @@
+"""The generation loop: prompts in, events out. Everything that generates text runs through it."""
+
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, List, Optional, Sequence, Set, Tuple
+
+import torch
+
+from llama import parallel
+from llama.cache import KVCache
+from llama.model import Transformer
+from llama.predictions import Event, FinishReason
+from llama.sampling import SamplingParams, draw
+from llama.stopping import StopStrings
+from llama.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass
+class Row:
+    """One text in the making.
+
+    Args:
+        index: of its prompt, among those of the call.
+        sample: which of the prompt's samples it is, from 0.
+        max_len: tokens of prompt and answer together.
+        seed: of its random numbers. Its tokens depend on this, on its prompt and its parameters,
+            and not on its neighbours in the batch.
+    """
+
+    index: int
+    sample: int
+    prompt: Sequence[int]
+    max_len: int
+    params: SamplingParams
+    seed: int
+    stop: Sequence[str]
+    answer: List[int] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        return len(self.prompt) + len(self.answer) >= self.max_len
+
+    def begin(self, tokenizer: Tokenizer, device: torch.device) -> None:
+        """What it takes to draw tokens and to turn them into text."""
+        seed = self.seed
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.decoder: StreamDecoder = tokenizer.stream()
+        self.stops = StopStrings(self.stop)
+
+
+@torch.inference_mode()
+def run(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: List[Row],
+    *,
+    stop_tokens: Set[int],
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    echo: bool = False,
+    should_stop: Optional[Callable[[], bool]] = None,
+) -> Iterator[Event]:
+    """Generate all rows together: an event per token, in the order in which tokens come about.
+
+    Prompts go through the model whole, those of similar lengths together, and a prompt that has
+    several samples once. Then each step feeds every unfinished row's last token at that row's own
+    position; finished rows leave the batch and the cache. All ranks run this in step; rank 0 alone
+    draws the tokens and asks `should_stop`, which ends every row.
+    """
+    device = model.norm.weight.device
+    for row in rows:
+        row.begin(tokenizer, device)
+    # In the batch and the cache, rows stand in the order of their lengths, samples side by side.
+    order = sorted(rows, key=lambda row: (len(row.prompt), row.index, row.sample))
+    firsts = [row for row in order if row.sample == 0]
+    place = {row.index: i for i, row in enumerate(firsts)}
+    cache = model.new_cache(len(rows), max(row.max_len for row in rows))
+    h, scores = prefill(model, [row.prompt for row in firsts], cache, echo and logprobs)
+    if echo:
+        for row in rows:
+            known = scores[place[row.index]] if logprobs else [None] * len(row.prompt)
+            for token, logprob in zip(row.prompt, known, strict=True):
+                yield Event(row.index, row.sample, token, row.decoder.feed(token), logprob)
+    sources = [place[row.index] for row in order]
+    cache.spread(sources)
+    for row in order:
+        if row.full:
+            yield Event(row.index, row.sample, None, row.decoder.finish(), finish_reason="length")
+    unfinished = [i for i, row in enumerate(order) if not row.full]
+    cache.keep(unfinished)
+    batch, h = [order[i] for i in unfinished], h[[sources[i] for i in unfinished]]
+    while batch:
+        logits = model.logits(h)
+        drawn, stopped = _draw(logits, batch, should_stop)
+        tokens: List[int] = drawn.tolist()
+        chosen: List[Optional[float]] = [None] * len(batch)
+        best: List[Optional[List[Tuple[int, float]]]] = [None] * len(batch)
+        if logprobs or top_logprobs:
+            distribution = logits.log_softmax(-1)
+            chosen = distribution.gather(-1, drawn[:, None])[:, 0].tolist()
+            if top_logprobs:
+                values, ids = (part.tolist() for part in distribution.topk(top_logprobs))
+                best = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+        unfinished = []  # places in the batch
+        for i, row in enumerate(batch):
+            if tokens[i] in stop_tokens:
+                text = row.stops.feed(row.decoder.finish()) + row.stops.finish()
+                yield Event(row.index, row.sample, None, text, finish_reason="stop")
+                continue
+            row.answer.append(tokens[i])
+            text = row.stops.feed(row.decoder.feed(tokens[i]))
+            reason: Optional[FinishReason] = "stop" if row.stops.stopped or stopped else None
+            if reason is None and row.full:
+                reason = "length"
+            if reason is None:
+                unfinished.append(i)
+            else:
+                text += row.stops.feed(row.decoder.finish()) + row.stops.finish()
+            yield Event(row.index, row.sample, tokens[i], text, chosen[i], best[i], reason)
+        if len(unfinished) < len(batch):
+            cache.keep(unfinished)
+            batch, drawn = [batch[i] for i in unfinished], drawn[unfinished]
+        if batch:
+            h = model.hidden(drawn[:, None], cache.lengths, cache)[:, -1]
+
+
+def prefill(
+    model: Transformer, prompts: List[Sequence[int]], cache: KVCache, score: bool
+) -> Tuple[torch.Tensor, List[List[float]]]:
+    """Fill the first rows of a cache with prompts of ascending lengths, padded on the right.
+
+    Returns:
+        The hidden state of each one's last token, (B, dim), and their scores if asked for.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    device = model.norm.weight.device
+    cache.reserve(lengths[-1])
+    last, scores = [], []
+    for start, stop in similar(lengths):
+        tokens = torch.zeros(stop - start, lengths[stop - 1], dtype=torch.long)
+        for i, prompt in enumerate(prompts[start:stop]):
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
+        tokens = tokens.to(device)
+        h = model.hidden(tokens, 0, cache.part(start, stop))
+        ends = torch.tensor(lengths[start:stop], device=device) - 1
+        last.append(h[torch.arange(stop - start, device=device), ends])
+        if score:
+            scores += [
+                row[:length]
+                for row, length in zip(_score(model, h, tokens), lengths[start:stop], strict=True)
+            ]
+    cache.lengths[: len(lengths)] = lengths
+    return torch.cat(last), scores
+
+
+def _draw(
+    logits: torch.Tensor, batch: List[Row], should_stop: Optional[Callable[[], bool]]
+) -> Tuple[torch.Tensor, bool]:
+    """The next token of each row, (B, vocab_size) -> (B,), and whether all shall stop.
+
+    Rank 0 decides both for all.
+    """
+    finite = logits.sum(-1).isfinite()
+    if not finite.all():  # the same on every rank, so that none waits for another
+        bad = [batch[i] for i in (~finite).nonzero()[:, 0].tolist()]
+        prompts = sorted({row.index for row in bad})
+        raise ValueError(
+            f"the model's logits for prompt {prompts[0]} aren't finite at its token "
+            f"{len(bad[0].prompt) + len(bad[0].answer)} (prompts {prompts}): broken weights, or a "
+            "dtype too narrow for them; try dtype=torch.float32"
+        )
+    decided = torch.zeros(len(batch) + 1, dtype=torch.long, device=logits.device)
+    if parallel.rank() == 0:
+        if all(row.params.is_argmax for row in batch):
+            decided[:-1] = logits.argmax(-1)
+        else:
+            for i, row in enumerate(batch):
+                decided[i] = draw(logits[i], row.params, row.prompt, row.answer, row.generator)
+        decided[-1] = should_stop is not None and should_stop()
+    parallel.broadcast(decided)
+    return decided[:-1], bool(decided[-1])
+
+
+def _score(model: Transformer, h: torch.Tensor, tokens: torch.Tensor) -> List[List[float]]:
+    """Log-probability of each token given those before it; 0.0 for the first.
+
+    The vocabulary is wide, so a few positions are projected at a time.
+    """
+    scores = torch.zeros(tokens.shape, dtype=torch.float32, device=h.device)
+    for begin in range(0, tokens.shape[1] - 1, 64):
+        end = min(begin + 64, tokens.shape[1] - 1)
+        predicted = model.logits(h[:, begin:end]).log_softmax(-1)
+        actual = tokens[:, begin + 1 : end + 1, None]
+        scores[:, begin + 1 : end + 1] = predicted.gather(-1, actual)[..., 0]
+    return scores.tolist()
+
+
+def similar(lengths: List[int]) -> Iterator[Tuple[int, int]]:
+    """Cut ascending lengths into runs (start, stop) whose padding is at most a quarter of them.
+
+    Up to 256 tokens a pass costs about the same with padding as without.
+    """
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        if stop < len(lengths):
+            padded, real = (stop + 1 - start) * lengths[stop], sum(lengths[start : stop + 1])
+            if padded <= max(256, 1.25 * real):
+                continue
+        yield start, stop
+        start = stop

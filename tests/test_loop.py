@@ -1,0 +1,191 @@
+"""Streams, seeds, samples and stops: a row depends on nothing but itself."""
+
+import gc
+import json
+import random
+import weakref
+
+import pytest
+import torch
+from conftest import run_ranks
+from test_stopping import cut
+
+from llama import SamplingParams
+
+TEXTS = ["a", "The quick", "x" * 30, "2 + 2 =", "zz zz", "ö", "hello there", "?!", "q", "a b c d e"]
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=200, repetition_penalty=1.05)
+
+
+def collected(events, n_rows, n=1):
+    """Texts and finish reasons of a stream, and what is true of any stream."""
+    texts = [[""] * n for _ in range(n_rows)]
+    reasons = [[None] * n for _ in range(n_rows)]
+    for event in events:
+        assert reasons[event.row][event.sample] is None  # nothing comes after the end
+        texts[event.row][event.sample] += event.text
+        reasons[event.row][event.sample] = event.finish_reason
+    assert all(all(row) for row in reasons)
+    return [text for row in texts for text in row], [reason for row in reasons for reason in row]
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0), SAMPLED], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("stop", [[], ["e", "zz"]], ids=["free", "stops"])
+def test_a_stream_is_the_completion(tiny, params, stop):
+    options = dict(params=params, seed=5, n=2, stop=stop, max_gen_len=20)
+    whole = tiny.text_completion(TEXTS[:5], **options)
+    texts, reasons = collected(tiny.stream_text(TEXTS[:5], **options), 5, 2)
+    assert texts == [p["generation"] for p in whole]
+    assert reasons == [p["finish_reason"] for p in whole]
+
+
+def test_a_chat_stream_is_the_answer(smollm2):
+    dialogs = [[{"role": "user", "content": "What is the capital of France?"}]]
+    [answer] = smollm2.chat_completion(dialogs, 0, max_gen_len=24)
+    events = list(smollm2.stream_chat(dialogs, 0, max_gen_len=24))
+    assert "".join(event.text for event in events) == answer["generation"]["content"]
+    assert events[-1].finish_reason == answer["finish_reason"] == "stop"
+    assert len(events) > 5 and "Paris" in answer["generation"]["content"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_a_row_depends_on_its_prompt_and_seed_only(smollm2, size):
+    """In batches of 1, 5 and 16, in any order, streamed or not."""
+    prompts = [f"{text} {i}" for i, text in enumerate(TEXTS[:8])] * 2
+    seeds = list(range(100, 116))
+    options = dict(params=SAMPLED, max_gen_len=10)
+    expected = [
+        smollm2.text_completion([prompt], seed=seed, **options)[0]["generation"]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ] if size != 1 else None  # fmt: skip
+    order = random.Random(size).sample(range(16), 16)
+    found = {}
+    for at in range(0, 16, size):
+        rows = order[at : at + size]
+        batch, own = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        texts, _ = collected(smollm2.stream_text(batch, seed=own, **options), len(rows))
+        found |= dict(zip(rows, texts, strict=True))
+    found = [found[i] for i in range(16)]
+    if expected is None:
+        expected = [
+            p["generation"] for p in smollm2.text_completion(prompts, seed=seeds, **options)
+        ]
+    assert found == expected
+    assert len(set(found)) == 16  # the same prompt with another seed goes on differently
+
+
+def test_ranks_draw_the_same(tiny, tiny_dir, tmp_path):
+    prompts, seeds = [[1, 2, 3], [9] * 20, [7]], [3, 4, 5]
+    expected, _ = tiny.generate(prompts, 16, params=SAMPLED, seed=seeds, stop_tokens=set())
+    for world in (2, 4):
+        report = run_ranks(
+            world, "generate", tmp_path / "out.json", ckpt=str(tiny_dir), prompts=prompts,
+            params=SAMPLED.__dict__, seed=seeds, no_stops=True,
+        )  # fmt: skip
+        assert report["tokens"] == expected and report["all_ranks"] == [expected] * world
+
+
+def test_samples_share_a_prefill_and_are_those_of_their_seeds(tiny):
+    fed, forward = [], tiny.model.hidden
+
+    def spy(tokens, *rest):
+        fed.append(tuple(tokens.shape))
+        return forward(tokens, *rest)
+
+    prompts = [[5] * 30, [6, 7]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.model, "hidden", spy)
+        tokens, _ = tiny.generate(prompts, 6, params=SAMPLED, seed=1, n=4, stop_tokens=set())
+    assert fed[0] == (2, 30) and fed[1:] == [(8, 1)] * 5
+    assert len(tokens) == 8 and len({tuple(row) for row in tokens}) == 8
+    for i, prompt in enumerate(prompts):
+        alone, _ = tiny.generate([prompt], 6, params=SAMPLED, seed=1, n=4, stop_tokens=set())
+        assert alone == tokens[4 * i : 4 * i + 4]
+        first, _ = tiny.generate([prompt], 6, params=SAMPLED, seed=1, stop_tokens=set())
+        assert first[0] == tokens[4 * i]
+
+
+def test_stop_strings_cut_what_would_have_come(smollm2):
+    prompts = ["One, two, three,", "The alphabet: A, B, C,"]
+    free = smollm2.text_completion(prompts, 0, max_gen_len=24)
+    stops = [[","], ["\n"], ["five", "E, F"], ["nowhere to be found"]]
+    for stop in stops:
+        found = smollm2.text_completion(prompts, 0, max_gen_len=24, stop=stop)
+        for whole, part in zip(free, found, strict=True):
+            assert part["generation"] == cut(whole["generation"], stop)
+            if part["generation"] != whole["generation"]:
+                assert part["finish_reason"] == "stop"
+
+
+def test_should_stop_ends_all_rows(tiny):
+    asked = iter([False, False, True])
+    found = tiny.text_completion(["a", "bc"], 0, max_gen_len=50, should_stop=lambda: next(asked),
+                                 logprobs=True)  # fmt: skip
+    assert [len(p["tokens"]) for p in found] == [3, 3]
+    assert [p["finish_reason"] for p in found] == ["stop", "stop"]
+
+
+def test_alternatives_are_the_most_probable_tokens(tiny):
+    [found] = tiny.text_completion(["abc"], 0, max_gen_len=5, logprobs=True, top_logprobs=3)
+    for text, logprob, best in zip(
+        found["tokens"], found["logprobs"], found["top_logprobs"], strict=True
+    ):
+        assert len(best) == 3 and best[0] == (text, pytest.approx(logprob))
+        assert best[0][1] > best[1][1] > best[2][1]
+    with pytest.raises(ValueError, match="top_logprobs=-1"):
+        tiny.text_completion(["abc"], top_logprobs=-1)
+
+
+def test_banned_and_processed_tokens_do_not_come(tiny):
+    free, _ = tiny.generate([[1, 2, 3]], 12, temperature=0, stop_tokens=set())
+    banned = SamplingParams(temperature=0, banned_tokens=set(free[0]))
+    other, _ = tiny.generate([[1, 2, 3]], 12, params=banned, stop_tokens=set())
+    assert set(other[0]).isdisjoint(free[0])
+
+    def only_even(ids, logits):
+        assert ids[:3] == [1, 2, 3]
+        return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
+
+    even, _ = tiny.generate(
+        [[1, 2, 3]], 12, params=SamplingParams(1.0, logits_processor=only_even), stop_tokens=set()
+    )
+    assert all(token % 2 == 0 for token in even[0])
+
+
+def test_closing_a_stream_frees_its_cache(tiny):
+    caches, make = [], tiny.model.new_cache
+
+    def spy(*arguments):
+        cache = make(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.model, "new_cache", spy)
+        stream = tiny.stream_text(["a", "b"], 0, max_gen_len=20)
+        next(stream)
+    assert caches[0]() is not None
+    stream.close()
+    gc.collect()
+    assert caches[0]() is None
+    assert tiny.text_completion(["a"], 0, max_gen_len=4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n": 0}, "n=0 must be at least 1"),
+        ({"n": 9}, "2 prompts of 9 samples, and max_batch_size is 16"),
+        ({"seed": [1]}, "1 seeds for 2 prompts"),
+        ({"stop": "x"}, "stop='x'"),
+    ],
+)
+def test_mistakes_are_named(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.text_completion(["a", "b"], max_gen_len=2, **options)
+
+
+def test_events_are_json(tiny):
+    events = list(tiny.stream_text(["a"], 0, max_gen_len=2, logprobs=True, top_logprobs=2))
+    assert json.loads(json.dumps([event._asdict() for event in events]))[0]["row"] == 0
