@@ -4,12 +4,13 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterator, List, Literal, Optional, Sequence, Set, Tuple
 
 import torch
 
 from llama import checkpoint, loop, memory, parallel, remote
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
+from llama.context import oldest_turns_out
 from llama.loop import Row
 from llama.model import Transformer
 from llama.predictions import (
@@ -231,6 +232,7 @@ class Llama:
         logprobs: bool = False,
         *,
         tools: Optional[Sequence[Tool]] = None,
+        truncate: Optional[Literal["oldest_turns"]] = None,
         params: Optional[SamplingParams] = None,
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
@@ -247,11 +249,14 @@ class Llama:
             max_gen_len: None fills the context.
             tools: what the model may call: JSON schemas, Python functions (which aren't run), and
                 names of built-in tools. Its calls are in the message, as `tool_calls`.
+            truncate: "oldest_turns" leaves out the oldest turns of a dialog that, with max_gen_len
+                (by default a quarter of the context), doesn't fit; the system message stays. By
+                default a dialog that is longer than the context is an error.
 
         Returns:
             Per dialog and sample `generation` (the assistant's message) and `finish_reason`; with
             logprobs also `tokens` and `logprobs`; with tools, and a call that is malformed and was
-            left in the text, also `tool_call_error`.
+            left in the text, also `tool_call_error`; with turns left out also those, `truncated`.
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
@@ -259,19 +264,21 @@ class Llama:
                 `generate` raises.
         """
         params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        ids = self._encode_dialogs(dialogs, tools)
+        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         found = self._collect(
             self._rows(ids, max_gen_len, params, seed, n, stop),
             logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop,
         )  # fmt: skip
         predictions: List[ChatPrediction] = []
-        for row in found:
+        for i, row in enumerate(found):
             message: Message = {"role": "assistant", "content": row.text}
             error = read_calls(message, tools) if tools else None
             details = self._details(row, logprobs, top_logprobs)
             predictions.append({"generation": message, **details})
             if error:
                 predictions[-1]["tool_call_error"] = error
+            if left_out[i // n]:
+                predictions[-1]["truncated"] = left_out[i // n]
         return predictions
 
     def stream_chat(
@@ -283,6 +290,7 @@ class Llama:
         logprobs: bool = False,
         *,
         tools: Optional[Sequence[Tool]] = None,
+        truncate: Optional[Literal["oldest_turns"]] = None,
         params: Optional[SamplingParams] = None,
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
@@ -295,7 +303,7 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        ids = self._encode_dialogs(dialogs, tools)
+        ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         rows = self._rows(ids, max_gen_len, params, seed, n, stop)
         return self._run(
             rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
@@ -308,15 +316,33 @@ class Llama:
         return [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
 
     def _encode_dialogs(
-        self, dialogs: Sequence[Dialog], tools: Optional[Sequence[Tool]]
-    ) -> List[List[int]]:
+        self,
+        dialogs: Sequence[Dialog],
+        tools: Optional[Sequence[Tool]],
+        truncate: Optional[str],
+        max_gen_len: Optional[int],
+    ) -> Tuple[List[List[int]], List[List[Message]]]:
+        """The ids of each dialog, and the messages that were left out of it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
+        if truncate not in (None, "oldest_turns"):
+            raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
         check_dialogs(dialogs)
-        encode = self.formatter.encode_dialog_prompt
-        ids = [encode(dialog, tools) if tools else encode(dialog) for dialog in dialogs]
+        format_ = self.formatter.encode_dialog_prompt
+
+        def encode(dialog: Dialog) -> List[int]:
+            return format_(dialog, tools) if tools else format_(dialog)
+
+        left_out: List[List[Message]] = [[] for _ in dialogs]
+        if truncate is None:
+            ids = [encode(dialog) for dialog in dialogs]
+        else:
+            context = self.model.params.max_seq_len
+            limit = context - (context // 4 if max_gen_len is None else max_gen_len)
+            fitted = [oldest_turns_out(dialog, encode, limit) for dialog in dialogs]
+            ids, left_out = [pair[0] for pair in fitted], [pair[1] for pair in fitted]
         self._check_trained()
-        return ids
+        return ids, left_out
 
     def _check_trained(self) -> None:
         """Warn of a base model, on all ranks alike: each has a part of the embeddings."""

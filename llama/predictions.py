@@ -23,6 +23,7 @@ class CompletionPrediction(Prediction):
 
 class ChatPrediction(Prediction, total=False):
     generation: Required[Message]
+    truncated: List[Message]  # with truncate only: what was left out of the dialog
     tool_call_error: str  # with tools only: why a call in the generation is left as text
 
 

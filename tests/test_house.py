@@ -17,6 +17,7 @@ LAYERS = {
     "cache": set(),
     "sampling": set(),
     "stopping": set(),
+    "context": {"chat"},
     "loop": {"cache", "model", "parallel", "predictions", "sampling", "stopping", "tokenizer"},
     "parallel": set(),
     "vocabulary": {"gguf_header"},
@@ -28,7 +29,7 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"chat", "checkpoint", "loop", "memory", "model", "parallel", "remote"}
+    "generation": {"chat", "checkpoint", "context", "loop", "memory", "model", "parallel", "remote"}
     | {"predictions", "sampling", "templates", "tokenizer", "tools"},
     "cli": {"checkpoint", "memory", "parallel", "remote"},
     "remote": set(),

@@ -67,12 +67,12 @@ def test_make_does_what_the_commands_beneath_it_do():
 
 
 def test_python(smollm2_path):
-    for block in code("python"):
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Paris" in done.stdout
+    program = "\n".join(code("python"))  # one goes on where the last one ended
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
 
 
 def test_files_that_it_names_exist():
