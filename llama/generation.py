@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Literal, Optional, Sequence, Set, Tuple
 
@@ -11,13 +11,12 @@ import torch
 from llama import checkpoint, loop, memory, parallel, remote
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
-from llama.loop import Row
+from llama.loop import Collected, Row
 from llama.model import Transformer
 from llama.predictions import (
     ChatPrediction,
     CompletionPrediction,
     Event,
-    FinishReason,
     Prediction,
 )
 from llama.sampling import SamplingParams, sample_top_p
@@ -399,22 +398,10 @@ class Llama:
             stop_tokens=stops, top_logprobs=top_logprobs, **options,
         )  # fmt: skip
 
-    def _collect(self, rows: List[Row], **options: Any) -> List["_Collected"]:
-        """Run the loop to its end; what came of each row, in the rows' order."""
-        found = {(row.index, row.sample): _Collected() for row in rows}
-        for event in self._run(rows, **options):
-            row = found[event.row, event.sample]
-            row.text += event.text
-            row.finish_reason = event.finish_reason or row.finish_reason
-            if event.token is not None:
-                row.tokens.append(event.token)
-                if event.logprob is not None:
-                    row.logprobs.append(event.logprob)
-                if event.top_logprobs is not None:
-                    row.top_logprobs.append(event.top_logprobs)
-        return list(found.values())
+    def _collect(self, rows: List[Row], **options: Any) -> List[Collected]:
+        return loop.collect(self._run(rows, **options), rows)
 
-    def _details(self, row: "_Collected", logprobs: bool, top_logprobs: int) -> Prediction:
+    def _details(self, row: Collected, logprobs: bool, top_logprobs: int) -> Prediction:
         decode = self.tokenizer.decode
         details: Prediction = {"finish_reason": row.finish_reason}
         if logprobs:
@@ -459,17 +446,6 @@ class Llama:
                     f"prompt {row} has the token id {low if low < 0 else high}: "
                     f"this model knows 0 to {params.vocab_size - 1}"
                 )
-
-
-@dataclass
-class _Collected:
-    """The events of a row, put together."""
-
-    text: str = ""
-    tokens: List[int] = field(default_factory=list)
-    logprobs: List[float] = field(default_factory=list)
-    top_logprobs: List[List[Tuple[int, float]]] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
 
 
 def _say(text: str) -> None:

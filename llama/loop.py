@@ -123,6 +123,33 @@ def run(
             h = model.hidden(drawn[:, None], cache.lengths, cache)[:, -1]
 
 
+@dataclass
+class Collected:
+    """The events of a row, put together."""
+
+    text: str = ""
+    tokens: List[int] = field(default_factory=list)
+    logprobs: List[float] = field(default_factory=list)
+    top_logprobs: List[List[Tuple[int, float]]] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+
+def collect(events: Iterator[Event], rows: Sequence[Row]) -> List[Collected]:
+    """Take all events; what came of each row, in the rows' order."""
+    found = {(row.index, row.sample): Collected() for row in rows}
+    for event in events:
+        row = found[event.row, event.sample]
+        row.text += event.text
+        row.finish_reason = event.finish_reason or row.finish_reason
+        if event.token is not None:
+            row.tokens.append(event.token)
+            if event.logprob is not None:
+                row.logprobs.append(event.logprob)
+            if event.top_logprobs is not None:
+                row.top_logprobs.append(event.top_logprobs)
+    return list(found.values())
+
+
 def prefill(
     model: Transformer, prompts: List[Sequence[int]], cache: KVCache, score: bool
 ) -> Tuple[torch.Tensor, List[List[float]]]:

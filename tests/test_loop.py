@@ -4,13 +4,14 @@ import gc
 import json
 import random
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import TINY, run_ranks, write_checkpoint
 from test_stopping import cut
 
-from llama import SamplingParams
+from llama import Llama, SamplingParams
 
 TEXTS = ["a", "The quick", "x" * 30, "2 + 2 =", "zz zz", "ö", "hello there", "?!", "q", "a b c d e"]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=200, repetition_penalty=1.05)
@@ -49,41 +50,37 @@ def test_a_chat_stream_is_the_answer(smollm2):
     assert len(events) > 5 and "Paris" in answer["generation"]["content"]
 
 
-@pytest.mark.parametrize("size", [1, 5, 16])
-def test_a_row_depends_on_its_prompt_and_seed_only(smollm2, size):
-    """In batches of 1, 5 and 16, in any order, streamed or not."""
+@pytest.mark.parametrize("name, size", [("tiny", 1), ("tiny", 5), ("tiny", 16), ("smollm2", 5)])
+def test_a_row_depends_on_its_prompt_and_seed_only(request, name, size):
+    """In batches of any size and order, streamed or not."""
+    llama = request.getfixturevalue(name)
     prompts = [f"{text} {i}" for i, text in enumerate(TEXTS[:8])] * 2
     seeds = list(range(100, 116))
-    options = dict(params=SAMPLED, max_gen_len=10)
-    expected = [
-        smollm2.text_completion([prompt], seed=seed, **options)[0]["generation"]
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ] if size != 1 else None  # fmt: skip
+    options = dict(params=SAMPLED, max_gen_len=8)
+    expected = [p["generation"] for p in llama.text_completion(prompts, seed=seeds, **options)]
     order = random.Random(size).sample(range(16), 16)
     found = {}
     for at in range(0, 16, size):
         rows = order[at : at + size]
         batch, own = [prompts[i] for i in rows], [seeds[i] for i in rows]
-        texts, _ = collected(smollm2.stream_text(batch, seed=own, **options), len(rows))
+        texts, _ = collected(llama.stream_text(batch, seed=own, **options), len(rows))
         found |= dict(zip(rows, texts, strict=True))
-    found = [found[i] for i in range(16)]
-    if expected is None:
-        expected = [
-            p["generation"] for p in smollm2.text_completion(prompts, seed=seeds, **options)
-        ]
-    assert found == expected
-    assert len(set(found)) == 16  # the same prompt with another seed goes on differently
+    assert [found[i] for i in range(16)] == expected
+    assert len(set(expected)) == 16  # the same prompt with another seed goes on differently
 
 
-def test_ranks_draw_the_same(tiny, tiny_dir, tmp_path):
+def test_ranks_draw_the_same(tmp_path):
+    """A row's tokens are the same on one rank and on three."""
+    args = replace(TINY, n_heads=6, n_kv_heads=3, dim=48, hidden_dim=100)
+    path = write_checkpoint(tmp_path / "tiny", args)
     prompts, seeds = [[1, 2, 3], [9] * 20, [7]], [3, 4, 5]
-    expected, _ = tiny.generate(prompts, 16, params=SAMPLED, seed=seeds, stop_tokens=set())
-    for world in (2, 4):
-        report = run_ranks(
-            world, "generate", tmp_path / "out.json", ckpt=str(tiny_dir), prompts=prompts,
-            params=SAMPLED.__dict__, seed=seeds, no_stops=True,
-        )  # fmt: skip
-        assert report["tokens"] == expected and report["all_ranks"] == [expected] * world
+    one = Llama.build(path, device="cpu", dtype="fp32")
+    expected, _ = one.generate(prompts, 16, params=SAMPLED, seed=seeds, stop_tokens=set())
+    report = run_ranks(
+        3, "generate", tmp_path / "out.json", ckpt=str(path), prompts=prompts,
+        params=SAMPLED.__dict__, seed=seeds, no_stops=True,
+    )  # fmt: skip
+    assert report["tokens"] == expected and report["all_ranks"] == [expected] * 3
 
 
 def test_samples_share_a_prefill_and_are_those_of_their_seeds(tiny):
