@@ -2,6 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+CHAT = ["prompt_toolkit>=3.0", "rich>=13"]
 PEERS = ["transformers>=5", "accelerate", "llama-models==0.3.0", "xllamacpp"]
 
 setup(
@@ -30,10 +31,15 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "chat": CHAT,
+        "eval": ["lm_eval>=0.4.13"],
         "notebook": ["ipykernel", "matplotlib"],
         "bench": PEERS,
         "test": [
             *PEERS,
+            *CHAT,
+            "lm_eval>=0.4.13",
+            "pexpect",
             "pytest",
             "hypothesis",
             "nbclient",

@@ -3,9 +3,10 @@
 import sys
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, get_args, get_type_hints
 
 import fire
 import torch
@@ -41,10 +42,13 @@ def convert(
         force: overwrite dst, once the new checkpoint is complete.
         verify: read everything again and compare.
     """
-    path = conversion.convert(
-        remote.local_path(src), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
-        quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
-    )  # fmt: skip
+    try:
+        path = conversion.convert(
+            remote.local_path(src), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
+            quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written under the final name")
     print(f"{path}: {memory.size(_bytes_under(path))}" + (", verified" if verify else ""))
 
 
@@ -56,6 +60,9 @@ def inspect(path: str, max_seq_len: int = 2048, max_batch_size: int = 8) -> None
         max_seq_len: tokens of prompt and answer together, for the cache.
         max_batch_size: rows of the cache.
     """
+    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name}={value}: it's a number from 1 up")
     source = checkpoint.open(remote.local_path(path))
     about = conversion.describe(source)
     args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
@@ -83,6 +90,21 @@ def _bytes_under(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+COMMANDS: Dict[str, str] = {  # imported when asked for: not each is cheap
+    "chat": "llama.repl:chat",
+    "complete": "llama.complete:complete",
+    "convert": "llama.cli:convert",
+    "eval": "llama.evaluation:evaluate",
+    "inspect": "llama.cli:inspect",
+    "score": "llama.scoring_command:score",
+}
+
+
+def _load(name: str) -> Callable:
+    module, _, function = COMMANDS[name].partition(":")
+    return getattr(import_module(module), function)
+
+
 def _check_options(command: Optional[Callable], given: List[str]) -> None:
     """fire would first do all the work, and then complain of an option that it doesn't know."""
     known = {"help", *signature(command).parameters} if command else set()
@@ -94,19 +116,47 @@ def _check_options(command: Optional[Callable], given: List[str]) -> None:
             raise ValueError(f"no such option: --{name}; see llama {sys.argv[1]} --help")
 
 
+def _kind(hint: Any) -> type:
+    """The type that an option's value has when it is given: of Optional[int], int."""
+    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+
+
+def _quoted(command: Callable, given: List[str]) -> List[str]:
+    """Arguments with those of text options as Python strings, which fire leaves as they are.
+
+    Of --prompt='Hello, world' it would make a tuple, of --stop='["a"]' a list.
+    """
+    texts = {name for name, hint in get_type_hints(command).items() if _kind(hint) is str}
+    quoted: List[str] = []
+    for i, option in enumerate(given):
+        name, is_there, value = option.partition("=")
+        before = given[i - 1] if i else ""
+        if name.startswith("--") and name[2:].replace("-", "_") in texts and is_there:
+            quoted.append(f"{name}={value!r}")
+        elif before.startswith("--") and before[2:].replace("-", "_") in texts:
+            quoted.append(option if option.startswith("--") else repr(option))
+        else:
+            quoted.append(option)
+    return quoted
+
+
 def _typed(command: Callable) -> Callable:
-    """fire makes what it likes of a value: a number of the path 2024, a text of --force=no."""
+    """fire would make what it likes of a value: a number of the path 2024, a text of --force=no."""
+    kinds = {name: _kind(hint) for name, hint in get_type_hints(command).items()}
+    what = {bool: "a switch and takes no value", int: "a whole number", float: "a number"}
 
     @wraps(command)
     def checked(*args: Any, **kwargs: Any) -> None:
         bound = signature(command).bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            kind = signature(command).parameters[name].annotation
-            if kind not in (bool, int):
-                bound.arguments[name] = value if value is None else str(value)
-            elif type(value) is not kind or (kind is int and value < 1):
-                what = "a number from 1 up" if kind is int else "a switch and takes no value"
-                raise ValueError(f"--{name}={value}: it's {what}")
+            kind = kinds[name]
+            if kind is str and value is not None:  # where it stands without an option's name
+                many = isinstance(value, tuple) and name == "files"
+                bound.arguments[name] = tuple(map(str, value)) if many else str(value)
+            elif kind is float and type(value) is int:
+                bound.arguments[name] = float(value)
+            elif kind in what and value is not None and type(value) is not kind:
+                raise ValueError(f"--{name}={value}: it's {what[kind]}")
         command(*bound.args, **bound.kwargs)
 
     return checked
@@ -114,14 +164,17 @@ def _typed(command: Callable) -> Callable:
 
 def main() -> None:
     """The entry point: mistakes are a line on stderr and exit code 1, not a traceback."""
+    name = "".join(sys.argv[1:2])
     try:
-        commands: Dict[str, Callable] = {"convert": convert, "inspect": inspect}
-        _check_options(commands.get("".join(sys.argv[1:2])), sys.argv[2:])
-        fire.Fire({name: _typed(command) for name, command in commands.items()}, name="llama")
+        names = [name] if name in COMMANDS else list(COMMANDS)
+        commands = {each: _load(each) for each in names}
+        _check_options(commands.get(name), sys.argv[2:])
+        argv = sys.argv[1:2] + _quoted(commands[name], sys.argv[2:]) if name in commands else None
+        fire.Fire({each: _typed(command) for each, command in commands.items()}, argv, name="llama")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written under the final name")
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, List, Literal, Optional, Sequence, S
 
 import torch
 
-from llama import checkpoint, loop, memory, parallel, remote
+from llama import checkpoint, loop, memory, parallel, remote, scoring
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
 from llama.loop import Collected, Row
@@ -20,6 +20,7 @@ from llama.predictions import (
     Prediction,
 )
 from llama.sampling import SamplingParams, sample_top_p
+from llama.scoring import Perplexity, TextScore
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tools import Tool
@@ -307,6 +308,15 @@ class Llama:
         return self._run(
             rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
         )
+
+    def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
+        """The log-probability of each token of texts; see `llama.scoring.score`."""
+        return scoring.score(self.model, self.tokenizer, texts, batch_size)
+
+    def perplexity(self, text: str, stride: Optional[int] = None) -> Perplexity:
+        """Perplexity of a text of any length, in windows of max_seq_len tokens that begin every
+        `stride` tokens; see `llama.scoring.perplexity`."""
+        return scoring.perplexity(self.model, self.tokenizer, text, stride)
 
     def _encode(self, prompts: Sequence[str]) -> List[List[int]]:
         if isinstance(prompts, str):

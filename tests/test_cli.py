@@ -50,7 +50,7 @@ MISTAKES = {
     "unknown format": ("convert SRC OUT --to onnx", "format 'onnx': choose one of meta, hf, gguf"),
     "shards of gguf": ("convert SRC OUT --to gguf --mp 3", "model_parallel_size=3 is for Meta's"),
     "too many shards": ("convert SRC OUT meta --mp 5", "model_parallel_size 5 doesn't divide"),
-    "shards no number": ("convert SRC OUT meta --mp two", "--mp=two: it's a number from 1 up"),
+    "shards no number": ("convert SRC OUT meta --mp two", "--mp=two: it's a whole number"),
     "quant": ("convert SRC OUT gguf --quant q5_k", "'q5_k' can't be written; choose one of f32"),
     "quant for hf": ("convert SRC OUT hf --quant q8_0", "quant='q8_0' is for GGUF only"),
     "no quant": ("convert SRC OUT gguf --quant", "'True' can't be written"),

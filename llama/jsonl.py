@@ -1,0 +1,150 @@
+"""JSONL: read with the numbers of its lines, written so that an interruption costs one at most."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, Sequence, Tuple
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8; ValueError for what isn't."""
+    try:
+        return decode(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file at {path}") from None
+
+
+def decode(raw: bytes, name: str) -> str:
+    """UTF-8 with any newlines; ValueError names what isn't."""
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} isn't UTF-8: byte {error.start} can't be read") from None
+
+
+def objects(path: Path) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """The objects of a JSONL file with their lines' numbers from 1, empty lines left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that isn't an object, by file and number.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            _json_line(value)
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}, line {number}: half of a surrogate pair") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: it isn't JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: it's no object {{...}} but {line[:40]!r}")
+        yield number, value
+
+
+def string(path: Path, number: int, value: Dict[str, Any], key: str) -> str:
+    """The text of a line; ValueError if there is none."""
+    if key not in value:
+        has = ", ".join(map(repr, value)) or "nothing"
+        raise ValueError(f"{path}, line {number}: no {key!r} in it; it has {has}")
+    if not isinstance(value[key], str) or not value[key].strip():
+        raise ValueError(f"{path}, line {number}: {key!r} is a text that isn't empty")
+    return value[key]
+
+
+def _json_line(value: Dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+class Results:
+    """What is finished of a job, kept in `.NAME.partial` beside its output until all of it is.
+
+    The first line has the job's fingerprint, each other one the number of an input line and its
+    result. A line is on the disk before the next is begun, so that whatever interrupts the job
+    leaves at most the last one incomplete; that is cut off.
+
+    Args:
+        output: the file to write, in the end.
+        job: fingerprint of all that the results depend on.
+        count: number of lines that there will be.
+        force: replace an output, and a partial file of another job.
+
+    Attributes:
+        found: results by the number of their line.
+
+    Raises:
+        FileExistsError: the output exists.
+        ValueError: the partial file is another job's, or is being written by another process.
+    """
+
+    def __init__(self, output: Path, job: str, count: int, force: bool = False):
+        import fcntl  # not on Windows
+
+        self.output = output
+        self.partial = output.with_name(f".{output.name}.partial")
+        exists = FileExistsError(
+            f"{output} exists: choose another name, or overwrite it with --force"
+        )
+        if output.exists() and not force and not self.partial.exists():
+            raise exists
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.found = self._read(job, force)
+            # Killed between its last two steps, a job leaves its partial file beside the output.
+            if output.exists() and not force and len(self.found) < count:
+                raise exists
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"{self.partial} is being written by another process") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, job: str, force: bool) -> Dict[int, Dict[str, Any]]:
+        whole, newline, _ = self._file.read().rpartition(b"\n")
+        try:
+            first, *entries = [json.loads(line) for line in whole.splitlines()] or [{}]
+            same = first.get("job") == job
+            found = {entry["line"]: entry["result"] for entry in entries}
+            refused = bool(entries) and not same  # without results, there is nothing to lose
+        except (ValueError, LookupError, TypeError, AttributeError):
+            same, refused = False, True
+        if refused and not force:
+            raise ValueError(
+                f"{self.partial} is left of an interrupted run with another input, checkpoint or "
+                "other options: repeat that command to finish it, or start anew with --force"
+            )
+        self._file.seek(len(whole) + len(newline) if same else 0)
+        self._file.truncate()
+        if not same:
+            self._write({"job": job})
+        return found if same else {}
+
+    def _write(self, entry: Dict[str, Any]) -> None:
+        self._file.write(_json_line(entry))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, number: int, result: Dict[str, Any]) -> None:
+        """Keep the result of a line, whatever happens from now on."""
+        self._write({"line": number, "result": result})
+        self.found[number] = result
+
+    def finish(self, lines: Sequence[Tuple[int, Dict[str, Any]]]) -> None:
+        """Write the input's lines (number, object) with their results, whole or not at all."""
+        ordered = self.output.with_name(f".{self.output.name}.ordered")
+        with ordered.open("wb") as file:
+            for number, value in lines:
+                file.write(_json_line({**value, **self.found[number]}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(ordered, self.output)
+        self.partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let other processes write the partial file."""
+        self._file.close()

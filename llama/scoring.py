@@ -1,0 +1,315 @@
+"""How probable a model finds a text: scores of its tokens, of continuations, and perplexity.
+
+Log-probabilities are natural and of the model's own distribution. A text is encoded with bos in
+front where the tokenizer adds it; the first token, which nothing comes before, is never scored.
+"""
+
+import json
+import math
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+
+Convention = Literal["transformers", "llama.cpp"]
+
+PROJECTED = 128  # positions projected to the vocabulary at a time: 65 MB of fp32 for Llama 3's
+
+
+class TextScore(NamedTuple):
+    tokens: List[int]
+    logprobs: List[float]  # of each token given those before it; 0.0 for the first
+    total: float  # their sum
+
+
+class ContinuationScore(NamedTuple):
+    total: float  # log-probability of the continuation given its context
+    greedy: bool  # whether each of its tokens is the most probable one where it stands
+
+
+class Perplexity(NamedTuple):
+    perplexity: float  # exp(nll / tokens); NaN if no tokens were scored
+    nll: float  # minus the sum of log-probabilities, in nats
+    tokens: int  # how many were scored
+
+
+class Span(NamedTuple):
+    """Token ids that a model sees at once, of which ids[start:] are scored; start >= 1."""
+
+    ids: Sequence[int]
+    start: int
+
+
+def score(
+    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 8
+) -> List[TextScore]:
+    """Log-probability of each token of each text, in the order of the texts.
+
+    Raises:
+        ValueError: texts is one string; a text longer than the model's context; `score_spans`.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is one text: pass a list of texts")
+    encoded = [tokenizer.encode(text, bos=tokenizer.add_bos, eos=False) for text in texts]
+    for row, ids in enumerate(encoded):
+        if len(ids) > model.params.max_seq_len:
+            raise ValueError(
+                f"text {row} has {len(ids)} tokens, and max_seq_len is "
+                f"{model.params.max_seq_len}: ask for its perplexity, which is computed in "
+                "windows, or build with a larger max_seq_len"
+            )
+    found = score_spans(model, [Span(ids, 1) for ids in encoded], batch_size)
+    return [
+        TextScore(ids, [0.0] * bool(ids) + logprobs, math.fsum(logprobs))
+        for ids, (logprobs, _) in zip(encoded, found, strict=True)
+    ]
+
+
+def score_continuations(
+    model: Transformer, pairs: Sequence[Tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
+) -> List[ContinuationScore]:
+    """Log-probability of each continuation given its context, both as token ids.
+
+    Raises:
+        ValueError: an empty context: begin with bos, or eos where there is none; `score_spans`.
+    """
+    for row, (context, _) in enumerate(pairs):
+        if not len(context):
+            raise ValueError(f"context {row} is empty: begin it with the id of bos, or of eos")
+    spans = [Span([*context, *continuation], len(context)) for context, continuation in pairs]
+    return [
+        ContinuationScore(math.fsum(logprobs), all(greedy))
+        for logprobs, greedy in score_spans(model, spans, batch_size)
+    ]
+
+
+def perplexity(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    stride: Optional[int] = None,
+    context: Optional[int] = None,
+    *,
+    convention: Convention = "transformers",
+    batch_size: int = 8,
+) -> Perplexity:
+    """Perplexity of a text of any length, by one of two published conventions.
+
+    Args:
+        stride: tokens from the begin of one window to that of the next, for "transformers"; half
+            of the context by default. The smaller, the more each token sees, and the slower.
+        context: tokens of a window; the model's max_seq_len by default.
+        convention: "transformers": see `strided_windows`; "llama.cpp": see `halved_chunks`.
+        batch_size: windows computed at a time.
+
+    Raises:
+        ValueError: a text of which no token can be scored; stride or context out of range;
+            `score_spans`.
+    """
+    if isinstance(text, str):
+        (found,) = perplexities(
+            model, tokenizer, [text], stride, context, convention=convention, batch_size=batch_size
+        )
+        if found.tokens:
+            return found
+        raise ValueError(
+            f"no token of this text of {len(text)} characters can be scored: the first has nothing "
+            'before it, and convention="llama.cpp" leaves out what doesn\'t fill a window'
+        )
+    raise ValueError(f"text is a {type(text).__name__}: pass one str, or use perplexities")
+
+
+def perplexities(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    stride: Optional[int] = None,
+    context: Optional[int] = None,
+    *,
+    convention: Convention = "transformers",
+    batch_size: int = 8,
+) -> List[Perplexity]:
+    """`perplexity` of each text on its own, the windows of all of them batched together.
+
+    A text without a token to score has 0 tokens and a perplexity of NaN.
+    """
+    most = model.params.max_seq_len
+    context = most if context is None else context
+    if not 2 <= context <= most:
+        raise ValueError(
+            f"context={context} must lie between 2 and the model's max_seq_len of {most}: "
+            "build with a larger max_seq_len for more"
+        )
+    stride = context // 2 if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride={stride} must lie between 1 and the context of {context}")
+    if convention not in ("transformers", "llama.cpp"):
+        raise ValueError(f"convention={convention!r} must be 'transformers' or 'llama.cpp'")
+
+    windows: List[List[Span]] = []
+    for text in texts:
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
+        if convention == "transformers":
+            windows.append(list(strided_windows(ids, context, stride)))
+        else:
+            bos = tokenizer.bos_id if tokenizer.add_bos else None
+            windows.append(list(halved_chunks(ids, context, bos)))
+    found = score_spans(model, [span for spans in windows for span in spans], batch_size)
+    results = []
+    for begin, end in pairwise(accumulate(map(len, windows), initial=0)):
+        logprobs = [logprob for row, _ in found[begin:end] for logprob in row]
+        nll, tokens = -math.fsum(logprobs), len(logprobs)
+        results.append(Perplexity(math.exp(nll / tokens) if tokens else math.nan, nll, tokens))
+    return results
+
+
+def strided_windows(ids: Sequence[int], context: int, stride: int) -> Iterator[Span]:
+    """Windows of `context` ids, one every `stride`; what an earlier one scored is only seen.
+
+    Those of transformers' "Perplexity of fixed-length models": bos, if any, only begins the text.
+    Each token counts once; the code printed there weights all windows but the first with one
+    token less than they score. With stride = context the first token of each window is left out.
+    """
+    scored = 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids))
+        yield Span(ids[begin:end], max(scored - begin, 1))
+        scored = end
+        if end == len(ids):
+            break
+
+
+def halved_chunks(ids: Sequence[int], context: int, bos: Optional[int]) -> Iterator[Span]:
+    """Chunks of `context` ids, side by side, of which the second half is scored but its first.
+
+    Those of llama.cpp's `llama-perplexity` (tools/perplexity/perplexity.cpp): bos, if given, takes
+    the place of each chunk's first token; what is left at the end of the text isn't scored.
+    """
+    for begin in range(0, len(ids) - context + 1, context):
+        chunk = ids[begin : begin + context]
+        yield Span(chunk if bos is None else [bos, *chunk[1:]], context // 2 + 1)
+
+
+@torch.inference_mode()
+def score_spans(
+    model: Transformer, spans: Sequence[Span], batch_size: int = 8
+) -> List[Tuple[List[float], List[bool]]]:
+    """For each of ids[start:] its log-probability and whether it is the most probable token.
+
+    Memory: the hidden states of a batch, and the logits of `PROJECTED` positions. Under torchrun
+    all ranks call this alike, and each has the result.
+
+    Raises:
+        ValueError: ids outside of the vocabulary, more than max_seq_len before the last one,
+            batch_size below 1, start below 1, or logits that aren't finite.
+    """
+    _check(model, spans, batch_size)
+    device = model.norm.weight.device
+    results: List[Tuple[List[float], List[bool]]] = [([], []) for _ in spans]
+    # Similar lengths together, so that little is padded; the longest first, so that a batch that
+    # doesn't fit into memory is the first one.
+    order = [row for row, span in enumerate(spans) if len(span.ids) > span.start]
+    order.sort(key=lambda row: -len(spans[row].ids))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        tokens = torch.zeros(len(rows), len(spans[rows[0]].ids), dtype=torch.long)
+        wanted = torch.zeros(len(rows), tokens.shape[1] - 1, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids, start = spans[row]
+            tokens[i, : len(ids)] = torch.tensor(ids)
+            wanted[i, start - 1 : len(ids) - 1] = True  # where ids[start:] are predicted
+        tokens, wanted = tokens.to(device), wanted.to(device)
+        h = model.hidden(tokens[:, :-1])[wanted]  # (number of scored tokens, dim), row after row
+        logprobs, greedy = _project(model, h, tokens[:, 1:][wanted])
+        at = 0
+        for row in rows:
+            end = at + len(spans[row].ids) - spans[row].start
+            results[row] = logprobs[at:end], greedy[at:end]
+            at = end
+            if not all(map(math.isfinite, results[row][0])):  # on every rank alike
+                raise ValueError(
+                    f"the model's logits for text {row} aren't finite: broken weights, or a dtype "
+                    "too narrow for them; try dtype=torch.float32"
+                )
+    return results
+
+
+def _project(
+    model: Transformer, h: torch.Tensor, actual: torch.Tensor
+) -> Tuple[List[float], List[bool]]:
+    """Hidden states (N, dim) and the ids (N,) that follow: their log-probability, and if greedy."""
+    logprobs: List[float] = []
+    greedy: List[bool] = []
+    for states, ids in zip(h.split(PROJECTED), actual.split(PROJECTED), strict=True):
+        predicted = model.logits(states).log_softmax(-1)
+        logprobs += predicted.gather(-1, ids[:, None])[:, 0].tolist()
+        greedy += (predicted.argmax(-1) == ids).tolist()
+    return logprobs, greedy
+
+
+def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
+    params = model.params
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for row, (ids, start) in enumerate(spans):
+        if start < 1:
+            raise ValueError(f"text {row}: start={start} must be at least 1")
+        if len(ids) > params.max_seq_len + 1:  # the last token is scored, but not fed
+            raise ValueError(
+                f"text {row} has {len(ids)} tokens, and {params.max_seq_len + 1} can be scored at "
+                "once: shorten it, or build with a larger max_seq_len"
+            )
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= params.vocab_size:
+            raise ValueError(
+                f"text {row} has the token id {low if low < 0 else high}: "
+                f"this model knows 0 to {params.vocab_size - 1}"
+            )
+
+
+def read_texts(path: Path) -> List[Tuple[str, str]]:
+    """The texts of a file, each with its name: the whole file, or each line of a .jsonl's "text".
+
+    Raises:
+        ValueError: not UTF-8, or a line that isn't an object with a "text".
+        OSError: a file that can't be read.
+    """
+    try:
+        # newline="" keeps the ends of lines as they are: they are a part of the text.
+        with path.open(encoding="utf-8", newline="") as file:
+            whole = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
+    if path.suffix != ".jsonl":
+        return [(str(path), whole)]
+    texts = []
+    for number, line in enumerate(whole.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number}: not a JSON object with a string "text"')
+        texts.append((f"{path}:{number}", text))
+    return texts
+
+
+def as_line(name: str, found: Perplexity) -> str:
+    """A score for people."""
+    return (
+        f"{name}: {found.tokens} tokens, log-probability {-found.nll:.4f}, "
+        f"perplexity {found.perplexity:.4f}"
+    )
+
+
+def as_json(name: str, found: Perplexity) -> str:
+    """A score for programs: name, tokens, logprob, perplexity (null if there are no tokens)."""
+    record: Dict[str, object] = {"name": name, "tokens": found.tokens, "logprob": -found.nll}
+    record["perplexity"] = found.perplexity if found.tokens else None
+    return json.dumps(record, ensure_ascii=False)
