@@ -146,6 +146,13 @@ class KVCache:
                 self.v[:, new, :, :n] = self.v[:, old, :, :n]
         self.lengths = lengths
 
+    def gather(self, sources: Sequence[int]) -> None:
+        """Copy rows in any order: row i becomes what row sources[i] was."""
+        n = max(self.lengths)
+        for cached in (self.k, self.v):
+            cached[:, : len(sources), :, :n] = cached[:, list(sources), :, :n]
+        self.lengths = [self.lengths[source] for source in sources]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but the given ones (ascending), which move up to take their places."""
         for new, old in enumerate(rows):

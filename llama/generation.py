@@ -9,11 +9,13 @@ from typing import Any, Callable, Iterator, List, Literal, Optional, Sequence, S
 import torch
 
 from llama import checkpoint, loop, memory, parallel, remote, scoring
+from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
 from llama.loop import Collected, Row
 from llama.model import Transformer
 from llama.predictions import (
+    BeamPrediction,
     ChatPrediction,
     CompletionPrediction,
     Event,
@@ -309,6 +311,34 @@ class Llama:
             rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
         )
 
+    def beam_search(
+        self,
+        prompts: Sequence[str],
+        num_beams: int,
+        max_gen_len: int,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+    ) -> List[List[BeamPrediction]]:
+        """Per prompt up to num_beams continuations, the best first; see `llama.beam`."""
+        found: List[List[BeamPrediction]] = []
+        ids = self._encode(prompts)
+        loop.check(self.model, ids, max_gen_len, 1)
+        for prompt in ids:
+            beams = beam_search(
+                self.model, prompt, min(max_gen_len, self.model.params.max_seq_len - len(prompt)),
+                num_beams, stop_tokens=self.tokenizer.stop_tokens,
+                length_penalty=length_penalty, early_stopping=early_stopping,
+            )  # fmt: skip
+            found.append([
+                {
+                    "generation": self.tokenizer.decode(beam.tokens),
+                    "finish_reason": "stop" if beam.stopped else "length",
+                    "score": beam.score,
+                }
+                for beam in beams
+            ])  # fmt: skip
+        return found
+
     def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
         """The log-probability of each token of texts; see `llama.scoring.score`."""
         return scoring.score(self.model, self.tokenizer, texts, batch_size)
@@ -375,7 +405,7 @@ class Llama:
         """The rows of a call: n for each prompt."""
         max_seq_len = self.model.params.max_seq_len
         max_gen_len = max_seq_len if max_gen_len is None else max_gen_len
-        self._check(prompts, max_gen_len, n)
+        loop.check(self.model, prompts, max_gen_len, n)
         if seed is None:
             drawn = torch.randint(1 << 62, (len(prompts),), generator=self.generator)
             seeds = drawn.tolist()
@@ -422,40 +452,6 @@ class Llama:
                 [(decode([token]), value) for token, value in best] for best in row.top_logprobs
             ]
         return details
-
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int,
-        n: int,
-    ) -> None:
-        params = self.model.params
-        if not prompts:
-            raise ValueError("no prompts: pass at least one")
-        if len(prompts) * n > params.max_batch_size:
-            samples = f" of {n} samples" if n > 1 else ""
-            raise ValueError(
-                f"{len(prompts)} prompts{samples}, and max_batch_size is {params.max_batch_size}: "
-                "pass fewer at a time, or build with a larger max_batch_size"
-            )
-        if n < 1:
-            raise ValueError(f"n={n} must be at least 1")
-        if max_gen_len < 0:
-            raise ValueError(f"max_gen_len={max_gen_len} must be 0 or more")
-        for row, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {row} is empty: it takes at least one token")
-            if len(prompt) > params.max_seq_len:
-                raise ValueError(
-                    f"prompt {row} has {len(prompt)} tokens, and max_seq_len is "
-                    f"{params.max_seq_len}: shorten it, or build with a larger max_seq_len"
-                )
-            low, high = min(prompt), max(prompt)
-            if low < 0 or high >= params.vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the token id {low if low < 0 else high}: "
-                    f"this model knows 0 to {params.vocab_size - 1}"
-                )
 
 
 def _say(text: str) -> None:

@@ -47,6 +47,37 @@ class Row:
         self.stops = StopStrings(self.stop)
 
 
+def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int, n: int) -> None:
+    """Raises ValueError for prompts that can't be generated from, by number, limit and way out."""
+    params = model.params
+    if not prompts:
+        raise ValueError("no prompts: pass at least one")
+    if len(prompts) * n > params.max_batch_size:
+        samples = f" of {n} samples" if n > 1 else ""
+        raise ValueError(
+            f"{len(prompts)} prompts{samples}, and max_batch_size is {params.max_batch_size}: "
+            "pass fewer at a time, or build with a larger max_batch_size"
+        )
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
+    if max_gen_len < 0:
+        raise ValueError(f"max_gen_len={max_gen_len} must be 0 or more")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty: it takes at least one token")
+        if len(prompt) > params.max_seq_len:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, and max_seq_len is "
+                f"{params.max_seq_len}: shorten it, or build with a larger max_seq_len"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= params.vocab_size:
+            raise ValueError(
+                f"prompt {row} has the token id {low if low < 0 else high}: "
+                f"this model knows 0 to {params.vocab_size - 1}"
+            )
+
+
 @torch.inference_mode()
 def run(
     model: Transformer,
@@ -88,9 +119,11 @@ def run(
     unfinished = [i for i, row in enumerate(order) if not row.full]
     cache.keep(unfinished)
     batch, h = [order[i] for i in unfinished], h[[sources[i] for i in unfinished]]
+    guidance = Guidance(model, batch) if any(r.params.guidance_scale != 1 for r in batch) else None
     while batch:
         logits = model.logits(h)
-        drawn, stopped = _draw(logits, batch, should_stop)
+        guided = logits if guidance is None else guidance(logits)
+        drawn, stopped = _draw(guided, batch, should_stop)
         tokens: List[int] = drawn.tolist()
         chosen: List[Optional[float]] = [None] * len(batch)
         best: List[Optional[List[Tuple[int, float]]]] = [None] * len(batch)
@@ -118,9 +151,44 @@ def run(
             yield Event(row.index, row.sample, tokens[i], text, chosen[i], best[i], reason)
         if len(unfinished) < len(batch):
             cache.keep(unfinished)
+            if guidance is not None:
+                guidance.keep(unfinished)
             batch, drawn = [batch[i] for i in unfinished], drawn[unfinished]
         if batch:
+            if guidance is not None:
+                guidance.feed(drawn)
             h = model.hidden(drawn[:, None], cache.lengths, cache)[:, -1]
+
+
+class Guidance:
+    """Classifier-free guidance (2306.17806): each row a second time, after its negative prompt."""
+
+    def __init__(self, model: Transformer, batch: List[Row]):
+        self._model = model
+        prompts = [row.params.negative_prompt or row.prompt[-1:] for row in batch]
+        lengths = [len(prompt) for prompt in prompts]
+        room = max(n + row.max_len - len(row.prompt) for n, row in zip(lengths, batch, strict=True))
+        self._cache, last = model.new_cache(len(batch), room), []
+        self._cache.reserve(max(lengths))
+        for i, prompt in enumerate(prompts):
+            h, _ = prefill(model, [prompt], self._cache.part(i, i + 1), score=False)
+            last.append(h)
+        self._cache.lengths, self._h = lengths, torch.cat(last)
+        scales = [[row.params.guidance_scale] for row in batch]
+        self._scales = torch.tensor(scales, device=self._h.device)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The guided log-probabilities: (B, vocab_size) -> (B, vocab_size)."""
+        own, negative = logits.log_softmax(-1), self._model.logits(self._h).log_softmax(-1)
+        return negative + self._scales * (own - negative)
+
+    def feed(self, drawn: torch.Tensor) -> None:
+        """Go on with the rows' new tokens, (B,)."""
+        self._h = self._model.hidden(drawn[:, None], self._cache.lengths, self._cache)[:, -1]
+
+    def keep(self, rows: List[int]) -> None:
+        self._cache.keep(rows)
+        self._h, self._scales = self._h[rows], self._scales[rows]
 
 
 @dataclass

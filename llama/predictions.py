@@ -21,6 +21,11 @@ class CompletionPrediction(Prediction):
     generation: str
 
 
+class BeamPrediction(Prediction):
+    generation: str
+    score: float  # log-probability (natural) / length ** length_penalty
+
+
 class ChatPrediction(Prediction, total=False):
     generation: Required[Message]
     truncated: List[Message]  # with truncate only: what was left out of the dialog

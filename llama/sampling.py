@@ -1,6 +1,6 @@
 """From logits to a token: pure functions of one row's logits, in fp32, in a fixed order.
 
-    logit_bias, repetition_penalty, presence and frequency penalty, no_repeat_ngram_size,
+    guidance, logit_bias, repetition_penalty, presence and frequency penalty, no_repeat_ngram_size,
     banned_tokens, a processor of one's own; then, unless the temperature is 0,
     temperature, top_k, top_p, min_p, typical_p, and the draw
 
@@ -36,6 +36,9 @@ class SamplingParams:
         no_repeat_ngram_size: no run of so many tokens comes twice in prompt and answer; 0 for off.
         logit_bias: added to the logits of these ids.
         banned_tokens: ids that are never drawn.
+        guidance_scale: above 1, what the negative prompt makes less probable becomes more so:
+            log-probabilities are negative + scale * (own - negative) (2306.17806).
+        negative_prompt: token ids in place of the prompt; its last token alone by default.
         logits_processor: called with the row's ids, prompt included, and its logits (vocab_size,);
             returns what to use in their place.
 
@@ -54,6 +57,8 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     banned_tokens: Collection[int] = ()
+    guidance_scale: float = 1.0
+    negative_prompt: Optional[Sequence[int]] = None
     logits_processor: Optional[Processor] = None
 
     @property
@@ -61,6 +66,7 @@ class SamplingParams:
         """Whether the most probable token is drawn each time, and nothing rules any out."""
         # The others only matter where there is a draw.
         plain = replace(self, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
+        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)  # done before
         return plain == _ARGMAX
 
     def __post_init__(self) -> None:
@@ -73,6 +79,9 @@ class SamplingParams:
             check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
         check("typical_p", 0 < self.typical_p <= 1, "be more than 0 and at most 1")
         check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be more than 0")
+        check("guidance_scale", math.isfinite(self.guidance_scale), "be a finite number")
+        if self.negative_prompt is not None and not len(self.negative_prompt):
+            raise ValueError("negative_prompt is empty: it takes at least one token")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, math.isfinite(getattr(self, name)), "be a finite number")
         for name in ("top_k", "no_repeat_ngram_size"):

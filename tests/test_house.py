@@ -18,6 +18,7 @@ LAYERS = {
     "sampling": set(),
     "stopping": set(),
     "context": {"chat"},
+    "beam": {"loop", "model"},
     "loop": {"cache", "model", "parallel", "predictions", "sampling", "stopping", "tokenizer"},
     "parallel": set(),
     "vocabulary": {"gguf_header"},
@@ -29,7 +30,7 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"chat", "checkpoint", "context", "loop", "memory", "model", "parallel", "remote"}
+    "generation": {"beam", "chat", "checkpoint", "context", "loop", "memory", "model", "parallel", "remote"}
     | {"predictions", "sampling", "scoring", "templates", "tokenizer", "tools"},
     "terminal": set(),
     "repl": {"chat", "generation", "parallel", "sampling", "terminal"},
