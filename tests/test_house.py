@@ -30,8 +30,8 @@ LAYERS = {
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "model", "parallel", "tokenizer", "vocabulary"},
     "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"beam", "chat", "checkpoint", "context", "loop", "memory", "model", "parallel", "remote"}
-    | {"predictions", "sampling", "scoring", "templates", "tokenizer", "tools"},
+    "generation": {"beam", "chat", "checkpoint", "context", "loop", "memory", "model", "parallel"}
+    | {"predictions", "remote", "sampling", "scoring", "templates", "tokenizer", "tools"},
     "terminal": set(),
     "repl": {"chat", "generation", "parallel", "sampling", "terminal"},
     "jsonl": set(),
