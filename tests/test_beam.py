@@ -96,13 +96,14 @@ def test_beam_search_of_texts(tiny):
             tiny.beam_search(["ab"], **options)
 
 
-@pytest.mark.parametrize("negative", [None, "A boring text:"])
-def test_guidance_is_transformers(smollm2, peer, prompts, negative):
+@pytest.mark.parametrize("negative, count", [(None, 10), ("A boring text:", 3)])
+def test_guidance_is_transformers(smollm2, peer, prompts, negative, count):
+    prompts = prompts[:count]
     ids = negative and smollm2.tokenizer.encode(negative, bos=False, eos=False)
     params = SamplingParams(temperature=0, guidance_scale=1.8, negative_prompt=ids)
     found, _ = smollm2.generate(prompts, 12, params=params, stop_tokens=set())
     plain, _ = smollm2.generate(prompts, 12, 0, stop_tokens=set())
-    assert sum(a != b for a, b in zip(found, plain, strict=True)) >= 5
+    assert sum(a != b for a, b in zip(found, plain, strict=True)) >= count / 2
     for prompt, row in zip(prompts, found, strict=True):
         theirs_ids = None if ids is None else torch.tensor([ids])
         [expected], _ = theirs(
