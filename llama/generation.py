@@ -176,6 +176,7 @@ class Llama:
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
         stop: Sequence[str] = (),
+        stop_tokens: Optional[Set[int]] = None,
         top_logprobs: int = 0,
         should_stop: Optional[Callable[[], bool]] = None,
     ) -> List[CompletionPrediction]:
@@ -194,8 +195,9 @@ class Llama:
         params = params or SamplingParams(temperature=temperature, top_p=top_p)
         rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
         found = self._collect(
-            rows, logprobs=logprobs, echo=echo, top_logprobs=top_logprobs, should_stop=should_stop
-        )
+            rows, logprobs=logprobs, echo=echo, top_logprobs=top_logprobs,
+            should_stop=should_stop, stop_tokens=stop_tokens,
+        )  # fmt: skip
         return [
             {"generation": row.text, **self._details(row, logprobs, top_logprobs)} for row in found
         ]
@@ -212,6 +214,7 @@ class Llama:
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
         stop: Sequence[str] = (),
+        stop_tokens: Optional[Set[int]] = None,
         top_logprobs: int = 0,
         should_stop: Optional[Callable[[], bool]] = None,
     ) -> Iterator[Event]:
@@ -222,8 +225,9 @@ class Llama:
         params = params or SamplingParams(temperature=temperature, top_p=top_p)
         rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
         return self._run(
-            rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
-        )
+            rows, logprobs=logprobs, top_logprobs=top_logprobs,
+            should_stop=should_stop, stop_tokens=stop_tokens,
+        )  # fmt: skip
 
     def chat_completion(
         self,
@@ -239,6 +243,7 @@ class Llama:
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
         stop: Sequence[str] = (),
+        stop_tokens: Optional[Set[int]] = None,
         top_logprobs: int = 0,
         should_stop: Optional[Callable[[], bool]] = None,
     ) -> List[ChatPrediction]:
@@ -269,7 +274,8 @@ class Llama:
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         found = self._collect(
             self._rows(ids, max_gen_len, params, seed, n, stop),
-            logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop,
+            logprobs=logprobs, top_logprobs=top_logprobs,
+            should_stop=should_stop, stop_tokens=stop_tokens,
         )  # fmt: skip
         predictions: List[ChatPrediction] = []
         for i, row in enumerate(found):
@@ -297,6 +303,7 @@ class Llama:
         seed: Optional[int | Sequence[int]] = None,
         n: int = 1,
         stop: Sequence[str] = (),
+        stop_tokens: Optional[Set[int]] = None,
         top_logprobs: int = 0,
         should_stop: Optional[Callable[[], bool]] = None,
     ) -> Iterator[Event]:
@@ -308,8 +315,9 @@ class Llama:
         ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         rows = self._rows(ids, max_gen_len, params, seed, n, stop)
         return self._run(
-            rows, logprobs=logprobs, top_logprobs=top_logprobs, should_stop=should_stop
-        )
+            rows, logprobs=logprobs, top_logprobs=top_logprobs,
+            should_stop=should_stop, stop_tokens=stop_tokens,
+        )  # fmt: skip
 
     def beam_search(
         self,

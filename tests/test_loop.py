@@ -186,3 +186,16 @@ def test_mistakes_are_named(tiny, options, message):
 def test_events_are_json(tiny):
     events = list(tiny.stream_text(["a"], 0, max_gen_len=2, logprobs=True, top_logprobs=2))
     assert json.loads(json.dumps([event._asdict() for event in events]))[0]["row"] == 0
+
+
+def test_stop_tokens_of_a_call(tiny):
+    """In place of the tokenizer's, for texts and their streams."""
+    [free] = tiny.text_completion(["abc"], 0, max_gen_len=12, logprobs=True, stop_tokens=set())
+    ids, _ = tiny.generate([tiny.tokenizer.encode("abc", bos=True, eos=False)], 12, 0,
+                           stop_tokens=set())  # fmt: skip
+    stop = ids[0][5]
+    end = ids[0].index(stop)
+    [cut_] = tiny.text_completion(["abc"], 0, max_gen_len=12, logprobs=True, stop_tokens={stop})
+    assert cut_["finish_reason"] == "stop" and cut_["tokens"] == free["tokens"][:end]
+    events = list(tiny.stream_text(["abc"], 0, max_gen_len=12, stop_tokens={stop}))
+    assert [event.token for event in events] == [*ids[0][:end], None]
