@@ -4,7 +4,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Literal, Optional, Sequence, Set, Tuple
+from typing import (
+    Callable,
+    Iterator,
+    List,
+    Literal,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypedDict,
+    Unpack,
+)
 
 import torch
 
@@ -31,6 +42,29 @@ __all__ = ["ChatPrediction", "CompletionPrediction", "Event", "Llama", "sample_t
 
 # Between the seeds of a prompt's samples, so that neighbours' seeds don't meet.
 SEED_STEP = 0x9E3779B97F4A7C15
+
+
+class Options(TypedDict, total=False):
+    """What every way to generate takes beside Meta's arguments, each by its name.
+
+    params: all that can be said of sampling, in place of temperature and top_p.
+    seed: of the random numbers, one for all prompts or one each. A row's tokens depend on its
+        prompt, its parameters and its seed, and not on the batch that it is in. By default drawn
+        from the seed given to `build`, and different for each call.
+    n: samples of each prompt (1); they share its prefill and stand next to each other.
+    stop: strings at the first of which a text ends, itself left out.
+    stop_tokens: ids that end a row, themselves left out; the tokenizer's by default.
+    top_logprobs: as many most probable tokens are returned for each one of the answer (0).
+    should_stop: asked after each step, on rank 0; True ends all rows.
+    """
+
+    params: Optional[SamplingParams]
+    seed: Optional[int | Sequence[int]]
+    n: int
+    stop: Sequence[str]
+    stop_tokens: Optional[Set[int]]
+    top_logprobs: int
+    should_stop: Optional[Callable[[], bool]]
 
 
 class Llama:
@@ -129,11 +163,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        stop_tokens: Optional[Set[int]] = None,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
+        **options: Unpack[Options],
     ) -> Tuple[List[List[int]], Optional[List[List[float]]]]:
         """Continue prompts of token ids, of any mixture of lengths.
 
@@ -144,12 +174,7 @@ class Llama:
             logprobs: also return each token's log-probability (natural, of the model's own
                 distribution, before temperature and top_p).
             echo: put the prompt before the answer; its first token's log-probability is 0.0.
-            stop_tokens: ids that end a row, themselves left out; the tokenizer's by default.
-            params: all that can be said of sampling, in place of temperature and top_p.
-            seed: of the random numbers, one for all prompts or one each. A row's tokens depend on
-                its prompt, its parameters and its seed, and not on the batch that it is in. By
-                default drawn from the seed given to `build`, and different for each call.
-            n: samples of each prompt; they share its prefill and stand next to each other.
+            options: see `Options`.
 
         Returns:
             A list of ids per prompt and sample, and one of log-probabilities, or None.
@@ -158,9 +183,10 @@ class Llama:
             ValueError: no prompts, too many, an empty or too long one, ids outside of the
                 vocabulary, or parameters out of range; non-finite logits.
         """
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        rows = self._rows(prompt_tokens, max_gen_len, params, seed, n, ())
-        found = self._collect(rows, stop_tokens=stop_tokens, logprobs=logprobs, echo=echo)
+        rows, events = self._start(
+            prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **options
+        )
+        found = loop.collect(events, rows)
         return [row.tokens for row in found], [r.logprobs for r in found] if logprobs else None
 
     def text_completion(
@@ -171,35 +197,23 @@ class Llama:
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        should_stop: Optional[Callable[[], bool]] = None,
+        **options: Unpack[Options],
     ) -> List[CompletionPrediction]:
-        """Continue texts. See `generate` for the other arguments and errors.
+        """Continue texts. See `generate` for the arguments and errors, and `Options`.
 
         Args:
             max_gen_len: None fills the context.
-            stop: strings at the first of which a text ends, itself left out.
-            top_logprobs: as many most probable tokens are returned for each one of the answer.
-            should_stop: asked after each step, on rank 0; True ends all rows.
 
         Returns:
             Per prompt and sample `generation` (str) and `finish_reason`; with logprobs also
             `tokens` (each one's text) and `logprobs`; with top_logprobs also `top_logprobs`.
         """
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
-        found = self._collect(
-            rows, logprobs=logprobs, echo=echo, top_logprobs=top_logprobs,
-            should_stop=should_stop, stop_tokens=stop_tokens,
-        )  # fmt: skip
+        rows, events = self._start(
+            self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, **options
+        )
         return [
-            {"generation": row.text, **self._details(row, logprobs, top_logprobs)} for row in found
+            {"generation": row.text, **self._details(row, logprobs, options)}
+            for row in loop.collect(events, rows)
         ]
 
     def stream_text(
@@ -209,25 +223,14 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
-        *,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        should_stop: Optional[Callable[[], bool]] = None,
+        **options: Unpack[Options],
     ) -> Iterator[Event]:
         """What `text_completion` would return, event by event as it comes about.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        rows = self._rows(self._encode(prompts), max_gen_len, params, seed, n, stop)
-        return self._run(
-            rows, logprobs=logprobs, top_logprobs=top_logprobs,
-            should_stop=should_stop, stop_tokens=stop_tokens,
-        )  # fmt: skip
+        ids = self._encode(prompts)
+        return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
 
     def chat_completion(
         self,
@@ -239,18 +242,12 @@ class Llama:
         *,
         tools: Optional[Sequence[Tool]] = None,
         truncate: Optional[Literal["oldest_turns"]] = None,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        should_stop: Optional[Callable[[], bool]] = None,
+        **options: Unpack[Options],
     ) -> List[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
         Nothing that a message holds, in role or content, becomes a control token. See
-        `text_completion` and `generate` for the other arguments.
+        `text_completion` and `Options` for the other arguments.
 
         Args:
             max_gen_len: None fills the context.
@@ -270,23 +267,18 @@ class Llama:
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        found = self._collect(
-            self._rows(ids, max_gen_len, params, seed, n, stop),
-            logprobs=logprobs, top_logprobs=top_logprobs,
-            should_stop=should_stop, stop_tokens=stop_tokens,
-        )  # fmt: skip
+        rows, events = self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)
         predictions: List[ChatPrediction] = []
-        for i, row in enumerate(found):
-            message: Message = {"role": "assistant", "content": row.text}
+        for row, found in zip(rows, loop.collect(events, rows), strict=True):
+            message: Message = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
-            details = self._details(row, logprobs, top_logprobs)
+            details = self._details(found, logprobs, options)
             predictions.append({"generation": message, **details})
             if error:
                 predictions[-1]["tool_call_error"] = error
-            if left_out[i // n]:
-                predictions[-1]["truncated"] = left_out[i // n]
+            if left_out[row.index]:
+                predictions[-1]["truncated"] = left_out[row.index]
         return predictions
 
     def stream_chat(
@@ -299,25 +291,14 @@ class Llama:
         *,
         tools: Optional[Sequence[Tool]] = None,
         truncate: Optional[Literal["oldest_turns"]] = None,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        should_stop: Optional[Callable[[], bool]] = None,
+        **options: Unpack[Options],
     ) -> Iterator[Event]:
         """What `chat_completion` would return, event by event; calls of tools as they are written.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
         ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        rows = self._rows(ids, max_gen_len, params, seed, n, stop)
-        return self._run(
-            rows, logprobs=logprobs, top_logprobs=top_logprobs,
-            should_stop=should_stop, stop_tokens=stop_tokens,
-        )  # fmt: skip
+        return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
 
     def beam_search(
         self,
@@ -401,61 +382,57 @@ class Llama:
             if parallel.is_rank_zero():
                 warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
-    def _rows(
+    def _start(
         self,
         prompts: Sequence[Sequence[int]],
+        temperature: float,
+        top_p: float,
         max_gen_len: Optional[int],
-        params: SamplingParams,
-        seed: Optional[int | Sequence[int]],
-        n: int,
-        stop: Sequence[str],
-    ) -> List[Row]:
-        """The rows of a call: n for each prompt."""
-        max_seq_len = self.model.params.max_seq_len
-        max_gen_len = max_seq_len if max_gen_len is None else max_gen_len
+        logprobs: bool,
+        echo: bool = False,
+        *,
+        params: Optional[SamplingParams] = None,
+        seed: Optional[int | Sequence[int]] = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        stop_tokens: Optional[Set[int]] = None,
+        top_logprobs: int = 0,
+        should_stop: Optional[Callable[[], bool]] = None,
+    ) -> Tuple[List[Row], Iterator[Event]]:
+        """The rows of a call, n for each prompt, and the events that will come of them."""
+        shape = self.model.params
+        max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
+        params = params or SamplingParams(temperature=temperature, top_p=top_p)
         loop.check(self.model, prompts, max_gen_len, n)
+        if not 0 <= top_logprobs <= shape.vocab_size:
+            raise ValueError(f"top_logprobs={top_logprobs} must be 0 (none) to the vocabulary's")
         if seed is None:
-            drawn = torch.randint(1 << 62, (len(prompts),), generator=self.generator)
-            seeds = drawn.tolist()
+            seeds = torch.randint(1 << 62, (len(prompts),), generator=self.generator).tolist()
         else:
             seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
-        return [
+        rows = [
             Row(
-                index, sample, prompt, min(max_seq_len, len(prompt) + max_gen_len), params,
+                index, sample, prompt, min(shape.max_seq_len, len(prompt) + max_gen_len), params,
                 (seeds[index] + sample * SEED_STEP) % (1 << 63), stop,
             )
             for index, prompt in enumerate(prompts)
             for sample in range(n)
         ]  # fmt: skip
-
-    def _run(
-        self,
-        rows: List[Row],
-        *,
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        **options: Any,
-    ) -> Iterator[Event]:
-        if not 0 <= top_logprobs <= self.model.params.vocab_size:
-            raise ValueError(f"top_logprobs={top_logprobs} must be 0 (none) to the vocabulary's")
         stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
-        return loop.run(
-            self.model, self.tokenizer, rows,
-            stop_tokens=stops, top_logprobs=top_logprobs, **options,
+        return rows, loop.run(
+            self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
+            top_logprobs=top_logprobs, echo=echo, should_stop=should_stop,
         )  # fmt: skip
 
-    def _collect(self, rows: List[Row], **options: Any) -> List[Collected]:
-        return loop.collect(self._run(rows, **options), rows)
-
-    def _details(self, row: Collected, logprobs: bool, top_logprobs: int) -> Prediction:
+    def _details(self, row: Collected, logprobs: bool, options: Options) -> Prediction:
         decode = self.tokenizer.decode
         details: Prediction = {"finish_reason": row.finish_reason}
         if logprobs:
             details["tokens"] = [decode([token]) for token in row.tokens]
             details["logprobs"] = row.logprobs
-        if top_logprobs:
+        if options.get("top_logprobs"):
             details["top_logprobs"] = [
                 [(decode([token]), value) for token, value in best] for best in row.top_logprobs
             ]

@@ -39,12 +39,14 @@ class Row:
     def full(self) -> bool:
         return len(self.prompt) + len(self.answer) >= self.max_len
 
+    def __post_init__(self) -> None:
+        self.stops = StopStrings(self.stop)
+
     def begin(self, tokenizer: Tokenizer, device: torch.device) -> None:
         """What it takes to draw tokens and to turn them into text."""
         seed = self.seed
         self.generator = torch.Generator(device).manual_seed(seed)
         self.decoder: StreamDecoder = tokenizer.stream()
-        self.stops = StopStrings(self.stop)
 
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int, n: int) -> None:

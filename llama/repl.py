@@ -89,7 +89,9 @@ class Session:
         max_gen_len: Optional[int] = None,
         send: Callable[[Turn], object] = lambda turn: None,
     ):
-        self.llama = llama
+        if llama.formatter is None:
+            raise ValueError("this checkpoint has no chat format: use an instruct checkpoint")
+        self.llama, self._format = llama, llama.formatter
         self.params = params or SamplingParams()
         self.max_gen_len = max_gen_len
         self.send = send
@@ -143,8 +145,7 @@ class Session:
             return was_interrupted
 
         try:
-            assert self.llama.formatter  # `chat` has checked it
-            stats = Stats(len(self.llama.formatter.encode_dialog_prompt(self.dialog)))
+            stats = Stats(len(self._format.encode_dialog_prompt(self.dialog)))
             turn = Turn([*self.dialog], self.params, self.max_gen_len)
             self.send(turn)
             begin, reason = time.monotonic(), None
@@ -375,12 +376,11 @@ def chat(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype
     )
-    if llama.formatter is None:
-        raise ValueError(f"{ckpt_dir} has no chat format: use an instruct checkpoint")
+    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object)
     if not parallel.is_rank_zero():
         return follow(llama)
     terminal = pick_terminal(history)
     if isinstance(terminal, Rich):
         terminal.show("/help lists the commands")
-    talk(Session(llama, params, system, max_gen_len, parallel.broadcast_object), terminal)
+    talk(session, terminal)
     parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step

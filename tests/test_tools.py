@@ -5,6 +5,7 @@ import json
 import random
 import re
 import time
+from types import SimpleNamespace
 from typing import Any, Dict, List, Literal, Optional, Union
 
 import pytest
@@ -15,9 +16,8 @@ from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers.utils import get_json_schema
 
-from llama import Llama, parse_tool_calls, tool_schema
+from llama import Event, Llama, parse_tool_calls, tool_schema
 from llama.chat import Llama31Format, write_call
-from llama.loop import Collected
 from llama.templates import TemplateFormat
 
 # --- definitions ---------------------------------------------------------------------------------
@@ -475,9 +475,15 @@ class Says:
 
     def __new__(cls, llama, formatter, *replies):
         one = Llama(llama.model, llama.tokenizer, formatter)
-        found = [Collected(reply, finish_reason="stop") for reply in replies]
-        one._rows = lambda ids, *_: ids  # of any length
-        one._collect = lambda rows, **_: found[: len(rows)]
+
+        def start(ids, *_, **__):
+            rows = [SimpleNamespace(index=i, sample=0) for i in range(len(ids))]
+            said = zip(rows, replies, strict=False)
+            return rows, iter(
+                [Event(row.index, 0, None, r, finish_reason="stop") for row, r in said]
+            )
+
+        one._start = start
         return one
 
 

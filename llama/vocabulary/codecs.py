@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import (
@@ -142,7 +143,7 @@ def names_in(special: Dict[str, int], allowed: Names) -> Pattern[str]:
     return re.compile(f"({longest_first or '(?!)'})")
 
 
-class _Pieces:
+class _Pieces(ABC):
     """What the codecs share that leave special tokens to us: a text is cut at their names first."""
 
     def __init__(self, vocabulary: Vocabulary):
@@ -178,8 +179,9 @@ class _Pieces:
             ids += [i for part in parts if part for i in self._plain(part)]
         return [i for i in ids if i not in self._control or i == self._unknown]
 
+    @abstractmethod
     def _plain(self, text: str) -> List[int]:
-        raise NotImplementedError
+        """Ids of a text as the library gives them."""
 
     _unknown: Any = None  # what stands for text that has no token
 
