@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llama import parallel, remote
 from llama.generation import Llama
-from llama.jsonl import Results, decode, objects, read_text, string
+from llama.json_files import Results, decode, objects, read_text, string
 from llama.sampling import SamplingParams
 
 TEMPLATE = "{input} => {output}"

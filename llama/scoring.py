@@ -271,23 +271,29 @@ def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
             )
 
 
-def read_texts(path: Path) -> List[Tuple[str, str]]:
-    """The texts of a file, each with its name: the whole file, or each line of a .jsonl's "text".
+def read_text(path: Path) -> str:
+    """The text of a file.
 
     Raises:
-        ValueError: not UTF-8, or a line that isn't an object with a "text".
+        ValueError: not UTF-8.
         OSError: a file that can't be read.
     """
     try:
         # newline="" keeps the ends of lines as they are: they are a part of the text.
         with path.open(encoding="utf-8", newline="") as file:
-            whole = file.read()
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
-    if path.suffix != ".jsonl":
-        return [(str(path), whole)]
+
+
+def read_lines(path: Path) -> List[Tuple[str, str]]:
+    """The "text" of each line of a JSONL file, with its place; as `read_text` raises, and
+
+    Raises:
+        ValueError: a line that isn't an object with a "text".
+    """
     texts = []
-    for number, line in enumerate(whole.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, write_checkpoint
 
 from llama import Llama
 from llama.complete import TEMPLATE, FewShot, _read_shots, complete
-from llama.jsonl import Results
+from llama.json_files import Results
 
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
 # The `llama` command.

@@ -254,9 +254,9 @@ def test_the_command_scores_files_and_lines(tiny_dir, tiny, tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     options = {"max_seq_len": 64, "stride": 16, "device": "cpu", "dtype": "fp32"}
     files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
-    score_command(str(tiny_dir), *files, **options)
+    score_command(str(tiny_dir), files[0], jsonl=files[1], **options)
     printed = capsys.readouterr().out.splitlines()
-    score_command(str(tiny_dir), *files, **options, json=True)
+    score_command(str(tiny_dir), files[0], jsonl=files[1], **options, json=True)
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [files[0], f"{files[1]}:1", f"{files[1]}:3", f"{files[1]}:5"]
     assert [record["name"] for record in records] == names
@@ -276,7 +276,7 @@ def test_a_broken_line_is_named_before_weights_are_read(tmp_path, line):
     path = tmp_path / "texts.jsonl"
     path.write_text(f'{{"text": "a"}}\n{line}\n')
     with pytest.raises(ValueError, match=r'texts.jsonl:2: not a JSON object with a string "text"'):
-        score_command("nowhere", str(path))
+        score_command("nowhere", jsonl=str(path))
 
 
 def test_files_that_cannot_be_scored(tmp_path):

@@ -27,10 +27,10 @@ from llama.checkpoint.safetensors import (
     index_safetensors,
     interleave,
     meta_name,
-    unique_keys,
     write_safetensors,
 )
 from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
+from llama.json_files import read_object
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import writing as writing_vocabulary
@@ -71,30 +71,13 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
-def read_json(path: Path) -> Dict[str, Any]:
-    """An object from a JSON file, in which no key may come twice.
-
-    Raises:
-        ValueError: not JSON, not an object, or a key that comes twice.
-    """
-
-    try:
-        hook = unique_keys("the key {!r} comes twice")
-        value = json.loads(path.read_bytes(), object_pairs_hook=hook)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} isn't usable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} and not an object")
-    return value
-
-
 def read_config(path: Path) -> Dict[str, Any]:
     """The fields of config.json as ModelArgs takes them.
 
     Raises:
         ValueError: an architecture, or a key, that our model can't honour; it is named.
     """
-    config = read_json(path)
+    config = read_object(path)
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not ARCHITECTURES.issuperset(map(str, architectures)):
         raise ValueError(
@@ -212,7 +195,7 @@ class HFCheckpoint:
             index = self.path / f"{stem}.{suffix}.index.json"
             single = self.path / f"{stem}.{suffix}"
             if index.exists():
-                weight_map = read_json(index).get("weight_map")
+                weight_map = read_object(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise ValueError(f"{index} has no weight_map")
                 names = sorted({str(name) for name in weight_map.values()})

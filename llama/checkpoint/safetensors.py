@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import torch
 
@@ -23,6 +23,7 @@ from llama.checkpoint import (
     weight_shapes,
 )
 from llama.checkpoint.writing import Progress, rows, write_tensor
+from llama.json_files import unique_keys
 
 TO_META = {
     "model.embed_tokens": "tok_embeddings",
@@ -70,22 +71,6 @@ def meta_name(name: str) -> str:
 def hf_name(name: str) -> str:
     """The inverse of `meta_name`."""
     return foreign_name(name, FROM_META, "model.layers")
-
-
-def unique_keys(complaint: str) -> Callable[[List[Tuple[str, Any]]], Dict[str, Any]]:
-    """A json object_pairs_hook that raises ValueError for a key that comes twice.
-
-    json itself would keep the last of them. `complaint` has a place {} for the key.
-    """
-
-    def check(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(complaint.format(max(names, key=names.count)))
-        return found
-
-    return check
 
 
 def index_safetensors(path: Path) -> Dict[str, Stored]:

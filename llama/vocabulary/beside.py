@@ -1,19 +1,9 @@
 """What Hugging Face's files beside a tokenizer say: names, ends, the chat template."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional
 
-
-def read_object(file: Path) -> Dict[str, Any]:
-    """Raises ValueError unless a file holds a JSON object."""
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} isn't JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, not an object")
-    return value
+from llama.json_files import read_object
 
 
 class Beside:

@@ -11,8 +11,9 @@ from typing import Any, Dict, List
 
 import tokenizers
 
+from llama.json_files import read_object
 from llama.vocabulary import CONTROL, NORMAL, STOP_NAMES, USER_DEFINED, Vocabulary, check_ids, spm
-from llama.vocabulary.beside import Beside, read_object
+from llama.vocabulary.beside import Beside
 from llama.vocabulary.byte_level import build, pre_of
 
 

@@ -1,9 +1,41 @@
-"""JSONL: read with the numbers of its lines, written so that an interruption costs one at most."""
+"""JSON: objects read strictly; JSONL by its lines, written so that a stop costs one at most."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+
+def unique_keys(complaint: str) -> Callable[[List[Tuple[str, Any]]], Dict[str, Any]]:
+    """A json object_pairs_hook that raises ValueError for a key that comes twice.
+
+    json itself would keep the last of them. `complaint` has a place {} for the key.
+    """
+
+    def check(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(complaint.format(max(names, key=names.count)))
+        return found
+
+    return check
+
+
+def read_object(path: Path) -> Dict[str, Any]:
+    """An object from a JSON file, in which no key may come twice.
+
+    Raises:
+        ValueError: not JSON, not an object, or a key that comes twice.
+    """
+    try:
+        hook = unique_keys("the key {!r} comes twice")
+        value = json.loads(path.read_bytes(), object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} isn't usable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} and not an object")
+    return value
 
 
 def read_text(path: Path) -> str:
