@@ -41,6 +41,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.stops = StopStrings(self.stop)
+        self.is_argmax = self.params.is_argmax
 
     def begin(self, tokenizer: Tokenizer, device: torch.device) -> None:
         """What it takes to draw tokens and to turn them into text."""
@@ -267,7 +268,7 @@ def _draw(
         )
     decided = torch.zeros(len(batch) + 1, dtype=torch.long, device=logits.device)
     if parallel.rank() == 0:
-        if all(row.params.is_argmax for row in batch):
+        if all(row.is_argmax for row in batch):
             decided[:-1] = logits.argmax(-1)
         else:
             for i, row in enumerate(batch):

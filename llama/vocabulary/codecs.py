@@ -169,7 +169,10 @@ class _Pieces(ABC):
         return ids
 
     def _text(self, text: str) -> List[int]:
-        """Ids of ordinary text: what would become a control token is cut in two."""
+        """Ids of ordinary text: what would become a control token is cut in two.
+
+        Should a vocabulary make one even so, it is left out: no text may become a control token.
+        """
         ids = self._plain(text) if text else []
         if self._control.isdisjoint(ids):
             return ids
