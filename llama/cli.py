@@ -94,9 +94,9 @@ COMMANDS: Dict[str, str] = {  # imported when asked for: not each is cheap
     "chat": "llama.repl:chat",
     "complete": "llama.complete:complete",
     "convert": "llama.cli:convert",
-    "eval": "llama.evaluation:evaluate",
+    "eval": "llama.measure:evaluate",
     "inspect": "llama.cli:inspect",
-    "score": "llama.scoring_command:score",
+    "score": "llama.measure:score",
 }
 
 

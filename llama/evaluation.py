@@ -1,14 +1,12 @@
-"""`llama eval`: the tasks of EleutherAI's lm-evaluation-harness, an optional dependency.
+"""A Llama for EleutherAI's lm-evaluation-harness, an optional dependency.
 
-Nothing else imports this module: it needs `pip install -e '.[eval]'`.
+Only what needs it imports this module: it takes `pip install -e '.[eval]'`.
 """
 
-import json as jsonlib
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
-from llama import parallel
 from llama.generation import Llama
 from llama.scoring import score_continuations
 
@@ -21,6 +19,8 @@ except ImportError as error:
     raise ValueError(
         f"llama eval needs lm_eval ({error}): install it with pip install -e '.[eval]'"
     ) from error
+
+__all__ = ["HarnessModel", "TaskManager", "lm_eval", "make_table"]
 
 MAX_GEN_TOKS = 256  # where a task doesn't say; what the harness's own models do
 
@@ -157,63 +157,3 @@ def _generation_options(given: Dict[str, Any]) -> Dict[str, Any]:
         "temperature": float(temperature),
         "top_p": float(top_p),
     }
-
-
-def evaluate(
-    ckpt_dir: str,
-    tasks: str,
-    limit: Optional[int] = None,
-    num_fewshot: Optional[int] = None,
-    max_seq_len: int = 2048,
-    batch_size: int = 8,
-    include_path: Optional[str] = None,
-    tokenizer_path: Optional[str] = None,
-    device: Optional[str] = None,
-    dtype: Optional[str] = None,
-    json: bool = False,
-) -> None:
-    """Run tasks of lm-evaluation-harness and print its table of results.
-
-    The harness fetches the tasks' data from the network, unless they are in its cache.
-
-    Args:
-        ckpt_dir: Meta's or Hugging Face's directory, or a .gguf file.
-        tasks: names, with commas between them: arc_easy,hellaswag.
-        limit: examples of each task; all by default. Figures of a part say little.
-        num_fewshot: solved examples before each question; what the task says by default.
-        max_seq_len: tokens of a question with its answer; what is longer loses its beginning.
-        batch_size: texts computed at a time.
-        include_path: a directory with tasks of your own, in the harness's YAML.
-        tokenizer_path: by default what is found with the checkpoint.
-        device: cuda, mps or cpu.
-        dtype: bf16, fp16 or fp32.
-        json: the harness's results as one JSON object, in place of the table.
-
-    Raises:
-        ValueError: an unknown task, or what `Llama.build` raises.
-    """
-    manager = TaskManager(include_path=include_path)
-    given = tasks.split(",") if isinstance(tasks, str) else tasks  # fire makes a tuple of a,b
-    names = [name.strip() for name in given if name.strip()]
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown or not names:
-        raise ValueError(
-            f"unknown tasks: {', '.join(unknown) or repr(tasks)}; `lm-eval ls tasks` lists those "
-            "there are, and include_path adds your own"
-        )
-    llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, batch_size, device=device, dtype=dtype
-    )
-    results = lm_eval.simple_evaluate(
-        HarnessModel(llama), tasks=names, num_fewshot=num_fewshot, limit=limit,
-        task_manager=manager, log_samples=False,
-    )  # fmt: skip
-    if results is None or not parallel.is_rank_zero():
-        return
-    if json:
-        kept = ("results", "groups", "versions", "n-shot", "n-samples")
-        print(jsonlib.dumps({key: results[key] for key in kept if key in results}, default=str))
-    else:
-        print(make_table(results))
-        if results.get("groups"):
-            print(make_table(results, "groups"))

@@ -176,3 +176,22 @@ def test_inspect_says_what_is_wrong(tmp_path):
     done = llama("inspect", path)
     assert done.returncode == 1 and "lacks layers.2" in done.stderr
     assert "n_layers = 3" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir):
+    """Without the extras [chat] and [eval], everything else works, and these say what they need."""
+    code = (
+        "import sys; sys.modules.update(lm_eval=None, prompt_toolkit=None, rich=None)\n"
+        "from llama.cli import main; main()"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "eval" in helped.stdout + helped.stderr
+    for name, needed in (("chat", "[chat]"), ("eval", "[eval]")):
+        done = run(name, tiny_dir, *(["--tasks", "x"] if name == "eval" else []))
+        assert done.returncode == 1 and done.stderr.startswith("error: llama ")
+        assert f"pip install -e '.{needed}'" in done.stderr and "Traceback" not in done.stderr

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama
 from llama.checkpoint.convert import convert
-from llama.evaluation import HarnessModel, evaluate
+from llama.evaluation import HarnessModel
+from llama.measure import evaluate
 from llama.scoring import Span, score_spans
 
 DOCS = [

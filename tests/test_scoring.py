@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from llama import scoring
 from llama.checkpoint.convert import convert
+from llama.measure import score as score_command
 from llama.scoring import Span, halved_chunks, perplexity, score, score_continuations, score_spans
-from llama.scoring_command import score as score_command
 
 TEXTS = ["A tale of two cities.", "", "b", "It was the best of times, " * 4, "zzz", "naïve ⚽"]
 
