@@ -17,7 +17,7 @@ from llama import parallel
 from llama.chat import Message, check_dialog, content_of
 from llama.generation import Llama
 from llama.sampling import SamplingParams
-from llama.terminal import Plain, Rich, pick_terminal
+from llama.terminal import Plain, Rich, is_capable, pick_terminal
 
 WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
 
@@ -364,11 +364,12 @@ def chat(
         ValueError: a missing package, a checkpoint without a chat format, or what
             `Llama.build` raises.
     """
-    try:
-        import prompt_toolkit  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"llama chat needs {error.name}: pip install -e '.[chat]'") from None
+    if is_capable():  # a pipe needs neither
+        try:
+            import prompt_toolkit  # noqa: F401
+            import rich  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"llama chat needs {error.name}: pip install -e '.[chat]'") from None
     params = SamplingParams(temperature=temperature, top_p=top_p)
     parallel.initialize(device=device, timeout=WEEK)
     if not parallel.is_rank_zero():

@@ -230,7 +230,11 @@ def _history(path: Optional[str | Path]) -> Any:
         return InMemoryHistory()
 
 
+def is_capable() -> bool:
+    """Whether standard input and output are a terminal that can do more than lines."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def pick_terminal(history: Optional[str | Path] = None) -> Plain:
     """The one that standard input and output can serve."""
-    capable = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return Rich(history) if capable else Plain()
+    return Rich(history) if is_capable() else Plain()

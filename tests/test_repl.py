@@ -478,6 +478,7 @@ def test_a_conversation_on_three_ranks(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(repl, "is_capable", lambda: True)
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
     with pytest.raises(ValueError, match=r"prompt_toolkit: pip install -e '\.\[chat\]'"):
         repl.chat(DEMO)
