@@ -19,7 +19,8 @@ from typing import (
 
 import torch
 
-from llama import checkpoint, loop, memory, parallel, remote, scoring
+from llama import checkpoint, loop, memory, native, parallel, remote, scoring
+from llama import quantize as quantization
 from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
@@ -87,6 +88,8 @@ class Llama:
         *,
         device: Optional[str | torch.device] = None,
         dtype: Optional[str | torch.dtype] = None,
+        quantize: Optional[Literal["int8", "int4"]] = None,
+        compile: bool = False,
     ) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
@@ -106,6 +109,10 @@ class Llama:
             device: "cuda", "mps" or "cpu"; by default the first of these that there is.
             dtype: of weights, activations and cache; by default bf16 where the hardware has it,
                 else fp32.
+            quantize: hold matrices in blocks of 8 or 4 bits (see `llama.quantize`), as they are
+                where the checkpoint is a GGUF file that has them so.
+            compile: spend some seconds, once for a machine, on code that computes much faster. So
+                far for a CPU alone (see `llama.native`).
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
@@ -121,7 +128,7 @@ class Llama:
         source = checkpoint.open(remote.local_path(ckpt_dir))
         args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         parallel.check_world(parallel.world_size(), args.n_heads)
-        _say(memory.preflight(args, parallel.world_size(), torch_dtype, torch_device))
+        _say(memory.preflight(args, parallel.world_size(), torch_dtype, torch_device, quantize))
         if max_seq_len > source.args.max_seq_len:
             _say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
 
@@ -137,7 +144,12 @@ class Llama:
                 f"knows {args.vocab_size}: they don't belong together"
             )
         model = Transformer(args, device="meta")
-        checkpoint.load(source, model, dtype=torch_dtype, device=torch_device)
+        if quantize is None:
+            checkpoint.load(source, model, dtype=torch_dtype, device=torch_device)
+        else:
+            quantization.load(source, model, quantize, dtype=torch_dtype, device=torch_device)
+        if compile:
+            native.swap(model)
         _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")
         return Llama(model, tokenizer, seed=seed)
 

@@ -3,14 +3,16 @@
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import psutil
 import torch
 
 from llama.checkpoint import local_shape, weight_shapes
+from llama.checkpoint.ggml import VALUES
 from llama.model import ModelArgs
 from llama.parallel import kv_heads
+from llama.quantize import block_bytes
 
 
 class Estimate(NamedTuple):
@@ -24,13 +26,23 @@ class Estimate(NamedTuple):
         return self.weights + self.cache
 
 
-def estimate(args: ModelArgs, world: int, dtype: torch.dtype) -> Estimate:
+def estimate(
+    args: ModelArgs, world: int, dtype: torch.dtype, quantize: Optional[str] = None
+) -> Estimate:
     """What a model of this shape needs on each of `world` ranks."""
-    shapes = (local_shape(args, name, 0, world) for name in weight_shapes(args))
+
+    def per_value(name: str) -> float:
+        if quantize is None or "norm" in name:
+            return dtype.itemsize
+        return block_bytes(name, quantize) / VALUES
+
     heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
     per_token = 2 * args.n_layers * heads * args.head_dim
     return Estimate(
-        weights=sum(math.prod(shape) for shape in shapes) * dtype.itemsize,
+        weights=sum(
+            int(math.prod(local_shape(args, name, 0, world)) * per_value(name))
+            for name in weight_shapes(args)
+        ),
         cache=per_token * args.max_batch_size * args.max_seq_len * dtype.itemsize,
     )
 
@@ -48,24 +60,31 @@ def available(device: torch.device) -> int:
     return free
 
 
-def preflight(args: ModelArgs, world: int, dtype: torch.dtype, device: torch.device) -> str:
+def preflight(
+    args: ModelArgs,
+    world: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Optional[str] = None,
+) -> str:
     """Compare what is needed with what there is; a line to print.
 
     Raises:
         ValueError: it can't fit.
     """
-    need, have = estimate(args, world, dtype), available(device)
+    need, have = estimate(args, world, dtype, quantize), available(device)
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    held = f"{quantize} and {str(dtype)[6:]}" if quantize else str(dtype)[6:]
     line = (
         f"weights {size(need.weights)} + cache {size(need.cache)} "
-        f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {str(dtype)[6:]}"
+        f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
         + (f" on each of {world} ranks" if world > 1 else "")
         + f"; {size(have)} available on {device}"
     )
     if need.total * sharers > have:
         raise ValueError(
             f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
-            "a smaller dtype, or more ranks (torchrun --nproc_per_node) on more devices"
+            "a smaller dtype, quantize, or more ranks (torchrun --nproc_per_node) on more devices"
         )
     return line
 

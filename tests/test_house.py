@@ -29,8 +29,21 @@ LAYERS = {
     "tokenizer": {"chat", "vocabulary"},
     "model": {"cache", "parallel"},
     "checkpoint": {"gguf_header", "json_files", "model", "parallel", "tokenizer", "vocabulary"},
-    "memory": {"checkpoint", "model", "parallel"},
-    "generation": {"beam", "chat", "checkpoint", "context", "loop", "memory", "model", "parallel"}
+    "memory": {"checkpoint", "model", "parallel", "quantize"},
+    "quantize": {"checkpoint", "model", "parallel"},
+    "native": {"cache", "model", "parallel", "quantize"},
+    "generation": {
+        "native",
+        "quantize",
+        "beam",
+        "chat",
+        "checkpoint",
+        "context",
+        "loop",
+        "memory",
+        "model",
+        "parallel",
+    }
     | {"predictions", "remote", "sampling", "scoring", "templates", "tokenizer", "tools"},
     "terminal": set(),
     "repl": {"chat", "generation", "parallel", "sampling", "terminal"},

@@ -12,7 +12,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 from torch import nn
@@ -274,18 +274,27 @@ def load(
     *,
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
+    replace: Callable[[str], Optional[nn.Module]] = lambda name: None,
 ) -> Transformer:
     """Fill a model (built on the meta device) with this rank's part of the weights, strictly.
 
     Warns of weights that are NaN or infinite, of which no answer can come.
 
+    Args:
+        replace: asked with each weight's name for a module to stand in place of the one that
+            would hold it; None fills that.
+
     Raises:
         ValueError: weights that are missing, too many or of a wrong shape.
     """
     check_shapes(checkpoint)
-    rank, world = parallel.rank(), parallel.world_size()
+    rank, world, replaced = parallel.rank(), parallel.world_size(), set()
     for name in weight_shapes(checkpoint.args):
         owner, _, attribute = name.rpartition(".")
+        if (stand_in := replace(name)) is not None:
+            model.set_submodule(owner, stand_in)
+            replaced.add(name)
+            continue
         weight = read_shard(checkpoint, name, rank, world, dtype=dtype, device=device)
         module, old = model.get_submodule(owner), model.get_parameter(name)
         if weight.shape != old.shape:
@@ -294,7 +303,7 @@ def load(
         if not weight.sum().isfinite() and not weight.isfinite().all():
             warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinity", stacklevel=2)
         setattr(module, attribute, nn.Parameter(weight, requires_grad=old.requires_grad))
-    if checkpoint.args.tied_embeddings:
+    if checkpoint.args.tied_embeddings and "tok_embeddings.weight" not in replaced:
         model.output.weight = model.tok_embeddings.weight
     return model
 

@@ -14,8 +14,7 @@ import gguf
 import numpy as np
 import torch
 
-from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, weight_shapes
-from llama.checkpoint.dequantize import dequantize
+from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, ggml, weight_shapes
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
 from llama.gguf_header import Header, read_header
@@ -46,6 +45,7 @@ WRITABLE = {
     "BF16": "MOSTLY_BF16",
     "Q8_0": "MOSTLY_Q8_0",
     "Q4_0": "MOSTLY_Q4_0",
+    "Q4_1": "MOSTLY_Q4_1",
 }
 
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
@@ -179,21 +179,32 @@ class GGUFCheckpoint:
         if kind in _PLAIN:
             return read_slice(self.path, info.offset, info.shape, _PLAIN[kind], axis, start, stop)
         # Quantized in blocks along the last axis: the rows, or of each row the blocks, asked for.
-        values, size = gguf.GGML_QUANT_SIZES[kind]
-        row_bytes = info.shape[-1] // values * size
-        raw_shape, begin, end, skip = (math.prod(info.shape[:-1]), row_bytes), start, stop, 0
+        values, skip = gguf.GGML_QUANT_SIZES[kind][0], 0
         if axis == 1:
-            begin, end = start // values * size, -(-stop // values) * size
             skip = start % values
-        raw = read_slice(self.path, info.offset, raw_shape, torch.uint8, axis, begin, end)
+            raw = self.read_blocks(name, axis, start - skip, -(-stop // values) * values)
+        else:
+            raw = self.read_blocks(name, axis, start, stop)
         try:
-            whole = dequantize(raw, kind)
+            whole = ggml.dequantize(raw, kind.name)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: {name} is quantized as {kind.name}, which can't be read: "
                 "requantize the model, to Q8_0 for instance"
             ) from None
         return whole if axis == 0 else whole[:, skip : skip + stop - start]
+
+    def read_blocks(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The bytes of [start, stop) of a quantized weight, (rows, bytes of a row).
+
+        Along axis 1 start and stop are whole blocks.
+        """
+        info = self._tensors[name]
+        values, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        shape = (math.prod(info.shape[:-1]), info.shape[-1] // values * size)
+        if axis == 1:
+            start, stop = start // values * size, stop // values * size
+        return read_slice(self.path, info.offset, shape, torch.uint8, axis, start, stop)
 
 
 def gguf_name(name: str) -> str:
@@ -214,7 +225,7 @@ def write(
     """Write a .gguf file that llama.cpp loads; returns its path.
 
     Args:
-        kind: f32, f16, bf16, q8_0 or q4_0. Norms are always fp32. Rows that don't divide into
+        kind: f32, f16, bf16, q8_0, q4_0 or q4_1. Norms are always fp32. Rows that don't divide into
             the 32 values of a quantized block are written as f16, as llama.cpp's tools do.
         name: what the file says the model is called; by default its own name.
         tokenizer: whose vocabulary and template are written into the file.
@@ -305,7 +316,7 @@ def as_stored(block: torch.Tensor, kind: str) -> torch.Tensor:
     if target in _PLAIN:
         return block.to(_PLAIN[target])
     raw = torch.frombuffer(bytearray(_encoded(block, target)), dtype=torch.uint8)
-    return dequantize(raw.view(len(block), -1), target)
+    return ggml.dequantize(raw.view(len(block), -1), kind)
 
 
 def stored_bytes(shape: Shape, kind: str) -> int:
@@ -317,4 +328,4 @@ def stored_bytes(shape: Shape, kind: str) -> int:
 def _encoded(block: torch.Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
     if kind in _PLAIN:
         return bytes_of(block.to(_PLAIN[kind]))
-    return memoryview(gguf.quantize(block.float().numpy(), kind)).cast("B")  # type: ignore[arg-type]
+    return bytes_of(ggml.quantize(block, kind.name))

@@ -1,0 +1,143 @@
+"""The CPU's own kernels: C++ compiled on first use for the machine at hand, called through ctypes.
+
+They exist because a step of generation on a CPU should cost no more than reading the weights, and
+the libraries that were measured cost about twice that, or more (README, "How fast").
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import List
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+
+Pointer = ctypes.c_void_p
+Int = ctypes.c_int32
+KINDS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}  # enum Kind
+
+
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [("data", Pointer), ("kind", Int), ("rows", Int), ("cols", Int)]
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        (name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
+    ] + [("eps", ctypes.c_float)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [("attention_norm", Pointer), ("ffn_norm", Pointer)] + [
+        (name, Weight) for name in MATRICES
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        ("rows", Int),
+        ("tokens", Int),
+        ("alike", Int),
+        ("positions", Pointer),
+        ("freqs_cis", Pointer),
+        ("k", Pointer),
+        ("v", Pointer),
+        ("per_layer", ctypes.c_int64),
+        ("per_row", ctypes.c_int64),
+        ("per_head", ctypes.c_int64),
+    ]
+
+
+class Scratch(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "x")]
+
+
+ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise ValueError(
+        "compile=True needs a C++ compiler on a CPU, and there is none: install g++ or clang++, "
+        "name one in the environment variable CXX, or build with compile=False"
+    )
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME, else ~/.cache, below it llama-reference."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference"
+
+
+def _processor() -> str:
+    """What code for this processor depends on: its name and what it can do."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else platform.processor()
+    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    return platform.machine() + "".join(sorted(set(lines)))
+
+
+@lru_cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled if they aren't yet: some seconds, once for a machine.
+
+    Raises:
+        ValueError: no compiler, or one that can't compile them.
+    """
+    compiler = _compiler()
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    flags = ["-std=c++17", "-O3", native, "-fopenmp", "-shared", "-fPIC"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = "\n".join([SOURCE.read_text(), compiler, version, *flags, _processor()])
+    path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        print(f"compiling {SOURCE.name} for this processor (once)", file=sys.stderr, flush=True)
+        _compile([compiler, *flags], path)
+    found = ctypes.CDLL(str(path))
+    void, i64, ptr, f32 = None, ctypes.c_int64, Pointer, ctypes.c_float
+    for name, types in {
+        "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, Int, Int],
+        "linear": [Int, ptr, ptr, Int, ptr, ptr, Int],
+        "norm": [Int, ptr, ptr, ptr, Int, Int, f32, Int],
+        "attention": [Int, ptr, ptr, Int, ptr, ptr, ptr, ptr, ptr, Int],
+        "swiglu": [Int, ptr, ptr, ptr, i64, Int],
+        "dequantize": [Int, ptr, ptr, Int],
+    }.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = void, types
+    return found
+
+
+def _compile(command: List[str], path: Path) -> None:
+    """Into a file of its own first: other processes may be at it too, and see all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, str(SOURCE), "-o", partial], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ValueError(
+                f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "
+                f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
+            )
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def address(tensor: torch.Tensor) -> Pointer:
+    return Pointer(tensor.data_ptr())

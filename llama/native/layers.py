@@ -1,0 +1,269 @@
+"""Layers of a Transformer that compute through the CPU's kernels, to put in place of its own.
+
+Same weights, same cache, same meaning; `model.py` calls them as it calls its own. Steps of few
+tokens go through the kernels whole. For many tokens the matrix products are oneDNN's (by way of
+aten), which are bound by arithmetic, and the kernels do what stands between them.
+"""
+
+from ctypes import byref, c_float
+from typing import Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import nn
+
+from llama import parallel
+from llama.cache import KVCache
+from llama.model import ModelArgs, RMSNorm, Transformer, TransformerBlock
+from llama.native import kernels
+from llama.native.kernels import ADD, ATTENTION, FEED_FORWARD, address
+from llama.quantize import Blocks, QuantizedLinear
+
+FEW = 32  # tokens: up to here a weight is read once for all of them, and decoded in registers
+CHUNK = 512  # keys that are summed up on their own; as in kernels.cpp
+WIDTH = 32  # what the kernels' widths must be multiples of
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def swap(model: Transformer) -> Transformer:
+    """Put the kernels' layers in place of a loaded model's own. It is for inference from then on.
+
+    Raises:
+        ValueError: a device, dtype or shape that the kernels aren't made for; no compiler.
+    """
+    args, weight = model.params, model.norm.weight
+    for what, value, known in (
+        ("device", weight.device.type, ("cpu",)),
+        ("dtype", weight.dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            choices = " or ".join(map(str, known))
+            raise ValueError(f"compile=True is for {what} {choices}, and not for {value}")
+    world = parallel.world_size()
+    widths = {
+        "dim": args.dim,
+        "head_dim": args.head_dim,
+        "the heads of a rank": args.n_heads // world * args.head_dim,
+        "hidden_dim of a rank": parallel.padded(args.hidden_dim, world) // world,
+    }
+    for name, width in widths.items():
+        if width % WIDTH:
+            raise ValueError(
+                f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
+                "build with compile=False, or on another number of ranks"
+            )
+    kernels.library()
+    model.requires_grad_(False)
+    work = Workspace()
+    model.layers = nn.ModuleList([NativeLayers(list(model.layers), args, work)])  # type: ignore[arg-type]
+    model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
+    model.output = NativeOutput(model.output, work)
+    return model
+
+
+class Workspace:
+    """Memory that all layers share for what lives within one of them."""
+
+    def __init__(self) -> None:
+        self._buffers: Dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """n values, whose content is anything."""
+        found = self._buffers.get(name)
+        if found is None or found.numel() < n or found.dtype != dtype:
+            self._buffers[name] = found = torch.empty(n, dtype=dtype)
+        return found[:n]
+
+
+class Matrix:
+    """A linear layer's weight (rows, cols): as the kernels read it, and dense for aten."""
+
+    def __init__(self, linear: nn.Module, work: Workspace):
+        self._work = work
+        self._weight: torch.Tensor | Blocks
+        if isinstance(linear, QuantizedLinear):
+            self._weight = linear.blocks
+            data, kind = linear.blocks.data, linear.blocks.kind
+        else:
+            self._weight = data = linear.weight  # type: ignore[assignment]
+            kind = DTYPES[data.dtype]
+        self.rows, self.cols = self._weight.shape
+        if not data.is_contiguous():
+            raise AssertionError("a weight that doesn't lie row by row")
+        self.struct = kernels.Weight(data.data_ptr(), kernels.KINDS[kind], self.rows, self.cols)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., cols) -> (..., rows), by aten."""
+        if isinstance(self._weight, torch.Tensor):
+            return F.linear(x, self._weight)
+        dense = self._work.take("dense", self.rows * self.cols, x.dtype)
+        kernels.library().dequantize(
+            x.dtype == torch.bfloat16, byref(self.struct), address(dense), torch.get_num_threads()
+        )
+        return F.linear(x, dense.view(self.rows, self.cols))
+
+
+class NativeNorm(nn.Module):
+    """RMSNorm in one pass."""
+
+    def __init__(self, norm: RMSNorm):
+        super().__init__()
+        self.eps, self.weight = norm.eps, norm.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, dim = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        kernels.library().norm(
+            x.dtype == torch.bfloat16, address(x), address(self.weight), address(out),
+            x.numel() // dim, dim, c_float(self.eps), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class NativeOutput(nn.Module):
+    """The projection to the vocabulary; for few rows in fp32, whatever the model's dtype."""
+
+    def __init__(self, linear: nn.Module, work: Workspace):
+        super().__init__()
+        self.linear = linear  # owns the weight
+        self._matrix, self._work = Matrix(linear, work), work
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        matrix, tokens = self._matrix, x.numel() // x.shape[-1]
+        if tokens > FEW:
+            return gather_from_model_parallel_region(matrix.times(x))
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], matrix.rows)
+        kernels.library().linear(
+            x.dtype == torch.bfloat16, byref(matrix.struct), address(x), tokens, address(out),
+            address(self._work.take("x", tokens * matrix.cols)), torch.get_num_threads(),
+        )  # fmt: skip
+        return gather_from_model_parallel_region(out)
+
+
+class NativeLayers(nn.Module):
+    """All blocks of a Transformer."""
+
+    def __init__(self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)  # own the weights
+        self._work = work
+        self._norms = [
+            (NativeNorm(block.attention_norm), NativeNorm(block.ffn_norm)) for block in blocks
+        ]
+        self._matrices: List[Dict[str, Matrix]] = []
+        for block in blocks:
+            linears = {
+                **dict(block.attention.named_children()),
+                **dict(block.feed_forward.named_children()),
+            }
+            self._matrices.append({name: Matrix(linears[name], work) for name in kernels.MATRICES})
+        attention = blocks[0].attention
+        self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
+        self._dim, self._hidden_dim = args.dim, self._matrices[0]["w1"].rows
+        self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
+        self._layers = (kernels.Layer * len(blocks))(
+            *(
+                kernels.Layer(
+                    block.attention_norm.weight.data_ptr(),
+                    block.ffn_norm.weight.data_ptr(),
+                    *(matrix.struct for matrix in matrices.values()),
+                )
+                for block, matrices in zip(blocks, self._matrices, strict=True)
+            )
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: Optional[torch.Tensor],
+        cache: Optional[KVCache],
+    ) -> torch.Tensor:
+        """What the blocks do, one after the other; arguments as for TransformerBlock.
+
+        The mask isn't looked at: a query sees the keys up to its own position.
+        """
+        B, T, _ = x.shape
+        _, kv_heads, head_dim = self._heads
+        if cache is None:  # each layer's keys and values, for itself
+            kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
+            k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self.blocks), *[-1] * 4)
+        else:
+            k, v = cache.k, cache.v
+        batch = kernels.Batch(
+            B, T, len(positions) == 1, positions.data_ptr(), freqs_cis.data_ptr(),
+            k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), k.stride(2),
+        )  # fmt: skip
+        x = x.clone(memory_format=torch.contiguous_format)
+        if B * T > FEW:
+            for layer in range(len(self.blocks)):
+                x = self._many(x, layer, batch)
+            return x
+        longest = T if cache is None else max(cache.lengths)
+        return self._few(x, batch, longest)
+
+    def _few(self, h: torch.Tensor, batch: kernels.Batch, longest: int) -> torch.Tensor:
+        heads, kv_heads, head_dim = self._heads
+        M, take = batch.rows * batch.tokens, self._work.take
+        total = take("sum", M * self._dim)
+        scratch = kernels.Scratch(
+            take("q", M * heads * head_dim).data_ptr(),
+            take("k", M * kv_heads * head_dim).data_ptr(),
+            take("v", M * kv_heads * head_dim).data_ptr(),
+            take("gate", M * self._hidden_dim).data_ptr(),
+            take("up", M * self._hidden_dim).data_ptr(),
+            total.data_ptr(),
+            take("partial", M * heads * -(-longest // CHUNK) * (head_dim + 2)).data_ptr(),
+            take("x", M * max(self._dim, self._hidden_dim, heads * head_dim)).data_ptr(),
+        )
+
+        def step(first: int, count: int, parts: int) -> None:
+            kernels.library().step(
+                h.dtype == torch.bfloat16, byref(self._shape), self._layers, first, count,
+                byref(batch), address(h), byref(scratch), parts, torch.get_num_threads(),
+            )  # fmt: skip
+
+        if parallel.world_size() == 1:
+            step(0, len(self.blocks), ATTENTION | FEED_FORWARD | ADD)
+            return h
+        for layer in range(len(self.blocks)):
+            for part in (ATTENTION, FEED_FORWARD):
+                step(layer, 1, part)
+                dist.all_reduce(total, group=get_model_parallel_group())
+                h.add_(total.view(h.shape))
+        return h
+
+    def _many(self, h: torch.Tensor, layer: int, batch: kernels.Batch) -> torch.Tensor:
+        library, threads, is_bf16 = (
+            kernels.library(),
+            torch.get_num_threads(),
+            h.dtype == torch.bfloat16,
+        )
+        matrices, (attention_norm, ffn_norm) = self._matrices[layer], self._norms[layer]
+
+        x = attention_norm(h)
+        q, k, v = (matrices[name].times(x) for name in ("wq", "wk", "wv"))
+        out = torch.empty_like(q)
+        library.attention(
+            is_bf16, byref(self._shape), byref(batch), layer, address(q), address(k), address(v),
+            address(self._work.take("q", q.numel())), address(out), threads,
+        )  # fmt: skip
+        h += self._sum(matrices["wo"].times(out))
+
+        x = ffn_norm(h)
+        gate, up = matrices["w1"].times(x), matrices["w3"].times(x)
+        library.swiglu(is_bf16, address(gate), address(up), address(gate), gate.numel(), threads)
+        h += self._sum(matrices["w2"].times(gate))
+        return h
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the ranks."""
+        if parallel.world_size() > 1:
+            dist.all_reduce(x, group=get_model_parallel_group())
+        return x
