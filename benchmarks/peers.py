@@ -1,34 +1,34 @@
-"""This code and `transformers`, side by side: the same weights, the same tokens, one machine.
+"""This code, `transformers` and llama.cpp, side by side: the same weights and tokens, one machine.
 
     make bench
-    python -m benchmarks.peers --dtype fp32 --rounds 9
     python -m benchmarks.peers --quick
+    python -m benchmarks.peers --only decode --rounds 9
 
 What is measured:
 
-    decode    One prompt of 32 tokens, 64 greedy tokens. Each step reads every weight to make one
-              token, so it is bound by memory bandwidth, and by what a step costs beside that.
-    ragged    16 prompts of unlike lengths at once, 32 greedy tokens each. First comes prefill, all
-              prompt tokens in one go, bound by arithmetic (`prefill` times it alone, with the first
-              token of each row); then decode with 16 rows. `transformers` gets the batch as it
-              wants it: padded on the left, with an attention mask.
-    longer    The same with 16 prompts of 8 to 512 tokens, most of them short, as questions are.
-    load      From a .gguf file, from the same weights as .safetensors, and from Meta's .pth files
-              for a model of 2 GB, each in a process of its own (benchmarks/loading.py), with the
-              highest resident memory. The files have been read before, so it isn't the disk that
-              is measured. (transformers leaves safetensors unread until they are used; ours have
-              been looked through for NaN.) And how fast the 2 GB are converted, beside `cp`.
+    first     From a prompt to its first token: bound by arithmetic.
+    decode    The tokens after it, one prompt at a time. Each step reads every weight, and what the
+              cache holds, to make one token, so it is bound by memory bandwidth.
+    batch     1, 4 and 16 prompts of equal lengths; 16 of unlike lengths (`ragged`); and 16 of which
+              most are short and some are long, as questions are (`longer`): tokens per second from
+              the prompts to the last token. transformers gets the batch as it wants it, padded on
+              the left, with a mask; llama.cpp as parallel sequences.
+    load      In a process of its own each (benchmarks/loading.py): seconds from a .gguf file to the
+              first token, imports apart, and the highest resident memory. Files have been read
+              before, so it isn't the disk that is measured. Then from safetensors and Meta's .pth,
+              and how fast 2 GB are converted, beside `cp`.
 
-Both sides make the same number of tokens (no stop tokens), and `equal rows` says how many rows are
-the same, token by token, in fp32: work is compared with equal work. In bf16 rounding decides
-between near-equal tokens, so rows may part.
+Each side is a process that sleeps unless it is its turn (benchmarks/sides.py); all have as many
+threads. They take turns, A B C A B C, and medians of the rounds are compared: a machine differs
+from hour to hour with heat and neighbours, so only ratios within one run mean something. One of
+those that take turns is the machine itself: how fast it reads memory and multiplies matrices, of
+which `limit` is the share. Ours runs with compile=True; `eager` is without.
 
-Only the ratios mean something, and only within one run: processors differ, and one processor
-differs from hour to hour with heat and neighbours. So both sides take turns, A B A B, and the
-medians of the rounds are compared. A machine with other work to do measures that work (the load
-average is printed): two programs that wait for each other's threads slow down far more than twice.
+llama.cpp is llama-cpp-python if it is installed (CMAKE_ARGS=-DGGML_NATIVE=ON pip install
+llama-cpp-python compiles it for this machine: some minutes), else the ready wheel of xllamacpp,
+which knows no AVX-512. What it was compiled for is printed.
 
-The table goes to stdout; the last line is JSON with every figure.
+Tables go to stdout and, with the plots, to --out; the last line of stdout is JSON.
 """
 
 import json
@@ -40,120 +40,221 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import fire
 import torch
 
-from benchmarks import loading
-from llama import Llama, checkpoint
+from benchmarks import loading, plots
+from benchmarks.sides import Side, Tokens
+from llama import ModelArgs, checkpoint
+from llama.checkpoint import weight_shapes
 from llama.checkpoint.convert import convert
-from llama.parallel import pick_dtype
-
-Tokens = List[List[int]]
-Generate = Callable[[Tokens, int], Tokens]  # prompts, new tokens of each -> new tokens
 
 
-def ours(path: Path, dtype: str, rows: int) -> Generate:
-    llama = Llama.build(path, max_seq_len=640, max_batch_size=rows, device="cpu", dtype=dtype)
+@dataclass(frozen=True)
+class Case:
+    """What each side does in its turn."""
 
-    def generate(prompts: Tokens, n: int) -> Tokens:
-        return llama.generate(prompts, n, temperature=0, stop_tokens=set())[0]
+    group: str  # first, decode or batch
+    name: str
+    prompts: Tokens
+    n: int  # new tokens of each
 
-    return generate
+    def rate(self, answer: Dict[str, float]) -> float:
+        """Tokens per second: of the prompt, after the first, or all new ones."""
+        if self.group == "first":
+            return len(self.prompts[0]) / answer["first"]
+        if self.group == "decode":
+            return (self.n - 1) / answer["rest"]
+        return len(self.prompts) * self.n / (answer["first"] + answer["rest"])
 
+    def best(self, args: ModelArgs, weights: float, limit: Dict[str, float]) -> float:
+        """The rate of a machine that does nothing but read memory and multiply, at its limit.
 
-def peer(model: Any, dtype: torch.dtype) -> Generate:
-    model = model.to(dtype)
-    model.generation_config.eos_token_id = None  # nothing ends a row early
+        weights: bytes of all matrices, as the side holds them. The cache is counted as bf16.
+        """
+        matrices = sum(a * b for a, b in (s for s in weight_shapes(args).values() if len(s) == 2))
+        width = args.n_heads * args.head_dim
+        per_key = 2 * args.n_kv_heads * args.head_dim * 2 * args.n_layers  # bytes
 
-    @torch.inference_mode()
-    def generate(prompts: Tokens, n: int) -> Tokens:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        mask = (torch.arange(width) >= width - lengths[:, None]).long()
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            min_new_tokens=n,
-            max_new_tokens=n,
-            pad_token_id=0,
-        )
-        return out[:, width:].tolist()
+        def flop(length: int) -> float:  # of a prompt; its last token alone is projected
+            inner = matrices - args.vocab_size * args.dim
+            return length * (2 * inner + 2 * length * width * args.n_layers)
 
-    return generate
-
-
-def alternate(sides: Dict[str, Callable[[], Any]], rounds: int) -> Dict[str, float]:
-    """Median seconds of each side, taking turns, after one turn each that isn't counted."""
-    seconds: Dict[str, List[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        lengths = [len(prompt) for prompt in self.prompts]
+        first = sum(map(flop, lengths)) / limit["flop_per_s"]
+        first = max(first, weights / limit["bytes_per_s"])
+        read = weights + sum(length + self.n / 2 for length in lengths) * per_key
+        step = max(read / limit["bytes_per_s"], 2 * matrices * len(lengths) / limit["flop_per_s"])
+        return self.rate({"first": first, "rest": (self.n - 1) * step})
 
 
-def compare_generation(
-    path: Path, vocab_size: int, dtype: str, rounds: int
-) -> Dict[str, Dict[str, Any]]:
-    from transformers import LlamaForCausalLM
-
+def cases(vocab_size: int, quick: bool) -> List[Case]:
     rng = random.Random(0)
 
     def prompt(length: int) -> List[int]:
         return [rng.randrange(vocab_size) for _ in range(length)]
 
-    ragged = [prompt(rng.randint(8, 128)) for _ in range(16)]
+    found = [Case("first", f"first token of {n}", [prompt(n)], 1) for n in (32, 512, 2048)]
+    found.append(Case("decode", "decode at 128", [prompt(128)], 65))
+    found.append(Case("decode", "decode at 2048", [prompt(2048)], 33))
+    for rows in (1, 4, 16):
+        found.append(Case("batch", f"{rows} x 128", [prompt(128) for _ in range(rows)], 32))
+    found.append(Case("batch", "16 ragged", [prompt(rng.randint(8, 128)) for _ in range(16)], 32))
     longer = [prompt(round(8 * 64 ** (i / 15))) for i in range(16)]
-    cases = {
-        "decode": ([prompt(32)], 64),
-        "prefill": (ragged, 1),
-        "ragged": (ragged, 32),
-        "longer": (longer, 32),
+    found.append(Case("batch", "16 longer", longer, 32))
+    return [case for case in found if "2048" not in case.name] if quick else found
+
+
+Variant = Tuple[str, str, str, str]  # label, side, file, dtype
+
+VARIANTS: List[Variant] = [
+    ("llama bf16", "llama", "q4_1", "bf16"),
+    ("transformers bf16", "transformers", "q4_1", "bf16"),
+    ("llama.cpp BF16", "llama.cpp", "bf16", "bf16"),
+    ("llama int8", "llama", "q8_0", "int8"),
+    ("llama.cpp Q8_0", "llama.cpp", "q8_0", "int8"),
+    ("llama int4, Q4_0", "llama", "q4_0", "int4"),
+    ("llama.cpp Q4_0", "llama.cpp", "q4_0", "int4"),
+    ("llama int4, Q4_1", "llama", "q4_1", "int4"),
+    ("llama.cpp Q4_1", "llama.cpp", "q4_1", "int4"),
+    ("llama bf16, eager", "llama", "q4_1", "eager-bf16"),
+    ("llama fp32", "llama", "q4_1", "fp32"),
+    ("transformers fp32", "transformers", "q4_1", "fp32"),
+]
+LIMIT: Variant = ("limit", "limit", "q4_1", "bf16")
+
+# What the README compares: (title, group or case, ours, theirs).
+RATIOS = [
+    ("decode, bf16", "decode at 128", ["llama bf16"], ["transformers bf16"]),
+    ("decode, bf16", "decode at 128", ["llama bf16"], ["llama.cpp BF16"]),
+    ("decode, 8 bits", "decode at 128", ["llama int8"], ["llama.cpp Q8_0"]),
+    ("decode, Q4_0", "decode at 128", ["llama int4, Q4_0"], ["llama.cpp Q4_0"]),
+    ("decode, Q4_1", "decode at 128", ["llama int4, Q4_1"], ["llama.cpp Q4_1"]),
+    ("prefill of 512, the best of each", "first token of 512", ["llama "], ["llama.cpp "]),
+    ("16 ragged prompts, bf16", "16 ragged", ["llama bf16"], ["transformers bf16"]),
+    ("16 ragged prompts, bf16", "16 ragged", ["llama bf16"], ["llama.cpp BF16"]),
+    ("16 ragged prompts, the best of each", "16 ragged", ["llama "], ["llama.cpp "]),
+]
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> Dict[str, List[Any]]:
+    """What each side answers, taking turns, after one turn each that isn't counted."""
+    answers: Dict[str, List[Any]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, run in sides.items():
+            answer = run()
+            if turn:
+                answers[name].append(answer)
+    return answers
+
+
+def compare(
+    sides: Dict[str, Side], case: Case, args: ModelArgs, sizes: Dict[str, float], rounds: int
+) -> Dict[str, Any]:
+    """One case, all sides: rates, and shares of the limit that was measured between them."""
+    answers = alternate(
+        {name: partial(side.run, case.prompts, case.n) for name, side in sides.items()}, rounds
+    )
+    limit = {
+        key: statistics.median(answer[key] for answer in answers["limit"])
+        for key in ("bytes_per_s", "flop_per_s")
+    }
+    rows: Dict[str, Any] = {}
+    for name, found in answers.items():
+        if name == "limit":
+            continue
+        for answer in found:
+            if [len(row) for row in answer["tokens"]] != [case.n] * len(case.prompts):
+                raise AssertionError(f"{name}, {case.name}: not {case.n} tokens for each prompt")
+        rate = statistics.median(map(case.rate, found))
+        first = statistics.median(answer["first"] for answer in found)
+        rows[name] = {
+            "tok_s": rate,
+            "first_s": first,
+            "limit": rate / case.best(args, sizes[name], limit),
+        }
+    return {
+        "group": case.group,
+        "prompt_lengths": sorted(map(len, case.prompts)),
+        "new_tokens": case.n,
+        "load_average": os.getloadavg()[0],
+        **limit,
+        "sides": rows,
     }
 
-    model = LlamaForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    a, b = ours(path, "fp32", 16), peer(model, torch.float32)
-    figures: Dict[str, Dict[str, Any]] = {}
-    for name, (prompts, n) in cases.items():
-        mine, theirs = a(prompts, n), b(prompts, n)
-        if any(len(row) != n for row in mine + theirs):
-            raise AssertionError(f"{name}: a side made fewer than {n} tokens")
-        figures[name] = {
-            "prompt_lengths": sorted(map(len, prompts)),
-            "new_tokens": n,
-            "equal_rows_fp32": sum(x == y for x, y in zip(mine, theirs, strict=True)),
-        }
-    if dtype != "fp32":
-        a, b = ours(path, dtype, 16), peer(model, pick_dtype(dtype, torch.device("cpu")))
-    for name, (prompts, n) in cases.items():
-        sides: Dict[str, Callable[[], Any]] = {
-            "llama": lambda p=prompts, n=n: a(p, n),  # type: ignore[misc]
-            "transformers": lambda p=prompts, n=n: b(p, n),  # type: ignore[misc]
-        }
-        seconds = alternate(sides, rounds)
-        for side, value in seconds.items():
-            figures[name][f"{side}_tok_s"] = len(prompts) * n / value
-        figures[name]["ratio"] = seconds["transformers"] / seconds["llama"]
-        figures[name]["load_average"] = os.getloadavg()[0]
-        row = figures[name]
-        lengths = row["prompt_lengths"]
-        print(
-            f"{name:<10}{len(prompts):>3} x {lengths[0]:>3}..{lengths[-1]:<3} +{n:<3}"
-            f"{row['llama_tok_s']:>10.1f}{row['transformers_tok_s']:>14.1f}{row['ratio']:>8.2f}"
-            f"{row['equal_rows_fp32']:>8} of {len(prompts):<2}{row['load_average']:>8.1f}",
-            flush=True,
-        )
-    return figures
+
+def table(figures: Dict[str, Any]) -> str:
+    """Markdown: tokens per second, and the share of the limit in percent."""
+    names = list(next(iter(figures.values()))["sides"])
+    lines = ["| tok/s (share of the limit) | " + " | ".join(figures) + " |"]
+    lines.append("|---" * (len(figures) + 1) + "|")
+    for name in names:
+        cells = [figures[case]["sides"][name] for case in figures]
+        shown = [f"{cell['tok_s']:.0f} ({cell['limit']:.0%})" for cell in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    limits = [
+        f"{case['bytes_per_s'] / 1e9:.0f} GB/s, {case['flop_per_s'] / 1e12:.2f} TFLOP/s"
+        for case in figures.values()
+    ]
+    lines.append("| the machine | " + " | ".join(limits) + " |")
+    return "\n".join(lines)
+
+
+def ratios(figures: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The comparisons that the README makes, as far as they were measured."""
+    found = []
+    for title, case, ours, theirs in RATIOS:
+        rows = figures.get(case, {"sides": {}})["sides"]
+
+        def best(prefixes: List[str], rows: Dict[str, Any] = rows) -> Optional[str]:
+            names = [name for name in rows if any(name.startswith(p) for p in prefixes)]
+            return max(names, key=lambda name: rows[name]["tok_s"], default=None)
+
+        a, b = best(ours), best(theirs)
+        if a and b:
+            found.append({"what": title, "ours": a, "theirs": b, "ours_tok_s": rows[a]["tok_s"],
+                          "theirs_tok_s": rows[b]["tok_s"], "ours_limit": rows[a]["limit"],
+                          "ratio": rows[a]["tok_s"] / rows[b]["tok_s"]})  # fmt: skip
+    return found
+
+
+def equal_rows(path: Path, threads: int, case: Case) -> int:
+    """How many rows of a case are the same tokens, in fp32, by us and by transformers."""
+    sides = [Side(kind, path, "fp32", threads) for kind in ("llama", "transformers")]
+    mine, theirs = (side.run(case.prompts, case.n)["tokens"] for side in sides)
+    for side in sides:
+        side.close()
+    return sum(a == b for a, b in zip(mine, theirs, strict=True))
+
+
+def files(path: Path, directory: Path) -> Dict[str, Path]:
+    """The demo model's weights as llama.cpp's kinds of file, written once."""
+    found = {"q4_1": path}
+    for kind in ("bf16", "q8_0", "q4_0"):
+        found[kind] = directory / f"{path.stem}.{kind}.gguf"
+        if not found[kind].exists():
+            how: Any = {"dtype": torch.bfloat16} if kind == "bf16" else {"quant": kind}
+            convert(path, found[kind], "gguf", quiet=True, **how)
+    return found
+
+
+def weights_bytes(path: Path, dtype: str) -> float:
+    """Of the matrices that a step reads."""
+    source = checkpoint.open(path)
+    dense = {"fp32": 4, "bf16": 2}.get(dtype.removeprefix("eager-"))
+    total = 0.0
+    for name, shape in weight_shapes(source.args).items():
+        if len(shape) == 2:
+            stored = {"Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_1": 20 / 32, "BF16": 2}
+            total += shape[0] * shape[1] * (dense or stored[source.stored_as(name)])
+    return total
 
 
 def compare_loading(path: Path, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
@@ -224,48 +325,115 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def llama_cpp() -> Tuple[str, str]:
+    """The side that llama.cpp is measured by, and what it is and was compiled for."""
+    if find_spec("llama_cpp"):
+        import llama_cpp as library
+
+        side, package = "llama.cpp compiled", "llama_cpp_python"
+        text = library.llama_print_system_info().decode()
+    else:
+        import xllamacpp
+
+        side, package, text = "llama.cpp", "xllamacpp", xllamacpp.get_system_info()
+    has = ", ".join(p.split("=")[0].split(":")[-1].strip() for p in text.split("|") if "= 1" in p)
+    return side, f"{package} {version(package)}: {has}"
+
+
 def main(
     ckpt: str = "checkpoints/SmolLM2-135M-Instruct",
     rounds: int = 5,
-    dtype: Optional[str] = None,
+    threads: Optional[int] = None,
+    only: Optional[str] = None,
     quick: bool = False,
+    out: str = "benchmarks/results",
 ):
-    """Measure and print a table, then one line of JSON.
+    """Measure, print tables and one line of JSON, and keep them with their plots.
 
     Args:
-        ckpt: a .gguf file or a directory with one, which both sides can read.
+        ckpt: a .gguf file of Q4_1 weights, or a directory with one, which all sides can read.
         rounds: counted turns of each side.
-        dtype: bf16 or fp32; by default what Llama.build would pick on this processor.
-        quick: 2 rounds and no model of 2 GB.
+        threads: of each side; by default one per core.
+        only: first, decode, batch or load; by default all of them.
+        quick: 2 rounds, no prompt of 2048 tokens and no model of 2 GB.
+        out: a directory for the tables, the figures and the plots.
     """
+    if only not in (None, "first", "decode", "batch", "load"):
+        raise ValueError(f"only={only!r}: choose first, decode, batch or load")
     source = checkpoint.open(ckpt)
     if source.path.suffix != ".gguf":
-        raise ValueError(f"{ckpt}: transformers reads .gguf files, not Meta's")
-    picked = pick_dtype(dtype, torch.device("cpu"))
-    name = "fp32" if picked == torch.float32 else "bf16"
+        raise ValueError(f"{ckpt}: transformers and llama.cpp read .gguf files, not Meta's")
     rounds = min(rounds, 2) if quick else rounds
-    about = {
+    threads = threads or torch.get_num_threads()
+    peer, build = llama_cpp()
+    about: Dict[str, Any] = {
         "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
+        "llama.cpp": build,
         "checkpoint": source.path.name,
-        "dtype": name,
         "rounds": rounds,
+        "date": time.strftime("%Y-%m-%d"),
     }
-    print("\n".join(f"{key:<14}{value}" for key, value in about.items()))
-
-    columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
-    print(f"\nload                  {columns}")
-    load = compare_loading(source.path, min(rounds, 3), quick)
-    print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
-
-    print("\ntokens/s  prompts + new        llama  transformers   ratio  equal rows    load")
-    generation = compare_generation(source.path, source.args.vocab_size, name, rounds)
+    print("\n".join(f"{key:<14}{value}" for key, value in about.items()), flush=True)
+    results: Dict[str, Any] = {**about}
+    text = []
+    if only in (None, "load"):
+        columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
+        print(f"\nload                  {columns}")
+        results["load"] = compare_loading(source.path, min(rounds, 3), quick)
+        print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
+    chosen = [c for c in cases(source.args.vocab_size, quick) if only in (None, c.group)]
+    if chosen:
+        with tempfile.TemporaryDirectory() as directory:
+            by_kind = files(source.path, Path(directory))
+            results["generation"] = {}
+            sides = {}
+            for label, kind, file, dtype in [*VARIANTS, LIMIT]:
+                kind = peer if kind == "llama.cpp" else kind
+                sides[label] = Side(kind, by_kind[file], dtype, threads)
+            sizes = {label: weights_bytes(by_kind[f], d) for label, _, f, d in VARIANTS}
+            try:
+                for case in chosen:
+                    found = compare(sides, case, source.args, sizes, rounds)
+                    results["generation"][case.name] = found
+                    print(f"\n{case.name}", flush=True)
+                    for name, row in found["sides"].items():
+                        print(f"  {name:<20}{row['tok_s']:>9.1f} tok/s {row['limit']:>6.0%}")
+            finally:
+                for side in sides.values():
+                    side.close()
+            ragged = [case for case in chosen if case.name == "16 ragged"]
+            if ragged:
+                results["equal_rows_fp32"] = equal_rows(source.path, threads, ragged[0])
+        text.append(table(results["generation"]))
+        results["ratios"] = ratios(results["generation"])
+        rows = ["| | ours | theirs | ratio | share of the limit |", "|---|---|---|---|---|"]
+        for r in results["ratios"]:
+            rows.append(
+                f"| {r['what']} | {r['ours_tok_s']:.0f} ({r['ours']}) | {r['theirs_tok_s']:.0f} "
+                f"({r['theirs']}) | **{r['ratio']:.2f}** | {r['ours_limit']:.0%} |"
+            )
+        text.append("\n".join(rows))
+        print("\n" + "\n\n".join(text))
+    keep(results, text, Path(out))
     print()
-    print(json.dumps({**about, "load": load, "generation": generation}))
+    print(json.dumps(results))
+
+
+def keep(results: Dict[str, Any], text: List[str], out: Path) -> None:
+    """Write the figures, the tables and the plots of a run to a directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = "\n".join(
+        f"- {key}: {value}" for key, value in results.items() if not isinstance(value, (dict, list))
+    )
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.md").write_text("\n\n".join(["# Side by side", about, *text]) + "\n")
+    if results.get("generation"):
+        plots.draw(results, out)
 
 
 if __name__ == "__main__":

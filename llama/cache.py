@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -49,12 +49,17 @@ class KVCache:
         self.lengths: List[int] = [0] * rows
 
     @property
+    def _parts(self) -> Dict[str, torch.Tensor]:
+        """What is stored, each (n_layers, rows, n_kv_heads, positions, something)."""
+        return {"k": self.k, "v": self.v}
+
+    @property
     def rows(self) -> int:
         return len(self.lengths)
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(part.nbytes for part in self._parts.values())
 
     def extend(self, starts: Sequence[int], n: int) -> None:
         """Announce that n new positions follow from `starts` (one per row); sets the lengths.
@@ -82,8 +87,7 @@ class KVCache:
             return
         used = max(self.lengths)  # no more is copied: what isn't written to takes no memory
         room = min(-(-n // BLOCK) * BLOCK, self.max_len)
-        for name in ("k", "v"):
-            small: torch.Tensor = getattr(self, name)
+        for name, small in self._parts.items():
             shape = (small.shape[0], self.rows, small.shape[2], room, small.shape[4])
             large = _zeros(shape, small.dtype, small.device)
             large[:, :, :, :used] = small[:, : self.rows, :, :used]
@@ -101,16 +105,19 @@ class KVCache:
         Returns:
             Views of shape (rows, n_kv_heads, max(lengths), head_dim).
         """
+        self._store(self.k[layer], positions, k)
+        self._store(self.v[layer], positions, v)
         rows, end = self.rows, max(self.lengths)
-        keys, values = self.k[layer, :rows], self.v[layer, :rows]
+        return self.k[layer, :rows, :, :end], self.v[layer, :rows, :, :end]
+
+    def _store(self, into: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
+        """new: (rows, T, n_kv_heads, ...), into a layer's part of the cache."""
         if len(positions) == 1:  # a plain slice
-            keys[:, :, end - k.shape[1] : end] = k.transpose(1, 2)
-            values[:, :, end - k.shape[1] : end] = v.transpose(1, 2)
+            end = max(self.lengths)
+            into[: self.rows, :, end - new.shape[1] : end] = new.transpose(1, 2)
         else:
-            row = torch.arange(rows, device=k.device)[:, None]
-            keys[row, :, positions] = k
-            values[row, :, positions] = v
-        return keys[:, :, :end], values[:, :, :end]
+            row = torch.arange(self.rows, device=new.device)[:, None]
+            into[row, :, positions] = new
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
         """Forget everything at and beyond the given lengths (one for all rows, or one each).
@@ -132,7 +139,8 @@ class KVCache:
     def part(self, start: int, stop: int) -> "KVCache":
         """Some neighbouring rows as a cache of their own, in the same memory, with own lengths."""
         part = copy.copy(self)
-        part.k, part.v = self.k[:, start:stop], self.v[:, start:stop]
+        for name, whole in self._parts.items():
+            setattr(part, name, whole[:, start:stop])
         part.lengths = self.lengths[start:stop]
         return part
 
@@ -142,15 +150,15 @@ class KVCache:
         for new in reversed(range(len(sources))):
             old, n = sources[new], lengths[new]
             if new != old:
-                self.k[:, new, :, :n] = self.k[:, old, :, :n]
-                self.v[:, new, :, :n] = self.v[:, old, :, :n]
+                for part in self._parts.values():
+                    part[:, new, :, :n] = part[:, old, :, :n]
         self.lengths = lengths
 
     def gather(self, sources: Sequence[int]) -> None:
         """Copy rows in any order: row i becomes what row sources[i] was."""
         n = max(self.lengths)
-        for cached in (self.k, self.v):
-            cached[:, : len(sources), :, :n] = cached[:, list(sources), :, :n]
+        for part in self._parts.values():
+            part[:, : len(sources), :, :n] = part[:, list(sources), :, :n]
         self.lengths = [self.lengths[source] for source in sources]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -158,6 +166,40 @@ class KVCache:
         for new, old in enumerate(rows):
             if new != old:
                 n = self.lengths[old]
-                self.k[:, new, :, :n] = self.k[:, old, :, :n]
-                self.v[:, new, :, :n] = self.v[:, old, :, :n]
+                for part in self._parts.values():
+                    part[:, new, :, :n] = part[:, old, :, :n]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+class Int8KVCache(KVCache):
+    """Keys and values as bytes, each row of head_dim with a scale of its own: half of bf16.
+
+    What `update` returns is made dense for the layer that asks, in the dtype of its keys.
+    """
+
+    def __init__(
+        self, n_layers: int, rows: int, max_len: int, n_kv_heads: int, head_dim: int, **where: Any
+    ):
+        where["dtype"] = torch.int8
+        super().__init__(n_layers, rows, max_len, n_kv_heads, head_dim, **where)
+        shape = (*self.k.shape[:-1], 1)
+        self.k_scale = _zeros(shape, torch.float32, self.k.device)
+        self.v_scale = _zeros(shape, torch.float32, self.k.device)
+
+    @property
+    def _parts(self) -> Dict[str, torch.Tensor]:
+        return {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
+
+    def update(
+        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        rows, end = self.rows, max(self.lengths)
+        dense = []
+        for new, values, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            scale = new.float().abs().amax(-1, keepdim=True) / 127
+            rounded = (new.float() / scale.where(scale > 0, 1)).round().to(torch.int8)
+            self._store(values[layer], positions, rounded)
+            self._store(scales[layer], positions, scale)
+            stored = values[layer, :rows, :, :end] * scales[layer, :rows, :, :end]
+            dense.append(stored.to(k.dtype))
+        return dense[0], dense[1]

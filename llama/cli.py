@@ -37,7 +37,7 @@ def convert(
         to: meta, hf or gguf.
         mp: number of shards, for meta.
         dtype: bf16, fp16 or fp32; by default what the weights are stored in (fp32 if quantized).
-        quant: q8_0 or q4_0, for gguf.
+        quant: q8_0, q4_0 or q4_1, for gguf.
         tokenizer_path: by default what is found with the source.
         force: overwrite dst, once the new checkpoint is complete.
         verify: read everything again and compare.

@@ -22,6 +22,7 @@ import torch
 from llama import checkpoint, loop, memory, native, parallel, remote, scoring
 from llama import quantize as quantization
 from llama.beam import beam_search
+from llama.cache import Int8KVCache
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
 from llama.loop import Collected, Row
@@ -89,6 +90,7 @@ class Llama:
         device: Optional[str | torch.device] = None,
         dtype: Optional[str | torch.dtype] = None,
         quantize: Optional[Literal["int8", "int4"]] = None,
+        kv_cache: Optional[Literal["int8"]] = None,
         compile: bool = False,
     ) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
@@ -111,6 +113,7 @@ class Llama:
                 else fp32.
             quantize: hold matrices in blocks of 8 or 4 bits (see `llama.quantize`), as they are
                 where the checkpoint is a GGUF file that has them so.
+            kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
             compile: spend some seconds, once for a machine, on code that computes much faster. So
                 far for a CPU alone (see `llama.native`).
 
@@ -122,13 +125,16 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if kv_cache not in (None, "int8"):
+            raise ValueError(f"kv_cache={kv_cache!r}: choose 'int8' or None, the model's dtype")
         start = time.monotonic()
         torch_device = parallel.initialize(model_parallel_size, device)
         torch_dtype = parallel.pick_dtype(dtype, torch_device)
         source = checkpoint.open(remote.local_path(ckpt_dir))
         args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         parallel.check_world(parallel.world_size(), args.n_heads)
-        _say(memory.preflight(args, parallel.world_size(), torch_dtype, torch_device, quantize))
+        world = parallel.world_size()
+        _say(memory.preflight(args, world, torch_dtype, torch_device, quantize, kv_cache))
         if max_seq_len > source.args.max_seq_len:
             _say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
 
@@ -148,6 +154,8 @@ class Llama:
             checkpoint.load(source, model, dtype=torch_dtype, device=torch_device)
         else:
             quantization.load(source, model, quantize, dtype=torch_dtype, device=torch_device)
+        if kv_cache is not None:
+            model.cache_type = Int8KVCache
         if compile:
             native.swap(model)
         _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")

@@ -1,6 +1,7 @@
 """The generation loop: prompts in, events out. Everything that generates text runs through it."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
@@ -12,6 +13,10 @@ from llama.predictions import Event, FinishReason
 from llama.sampling import SamplingParams, draw
 from llama.stopping import StopStrings
 from llama.tokenizer import StreamDecoder, Tokenizer
+
+# Tokens that go through the model at a time: what a layer keeps for them is bounded by that, and
+# not by the length of a prompt.
+PASS = 4096
 
 
 @dataclass
@@ -234,18 +239,26 @@ def prefill(
     cache.reserve(lengths[-1])
     last, scores = [], []
     for start, stop in similar(lengths):
-        tokens = torch.zeros(stop - start, lengths[stop - 1], dtype=torch.long)
+        rows, width, part = stop - start, lengths[stop - 1], cache.part(start, stop)
+        tokens = torch.zeros(rows, width, dtype=torch.long)
         for i, prompt in enumerate(prompts[start:stop]):
             tokens[i, : len(prompt)] = torch.tensor(prompt)
         tokens = tokens.to(device)
-        h = model.hidden(tokens, 0, cache.part(start, stop))
         ends = torch.tensor(lengths[start:stop], device=device) - 1
-        last.append(h[torch.arange(stop - start, device=device), ends])
+        of_last = torch.empty(rows, model.params.dim, dtype=model.norm.weight.dtype, device=device)
+        of_next = torch.zeros(tokens.shape, device=device)
+        step = max(PASS // rows, 1)
+        for begin in range(0, width, step):
+            h = model.hidden(tokens[:, begin : begin + step], begin, part)
+            here = (ends >= begin) & (ends < begin + step)
+            of_last[here] = h[here, ends[here] - begin]
+            if score:
+                following = tokens[:, begin + 1 : begin + 1 + step]
+                of_next[:, begin + 1 : begin + 1 + step] = _score(model, h, following)
+        last.append(of_last)
         if score:
-            scores += [
-                row[:length]
-                for row, length in zip(_score(model, h, tokens), lengths[start:stop], strict=True)
-            ]
+            known = zip(of_next.tolist(), lengths[start:stop], strict=True)
+            scores += [row[:length] for row, length in known]
     cache.lengths[: len(lengths)] = lengths
     return torch.cat(last), scores
 
@@ -257,9 +270,9 @@ def _draw(
 
     Rank 0 decides both for all.
     """
-    finite = logits.sum(-1).isfinite()
-    if not finite.all():  # the same on every rank, so that none waits for another
-        bad = [batch[i] for i in (~finite).nonzero()[:, 0].tolist()]
+    largest, likeliest = logits.max(-1)  # NaN is larger than anything
+    if not all(map(isfinite, largest.tolist())):  # on all ranks alike: none waits for another
+        bad = [row for row, most in zip(batch, largest.tolist(), strict=True) if not isfinite(most)]
         prompts = sorted({row.index for row in bad})
         raise ValueError(
             f"the model's logits for prompt {prompts[0]} aren't finite at its token "
@@ -269,7 +282,7 @@ def _draw(
     decided = torch.zeros(len(batch) + 1, dtype=torch.long, device=logits.device)
     if parallel.rank() == 0:
         if all(row.is_argmax for row in batch):
-            decided[:-1] = logits.argmax(-1)
+            decided[:-1] = likeliest
         else:
             for i, row in enumerate(batch):
                 decided[i] = draw(logits[i], row.params, row.prompt, row.answer, row.generator)
@@ -278,18 +291,17 @@ def _draw(
     return decided[:-1], bool(decided[-1])
 
 
-def _score(model: Transformer, h: torch.Tensor, tokens: torch.Tensor) -> List[List[float]]:
-    """Log-probability of each token given those before it; 0.0 for the first.
+def _score(model: Transformer, h: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Log-probability of the token that follows each position: (B, T, dim), (B, T) -> (B, T).
 
     The vocabulary is wide, so a few positions are projected at a time.
     """
-    scores = torch.zeros(tokens.shape, dtype=torch.float32, device=h.device)
-    for begin in range(0, tokens.shape[1] - 1, 64):
-        end = min(begin + 64, tokens.shape[1] - 1)
-        predicted = model.logits(h[:, begin:end]).log_softmax(-1)
-        actual = tokens[:, begin + 1 : end + 1, None]
-        scores[:, begin + 1 : end + 1] = predicted.gather(-1, actual)[..., 0]
-    return scores.tolist()
+    scores = torch.empty(following.shape, dtype=torch.float32, device=h.device)
+    for begin in range(0, following.shape[1], 64):
+        actual = following[:, begin : begin + 64, None]
+        predicted = model.logits(h[:, begin : begin + actual.shape[1]]).log_softmax(-1)
+        scores[:, begin : begin + 64] = predicted.gather(-1, actual)[..., 0]
+    return scores
 
 
 def similar(lengths: List[int]) -> Iterator[Tuple[int, int]]:

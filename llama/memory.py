@@ -27,7 +27,11 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    args: ModelArgs, world: int, dtype: torch.dtype, quantize: Optional[str] = None
+    args: ModelArgs,
+    world: int,
+    dtype: torch.dtype,
+    quantize: Optional[str] = None,
+    kv_cache: Optional[str] = None,
 ) -> Estimate:
     """What a model of this shape needs on each of `world` ranks."""
 
@@ -37,13 +41,14 @@ def estimate(
         return block_bytes(name, quantize) / VALUES
 
     heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
-    per_token = 2 * args.n_layers * heads * args.head_dim
+    row = args.head_dim * dtype.itemsize if kv_cache is None else args.head_dim + 4  # and a scale
+    per_token = 2 * args.n_layers * heads * row
     return Estimate(
         weights=sum(
             int(math.prod(local_shape(args, name, 0, world)) * per_value(name))
             for name in weight_shapes(args)
         ),
-        cache=per_token * args.max_batch_size * args.max_seq_len * dtype.itemsize,
+        cache=per_token * args.max_batch_size * args.max_seq_len,
     )
 
 
@@ -66,15 +71,16 @@ def preflight(
     dtype: torch.dtype,
     device: torch.device,
     quantize: Optional[str] = None,
+    kv_cache: Optional[str] = None,
 ) -> str:
     """Compare what is needed with what there is; a line to print.
 
     Raises:
         ValueError: it can't fit.
     """
-    need, have = estimate(args, world, dtype, quantize), available(device)
+    need, have = estimate(args, world, dtype, quantize, kv_cache), available(device)
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
-    held = f"{quantize} and {str(dtype)[6:]}" if quantize else str(dtype)[6:]
+    held = " and ".join(filter(None, (quantize, str(dtype)[6:])))
     line = (
         f"weights {size(need.weights)} + cache {size(need.cache)} "
         f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
@@ -84,7 +90,8 @@ def preflight(
     if need.total * sharers > have:
         raise ValueError(
             f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
-            "a smaller dtype, quantize, or more ranks (torchrun --nproc_per_node) on more devices"
+            "a smaller dtype, quantize, kv_cache, or more ranks (torchrun --nproc_per_node) "
+            "on more devices"
         )
     return line
 

@@ -15,7 +15,7 @@ Papers: Llama, arXiv 2302.13971; Llama 2 (grouped-query attention), 2307.09288; 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Type
 
 import torch
 import torch.nn.functional as F
@@ -262,12 +262,13 @@ class Transformer(nn.Module):
         self.output = place(_Column(params.dim, padded_vocab, gather_output=True))
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        self.cache_type: Type[KVCache] = KVCache
         self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
 
     def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:
         """An empty cache for this rank's key/value heads, of max_seq_len positions by default."""
         args, world = self.params, parallel.world_size()
-        return KVCache(
+        return self.cache_type(
             args.n_layers,
             rows,
             args.max_seq_len if max_len is None else max_len,

@@ -8,7 +8,8 @@ The layers here compute on any device by making a weight dense for as long as it
 memory, not time. On a CPU `llama.native` computes with the blocks themselves.
 """
 
-from typing import Any, Dict, Iterator, Literal, NamedTuple, Optional, Tuple
+import warnings
+from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,11 @@ class Blocks(NamedTuple):
     def shape(self) -> Tuple[int, int]:
         rows, row = self.data.shape
         return rows, row // ggml.BYTES[self.kind] * ggml.VALUES
+
+    def finite(self) -> bool:
+        """Whether all scales are numbers: a weight that wasn't one becomes its block's scale."""
+        scales = self.data.view(-1, ggml.BYTES[self.kind])[:, :2].contiguous()
+        return bool(scales.view(torch.float16).isfinite().all())
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return ggml.dequantize(self.data, self.kind).to(dtype)
@@ -158,27 +164,31 @@ def read(source: Checkpoint, name: str, kind: Kind) -> Blocks:
             f"holds {ggml.VALUES} values: use another number of ranks, or quantize=None"
         )
     stored = source.stored_as(name)
-    if stored in kept:
-        parts = list(_stored_blocks(source, name, rank, world, stored))
-        data = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if data.shape == (rows, cols // ggml.VALUES * ggml.BYTES[stored]):
-            return Blocks(data, stored)
-    dense = checkpoint.read_shard(source, name, rank, world)
-    step = max(1, ROWS * ggml.VALUES // cols)
-    data = torch.cat([ggml.quantize(part, target) for part in dense.split(step)])
-    return Blocks(data, target)
+    data = _stored_blocks(source, name, rank, world, stored) if stored in kept else None
+    if data is not None:
+        missing = rows - data.shape[0], cols // ggml.VALUES * ggml.BYTES[stored] - data.shape[1]
+        if any(missing):  # blocks of zeros, as in any padded weight
+            data = F.pad(data, (0, missing[1], 0, missing[0]))
+        found = Blocks(data, stored)
+    else:
+        dense = checkpoint.read_shard(source, name, rank, world)
+        step = max(1, ROWS * ggml.VALUES // cols)
+        parts = [ggml.quantize(part, target) for part in dense.split(step)]
+        found = Blocks(torch.cat(parts), target)
+    if not found.finite():
+        warnings.warn(f"{source.path}: {name} holds NaN or infinity", stacklevel=2)
+    return found
 
 
 def _stored_blocks(
     source: Checkpoint, name: str, rank: int, world: int, stored: str
-) -> Iterator[torch.Tensor]:
-    """What the file holds of this rank's part, as far as it can be cut between blocks."""
+) -> Optional[torch.Tensor]:
+    """What the file holds of this rank's part; None if that can't be cut between blocks."""
     args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
     axis = parallel.shard_axis(name) or 0
+    ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)
+    if axis == 1 and any(start % ggml.VALUES or stop % ggml.VALUES for start, stop in ranges):
+        return None
     gguf: Any = source  # no other format has blocks
-    for start, stop in parallel.shard_ranges(
-        name, shape[axis], rank, world, args.n_heads, args.n_kv_heads
-    ):
-        if axis == 1 and (start % ggml.VALUES or stop % ggml.VALUES):
-            return
-        yield gguf.read_blocks(name, axis, start, stop)
+    parts = [gguf.read_blocks(name, axis, start, stop) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

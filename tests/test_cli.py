@@ -37,7 +37,7 @@ def test_help_says_what_there_is():
     assert done.returncode == 0 and "llama convert SRC DST TO <flags>" in text
     for option in ("--mp", "--dtype", "--quant", "--tokenizer_path", "--force", "--verify"):
         assert option in text
-    assert "q8_0 or q4_0, for gguf" in text and "meta, hf or gguf" in text
+    assert "q8_0, q4_0 or q4_1, for gguf" in text and "meta, hf or gguf" in text
 
 
 # --- mistakes ------------------------------------------------------------------------------------

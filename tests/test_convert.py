@@ -306,7 +306,7 @@ def test_three_implementations_give_the_same_text(ring):
             assert best - second < 1e-3, (at, best, second)
 
 
-@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "q4_1"])
 def test_quantized_files_are_ggmls_and_llama_cpp_reads_them(ring, tmp_path, parity, quant):
     path = convert(ring["meta"], tmp_path / "q.gguf", "gguf", quant=quant, quiet=True)
     kind, source = gguf.GGMLQuantizationType[quant.upper()], checkpoint.open(ring["meta"])

@@ -35,7 +35,7 @@ def convert(
         to: "meta", "hf" or "gguf"; the last is a file, the others are directories.
         model_parallel_size: shards, for Meta's format.
         dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
-        quant: "q8_0" or "q4_0", for GGUF.
+        quant: "q8_0", "q4_0" or "q4_1", for GGUF.
         tokenizer_path: by default what is found with the source.
         max_shard_bytes: size of a .safetensors file, about.
         force: overwrite what is there, once the new checkpoint is complete.

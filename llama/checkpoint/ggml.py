@@ -60,7 +60,9 @@ def quantize(values: torch.Tensor, kind: str) -> torch.Tensor:
         scale = x.abs().amax(1, keepdim=True) / 127
         q = x * _inverse(scale)
         # Halves away from zero, as C does; torch rounds them to even.
-        packed = (q.abs() + 0.5).floor_().copysign_(q).to(torch.int8).view(torch.uint8)
+        whole = q.abs().floor()
+        whole += q.abs() - whole >= 0.5
+        packed = whole.copysign_(q).to(torch.int8).view(torch.uint8)
         parts: Tuple[torch.Tensor, ...] = (scale,)
     elif kind == "Q4_0":
         extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # with its sign, it becomes -8

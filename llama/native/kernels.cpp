@@ -49,9 +49,12 @@ inline vec load(const bf16 *p) {
     return read<vec>(&wide);
 }
 inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
-inline void store(bf16 *p, vec v) {  // to nearest, ties to even
+inline uvec rounded(vec v) {  // to bf16, in the upper bits; to nearest, ties to even
     uvec u = read<uvec>(&v);
-    shorts s = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, shorts);
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+inline void store(bf16 *p, vec v) {
+    shorts s = __builtin_convertvector(rounded(v) >> 16, shorts);
     memcpy(p, &s, sizeof s);
 }
 inline float get(const float *p) { return *p; }
@@ -74,10 +77,12 @@ inline float sum(vec v) {
                    __builtin_shufflevector(half, half, 4, 5, 6, 7);
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
 inline float largest(vec v) {
-    float m = v[0];
-    for (int i = 1; i < LANES; i++) m = std::max(m, v[i]);
-    return m;
+    auto half = larger(part<0>(v, std::make_index_sequence<8>()), part<8>(v, std::make_index_sequence<8>()));
+    auto quarter = larger(__builtin_shufflevector(half, half, 0, 1, 2, 3),
+                          __builtin_shufflevector(half, half, 4, 5, 6, 7));
+    return std::max(std::max(quarter[0], quarter[2]), std::max(quarter[1], quarter[3]));
 }
 
 // 2^x: the nearest whole number goes to the exponent, Taylor's series does the rest (|f| <= 1/2).
@@ -253,7 +258,66 @@ Share multiply(const Weight &w, const typename Dot::X *x, int tokens, float *y) 
 
 // --- attention ----------------------------------------------------------------------------------
 
-constexpr int KEYS = 32;     // that are looked at together
+// Products of attention are done in words of 32 bits, 16 at a time: a word is one fp32 value or,
+// where the processor multiplies pairs of bf16, two of them.
+template <class A> struct Words {
+    typedef float Value;
+    static constexpr int PER = 1;  // values in a word
+    static vec add(vec acc, const float *x, vec y) { return acc + *x * y; }
+};
+#ifdef __AVX512BF16__
+template <> struct Words<bf16> {
+    typedef bf16 Value;
+    static constexpr int PER = 2;
+    static vec add(vec acc, const float *x, vec y) {
+        return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(read<int>(x)),
+                                     (__m512bh)y);
+    }
+};
+#endif
+
+// Keys or values of a layer: a row of head_dim for each position, bf16, fp32, or bytes with a scale.
+template <class C> struct Cache {
+    C *values;
+    float *scales;
+    int head_dim;
+    vec at(size_t row, int d) const {
+        if constexpr (std::is_same<C, int8_t>::value)
+            return Floats::whole(values + row * head_dim + d) * scales[row];
+        else
+            return load(values + row * head_dim + d);
+    }
+    // 16 words of a row, and words of neighbours in two rows (one, if a word is one value).
+    template <class A> vec along(size_t row, int word) const {
+        if constexpr (Words<A>::PER == 1) return at(row, word);
+        if constexpr (std::is_same<C, bf16>::value)
+            return read<vec>(values + row * head_dim + 2 * word);
+        alignas(64) bf16 pairs[2 * LANES];
+        store(pairs, at(row, 2 * word));
+        store(pairs + LANES, at(row, 2 * word + LANES));
+        return read<vec>(pairs);
+    }
+    template <class A> vec across(size_t row, bool next, int d) const {
+        if constexpr (Words<A>::PER == 1) return at(row, d);
+        uvec words = rounded(at(row, d)) >> 16;
+        if (next) words |= rounded(at(row + 1, d)) & 0xffff0000;
+        return read<vec>(&words);
+    }
+    void set(size_t row, const float *x) {
+        if constexpr (std::is_same<C, int8_t>::value) {
+            float most = 0;
+            for (int d = 0; d < head_dim; d++) most = std::max(most, std::fabs(x[d]));
+            float inverse = most > 0 ? 127 / most : 0;
+            for (int d = 0; d < head_dim; d++)
+                values[row * head_dim + d] = int8_t(std::nearbyint(x[d] * inverse));
+            scales[row] = most / 127;
+        } else {
+            for (int d = 0; d < head_dim; d += LANES) store(values + row * head_dim + d, load(x + d));
+        }
+    }
+};
+
+constexpr int KEYS = 64;     // that are looked at together
 constexpr int CHUNK = 512;   // of the keys; each is summed up on its own, then they are joined
 constexpr int QUERIES = 64;  // at most, that are looked at together
 constexpr int MAX_HEAD = 256;
@@ -275,33 +339,42 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-template <int R>
-void attend(const float *const *q, const int *seen, Part *parts, const float *keys,
-            const float *values, int first, int n, int head_dim) {
-    vec scores[R][2] = {};
-    for (int d = 0; d < head_dim; d++) {
-        vec low = load(keys + d * KEYS), high = load(keys + d * KEYS + LANES);
-        for (int r = 0; r < R; r++) {
-            scores[r][0] += low * q[r][d];
-            scores[r][1] += high * q[r][d];
+// R queries and KEYS keys, of which they see those before `seen`. keys: (words of a head, KEYS),
+// values: (words of KEYS, head_dim).
+template <class A, int R>
+void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
+            const float *keys, const float *values, int first, int n, int head_dim) {
+    constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
+    vec scores[R][COLUMNS] = {};
+    for (int w = 0; w < head_dim / PER; w++)
+        for (int c = 0; c < COLUMNS; c++) {
+            vec column = load(keys + w * KEYS + c * LANES);
+            for (int r = 0; r < R; r++)
+                scores[r][c] = Words<A>::add(scores[r][c], (const float *)(q[r] + w * PER), column);
         }
-    }
-    alignas(64) float weights[R][KEYS];
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float shrink[R];
+    alignas(64) typename Words<A>::Value weights[R][KEYS];
+    vec before = {}, after = {};  // the largest scores so far
     for (int r = 0; r < R; r++) {
-        ivec left = ivec{} + (seen[r] - first);  // a query sees the keys up to its own position
-        vec low = lane < left ? scores[r][0] : vec{} - INFINITY;
-        vec high = lane + LANES < left ? scores[r][1] : vec{} - INFINITY;
-        float top = std::max(parts[r].largest, largest(low > high ? low : high));
-        float base = top == -INFINITY ? 0 : top;
-        low = lane < left ? exp2(low - base) : vec{};
-        high = lane + LANES < left ? exp2(high - base) : vec{};
-        store(weights[r], low);
-        store(weights[r] + LANES, high);
-        shrink[r] = parts[r].largest == -INFINITY ? 0 : exp2(parts[r].largest - base);
-        parts[r].total = parts[r].total * shrink[r] + sum(low + high);
-        parts[r].largest = top;
+        vec most = vec{} - INFINITY;
+        for (int c = 0; c < COLUMNS; c++) {
+            vec &score = scores[r][c];
+            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            most = larger(most, score);
+        }
+        before[r] = parts[r].largest;
+        after[r] = parts[r].largest = std::max(parts[r].largest, largest(most));
+    }
+    vec shrink = before > -INFINITY ? exp2(before - after) : vec{};
+    for (int r = 0; r < R; r++) {
+        vec total = {};
+        for (int c = 0; c < COLUMNS; c++) {
+            vec score = scores[r][c];  // of no key yet: -inf - -inf is no number, but isn't taken
+            vec weight = score > -INFINITY ? exp2(score - after[r]) : vec{};
+            total += weight;
+            store(weights[r] + c * LANES, weight);
+        }
+        parts[r].total = parts[r].total * shrink[r] + sum(total);
     }
     for (int d = 0; d < head_dim; d += 2 * LANES) {
         vec acc[R][2];
@@ -309,11 +382,13 @@ void attend(const float *const *q, const int *seen, Part *parts, const float *ke
             acc[r][0] = load(parts[r].out + d) * shrink[r];
             acc[r][1] = load(parts[r].out + d + LANES) * shrink[r];
         }
-        for (int j = 0; j < n; j++) {
-            vec low = load(values + j * head_dim + d), high = load(values + j * head_dim + d + LANES);
+        for (int w = 0; w < (n + PER - 1) / PER; w++) {
+            vec low = load(values + w * head_dim + d);
+            vec high = load(values + w * head_dim + d + LANES);
             for (int r = 0; r < R; r++) {
-                acc[r][0] += low * weights[r][j];
-                acc[r][1] += high * weights[r][j];
+                const float *weight = (const float *)(weights[r] + w * PER);
+                acc[r][0] = Words<A>::add(acc[r][0], weight, low);
+                acc[r][1] = Words<A>::add(acc[r][1], weight, high);
             }
         }
         for (int r = 0; r < R; r++) {
@@ -323,31 +398,35 @@ void attend(const float *const *q, const int *seen, Part *parts, const float *ke
     }
 }
 
-// Queries of one key/value head over keys [begin, end) of the cache. parts must be empty.
-template <class A>
-void attend_chunk(const float *const *q, const int *seen, Part *parts, int rows, const A *k,
-                  const A *v, int begin, int end, int head_dim) {
-    alignas(64) float keys[MAX_HEAD * KEYS], values[KEYS * MAX_HEAD];
+// Queries of one key/value head, whose positions begin at a row of the cache, over keys [begin,
+// end). parts must be empty.
+template <class A, class C>
+void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
+                  const Cache<C> &k, const Cache<C> &v, size_t row, int begin, int end) {
+    constexpr int PER = Words<A>::PER;
+    const int head_dim = k.head_dim;
+    alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
     for (int first = begin; first < end; first += KEYS) {
         int n = std::min(KEYS, end - first);
-        for (int d = 0; d < head_dim; d += LANES) {
+        for (int w = 0; w < head_dim / PER; w += LANES)
             for (int j = 0; j < KEYS; j += LANES) {
                 vec square[LANES];
                 for (int i = 0; i < LANES; i++)
-                    square[i] = j + i < n ? load(k + size_t(first + j + i) * head_dim + d) : vec{};
+                    square[i] = j + i < n ? k.template along<A>(row + first + j + i, w) : vec{};
                 transpose(square);
-                for (int i = 0; i < LANES; i++) store(keys + (d + i) * KEYS + j, square[i]);
+                for (int i = 0; i < LANES; i++) store(keys + (w + i) * KEYS + j, square[i]);
             }
-            for (int j = 0; j < n; j++)
-                store(values + j * head_dim + d, load(v + size_t(first + j) * head_dim + d));
-        }
+        for (int j = 0; j < n; j += PER)
+            for (int d = 0; d < head_dim; d += LANES)
+                store(values + j / PER * head_dim + d,
+                      v.template across<A>(row + first + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
-            attend<6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r + 3 <= rows; r += 3)
-            attend<3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r < rows; r++)
-            attend<1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
     }
 }
 
@@ -368,11 +447,23 @@ struct Batch {
     int32_t alike;              // whether one row of positions stands for all
     const int64_t *positions;   // (1 or B, T)
     const float *freqs_cis;     // (1 or B, T, head_dim / 2) complex
-    void *k, *v;                // of the first layer, (rows, n_kv_heads, positions, head_dim)
-    int64_t per_layer, per_row, per_head;  // elements from one to the next
+    void *k, *v;                // (layers, rows, n_kv_heads, positions, head_dim)
+    float *k_scale, *v_scale;   // the same without head_dim, if k and v are bytes
+    int64_t per_layer, per_row, per_head;  // positions from one to the next
     int position(int m) const { return positions[alike ? m % tokens : m]; }
     int all() const { return rows * tokens; }
+    size_t head(int m, int kv) const { return m / tokens * per_row + kv * per_head; }
 };
+
+// f(keys, values) of a layer, whose activations are A.
+template <class A, class F> void with_cache(const Batch &b, int layer, int head_dim, F f) {
+    const size_t from = layer * b.per_layer, at = from * head_dim;
+    if (b.k_scale)
+        f(Cache<int8_t>{(int8_t *)b.k + at, b.k_scale + from, head_dim},
+          Cache<int8_t>{(int8_t *)b.v + at, b.v_scale + from, head_dim});
+    else
+        f(Cache<A>{(A *)b.k + at, nullptr, head_dim}, Cache<A>{(A *)b.v + at, nullptr, head_dim});
+}
 
 template <class A, class X>
 void norm_rows(const A *x, const A *weight, X *out, int begin, int end, int dim, float eps) {
@@ -398,34 +489,36 @@ void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
 
 // This thread's part of storing the new keys and values and of rotating the queries, which also
 // get the factor of softmax(q kᵀ / sqrt(head_dim)) and that from e to powers of 2.
-template <class A, class T>
-void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, float *rotated,
-                 A *cache_k, A *cache_v) {
+template <class T, class Q, class C>
+void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
+                 Cache<C> keys, Cache<C> values) {
     const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
     const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
     Share mine = share(b.all() * heads);
     for (int i = mine.begin; i < mine.end; i++) {
         size_t m = i / heads;
-        int head = i % heads, position = b.position(m);
+        int head = i % heads;
         const float *cis = b.freqs_cis + (b.alike ? m % b.tokens : m) * hd;
         if (head < s.n_heads) {
             size_t at = (m * s.n_heads + head) * hd;
             rotate(q + at, rotated + at, cis, hd, scale);
         } else {
             head -= s.n_heads;
-            size_t from = (m * s.n_kv_heads + head) * hd;
-            size_t to = m / b.tokens * b.per_row + head * b.per_head + size_t(position) * hd;
-            rotate(k + from, cache_k + to, cis, hd, 1.0f);
-            for (int d = 0; d < hd; d += LANES) store(cache_v + to + d, load(v + from + d));
+            size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(m, head) + b.position(m);
+            alignas(64) float x[MAX_HEAD];
+            rotate(k + at, x, cis, hd, 1.0f);
+            keys.set(row, x);
+            for (int d = 0; d < hd; d += LANES) store(x + d, load(v + at + d));
+            values.set(row, x);
         }
     }
 }
 
 // Few tokens: each chunk of each row's keys is a thing to do, so that threads share a long context.
 // partial: per token, head and chunk the sum (head_dim) and its largest and total.
-template <class A, class X>
-void attend_few(const Shape &s, const Batch &b, const float *q, const A *k, const A *v,
-                float *partial, X *out) {
+template <class A, class C, class X>
+void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
+                const Cache<C> &k, const Cache<C> &v, float *partial, X *out) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     int longest = 0;
     for (int m = 0; m < b.all(); m++) longest = std::max(longest, b.position(m) + 1);
@@ -438,7 +531,7 @@ void attend_few(const Shape &s, const Batch &b, const float *q, const A *k, cons
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
         int end = std::min((chunk + 1) * CHUNK, b.position(m) + 1);
         if (chunk * CHUNK >= end) continue;
-        const float *queries[QUERIES];
+        const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part parts[QUERIES];
         for (int g = 0; g < group; g++) {
@@ -448,8 +541,7 @@ void attend_few(const Shape &s, const Batch &b, const float *q, const A *k, cons
             seen[g] = end;
             parts[g] = {-INFINITY, 0, p};
         }
-        size_t from = m / b.tokens * b.per_row + kv * b.per_head;
-        attend_chunk(queries, seen, parts, group, k + from, v + from, chunk * CHUNK, end, hd);
+        attend_chunk<A>(queries, seen, parts, group, k, v, b.head(m, kv), chunk * CHUNK, end);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -471,8 +563,9 @@ void attend_few(const Shape &s, const Batch &b, const float *q, const A *k, cons
 }
 
 // Many tokens: neighbours in a row, which see almost the same keys, are done together.
-template <class A, class X>
-void attend_many(const Shape &s, const Batch &b, const float *q, const A *k, const A *v, X *out) {
+template <class A, class C, class X>
+void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
+                 const Cache<C> &k, const Cache<C> &v, X *out) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     const int run = std::max(1, QUERIES / group), runs = (b.tokens + run - 1) / run;
     static thread_local float sums[2][QUERIES * MAX_HEAD];
@@ -480,7 +573,7 @@ void attend_many(const Shape &s, const Batch &b, const float *q, const A *k, con
     for (int i = b.rows * runs * s.n_kv_heads - 1; i >= 0; i--) {  // the last see most: first
         int kv = i % s.n_kv_heads, row = i / s.n_kv_heads % b.rows;
         int begin = i / s.n_kv_heads / b.rows * run, n = std::min(run, b.tokens - begin) * group;
-        const float *queries[QUERIES];
+        const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part whole[QUERIES], parts[QUERIES];
         size_t places[QUERIES];
@@ -492,14 +585,13 @@ void attend_many(const Shape &s, const Batch &b, const float *q, const A *k, con
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        size_t from = row * b.per_row + kv * b.per_head;
         for (int first = 0; first < seen[n - 1]; first += CHUNK) {
             for (int j = 0; j < n; j++) {
                 parts[j] = {-INFINITY, 0, sums[1] + j * hd};
                 memset(parts[j].out, 0, hd * sizeof(float));
             }
             int end = std::min(first + CHUNK, seen[n - 1]);
-            attend_chunk(queries, seen, parts, n, k + from, v + from, first, end, hd);
+            attend_chunk<A>(queries, seen, parts, n, k, v, b.head(row * b.tokens, kv), first, end);
             for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)
@@ -523,7 +615,7 @@ template <class A> void add_columns(A *h, const float *y, int tokens, Share colu
 
 struct Scratch {
     float *q, *k, *v, *gate, *up, *sum, *partial;
-    void *x;
+    void *rotated, *x;
 };
 
 enum Part_ : int32_t { ATTENTION = 1, FEED_FORWARD = 2, ADD = 4 };
@@ -539,16 +631,18 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
         const Layer &layer = layers[i];
         Share tokens = share(M);
         if (parts & ATTENTION) {
-            A *k = (A *)b.k + i * b.per_layer, *v = (A *)b.v + i * b.per_layer;
             norm_rows(h, (const A *)layer.attention_norm, x, tokens.begin, tokens.end, s.dim, s.eps);
 #pragma omp barrier
             multiply<Dot>(layer.wq, x, M, z.q);
             multiply<Dot>(layer.wk, x, M, z.k);
             multiply<Dot>(layer.wv, x, M, z.v);
 #pragma omp barrier
-            enter_cache(s, b, z.q, z.k, z.v, z.q, k, v);
+            with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
+                auto *rotated = (typename Words<A>::Value *)z.rotated;
+                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values);
 #pragma omp barrier
-            attend_few(s, b, z.q, k, v, z.partial, x);
+                attend_few<A>(s, b, rotated, keys, values, z.partial, x);
+            });
 #pragma omp barrier
             Share mine = multiply<Dot>(layer.wo, x, M, z.sum);
             if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
@@ -603,14 +697,14 @@ template <class A> void dequantize_any(const Weight &w, A *out) {
 
 template <class A>
 void attention_of(const Shape &s, const Batch &b, int layer, const void *q, const void *k,
-                  const void *v, float *rotated, void *out, int threads) {
-    A *cache_k = (A *)b.k + layer * b.per_layer, *cache_v = (A *)b.v + layer * b.per_layer;
+                  const void *v, void *rotated, void *out, int threads) {
 #pragma omp parallel num_threads(threads)
-    {
-        enter_cache(s, b, (const A *)q, (const A *)k, (const A *)v, rotated, cache_k, cache_v);
+    with_cache<A>(b, layer, s.head_dim, [&](auto keys, auto values) {
+        auto *turned = (typename Words<A>::Value *)rotated;
+        enter_cache(s, b, (const A *)q, (const A *)k, (const A *)v, turned, keys, values);
 #pragma omp barrier
-        attend_many(s, b, rotated, cache_k, cache_v, (A *)out);
-    }
+        attend_many<A>(s, b, turned, keys, values, (A *)out);
+    });
 }
 
 }  // namespace
@@ -659,7 +753,7 @@ void norm(int32_t is_bf16, const void *x, const void *weight, void *out, int32_t
 }
 
 void attention(int32_t is_bf16, const Shape *s, const Batch *b, int32_t layer, const void *q,
-               const void *k, const void *v, float *rotated, void *out, int32_t threads) {
+               const void *k, const void *v, void *rotated, void *out, int32_t threads) {
     if (is_bf16) attention_of<bf16>(*s, *b, layer, q, k, v, rotated, out, threads);
     else attention_of<float>(*s, *b, layer, q, k, v, rotated, out, threads);
 }

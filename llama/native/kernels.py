@@ -53,6 +53,8 @@ class Batch(ctypes.Structure):
         ("freqs_cis", Pointer),
         ("k", Pointer),
         ("v", Pointer),
+        ("k_scale", Pointer),
+        ("v_scale", Pointer),
         ("per_layer", ctypes.c_int64),
         ("per_row", ctypes.c_int64),
         ("per_head", ctypes.c_int64),
@@ -60,7 +62,9 @@ class Batch(ctypes.Structure):
 
 
 class Scratch(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "x")]
+    _fields_ = [
+        (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated", "x")
+    ]
 
 
 ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
@@ -99,6 +103,7 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     flags = ["-std=c++17", "-O3", native, "-fopenmp", "-shared", "-fPIC"]
+    flags += os.environ.get("CXXFLAGS", "").split()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key = "\n".join([SOURCE.read_text(), compiler, version, *flags, _processor()])
     path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

@@ -6,7 +6,7 @@ aten), which are bound by arithmetic, and the kernels do what stands between the
 """
 
 from ctypes import byref, c_float
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,11 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import nn
 
 from llama import parallel
-from llama.cache import KVCache
+from llama.cache import Int8KVCache, KVCache
 from llama.model import ModelArgs, RMSNorm, Transformer, TransformerBlock
 from llama.native import kernels
 from llama.native.kernels import ADD, ATTENTION, FEED_FORWARD, address
-from llama.quantize import Blocks, QuantizedLinear
+from llama.quantize import Blocks, QuantizedEmbedding, QuantizedLinear
 
 FEW = 32  # tokens: up to here a weight is read once for all of them, and decoded in registers
 CHUNK = 512  # keys that are summed up on their own; as in kernels.cpp
@@ -60,6 +60,8 @@ def swap(model: Transformer) -> Transformer:
     model.requires_grad_(False)
     work = Workspace()
     model.layers = nn.ModuleList([NativeLayers(list(model.layers), args, work)])  # type: ignore[arg-type]
+    if world == 1:
+        model.tok_embeddings = NativeEmbedding(model.tok_embeddings)  # type: ignore[assignment]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     model.output = NativeOutput(model.output, work)
     return model
@@ -107,6 +109,25 @@ class Matrix:
         return F.linear(x, dense.view(self.rows, self.cols))
 
 
+class NativeEmbedding(nn.Module):
+    """The embedding, on one rank."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.embedding = embedding  # owns the weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.embedding, QuantizedEmbedding):
+            return F.embedding(tokens, self.embedding.weight)  # type: ignore[arg-type]
+        blocks, dtype = self.embedding.blocks, self.embedding.dtype
+        found = Blocks(blocks.data.index_select(0, tokens.flatten()), blocks.kind)
+        out = torch.empty(*tokens.shape, blocks.shape[1], dtype=dtype)
+        weight = kernels.Weight(found.data.data_ptr(), kernels.KINDS[found.kind], *found.shape)
+        threads = min(torch.get_num_threads(), len(found.data))
+        kernels.library().dequantize(dtype == torch.bfloat16, byref(weight), address(out), threads)
+        return out
+
+
 class NativeNorm(nn.Module):
     """RMSNorm in one pass."""
 
@@ -142,7 +163,7 @@ class NativeOutput(nn.Module):
             x.dtype == torch.bfloat16, byref(matrix.struct), address(x), tokens, address(out),
             address(self._work.take("x", tokens * matrix.cols)), torch.get_num_threads(),
         )  # fmt: skip
-        return gather_from_model_parallel_region(out)
+        return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
 
 
 class NativeLayers(nn.Module):
@@ -165,6 +186,7 @@ class NativeLayers(nn.Module):
         attention = blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self._dim, self._hidden_dim = args.dim, self._matrices[0]["w1"].rows
+        self._scratch_for: Tuple[Any, Any, Dict[str, torch.Tensor]] = (None, None, {})
         self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
         self._layers = (kernels.Layer * len(blocks))(
             *(
@@ -191,14 +213,18 @@ class NativeLayers(nn.Module):
         """
         B, T, _ = x.shape
         _, kv_heads, head_dim = self._heads
+        k_scale = v_scale = 0
         if cache is None:  # each layer's keys and values, for itself
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
             k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self.blocks), *[-1] * 4)
         else:
             k, v = cache.k, cache.v
+            if isinstance(cache, Int8KVCache):
+                k_scale, v_scale = cache.k_scale.data_ptr(), cache.v_scale.data_ptr()
+        strides = [k.stride(axis) // head_dim for axis in (0, 1, 2)]
         batch = kernels.Batch(
             B, T, len(positions) == 1, positions.data_ptr(), freqs_cis.data_ptr(),
-            k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), k.stride(2),
+            k.data_ptr(), v.data_ptr(), k_scale, v_scale, *strides,
         )  # fmt: skip
         x = x.clone(memory_format=torch.contiguous_format)
         if B * T > FEW:
@@ -208,20 +234,30 @@ class NativeLayers(nn.Module):
         longest = T if cache is None else max(cache.lengths)
         return self._few(x, batch, longest)
 
-    def _few(self, h: torch.Tensor, batch: kernels.Batch, longest: int) -> torch.Tensor:
+    def _scratch(self, M: int, chunks: int) -> kernels.Scratch:
+        """Where a step of M tokens keeps what lives within a layer."""
+        if self._scratch_for[0] == (M, chunks):
+            return self._scratch_for[1]
         heads, kv_heads, head_dim = self._heads
-        M, take = batch.rows * batch.tokens, self._work.take
-        total = take("sum", M * self._dim)
-        scratch = kernels.Scratch(
-            take("q", M * heads * head_dim).data_ptr(),
-            take("k", M * kv_heads * head_dim).data_ptr(),
-            take("v", M * kv_heads * head_dim).data_ptr(),
-            take("gate", M * self._hidden_dim).data_ptr(),
-            take("up", M * self._hidden_dim).data_ptr(),
-            total.data_ptr(),
-            take("partial", M * heads * -(-longest // CHUNK) * (head_dim + 2)).data_ptr(),
-            take("x", M * max(self._dim, self._hidden_dim, heads * head_dim)).data_ptr(),
-        )
+        sizes = {
+            "q": M * heads * head_dim,
+            "k": M * kv_heads * head_dim,
+            "v": M * kv_heads * head_dim,
+            "gate": M * self._hidden_dim,
+            "up": M * self._hidden_dim,
+            "sum": M * self._dim,
+            "partial": M * heads * chunks * (head_dim + 2),
+            "rotated": M * heads * head_dim,
+            "x": M * max(self._dim, self._hidden_dim, heads * head_dim),
+        }
+        tensors = {name: torch.empty(n) for name, n in sizes.items()}
+        scratch = kernels.Scratch(*(tensor.data_ptr() for tensor in tensors.values()))
+        self._scratch_for = (M, chunks), scratch, tensors
+        return scratch
+
+    def _few(self, h: torch.Tensor, batch: kernels.Batch, longest: int) -> torch.Tensor:
+        scratch = self._scratch(batch.rows * batch.tokens, -(-longest // CHUNK))
+        total = self._scratch_for[2]["sum"]
 
         def step(first: int, count: int, parts: int) -> None:
             kernels.library().step(
@@ -252,7 +288,7 @@ class NativeLayers(nn.Module):
         out = torch.empty_like(q)
         library.attention(
             is_bf16, byref(self._shape), byref(batch), layer, address(q), address(k), address(v),
-            address(self._work.take("q", q.numel())), address(out), threads,
+            address(self._work.take("rotated", q.numel())), address(out), threads,
         )  # fmt: skip
         h += self._sum(matrices["wo"].times(out))
 

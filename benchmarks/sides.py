@@ -1,0 +1,273 @@
+"""Who is compared: this code, transformers, llama.cpp, each in a process of its own.
+
+    python -m benchmarks.sides KIND PATH DTYPE THREADS      (benchmarks.peers starts these)
+
+A side reads one line of JSON per task, {"prompts": [[id, ...], ...], "n": new tokens of each}, and
+answers with one: {"first": seconds until the first token of all, "rest": seconds from there to the
+last, "tokens": the new ids}. It sleeps in between, so that no two sides compute at a time, and all
+have the same number of threads.
+
+DTYPE is what the side computes with: fp32 or bf16; for this code also int8 or int4, with
+activations of bf16, and each of them with `compile=True` unless it begins with "eager-". For
+llama.cpp the file says it.
+"""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+from urllib.parse import urlparse
+
+Tokens = List[List[int]]
+Answer = Dict[str, Any]
+
+ROWS, CONTEXT = 16, 2176
+
+
+class Ours:
+    def __init__(self, path: Path, dtype: str, threads: int):
+        import torch
+
+        from llama import Llama
+
+        torch.set_num_threads(threads)
+        compile = not dtype.startswith("eager-")
+        dtype = dtype.removeprefix("eager-")
+        quantize: Any = dtype if dtype.startswith("int") else None
+        self._llama = Llama.build(
+            path, max_seq_len=CONTEXT, max_batch_size=ROWS, device="cpu",
+            dtype="bf16" if quantize else dtype, quantize=quantize, compile=compile,
+        )  # fmt: skip
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        times = [time.perf_counter()]
+
+        def tick() -> bool:  # called as a token of each row has been drawn
+            times.append(time.perf_counter())
+            return False
+
+        tokens, _ = self._llama.generate(
+            prompts, n, temperature=0, stop_tokens=set(), should_stop=tick
+        )
+        return {"first": times[1] - times[0], "rest": times[-1] - times[1], "tokens": tokens}
+
+
+class Transformers:
+    def __init__(self, path: Path, dtype: str, threads: int):
+        import torch
+        from transformers import LlamaForCausalLM
+
+        torch.set_num_threads(threads)
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
+        self._model: Any = model.eval()
+        self._model.generation_config.eos_token_id = None  # nothing ends a row early
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        mask = (torch.arange(width) >= width - lengths[:, None]).long()
+        times = [time.perf_counter()]
+
+        def tick(ids: Any, scores: Any, **_: Any) -> Any:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids, attention_mask=mask, do_sample=False, min_new_tokens=n, max_new_tokens=n,
+                pad_token_id=0, stopping_criteria=[tick],
+            )  # fmt: skip
+        tokens = out[:, width:].tolist()
+        return {"first": times[1] - times[0], "rest": times[-1] - times[1], "tokens": tokens}
+
+
+class LlamaCpp:
+    """Its server, from the wheel of xllamacpp, in this process; timings of one prompt are its own.
+
+    Each number of parallel sequences that is asked for gets a server, with as much context for
+    each as the others have; all but the one in use are idle.
+    """
+
+    def __init__(self, path: Path, dtype: str, threads: int):
+        self._path, self._threads = path, threads
+        self._servers: Dict[int, Any] = {}
+        self._server(1)
+
+    def _server(self, slots: int) -> Any:
+        import xllamacpp
+
+        if slots not in self._servers:
+            params = xllamacpp.CommonParams()
+            params.model.path = str(self._path)
+            params.n_ctx, params.n_parallel, params.kv_unified = CONTEXT * slots, slots, False
+            params.warmup, params.verbosity = False, 0
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
+            self._servers[slots] = xllamacpp.Server(params)
+        return self._servers[slots]
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        server = self._server(len(prompts))
+
+        def one(prompt: Sequence[int]) -> Dict[str, Any]:
+            connection = http.client.HTTPConnection(urlparse(server.listening_address).netloc)
+            body = {
+                "prompt": list(prompt), "temperature": 0, "n_predict": n, "cache_prompt": False,
+                "return_tokens": True, "ignore_eos": True,
+            }  # fmt: skip
+            connection.request("POST", "/completion", json.dumps(body))
+            return json.loads(connection.getresponse().read())
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(one, prompts))
+        whole = time.perf_counter() - start
+        first = answers[0]["timings"]["prompt_ms"] / 1e3
+        rest = answers[0]["timings"]["predicted_ms"] / 1e3
+        if len(prompts) > 1:
+            first, rest = whole, 0.0  # sequences begin and end as they come
+        return {"first": first, "rest": rest, "tokens": [answer["tokens"] for answer in answers]}
+
+
+class CompiledLlamaCpp:
+    """The library, by way of llama-cpp-python, so that it can be compiled for the machine."""
+
+    BATCH = 2048
+
+    def __init__(self, path: Path, dtype: str, threads: int):
+        import llama_cpp
+
+        self._cpp: Any = llama_cpp
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        self._batch = llama_cpp.llama_batch_init(self.BATCH, 0, 1)
+        self._threads = threads
+        self._contexts: Dict[int, Any] = {}
+
+    def _context(self, rows: int) -> Any:
+        if rows not in self._contexts:
+            params = self._cpp.llama_context_default_params()
+            params.n_ctx, params.n_seq_max = CONTEXT * rows, rows
+            params.n_batch, params.n_ubatch = self.BATCH, 512
+            params.n_threads = params.n_threads_batch = self._threads
+            self._contexts[rows] = self._cpp.llama_init_from_model(self._model, params)
+        return self._contexts[rows]
+
+    def _decode(self, context: Any, fed: List[Tuple[int, int, int, bool]]) -> List[int]:
+        """(row, position, token, whether to go on from it) of each; the next tokens of those."""
+        import numpy as np
+
+        found = []
+        for begin in range(0, len(fed), self.BATCH):
+            part, batch = fed[begin : begin + self.BATCH], self._batch
+            batch.n_tokens = len(part)
+            for i, (row, position, token, last) in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, last
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            if self._cpp.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+            for i in [i for i, (*_, last) in enumerate(part) if last]:
+                logits = self._cpp.llama_get_logits_ith(context, i)
+                found.append(int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax()))
+        return found
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        context = self._context(len(prompts))
+        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(context), True)
+        times, places = [time.perf_counter()], list(map(len, prompts))
+        fed = [
+            (row, i, token, i == len(prompt) - 1)
+            for row, prompt in enumerate(prompts)
+            for i, token in enumerate(prompt)
+        ]
+        rows: Tokens = [[] for _ in prompts]
+        for step in range(n):
+            for row, token in zip(rows, self._decode(context, fed), strict=True):
+                row.append(token)
+            times.append(time.perf_counter())
+            fed = [(i, places[i] + step, row[-1], True) for i, row in enumerate(rows)]
+        return {"first": times[1] - times[0], "rest": times[-1] - times[1], "tokens": rows}
+
+
+class Limit:
+    """What the machine can do at best: bytes read, and products of bf16 (fp32) matrices."""
+
+    def __init__(self, path: Path, dtype: str, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self._large = torch.ones(1 << 27)  # 512 MB: no cache holds it
+        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self._square = torch.ones(2048, 2048, dtype=kind)
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        seconds = []
+        for work in (self._large.sum, lambda: self._square @ self._square):
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            seconds.append(min(times))
+        return {
+            "bytes_per_s": self._large.nbytes / seconds[0],
+            "flop_per_s": 2 * 2048**3 / seconds[1],
+        }
+
+
+SIDES: Dict[str, Any] = {
+    "llama": Ours,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "llama.cpp compiled": CompiledLlamaCpp,
+    "limit": Limit,
+}
+
+
+class Side:
+    """A side's process, from the one that compares."""
+
+    def __init__(self, kind: str, path: Path, dtype: str, threads: int):
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.sides", kind, str(path), dtype, str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+
+    def run(self, prompts: Tokens, n: int) -> Answer:
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps({"prompts": prompts, "n": n}), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args!r}: ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")  # what a library prints must not get in between
+    os.dup2(2, 1)
+    kind, path, dtype, threads = sys.argv[1:]
+    side = SIDES[kind](Path(path), dtype, int(threads))
+    for line in sys.stdin:
+        print(json.dumps(side.run(**json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
