@@ -2,9 +2,11 @@
 
     python -m benchmarks.loading KIND PATH DTYPE      prints one line of JSON
 
-KIND: `load` (checkpoint.open and checkpoint.load), `build` (Llama.build, the tokenizer included),
-`transformers` (from_pretrained, with gguf_file for a .gguf), or `write`, which makes a random
-checkpoint of Llama 3.2 1B's shape in Meta's format, at model-parallel sizes 1 and 2, below PATH.
+KIND: `first int4`, `first transformers`, `first llama.cpp` (or `first llama.cpp compiled`: see
+benchmarks.sides), from a .gguf file to the first token of a prompt of 5; `load` (checkpoint.open
+and checkpoint.load), `build` (Llama.build, the tokenizer included), `transformers`
+(from_pretrained, with gguf_file for a .gguf), or `write`, which makes a random checkpoint of Llama
+3.2 1B's shape in Meta's format, at model-parallel sizes 1 and 2, below PATH.
 """
 
 import json
@@ -12,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Dict
 
@@ -40,6 +43,8 @@ def resident(key: str) -> float:
 
 
 def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
+    if kind.startswith("first "):
+        return first(kind.removeprefix("first "), path)
     start = time.perf_counter()
     import torch
 
@@ -70,6 +75,30 @@ def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
         "rss_before_mb": before,
         "rss_peak_mb": resident("VmHWM"),
         "weights_mb": sum(weight.nbytes for weight in model.parameters()) / 1e6,
+    }
+
+
+def first(kind: str, path: Path) -> Dict[str, float]:
+    """One of benchmarks.sides, up to its first token; memory is given with and without imports."""
+    from benchmarks.sides import SIDES
+
+    start, threads = time.perf_counter(), len(os.sched_getaffinity(0))
+    modules = {
+        "int4": ["llama.generation", "llama.checkpoint.gguf"],
+        "transformers": ["torch", "transformers.models.llama"],
+    }
+    for name in modules.get(kind, ["llama_cpp" if "compiled" in kind else "xllamacpp", "numpy"]):
+        import_module(name)
+    imported, before = time.perf_counter(), resident("VmRSS")
+    side, dtype = ("llama", "int4") if kind == "int4" else (kind, "bf16")
+    answer = SIDES[side](path, dtype, threads, rows=1).run([[1, 2, 3, 4, 5]], 1)
+    assert len(answer["tokens"][0]) == 1
+    return {
+        "import_s": imported - start,
+        "load_s": time.perf_counter() - imported,
+        "rss_before_mb": before,
+        "rss_peak_mb": resident("VmHWM"),
+        "weights_mb": path.stat().st_size / 1e6,
     }
 
 

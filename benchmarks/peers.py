@@ -257,7 +257,7 @@ def weights_bytes(path: Path, dtype: str) -> float:
     return total
 
 
-def compare_loading(path: Path, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
+def compare_loading(path: Path, peer: str, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
     figures: Dict[str, Dict[str, float]] = {}
 
     def report(name: str, kind: str, path: Path, dtype: str, rounds: int) -> None:
@@ -265,14 +265,21 @@ def compare_loading(path: Path, rounds: int, quick: bool) -> Dict[str, Dict[str,
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         row["mb_s"] = row["weights_mb"] / row["load_s"]
         row["allowed_mb"] = 1.3 * row["weights_mb"] + 300
+        row["own_mb"] = row["rss_peak_mb"] - row["rss_before_mb"]  # without what imports took
         figures[name] = row
         print(
-            f"{name:<22}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
+            f"{name:<34}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
             f"{row['weights_mb']:>9.0f}{row['rss_before_mb']:>9.0f}{row['rss_peak_mb']:>9.0f}"
             f"{row['allowed_mb']:>9.0f}",
             flush=True,
         )
 
+    for side in ("int4", "transformers", peer):
+        report(f"gguf, first: {side}", f"first {side}", path, "", 1 if quick else rounds)
+    ours, others = "gguf, first: int4", ("gguf, first: transformers", f"gguf, first: {peer}")
+    for other in others:
+        for key in ("load_s", "own_mb"):
+            figures[other][f"ours_{key}_ratio"] = figures[ours][key] / figures[other][key]
     report("gguf: open + load", "load", path, "fp32", rounds)
     report("gguf: Llama.build", "build", path, "fp32", rounds)
     report("gguf: transformers", "transformers", path, "fp32", 1)
@@ -383,8 +390,8 @@ def main(
     text = []
     if only in (None, "load"):
         columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
-        print(f"\nload                  {columns}")
-        results["load"] = compare_loading(source.path, min(rounds, 3), quick)
+        print(f"\n{'load':<34}{columns}")
+        results["load"] = compare_loading(source.path, peer, rounds, quick)
         print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
     chosen = [c for c in cases(source.args.vocab_size, quick) if only in (None, c.group)]
     if chosen:

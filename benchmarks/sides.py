@@ -30,7 +30,7 @@ ROWS, CONTEXT = 16, 2176
 
 
 class Ours:
-    def __init__(self, path: Path, dtype: str, threads: int):
+    def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         import torch
 
         from llama import Llama
@@ -40,7 +40,7 @@ class Ours:
         dtype = dtype.removeprefix("eager-")
         quantize: Any = dtype if dtype.startswith("int") else None
         self._llama = Llama.build(
-            path, max_seq_len=CONTEXT, max_batch_size=ROWS, device="cpu",
+            path, max_seq_len=CONTEXT, max_batch_size=rows, device="cpu",
             dtype="bf16" if quantize else dtype, quantize=quantize, compile=compile,
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, path: Path, dtype: str, threads: int):
+    def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         import torch
         from transformers import LlamaForCausalLM
 
@@ -97,7 +97,7 @@ class LlamaCpp:
     each as the others have; all but the one in use are idle.
     """
 
-    def __init__(self, path: Path, dtype: str, threads: int):
+    def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         self._path, self._threads = path, threads
         self._servers: Dict[int, Any] = {}
         self._server(1)
@@ -142,7 +142,7 @@ class CompiledLlamaCpp:
 
     BATCH = 2048
 
-    def __init__(self, path: Path, dtype: str, threads: int):
+    def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         import llama_cpp
 
         self._cpp: Any = llama_cpp
@@ -204,7 +204,7 @@ class CompiledLlamaCpp:
 class Limit:
     """What the machine can do at best: bytes read, and products of bf16 (fp32) matrices."""
 
-    def __init__(self, path: Path, dtype: str, threads: int):
+    def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         import torch
 
         torch.set_num_threads(threads)

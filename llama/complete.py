@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
 
 from tqdm import tqdm
 
@@ -41,6 +41,9 @@ def complete(
     max_batch_size: int = 8,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[Literal["int8", "int4"]] = None,
+    kv_cache: Optional[Literal["int8"]] = None,
+    compile: bool = False,
 ) -> None:
     """Continue a text, and print what follows; or all the texts of a JSONL file, into another.
 
@@ -73,6 +76,9 @@ def complete(
         max_batch_size: texts, or samples of them, continued at once.
         device: cuda, mps or cpu.
         dtype: bf16, fp16 or fp32.
+        quantize: int8 or int4, for weights of 8 or 4 bits.
+        kv_cache: int8, for a cache of half the size.
+        compile: compute much faster, for some seconds once (CPU).
 
     Raises:
         ValueError: options that don't go together or are out of range; a broken line, by file and
@@ -97,6 +103,7 @@ def complete(
     build: Dict[str, Any] = {
         "ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len,
         "max_batch_size": max_batch_size, "device": device, "dtype": dtype,
+        "quantize": quantize, "kv_cache": kv_cache, "compile": compile,
     }  # fmt: skip
     sampling: Dict[str, Any] = {"max_gen_len": max_gen_len, "params": params, "n": n}
     sampling["stop"] = _stops(stop) + ([few_shot.stop] if few_shot else [])

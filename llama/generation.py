@@ -149,6 +149,8 @@ class Llama:
                 f"{tokenizer_path} has {tokenizer.n_words} tokens and the model in {ckpt_dir} "
                 f"knows {args.vocab_size}: they don't belong together"
             )
+        if compile:
+            native.check(args, torch_device, torch_dtype)
         model = Transformer(args, device="meta")
         if quantize is None:
             checkpoint.load(source, model, dtype=torch_dtype, device=torch_device)

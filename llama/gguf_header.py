@@ -7,8 +7,9 @@ still does the dequantizing. A leaf of this project, since both weights and toke
 
 import mmap
 import struct
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 MAGIC = b"GGUF"
 _SCALARS = {
@@ -46,6 +47,12 @@ def read_header(path: str | Path) -> Header:
         ValueError: no GGUF file, of a version other than 2 or 3, or one that is cut off.
     """
     path = Path(path)
+    file = path.stat()
+    return _read_header(path, file.st_size, file.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # weights and vocabulary are read one after the other
+def _read_header(path: Path, size: int, modified: int) -> Header:
     if not is_gguf(path):
         raise ValueError(f"{path} isn't a GGUF file: it doesn't begin with {MAGIC!r}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -84,6 +91,20 @@ class _Parser:
         self.at += length
         return raw.decode("utf-8")
 
+    def strings(self, n: int) -> List[str]:
+        """As `string`, n times: a vocabulary's hundred thousand shouldn't take a second."""
+        data, at, size, unpack = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(n):
+            (length,) = unpack(data, at)
+            at += 8
+            if length > min(size - at, _MAX_LENGTH):
+                raise struct.error(f"a string of {length} bytes at {at}")
+            found.append(data[at : at + length])
+            at += length
+        self.at = at
+        return [raw.decode("utf-8") for raw in found]
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
@@ -94,6 +115,8 @@ class _Parser:
             raise struct.error(f"an array of {length} values at {self.at}")
         if kind in _SCALARS:
             return list(self.scalars(f"{length}{_SCALARS[kind]}"))
+        if kind == _STRING:
+            return self.strings(length)
         return [self.value(kind) for _ in range(length)]
 
     def header(self) -> Header:

@@ -2,7 +2,7 @@
 
 import json as jsonlib
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from llama import parallel
 from llama.generation import Llama
@@ -19,6 +19,9 @@ def score(
     tokenizer_path: Optional[str] = None,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[Literal["int8", "int4"]] = None,
+    kv_cache: Optional[Literal["int8"]] = None,
+    compile: bool = False,
     json: bool = False,
 ) -> None:
     """Print the tokens, total log-probability (natural) and perplexity of each text.
@@ -36,6 +39,9 @@ def score(
         tokenizer_path: by default what is found with the checkpoint.
         device: cuda, mps or cpu.
         dtype: bf16, fp16 or fp32.
+        quantize: int8 or int4, for weights of 8 or 4 bits.
+        kv_cache: int8, for a cache of half the size.
+        compile: compute much faster, for some seconds once (CPU).
         json: one JSON object per text: name, tokens, logprob, perplexity.
     """
     if not files and jsonl is None:
@@ -44,7 +50,15 @@ def score(
     texts = [[(file, read_text(Path(file)))] for file in files]
     texts += [read_lines(Path(jsonl))] if jsonl is not None else []
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, batch_size, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        batch_size,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache=kv_cache,
+        compile=compile,
     )
     for named in texts:
         found = perplexities(
@@ -66,6 +80,9 @@ def evaluate(
     tokenizer_path: Optional[str] = None,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[Literal["int8", "int4"]] = None,
+    kv_cache: Optional[Literal["int8"]] = None,
+    compile: bool = False,
     json: bool = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness and print its table of results.
@@ -83,6 +100,9 @@ def evaluate(
         tokenizer_path: by default what is found with the checkpoint.
         device: cuda, mps or cpu.
         dtype: bf16, fp16 or fp32.
+        quantize: int8 or int4, for weights of 8 or 4 bits.
+        kv_cache: int8, for a cache of half the size.
+        compile: compute much faster, for some seconds once (CPU).
         json: the harness's results as one JSON object, in place of the table.
 
     Raises:
@@ -99,7 +119,15 @@ def evaluate(
             "there are, and include_path adds your own"
         )
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, batch_size, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        batch_size,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache=kv_cache,
+        compile=compile,
     )
     results = evaluation.lm_eval.simple_evaluate(
         evaluation.HarnessModel(llama), tasks=names, num_fewshot=num_fewshot, limit=limit,

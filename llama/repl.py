@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
 
 from llama import parallel
 from llama.chat import Message, check_dialog, content_of
@@ -343,6 +343,9 @@ def chat(
     seed: int = 1,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[Literal["int8", "int4"]] = None,
+    kv_cache: Optional[Literal["int8"]] = None,
+    compile: bool = False,
     history: Optional[str] = None,
 ) -> None:
     """Talk with a model. /help lists the commands. In a pipe, each line is a message.
@@ -358,6 +361,9 @@ def chat(
         seed: of the random numbers for sampling.
         device: cuda, mps or cpu; by default the first of these that there is.
         dtype: bf16, fp16 or fp32; by default bf16 where the hardware has it.
+        quantize: int8 or int4, for weights of 8 or 4 bits.
+        kv_cache: int8, for a cache of half the size.
+        compile: compute much faster, for some seconds once (CPU).
         history: file of the lines you typed; by default ~/.local/state/llama/history.
 
     Raises:
@@ -375,7 +381,16 @@ def chat(
     if not parallel.is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache=kv_cache,
+        compile=compile,
     )
     session = Session(llama, params, system, max_gen_len, parallel.broadcast_object)
     if not parallel.is_rank_zero():

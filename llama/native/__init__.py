@@ -1,5 +1,5 @@
 """The CPU's own kernels, and the layers that compute through them (`swap`)."""
 
-from llama.native.layers import swap
+from llama.native.layers import check, swap
 
-__all__ = ["swap"]
+__all__ = ["check", "swap"]

@@ -287,6 +287,11 @@ template <class C> struct Cache {
         else
             return load(values + row * head_dim + d);
     }
+    uvec upper(size_t row, int d) const {  // as bf16, in the upper half of what is otherwise rest
+        if constexpr (std::is_same<C, bf16>::value)
+            return __builtin_convertvector(read<shorts>(values + row * head_dim + d), uvec) << 16;
+        return rounded(at(row, d));
+    }
     // 16 words of a row, and words of neighbours in two rows (one, if a word is one value).
     template <class A> vec along(size_t row, int word) const {
         if constexpr (Words<A>::PER == 1) return at(row, word);
@@ -299,8 +304,8 @@ template <class C> struct Cache {
     }
     template <class A> vec across(size_t row, bool next, int d) const {
         if constexpr (Words<A>::PER == 1) return at(row, d);
-        uvec words = rounded(at(row, d)) >> 16;
-        if (next) words |= rounded(at(row + 1, d)) & 0xffff0000;
+        uvec words = upper(row, d) >> 16;
+        if (next) words |= upper(row + 1, d) & 0xffff0000;
         return read<vec>(&words);
     }
     void set(size_t row, const float *x) {

@@ -174,32 +174,38 @@ def build(
     special = {token: i for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)}
     ranks: Dict[bytes, int] = {}
 
-    def add(token: str) -> None:
+    # Characters of the alphabet become the bytes they stand for, any other what isn't a byte.
+    table = dict.fromkeys(range(256), 256) | {ord(c): byte for c, byte in alphabet.items()}
+
+    def raw_of(token: str) -> bytes:
         try:
-            ranks[bytes(alphabet[c] for c in token)] = ids[token]
-        except KeyError:
+            return token.translate(table).encode("latin-1")
+        except UnicodeEncodeError:
             raise ValueError(f"{path}: {token!r} isn't a token of byte-level BPE") from None
 
     for stand_in in alphabet:
         if stand_in in ids and stand_in not in special:
-            add(stand_in)
+            ranks[raw_of(stand_in)] = ids[stand_in]
     last = -1
     for token in merges:
         if token not in ids:
             raise ValueError(f"{path}: a merge makes {token!r}, which isn't a token")
         if token in special:
             continue  # else ordinary text would become a control token
-        if bytes(alphabet.get(c, 0) for c in token) in ranks:
+        raw = raw_of(token)
+        if raw in ranks:
             continue  # reached by an earlier merge
         if ids[token] < last:
             # tiktoken merges in the order of ids
             raise ValueError(f"{path}: the merge to {token!r} is out of the order of ids")
         last = ids[token]
-        add(token)
+        ranks[raw] = last
     if pre == "llama-bpe":
         for token, i in ids.items():
             if types[i] == NORMAL:
-                add(token)  # Llama 3 takes a whole word that is a token, merges or not
+                ranks[raw_of(token)] = (
+                    i  # Llama 3 takes a whole word that is a token, merges or not
+                )
     # What no merge makes, what is there twice, what is unused.
     encoded = {*ranks.values(), *special.values()}
     decode_only = {i: bytes_of(token) for i, token in enumerate(tokens) if i not in encoded}
