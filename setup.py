@@ -13,7 +13,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama.native": ["kernels.cpp"]},
+    package_data={"llama.native": ["*.cpp", "*.h"]},
     python_requires=">=3.11",
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
     install_requires=[

@@ -19,10 +19,12 @@ What is measured:
               and how fast 2 GB are converted, beside `cp`.
 
 Each side is a process that sleeps unless it is its turn (benchmarks/sides.py); all have as many
-threads. They take turns, A B C A B C, and medians of the rounds are compared: a machine differs
-from hour to hour with heat and neighbours, so only ratios within one run mean something. One of
-those that take turns is the machine itself: how fast it reads memory and multiplies matrices, of
-which `limit` is the share. Ours runs with compile=True; `eager` is without.
+threads. They take turns, A B C A B C, each turn in a new process, and medians of the rounds are
+compared: a machine differs from hour to hour with heat and neighbours, and a process from the next
+with where in memory it lies, so only ratios within one run mean something. One of those that take
+turns is the machine itself: how fast it reads memory and multiplies matrices, of which `limit` is
+the share.
+Ours runs with compile=True; `eager` is without.
 
 llama.cpp is llama-cpp-python if it is installed (CMAKE_ARGS=-DGGML_NATIVE=ON pip install
 llama-cpp-python compiles it for this machine: some minutes), else the ready wheel of xllamacpp,
@@ -38,14 +40,14 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import fire
 import torch
@@ -65,6 +67,11 @@ class Case:
     name: str
     prompts: Tokens
     n: int  # new tokens of each
+
+    def is_for(self, label: str) -> bool:
+        """Not all that is slow and no peer's best is asked everything: a run would take an hour."""
+        slow = label.endswith(("eager", "fp32"))
+        return not slow or (self.group != "batch" and "2048" not in self.name)
 
     def rate(self, answer: Dict[str, float]) -> float:
         """Tokens per second: of the prompt, after the first, or all new ones."""
@@ -144,24 +151,37 @@ RATIOS = [
 ]
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> Dict[str, List[Any]]:
-    """What each side answers, taking turns, after one turn each that isn't counted."""
-    answers: Dict[str, List[Any]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            answer = run()
-            if turn:
-                answers[name].append(answer)
+def take_turns(
+    start: Callable[[str], Any], labels: Sequence[str], chosen: Sequence[Case], rounds: int
+) -> Dict[str, Dict[str, List[Any]]]:
+    """What each side answers to each case, by case and label.
+
+    In a round, every side in turn is started, warmed up, asked all cases, and ended: where in the
+    machine's memory a process happens to lie can be worth half of its speed, and is drawn anew.
+    """
+    answers: Dict[str, Dict[str, List[Any]]] = {case.name: {} for case in chosen}
+    for turn in range(rounds):
+        for label in labels:
+            mine = [case for case in chosen if case.is_for(label)]
+            if not mine:
+                continue
+            began, side = time.perf_counter(), start(label)
+            side.run([[1] * 64], 4)
+            for rows in {len(case.prompts) for case in mine} - {1}:
+                side.run([[1] * 16] * rows, 2)
+            for case in mine:
+                answer = side.run(case.prompts, case.n)
+                answers[case.name].setdefault(label, []).append(answer)
+            side.close()
+            seconds = time.perf_counter() - began
+            print(f"round {turn + 1}: {label}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return answers
 
 
-def compare(
-    sides: Dict[str, Side], case: Case, args: ModelArgs, sizes: Dict[str, float], rounds: int
+def summary(
+    case: Case, answers: Dict[str, List[Any]], args: ModelArgs, sizes: Dict[str, float]
 ) -> Dict[str, Any]:
-    """One case, all sides: rates, and shares of the limit that was measured between them."""
-    answers = alternate(
-        {name: partial(side.run, case.prompts, case.n) for name, side in sides.items()}, rounds
-    )
+    """One case, all sides: rates, and shares of the limit that was measured among them."""
     limit = {
         key: statistics.median(answer[key] for answer in answers["limit"])
         for key in ("bytes_per_s", "flop_per_s")
@@ -173,18 +193,18 @@ def compare(
         for answer in found:
             if [len(row) for row in answer["tokens"]] != [case.n] * len(case.prompts):
                 raise AssertionError(f"{name}, {case.name}: not {case.n} tokens for each prompt")
-        rate = statistics.median(map(case.rate, found))
-        first = statistics.median(answer["first"] for answer in found)
+        rates = sorted(map(case.rate, found))
         rows[name] = {
-            "tok_s": rate,
-            "first_s": first,
-            "limit": rate / case.best(args, sizes[name], limit),
+            "tok_s": statistics.median(rates),
+            "least_tok_s": rates[0],
+            "most_tok_s": rates[-1],
+            "first_s": statistics.median(answer["first"] for answer in found),
+            "limit": statistics.median(rates) / case.best(args, sizes[name], limit),
         }
     return {
         "group": case.group,
         "prompt_lengths": sorted(map(len, case.prompts)),
         "new_tokens": case.n,
-        "load_average": os.getloadavg()[0],
         **limit,
         "sides": rows,
     }
@@ -192,12 +212,12 @@ def compare(
 
 def table(figures: Dict[str, Any]) -> str:
     """Markdown: tokens per second, and the share of the limit in percent."""
-    names = list(next(iter(figures.values()))["sides"])
+    names = list(dict.fromkeys(name for case in figures.values() for name in case["sides"]))
     lines = ["| tok/s (share of the limit) | " + " | ".join(figures) + " |"]
     lines.append("|---" * (len(figures) + 1) + "|")
     for name in names:
-        cells = [figures[case]["sides"][name] for case in figures]
-        shown = [f"{cell['tok_s']:.0f} ({cell['limit']:.0%})" for cell in cells]
+        cells = [case["sides"].get(name) for case in figures.values()]
+        shown = [f"{cell['tok_s']:.0f} ({cell['limit']:.0%})" if cell else "" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     limits = [
         f"{case['bytes_per_s'] / 1e9:.0f} GB/s, {case['flop_per_s'] / 1e12:.2f} TFLOP/s"
@@ -223,6 +243,17 @@ def ratios(figures: Dict[str, Any]) -> List[Dict[str, Any]]:
                           "theirs_tok_s": rows[b]["tok_s"], "ours_limit": rows[a]["limit"],
                           "ratio": rows[a]["tok_s"] / rows[b]["tok_s"]})  # fmt: skip
     return found
+
+
+def table_of_ratios(found: List[Dict[str, Any]]) -> str:
+    """Markdown: tokens per second of both, their ratio, and how near ours is to the limit."""
+    rows = ["| tok/s | ours | theirs | ratio | share of the limit |", "|---|---|---|---|---|"]
+    for r in found:
+        rows.append(
+            f"| {r['what']} | {r['ours_tok_s']:.0f} ({r['ours']}) | {r['theirs_tok_s']:.0f} "
+            f"({r['theirs']}) | **{r['ratio']:.2f}** | {r['ours_limit']:.0%} |"
+        )
+    return "\n".join(rows)
 
 
 def equal_rows(path: Path, threads: int, case: Case) -> int:
@@ -397,34 +428,24 @@ def main(
     if chosen:
         with tempfile.TemporaryDirectory() as directory:
             by_kind = files(source.path, Path(directory))
-            results["generation"] = {}
-            sides = {}
-            for label, kind, file, dtype in [*VARIANTS, LIMIT]:
-                kind = peer if kind == "llama.cpp" else kind
-                sides[label] = Side(kind, by_kind[file], dtype, threads)
             sizes = {label: weights_bytes(by_kind[f], d) for label, _, f, d in VARIANTS}
-            try:
-                for case in chosen:
-                    found = compare(sides, case, source.args, sizes, rounds)
-                    results["generation"][case.name] = found
-                    print(f"\n{case.name}", flush=True)
-                    for name, row in found["sides"].items():
-                        print(f"  {name:<20}{row['tok_s']:>9.1f} tok/s {row['limit']:>6.0%}")
-            finally:
-                for side in sides.values():
-                    side.close()
+            how = {label: rest for label, *rest in [*VARIANTS, LIMIT]}
+
+            def start(label: str) -> Side:
+                kind, file, dtype = how[label]
+                kind = peer if kind == "llama.cpp" else kind
+                return Side(kind, by_kind[file], dtype, threads)
+
+            answers = take_turns(start, list(how), chosen, rounds)
+            results["generation"] = {
+                case.name: summary(case, answers[case.name], source.args, sizes) for case in chosen
+            }
             ragged = [case for case in chosen if case.name == "16 ragged"]
             if ragged:
                 results["equal_rows_fp32"] = equal_rows(source.path, threads, ragged[0])
         text.append(table(results["generation"]))
         results["ratios"] = ratios(results["generation"])
-        rows = ["| | ours | theirs | ratio | share of the limit |", "|---|---|---|---|---|"]
-        for r in results["ratios"]:
-            rows.append(
-                f"| {r['what']} | {r['ours_tok_s']:.0f} ({r['ours']}) | {r['theirs_tok_s']:.0f} "
-                f"({r['theirs']}) | **{r['ratio']:.2f}** | {r['ours_limit']:.0%} |"
-            )
-        text.append("\n".join(rows))
+        text.append(table_of_ratios(results["ratios"]))
         print("\n" + "\n\n".join(text))
     keep(results, text, Path(out))
     print()

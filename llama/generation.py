@@ -19,10 +19,8 @@ from typing import (
 
 import torch
 
-from llama import checkpoint, loop, memory, native, parallel, remote, scoring
-from llama import quantize as quantization
+from llama import checkpoint, loop, memory, parallel, remote, scoring
 from llama.beam import beam_search
-from llama.cache import Int8KVCache
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
 from llama.loop import Collected, Row
@@ -34,6 +32,7 @@ from llama.predictions import (
     Event,
     Prediction,
 )
+from llama.prepare import prepare
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
 from llama.templates import chat_format
@@ -114,8 +113,8 @@ class Llama:
             quantize: hold matrices in blocks of 8 or 4 bits (see `llama.quantize`), as they are
                 where the checkpoint is a GGUF file that has them so.
             kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
-            compile: spend some seconds, once for a machine, on code that computes much faster. So
-                far for a CPU alone (see `llama.native`).
+            compile: spend some seconds, once for a machine, on code that computes faster: on a
+                CPU much (see `llama.native`), elsewhere by torch.compile (`llama.compiled`).
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
@@ -125,8 +124,6 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if kv_cache not in (None, "int8"):
-            raise ValueError(f"kv_cache={kv_cache!r}: choose 'int8' or None, the model's dtype")
         start = time.monotonic()
         torch_device = parallel.initialize(model_parallel_size, device)
         torch_dtype = parallel.pick_dtype(dtype, torch_device)
@@ -149,17 +146,10 @@ class Llama:
                 f"{tokenizer_path} has {tokenizer.n_words} tokens and the model in {ckpt_dir} "
                 f"knows {args.vocab_size}: they don't belong together"
             )
-        if compile:
-            native.check(args, torch_device, torch_dtype)
-        model = Transformer(args, device="meta")
-        if quantize is None:
-            checkpoint.load(source, model, dtype=torch_dtype, device=torch_device)
-        else:
-            quantization.load(source, model, quantize, dtype=torch_dtype, device=torch_device)
-        if kv_cache is not None:
-            model.cache_type = Int8KVCache
-        if compile:
-            native.swap(model)
+        model = prepare(
+            source, args, device=torch_device, dtype=torch_dtype,
+            quantize=quantize, kv_cache=kv_cache, compile=compile,
+        )  # fmt: skip
         _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")
         return Llama(model, tokenizer, seed=seed)
 

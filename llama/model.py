@@ -166,6 +166,22 @@ class Attention(nn.Module):
         xq = apply_rotary_emb(xq, freqs_cis)
         xk = apply_rotary_emb(xk, freqs_cis)
 
+        return self.wo(self.attend(xq, xk, xv, positions, mask, cache))
+
+    def attend(
+        self,
+        xq: torch.Tensor,
+        xk: torch.Tensor,
+        xv: torch.Tensor,
+        positions: torch.Tensor,
+        mask: Optional[torch.Tensor],
+        cache: Optional[KVCache],
+    ) -> torch.Tensor:
+        """softmax(q kᵀ / sqrt(head_dim)) v, the new keys and values in the cache among them.
+
+        xq, xk, xv: (B, T, heads, head_dim), rotated. Returns (B, T, n_local_heads · head_dim).
+        """
+        B, T, _, _ = xq.shape
         if cache is None:
             keys, values = xk.transpose(1, 2), xv.transpose(1, 2)
         else:
@@ -185,7 +201,7 @@ class Attention(nn.Module):
                 is_causal=mask is None,
                 enable_gqa=self.n_local_kv_heads != self.n_local_heads,
             ).transpose(1, 2)
-        return self.wo(out.reshape(B, T, -1))
+        return out.reshape(B, T, -1)
 
 
 class FeedForward(nn.Module):

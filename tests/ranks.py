@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import Llama, SamplingParams, parallel
+from llama import Llama, SamplingParams, compiled, parallel
 
 
 def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=None, **kwargs):
@@ -25,6 +25,13 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, tokens)
     return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}
+
+
+def by_torch_compile(ckpt, prompts):
+    """What a GPU's layers say, on the CPU."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32")
+    compiled.swap(llama.model)
+    return {"tokens": llama.generate(prompts, 12, temperature=0, stop_tokens=set())[0]}
 
 
 def twice(ckpt):

@@ -1,10 +1,16 @@
 """The benchmark's parts work and compare equal work; figures are for people, not for tests."""
 
-import torch
-from transformers import LlamaForCausalLM
+import json
+from importlib.util import find_spec
 
-from benchmarks import loading
-from benchmarks.peers import alternate, ours, peer
+import pytest
+from conftest import ROOT
+
+from benchmarks import loading, peers
+from benchmarks.sides import Side
+from llama import checkpoint
+
+PROMPTS = [[504, 3575, 282, 4649, 314], [1604, 3987, 46477, 24, 94, 727, 2367], [9, 8]]
 
 
 def test_loading_the_demo_model_stays_within_its_memory_bound(smollm2_path):
@@ -14,19 +20,97 @@ def test_loading_the_demo_model_stays_within_its_memory_bound(smollm2_path):
     assert run["rss_peak_mb"] <= 1.3 * run["weights_mb"] + 300
 
 
-def test_sides_take_turns_and_medians_are_reported():
+def test_a_quantized_file_costs_little_more_than_itself(smollm2_path):
+    """To the first token, beside what imports take: the mapped file, its vocabulary, a cache."""
+    run = loading.measure("first int4", smollm2_path, "")
+    assert run["rss_peak_mb"] - run["rss_before_mb"] <= 2 * run["weights_mb"]
+
+
+def test_sides_take_turns_in_new_processes():
     calls = []
-    seconds = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == ["a", "b"] * 4 and set(seconds) == {"a", "b"}
+
+    class Spy:
+        def __init__(self, label):
+            calls.append(f"start {label}")
+
+        def run(self, prompts, n):
+            calls.append((len(prompts), n))
+            return n
+
+        def close(self):
+            calls.append("end")
+
+    one, two = peers.Case("decode", "one", [[1]], 5), peers.Case("batch", "two", [[1], [2]], 7)
+    answers = peers.take_turns(Spy, ["a", "b, eager"], [one, two], 2)
+    both = ["start a", (1, 4), (2, 2), (1, 5), (2, 7), "end"]
+    assert calls == [*both, "start b, eager", (1, 4), (1, 5), "end"] * 2
+    assert answers == {"one": {"a": [5, 5], "b, eager": [5, 5]}, "two": {"a": [7, 7]}}
 
 
-def test_both_sides_generate_the_same_tokens(smollm2_path):
-    model = LlamaForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
-    )
-    prompts = [[504, 3575, 282, 4649, 314], [1604, 3987, 46477, 24, 94, 727, 2367], [9, 8]]
-    mine, theirs = (
-        ours(smollm2_path, "fp32", 3)(prompts, 12),
-        peer(model, torch.float32)(prompts, 12),
-    )
-    assert mine == theirs and [len(row) for row in mine] == [12] * 3
+@pytest.fixture(scope="module")
+def answers(smollm2_path):
+    """What each side makes of three prompts: (label, seconds and tokens)."""
+    found = {}
+    for kind, dtype in (
+        ("llama", "fp32"),
+        ("llama", "eager-fp32"),
+        ("transformers", "fp32"),
+        ("llama.cpp", ""),
+    ):
+        side = Side(kind, smollm2_path, dtype, 1)
+        found[f"{kind} {dtype}"] = side.run(PROMPTS, 12)
+        side.close()
+    return found
+
+
+def test_all_sides_do_the_same_work(answers):
+    expected = answers["transformers fp32"]["tokens"]
+    assert [len(row) for row in expected] == [12] * 3
+    assert answers["llama fp32"]["tokens"] == answers["llama eager-fp32"]["tokens"] == expected
+    theirs = answers["llama.cpp "]["tokens"]  # which rounds activations to 8 bits
+    assert [len(row) for row in theirs] == [12] * 3
+    assert sum(a[0] == b[0] for a, b in zip(theirs, expected, strict=True)) >= 2
+
+
+def test_all_sides_say_how_long_they_took(answers):
+    for answer in answers.values():
+        assert answer["first"] > 0 and answer["rest"] >= 0
+
+
+def test_the_machine_is_measured_too(smollm2_path):
+    side = Side("limit", smollm2_path, "bf16", 1)
+    found = side.run([], 0)
+    side.close()
+    assert 1e9 < found["bytes_per_s"] < 1e12 and 1e9 < found["flop_per_s"] < 1e14
+
+
+def test_the_limit_of_a_step_is_reading_its_weights(smollm2_path):
+    args = checkpoint.open(smollm2_path).args
+    case = peers.Case("decode", "", [[0] * 128], 65)
+    limit = {"bytes_per_s": 1e9, "flop_per_s": 1e20}
+    read = 270e6 + (128 + 65 / 2) * 2 * args.n_layers * args.n_kv_heads * args.head_dim * 2
+    assert case.best(args, 270e6, limit) == pytest.approx(1e9 / read)
+    matrices = 2 * 134_515_008  # norms are 35 thousand of these
+    assert peers.weights_bytes(smollm2_path, "bf16") == pytest.approx(matrices, rel=1e-3)
+    slow = {"bytes_per_s": 1e20, "flop_per_s": 1e9}
+    assert case.best(args, 270e6, slow) == pytest.approx(1e9 / matrices, rel=1e-3)
+
+
+def test_a_run_is_kept_with_its_plots(tmp_path):
+    """The results that the README shows can be drawn and tabled anew from their figures."""
+    kept = ROOT / "benchmarks" / "results"
+    results = json.loads((kept / "results.json").read_text())
+    text = [peers.table(results["generation"]), peers.table_of_ratios(results["ratios"])]
+    assert peers.ratios(results["generation"]) == results["ratios"]
+    peers.keep(results, text, tmp_path)
+    assert (tmp_path / "results.md").read_text() == (kept / "results.md").read_text()
+    for group in ("first", "decode", "batch"):
+        assert (tmp_path / f"{group}.png").stat().st_size > 5000 and (
+            kept / f"{group}.png"
+        ).exists()
+
+
+def test_what_llama_cpp_was_compiled_for_is_told():
+    side, build = peers.llama_cpp()
+    assert (side == "llama.cpp compiled") == bool(find_spec("llama_cpp"))
+    assert "AVX" in build or "NEON" in build

@@ -19,6 +19,7 @@ from typing import List
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
@@ -63,7 +64,8 @@ class Batch(ctypes.Structure):
 
 class Scratch(ctypes.Structure):
     _fields_ = [
-        (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated", "x")
+        (name, Pointer)
+        for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated", "x", "y")
     ]
 
 
@@ -105,7 +107,8 @@ def library() -> ctypes.CDLL:
     flags = ["-std=c++17", "-O3", native, "-fopenmp", "-shared", "-fPIC"]
     flags += os.environ.get("CXXFLAGS", "").split()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = "\n".join([SOURCE.read_text(), compiler, version, *flags, _processor()])
+    text = "".join(file.read_text() for file in (SOURCE, *HEADERS))
+    key = "\n".join([text, compiler, version, *flags, _processor()])
     path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         print(f"compiling {SOURCE.name} for this processor (once)", file=sys.stderr, flush=True)

@@ -267,7 +267,8 @@ class NativeLayers(nn.Module):
             "sum": M * self._dim,
             "partial": M * heads * chunks * (head_dim + 2),
             "rotated": M * heads * head_dim,
-            "x": M * max(self._dim, self._hidden_dim, heads * head_dim),
+            "x": M * max(self._dim, heads * head_dim),
+            "y": M * self._hidden_dim,
         }
         tensors = {name: torch.empty(n) for name, n in sizes.items()}
         scratch = kernels.Scratch(*(tensor.data_ptr() for tensor in tensors.values()))

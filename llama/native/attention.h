@@ -1,0 +1,341 @@
+// Attention of some queries to the keys and values in the cache.
+
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+// Products of attention are done in words of 32 bits, 16 at a time: a word is one fp32 value or,
+// where the processor multiplies pairs of bf16, two of them.
+template <class A> struct Words {
+    typedef float Value;
+    static constexpr int PER = 1;  // values in a word
+    static vec add(vec acc, const float *x, vec y) { return acc + *x * y; }
+};
+#ifdef __AVX512BF16__
+template <> struct Words<bf16> {
+    typedef bf16 Value;
+    static constexpr int PER = 2;
+    static vec add(vec acc, const float *x, vec y) {
+        return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(read<int>(x)),
+                                     (__m512bh)y);
+    }
+};
+#endif
+
+// Keys or values of a layer: for each position a row of head_dim, in bf16, fp32, or bytes with a
+// scale.
+template <class C> struct Cache {
+    C *values;
+    float *scales;
+    int head_dim;
+    vec at(size_t row, int d) const {
+        if constexpr (std::is_same<C, int8_t>::value)
+            return Floats::whole(values + row * head_dim + d) * scales[row];
+        else
+            return load(values + row * head_dim + d);
+    }
+    uvec upper(size_t row, int d) const {  // as bf16, in the upper half of what is otherwise rest
+        if constexpr (std::is_same<C, bf16>::value)
+            return __builtin_convertvector(read<shorts>(values + row * head_dim + d), uvec) << 16;
+        return rounded(at(row, d));
+    }
+    // 16 words of a row, and words of neighbours in two rows (one, if a word is one value).
+    template <class A> vec along(size_t row, int word) const {
+        if constexpr (Words<A>::PER == 1) return at(row, word);
+        if constexpr (std::is_same<C, bf16>::value)
+            return read<vec>(values + row * head_dim + 2 * word);
+        alignas(64) bf16 pairs[2 * LANES];
+        store(pairs, at(row, 2 * word));
+        store(pairs + LANES, at(row, 2 * word + LANES));
+        return read<vec>(pairs);
+    }
+    template <class A> vec across(size_t row, bool next, int d) const {
+        if constexpr (Words<A>::PER == 1) return at(row, d);
+        uvec words = upper(row, d) >> 16;
+        if (next) words |= upper(row + 1, d) & 0xffff0000;
+        return read<vec>(&words);
+    }
+    void set(size_t row, const float *x) {
+        if constexpr (std::is_same<C, int8_t>::value) {
+            float most = 0;
+            for (int d = 0; d < head_dim; d++) most = std::max(most, std::fabs(x[d]));
+            float inverse = most > 0 ? 127 / most : 0;
+            for (int d = 0; d < head_dim; d++)
+                values[row * head_dim + d] = int8_t(std::nearbyint(x[d] * inverse));
+            scales[row] = most / 127;
+        } else {
+            for (int d = 0; d < head_dim; d += LANES)
+                store(values + row * head_dim + d, load(x + d));
+        }
+    }
+};
+
+constexpr int KEYS = 64;     // that are looked at together
+constexpr int CHUNK = 512;   // of the keys; each is summed up on its own, then they are joined
+constexpr int QUERIES = 64;  // at most, that are looked at together
+constexpr int MAX_HEAD = 256;
+
+// Softmax in parts (2112.05682): of some keys the weighted sum of values, the largest score (in
+// powers of 2) and the sum of 2^(score - largest).
+struct Part {
+    float largest, total, *out;
+};
+
+inline void join(Part &a, const Part &b, int head_dim) {
+    float top = std::max(a.largest, b.largest);
+    if (top == -INFINITY) return;
+    float fa = a.largest == -INFINITY ? 0 : exp2(a.largest - top);
+    float fb = b.largest == -INFINITY ? 0 : exp2(b.largest - top);
+    for (int d = 0; d < head_dim; d += LANES)
+        store(a.out + d, load(a.out + d) * fa + load(b.out + d) * fb);
+    a.total = a.total * fa + b.total * fb;
+    a.largest = top;
+}
+
+// R queries and KEYS keys, of which they see those before `seen`. keys: (words of a head, KEYS),
+// values: (words of KEYS, head_dim).
+template <class A, int R>
+void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
+            const float *keys, const float *values, int first, int n, int head_dim) {
+    constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
+    vec scores[R][COLUMNS] = {};
+    for (int w = 0; w < head_dim / PER; w++)
+        for (int c = 0; c < COLUMNS; c++) {
+            vec column = load(keys + w * KEYS + c * LANES);
+            for (int r = 0; r < R; r++)
+                scores[r][c] = Words<A>::add(scores[r][c], (const float *)(q[r] + w * PER), column);
+        }
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) typename Words<A>::Value weights[R][KEYS];
+    vec before = {}, after = {};  // the largest scores so far
+    for (int r = 0; r < R; r++) {
+        vec most = vec{} - INFINITY;
+        for (int c = 0; c < COLUMNS; c++) {
+            vec &score = scores[r][c];
+            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            most = larger(most, score);
+        }
+        before[r] = parts[r].largest;
+        after[r] = parts[r].largest = std::max(parts[r].largest, largest(most));
+    }
+    vec shrink = before > -INFINITY ? exp2(before - after) : vec{};
+    for (int r = 0; r < R; r++) {
+        vec total = {};
+        for (int c = 0; c < COLUMNS; c++) {
+            vec score = scores[r][c];  // of no key yet: -inf - -inf is no number, but isn't taken
+            vec weight = score > -INFINITY ? exp2(score - after[r]) : vec{};
+            total += weight;
+            store(weights[r] + c * LANES, weight);
+        }
+        parts[r].total = parts[r].total * shrink[r] + sum(total);
+    }
+    for (int d = 0; d < head_dim; d += 2 * LANES) {
+        vec acc[R][2];
+        for (int r = 0; r < R; r++) {
+            acc[r][0] = load(parts[r].out + d) * shrink[r];
+            acc[r][1] = load(parts[r].out + d + LANES) * shrink[r];
+        }
+        for (int w = 0; w < (n + PER - 1) / PER; w++) {
+            vec low = load(values + w * head_dim + d);
+            vec high = load(values + w * head_dim + d + LANES);
+            for (int r = 0; r < R; r++) {
+                const float *weight = (const float *)(weights[r] + w * PER);
+                acc[r][0] = Words<A>::add(acc[r][0], weight, low);
+                acc[r][1] = Words<A>::add(acc[r][1], weight, high);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(parts[r].out + d, acc[r][0]);
+            store(parts[r].out + d + LANES, acc[r][1]);
+        }
+    }
+}
+
+// Queries of one key/value head, whose positions begin at a row of the cache, over keys [begin,
+// end). parts must be empty.
+template <class A, class C>
+void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
+                  const Cache<C> &k, const Cache<C> &v, size_t row, int begin, int end) {
+    constexpr int PER = Words<A>::PER;
+    const int head_dim = k.head_dim;
+    alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
+    for (int first = begin; first < end; first += KEYS) {
+        int n = std::min(KEYS, end - first);
+        for (int w = 0; w < head_dim / PER; w += LANES)
+            for (int j = 0; j < KEYS; j += LANES) {
+                vec square[LANES];
+                for (int i = 0; i < LANES; i++)
+                    square[i] = j + i < n ? k.template along<A>(row + first + j + i, w) : vec{};
+                transpose(square);
+                for (int i = 0; i < LANES; i++) store(keys + (w + i) * KEYS + j, square[i]);
+            }
+        for (int j = 0; j < n; j += PER)
+            for (int d = 0; d < head_dim; d += LANES)
+                store(values + j / PER * head_dim + d,
+                      v.template across<A>(row + first + j, j + 1 < n, d));
+        int r = 0;
+        for (; r + 6 <= rows; r += 6)
+            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+        for (; r + 3 <= rows; r += 3)
+            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+        for (; r < rows; r++)
+            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+    }
+}
+
+// --- a batch ------------------------------------------------------------------------------------
+
+struct Shape {
+    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
+    float eps;
+};
+
+struct Batch {
+    int32_t rows, tokens;       // B and T
+    int32_t alike;              // whether one row of positions stands for all
+    const int64_t *positions;   // (1 or B, T)
+    const float *freqs_cis;     // (1 or B, T, head_dim / 2) complex
+    void *k, *v;                // (layers, rows, n_kv_heads, positions, head_dim)
+    float *k_scale, *v_scale;   // the same without head_dim, if k and v are bytes
+    int64_t per_layer, per_row, per_head;  // positions from one to the next
+    int position(int m) const { return positions[alike ? m % tokens : m]; }
+    int all() const { return rows * tokens; }
+    size_t head(int m, int kv) const { return m / tokens * per_row + kv * per_head; }
+};
+
+// f(keys, values) of a layer, whose activations are A.
+template <class A, class F> void with_cache(const Batch &b, int layer, int head_dim, F f) {
+    const size_t from = layer * b.per_layer, at = from * head_dim;
+    if (b.k_scale)
+        f(Cache<int8_t>{(int8_t *)b.k + at, b.k_scale + from, head_dim},
+          Cache<int8_t>{(int8_t *)b.v + at, b.v_scale + from, head_dim});
+    else
+        f(Cache<A>{(A *)b.k + at, nullptr, head_dim}, Cache<A>{(A *)b.v + at, nullptr, head_dim});
+}
+
+// Turns pairs of x by the angles of a position. arXiv 2104.09864.
+template <class T, class Y>
+void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
+    for (int d = 0; d < head_dim; d += 2) {
+        float a = get(x + d), b = get(x + d + 1), c = cis[d] * scale, s = cis[d + 1] * scale;
+        put(y + d, a * c - b * s);
+        put(y + d + 1, a * s + b * c);
+    }
+}
+
+// This thread's part of storing the new keys and values and of rotating the queries, which also
+// get the factor of softmax(q kᵀ / sqrt(head_dim)) and that from e to powers of 2.
+template <class T, class Q, class C>
+void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
+                 Cache<C> keys, Cache<C> values) {
+    const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
+    const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
+    Share mine = share(b.all() * heads);
+    for (int i = mine.begin; i < mine.end; i++) {
+        size_t m = i / heads;
+        int head = i % heads;
+        const float *cis = b.freqs_cis + (b.alike ? m % b.tokens : m) * hd;
+        if (head < s.n_heads) {
+            size_t at = (m * s.n_heads + head) * hd;
+            rotate(q + at, rotated + at, cis, hd, scale);
+        } else {
+            head -= s.n_heads;
+            size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(m, head) + b.position(m);
+            alignas(64) float x[MAX_HEAD];
+            rotate(k + at, x, cis, hd, 1.0f);
+            keys.set(row, x);
+            for (int d = 0; d < hd; d += LANES) store(x + d, load(v + at + d));
+            values.set(row, x);
+        }
+    }
+}
+
+// Few tokens: each chunk of each row's keys is a thing to do, so that threads share a long context.
+// partial: per token, head and chunk the sum (head_dim) and its largest and total.
+template <class A, class C, class X>
+void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
+                const Cache<C> &k, const Cache<C> &v, float *partial, X *out) {
+    const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
+    int longest = 0;
+    for (int m = 0; m < b.all(); m++) longest = std::max(longest, b.position(m) + 1);
+    const int chunks = (longest + CHUNK - 1) / CHUNK;
+    auto at = [&](int m, int head, int chunk) {
+        return partial + ((size_t(m) * s.n_heads + head) * chunks + chunk) * (hd + 2);
+    };
+    Share mine = share(b.all() * s.n_kv_heads * chunks);
+    for (int i = mine.begin; i < mine.end; i++) {
+        int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
+        int end = std::min((chunk + 1) * CHUNK, b.position(m) + 1);
+        if (chunk * CHUNK >= end) continue;
+        const typename Words<A>::Value *queries[QUERIES];
+        int seen[QUERIES];
+        Part parts[QUERIES];
+        for (int g = 0; g < group; g++) {
+            float *p = at(m, kv * group + g, chunk);
+            memset(p, 0, hd * sizeof *p);
+            queries[g] = q + (size_t(m) * s.n_heads + kv * group + g) * hd;
+            seen[g] = end;
+            parts[g] = {-INFINITY, 0, p};
+        }
+        attend_chunk<A>(queries, seen, parts, group, k, v, b.head(m, kv), chunk * CHUNK, end);
+        for (int g = 0; g < group; g++) {
+            parts[g].out[hd] = parts[g].largest;
+            parts[g].out[hd + 1] = parts[g].total;
+        }
+    }
+#pragma omp barrier
+    mine = share(b.all() * s.n_heads);
+    for (int i = mine.begin; i < mine.end; i++) {
+        int head = i % s.n_heads, m = i / s.n_heads;
+        float *p = at(m, head, 0);
+        Part whole = {p[hd], p[hd + 1], p};
+        for (int chunk = 1; chunk * CHUNK <= b.position(m); chunk++) {
+            float *next = at(m, head, chunk);
+            join(whole, {next[hd], next[hd + 1], next}, hd);
+        }
+        for (int d = 0; d < hd; d += LANES)
+            store(out + size_t(i) * hd + d, load(p + d) / whole.total);
+    }
+}
+
+// Many tokens: neighbours in a row, which see almost the same keys, are done together.
+template <class A, class C, class X>
+void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
+                 const Cache<C> &k, const Cache<C> &v, X *out) {
+    const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
+    const int run = std::max(1, QUERIES / group), runs = (b.tokens + run - 1) / run;
+    static thread_local float sums[2][QUERIES * MAX_HEAD];
+#pragma omp for schedule(dynamic)
+    for (int i = b.rows * runs * s.n_kv_heads - 1; i >= 0; i--) {  // the last see most: first
+        int kv = i % s.n_kv_heads, row = i / s.n_kv_heads % b.rows;
+        int begin = i / s.n_kv_heads / b.rows * run, n = std::min(run, b.tokens - begin) * group;
+        const typename Words<A>::Value *queries[QUERIES];
+        int seen[QUERIES];
+        Part whole[QUERIES], parts[QUERIES];
+        size_t places[QUERIES];
+        for (int j = 0; j < n; j++) {
+            size_t m = size_t(row) * b.tokens + begin + j / group;
+            places[j] = (m * s.n_heads + kv * group + j % group) * hd;
+            queries[j] = q + places[j];
+            seen[j] = b.position(m) + 1;
+            whole[j] = {-INFINITY, 0, sums[0] + j * hd};
+            memset(whole[j].out, 0, hd * sizeof(float));
+        }
+        for (int first = 0; first < seen[n - 1]; first += CHUNK) {
+            for (int j = 0; j < n; j++) {
+                parts[j] = {-INFINITY, 0, sums[1] + j * hd};
+                memset(parts[j].out, 0, hd * sizeof(float));
+            }
+            int end = std::min(first + CHUNK, seen[n - 1]);
+            attend_chunk<A>(queries, seen, parts, n, k, v, b.head(row * b.tokens, kv), first, end);
+            for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
+        }
+        for (int j = 0; j < n; j++)
+            for (int d = 0; d < hd; d += LANES)
+                store(out + places[j] + d, load(whole[j].out + d) / whole[j].total);
+    }
+}
+
+}  // namespace

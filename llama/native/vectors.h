@@ -1,0 +1,101 @@
+// 16 floats at a time, in the vector extensions that GCC and Clang share: whatever the processor
+// has, they are compiled to that.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <utility>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t shorts __attribute__((vector_size(32)));
+constexpr int LANES = 16, BLOCK = 32;  // of a vector; of ggml's quantization types
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V, class P> inline V read(const P *p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vec load(const float *p) { return read<vec>(p); }
+inline vec load(const bf16 *p) {
+    uvec wide = __builtin_convertvector(read<shorts>(p), uvec) << 16;
+    return read<vec>(&wide);
+}
+inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+inline uvec rounded(vec v) {  // to bf16, in the upper bits; to nearest, ties to even
+    uvec u = read<uvec>(&v);
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+inline void store(bf16 *p, vec v) {
+    shorts s = __builtin_convertvector(rounded(v) >> 16, shorts);
+    memcpy(p, &s, sizeof s);
+}
+inline float get(const float *p) { return *p; }
+inline float get(const bf16 *p) {
+    uint32_t u = uint32_t(p->bits) << 16;
+    return read<float>(&u);
+}
+inline void put(float *p, float x) { *p = x; }
+inline void put(bf16 *p, float x) {
+    uint32_t u = read<uint32_t>(&x);
+    p->bits = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+inline auto lower(vec v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline auto upper(vec v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline float sum(vec v) {
+    auto half = lower(v) + upper(v);
+    auto quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+                   __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+inline float largest(vec v) {
+    auto half = larger(lower(v), upper(v));
+    auto quarter = larger(__builtin_shufflevector(half, half, 0, 1, 2, 3),
+                          __builtin_shufflevector(half, half, 4, 5, 6, 7));
+    return std::max(std::max(quarter[0], quarter[2]), std::max(quarter[1], quarter[3]));
+}
+
+// 2^x: the nearest whole number goes to the exponent, Taylor's series does the rest (|f| <= 1/2).
+inline vec exp2(vec x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
+    x = x < -126.0f ? vec{} - 126.0f : x;
+    x = x > 126.0f ? vec{} + 126.0f : x;
+    vec n = (x + magic) - magic, f = x - n;
+    vec y = ((((1.54035304e-4f * f + 1.33335581e-3f) * f + 9.61812911e-3f) * f + 5.55041087e-2f) * f
+             + 2.40226507e-1f) * f + 6.93147181e-1f;
+    y = y * f + 1.0f;
+    ivec bits = read<ivec>(&y) + (__builtin_convertvector(n, ivec) << 23);
+    return read<vec>(&bits);
+}
+inline float exp2(float x) { return exp2(vec{} + x)[0]; }
+
+template <int S, size_t... I> inline void exchange(vec &a, vec &b, std::index_sequence<I...>) {
+    vec low = __builtin_shufflevector(a, b, (I & S ? int(I) + LANES - S : int(I))...);
+    b = __builtin_shufflevector(a, b, (I & S ? int(I) + LANES : int(I) + S)...);
+    a = low;
+}
+template <int S> inline void exchange_all(vec *rows) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>());
+}
+inline void transpose(vec *rows) {
+    exchange_all<1>(rows), exchange_all<2>(rows), exchange_all<4>(rows), exchange_all<8>(rows);
+}
+
+}  // namespace
