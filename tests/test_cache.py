@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama.cache import BLOCK, KVCache
+from llama.cache import BLOCK, Int8KVCache, KVCache
 
 CPU = torch.device("cpu")
 
@@ -129,3 +129,36 @@ def test_room_that_is_not_written_to_costs_no_memory():
     cache.reserve(8192)
     assert cache.nbytes == 16 * 2**30
     assert process.memory_info().rss - before < 64 * 2**20
+
+
+def test_bytes_with_scales_are_within_half_a_step():
+    """An int8 cache gives back each value to 1/254 of its row's largest, whatever is done to it."""
+    args = dict(dtype=torch.float32, device=CPU)
+    plain, small = KVCache(2, 3, 600, 2, 32, **args), Int8KVCache(2, 3, 600, 2, 32, **args)
+    generator = torch.Generator().manual_seed(0)
+    done = 0
+    for n in (1, 300, 40):
+        new = torch.randn(2, 2, 3, n, 2, 32, generator=generator) * 5
+        for cache in (plain, small):
+            cache.extend([done] * 3, n)
+            positions = torch.arange(done, done + n)[None]
+            found = [cache.update(i, positions, *new[i]) for i in range(2)]
+        done += n
+    for cache in (plain, small):
+        cache.keep([0, 2])
+        cache.gather([1, 0])
+        cache.truncate([200, 341])
+        cache.extend([200, 341], 1)
+        positions = torch.tensor([[200], [341]])
+        found.append(cache.update(1, positions, *new[1][:, :2, :1]))
+    exact, rounded = found[-2:]
+    for a, b in zip(exact, rounded, strict=True):
+        assert ((a - b).abs() <= a.abs().amax(-1, keepdim=True) / 253).all()
+    assert small.nbytes < plain.nbytes * (32 + 4) / (32 * 4) + 1
+
+
+def test_an_int8_cache_of_zeros_is_zeros():
+    cache = Int8KVCache(1, 1, 8, 1, 32, dtype=torch.float32, device=CPU)
+    cache.extend([0], 2)
+    keys, values = cache.update(0, torch.arange(2)[None], *torch.zeros(2, 1, 2, 1, 32))
+    assert not keys.any() and not values.any()

@@ -32,9 +32,10 @@ LAYERS = {
     "memory": {"checkpoint", "model", "parallel", "quantize"},
     "quantize": {"checkpoint", "model", "parallel"},
     "native": {"cache", "model", "parallel", "quantize"},
+    "compiled": {"cache", "model", "parallel", "quantize"},
+    "prepare": {"cache", "checkpoint", "compiled", "model", "native", "quantize"},
     "generation": {
-        "native",
-        "quantize",
+        "prepare",
         "beam",
         "chat",
         "checkpoint",

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, run_ranks, write_checkpoint
 from test_stopping import cut
 
-from llama import Llama, SamplingParams
+from llama import Llama, SamplingParams, loop
 
 TEXTS = ["a", "The quick", "x" * 30, "2 + 2 =", "zz zz", "ö", "hello there", "?!", "q", "a b c d e"]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=200, repetition_penalty=1.05)
@@ -148,6 +148,19 @@ def test_banned_and_processed_tokens_do_not_come(tiny):
         [[1, 2, 3]], 12, params=SamplingParams(1.0, logits_processor=only_even), stop_tokens=set()
     )
     assert all(token % 2 == 0 for token in even[0])
+
+
+def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
+    """What comes out doesn't depend on how much goes in at a time."""
+    prompts = [[(7 * i) % 500 for i in range(n)] for n in (3, 60, 61, 100)]
+    options = dict(temperature=0, logprobs=True, echo=True, stop_tokens=set())
+    expected, known = tiny.generate(prompts, 8, **options)
+    for tokens in (4, 28, 200):
+        monkeypatch.setattr(loop, "PASS", tokens)
+        found, scores = tiny.generate(prompts, 8, **options)
+        assert found == expected
+        for a, b in zip(scores, known, strict=True):
+            assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4)
 
 
 def test_closing_a_stream_frees_its_cache(tiny):

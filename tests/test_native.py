@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, random_model, random_weights, run_ranks, write_checkpoint
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, native, parallel, quantize
-from llama.cache import Int8KVCache
+from llama.cache import Int8KVCache, KVCache
 from llama.checkpoint import InMemory
 from llama.native import kernels
 from llama.native.layers import FEW
@@ -270,6 +271,8 @@ def test_other_processors_compute_the_same(tmp_path, flags):
     [
         (replace(SMALL, hidden_dim=96 + 16), torch.float32, "hidden_dim of a rank is 112"),
         (TINY, torch.float32, "head_dim is 8"),
+        (replace(SMALL, head_dim=288), torch.float32, "head_dim of at most 256"),
+        (replace(SMALL, n_heads=80, n_kv_heads=1), torch.float32, "n_kv_heads of at most 64"),
         (SMALL, torch.float16, "for dtype torch.float32 or torch.bfloat16, and not for"),
     ],
 )
@@ -288,6 +291,40 @@ def test_broken_weights_are_still_told(smollm2):
     for prompt in ([1, 2], [3] * 60):
         with pytest.raises(ValueError, match="aren't finite"):
             llama.generate([prompt], 4, temperature=0, stop_tokens=set())
+
+
+@pytest.mark.parametrize("length", [8, 200])
+def test_one_token_that_is_no_number_spoils_what_sees_it(length):
+    """As with the plain layers: its key's score is NaN, and so is all that is summed up with it."""
+    weights = random_weights(SMALL)
+    weights["tok_embeddings.weight"][500] = float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        model = checkpoint.load(InMemory(SMALL, weights), Transformer(SMALL, device="meta"))
+    tokens = ids(1, length)
+    tokens[0, 5] = 500
+    with torch.inference_mode():
+        logits = native.swap(model)(tokens)[0]
+    assert logits[5:].isnan().all()
+
+
+def test_threads_can_share_a_model(smollm2_path):
+    llama = Llama.build(smollm2_path, device="cpu", dtype="bf16", compile=True, max_batch_size=4)
+    prompts = [ids(n, seed=n).tolist() for n in (5, 40, 9, 120)]
+    expected = [llama.generate([p], 12, temperature=0, stop_tokens=set())[0] for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(
+                lambda p: llama.generate([p], 12, temperature=0, stop_tokens=set())[0], prompts
+            )
+        )
+    assert found == expected
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    _, compiled = pair(SMALL)
+    cache = KVCache(2, 1, 64, 2, 32, dtype=torch.bfloat16, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="a cache of torch.bfloat16 for a model of torch.float32"):
+        compiled(ids(1, 4), 0, cache)
 
 
 def test_a_product_of_few_rows_is_the_exact_one():

@@ -125,7 +125,7 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         vec total = {};
         for (int c = 0; c < COLUMNS; c++) {
             vec score = scores[r][c];  // of no key yet: -inf - -inf is no number, but isn't taken
-            vec weight = score > -INFINITY ? exp2(score - after[r]) : vec{};
+            vec weight = score == -INFINITY ? vec{} : exp2(score - after[r]);
             total += weight;
             store(weights[r] + c * LANES, weight);
         }

@@ -5,6 +5,7 @@ tokens go through the kernels whole. For many tokens the matrix products are one
 aten), which are bound by arithmetic, and the kernels do what stands between them.
 """
 
+import threading
 from ctypes import byref, c_float
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -26,7 +27,7 @@ from llama.quantize import Blocks, QuantizedEmbedding, QuantizedLinear
 # 43 ms and 51 ms, 48 of 4 bits in 44 ms and 45 ms).
 FEW, FEW_OF_BLOCKS = 96, 40
 CHUNK = 512  # keys that are summed up on their own; as in kernels.cpp
-MAX_HEAD = 256  # and this
+MAX_HEAD, MAX_GROUP = 256, 64  # and these
 WIDTH = 32  # what the kernels' widths must be multiples of
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -58,11 +59,14 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
                 f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
                 "build with compile=False, or on another number of ranks"
             )
-    if args.head_dim > MAX_HEAD:
-        raise ValueError(
-            f"compile=True takes heads of at most {MAX_HEAD}, and head_dim is {args.head_dim}: "
-            "build with compile=False"
-        )
+    sizes = {"head_dim": (args.head_dim, MAX_HEAD)}
+    sizes["n_heads / n_kv_heads"] = (args.n_heads // args.n_kv_heads, MAX_GROUP)
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise ValueError(
+                f"compile=True takes a {name} of at most {most}, and this is {size}: "
+                "build with compile=False"
+            )
     kernels.library()
 
 
@@ -89,6 +93,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: Dict[str, torch.Tensor] = {}
+        self.lock = threading.Lock()  # threads may share a model, but not this
 
     def take(self, name: str, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """n values, whose content is anything."""
@@ -172,6 +177,10 @@ class NativeOutput(nn.Module):
         self._matrix, self._work = Matrix(linear, work), work
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self._work.lock:
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         matrix, tokens = self._matrix, x.numel() // x.shape[-1]
         if tokens > matrix.few:
             return gather_from_model_parallel_region(matrix.times(x))
@@ -229,7 +238,20 @@ class NativeLayers(nn.Module):
         """What the blocks do, one after the other; arguments as for TransformerBlock.
 
         The mask isn't looked at: a query sees the keys up to its own position.
+
+        Raises:
+            ValueError: a cache of another dtype.
         """
+        with self._work.lock:
+            return self._forward(x, positions, freqs_cis, cache)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        cache: Optional[KVCache],
+    ) -> torch.Tensor:
         B, T, _ = x.shape
         _, kv_heads, head_dim = self._heads
         k_scale = v_scale = 0
@@ -240,6 +262,8 @@ class NativeLayers(nn.Module):
             k, v = cache.k, cache.v
             if isinstance(cache, Int8KVCache):
                 k_scale, v_scale = cache.k_scale.data_ptr(), cache.v_scale.data_ptr()
+            elif k.dtype != x.dtype:
+                raise ValueError(f"a cache of {k.dtype} for a model of {x.dtype}: use new_cache")
         strides = [k.stride(axis) // head_dim for axis in (0, 1, 2)]
         batch = kernels.Batch(
             B, T, len(positions) == 1, positions.data_ptr(), freqs_cis.data_ptr(),
@@ -296,11 +320,8 @@ class NativeLayers(nn.Module):
         return h
 
     def _many(self, h: torch.Tensor, layer: int, batch: kernels.Batch) -> torch.Tensor:
-        library, threads, is_bf16 = (
-            kernels.library(),
-            torch.get_num_threads(),
-            h.dtype == torch.bfloat16,
-        )
+        library, is_bf16 = kernels.library(), h.dtype == torch.bfloat16
+        threads = torch.get_num_threads()
         matrices, (attention_norm, ffn_norm) = self._matrices[layer], self._norms[layer]
 
         x = attention_norm(h)

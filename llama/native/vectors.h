@@ -72,8 +72,9 @@ inline float largest(vec v) {
 }
 
 // 2^x: the nearest whole number goes to the exponent, Taylor's series does the rest (|f| <= 1/2).
-inline vec exp2(vec x) {
+inline vec exp2(vec given) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
+    vec x = given;
     x = x < -126.0f ? vec{} - 126.0f : x;
     x = x > 126.0f ? vec{} + 126.0f : x;
     vec n = (x + magic) - magic, f = x - n;
@@ -81,7 +82,7 @@ inline vec exp2(vec x) {
              + 2.40226507e-1f) * f + 6.93147181e-1f;
     y = y * f + 1.0f;
     ivec bits = read<ivec>(&y) + (__builtin_convertvector(n, ivec) << 23);
-    return read<vec>(&bits);
+    return given == given ? read<vec>(&bits) : given;  // NaN stays
 }
 inline float exp2(float x) { return exp2(vec{} + x)[0]; }
 
