@@ -7,7 +7,7 @@ COLOURS = {"llama": "#2a6f97", "transformers": "#e09f3e", "llama.cpp": "#9e9e9e"
 
 
 def draw(results: Dict[str, Any], out: Path) -> None:
-    """One PNG for each group of cases: a bar for each side, a line at the limit above it."""
+    """One PNG for each group of cases: a bar for each side, a mark at the limit above it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -17,22 +17,26 @@ def draw(results: Dict[str, Any], out: Path) -> None:
         cases = {n: c for n, c in results["generation"].items() if c["group"] == group}
         if not cases:
             continue
-        figure, axes = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4), squeeze=False)
+        known = dict.fromkeys(name for case in cases.values() for name in case["sides"])
+        labels = list(known)[::-1]
+        nothing = {"tok_s": 0.0, "limit": 1.0}  # not every side is asked everything
+        figure, axes = pyplot.subplots(
+            1, len(cases), figsize=(2 + 3 * len(cases), 4), squeeze=False, sharey=True
+        )
         for axis, (name, case) in zip(axes[0], cases.items(), strict=True):
-            sides = case["sides"]
-            labels, rates = list(sides)[::-1], [side["tok_s"] for side in sides.values()][::-1]
-            limits = [side["tok_s"] / side["limit"] for side in sides.values()][::-1]
+            sides = [case["sides"].get(label, nothing) for label in labels]
             colours = [COLOURS[label.split()[0]] for label in labels]
-            axis.barh(labels, rates, color=colours)
-            if group == "decode":
-                axis.scatter(limits, labels, marker="|", s=120, color="black", label="limit")
-                axis.legend(loc="lower right")
+            axis.barh(labels, [side["tok_s"] for side in sides], color=colours)
+            limits = {
+                label: s["tok_s"] / s["limit"] for label, s in zip(labels, sides, strict=True)
+            }
+            marks = {label: limit for label, limit in limits.items() if limit}
+            axis.scatter(marks.values(), marks.keys(), marker="|", s=120, color="black")
             axis.set_title(name)
             axis.set_xlabel("tokens / s")
             axis.spines[["top", "right"]].set_visible(False)
-        for axis in axes[0][1:]:
-            axis.set_yticklabels([])
-        figure.suptitle(f"{results['processor']}, {results['threads']} threads")
+        about = f"{results['processor']}, {results['threads']} threads; | the machine's limit"
+        figure.suptitle(about)
         figure.tight_layout()
-        figure.savefig(out / f"{group}.png", dpi=90)
+        figure.savefig(out / f"{group}.png", dpi=80)
         pyplot.close(figure)
