@@ -35,7 +35,7 @@ setup(
         "chat": CHAT,
         "eval": ["lm_eval>=0.4.13"],
         "notebook": ["ipykernel", "matplotlib"],
-        "bench": PEERS,
+        "bench": [*PEERS, "matplotlib"],
         "test": [
             *PEERS,
             *CHAT,
