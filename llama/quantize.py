@@ -49,8 +49,8 @@ class Blocks(NamedTuple):
 
     def finite(self) -> bool:
         """Whether all scales are numbers: a weight that wasn't one becomes its block's scale."""
-        scales = self.data.view(-1, ggml.BYTES[self.kind])[:, :2].contiguous()
-        return bool(scales.view(torch.float16).isfinite().all())
+        halves = self.data.view(torch.float16).view(-1, ggml.BYTES[self.kind] // 2)
+        return bool(halves[:, 0].isfinite().all())
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return ggml.dequantize(self.data, self.kind).to(dtype)
