@@ -11,12 +11,15 @@ and checkpoint.load), `build` (Llama.build, the tokenizer included), `transforme
 
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List
 
 SHAPE = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=32000)
 
@@ -29,6 +32,78 @@ def measure(kind: str, path: Path, dtype: str) -> Dict[str, float]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(path: Path, peer: str, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
+    figures: Dict[str, Dict[str, float]] = {}
+
+    def report(name: str, kind: str, path: Path, dtype: str, rounds: int) -> None:
+        runs = [measure(kind, path, dtype) for _ in range(rounds)]
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        row["mb_s"] = row["weights_mb"] / row["load_s"]
+        row["allowed_mb"] = 1.3 * row["weights_mb"] + 300
+        row["own_mb"] = row["rss_peak_mb"] - row["rss_before_mb"]  # without what imports took
+        figures[name] = row
+        print(
+            f"{name:<34}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
+            f"{row['weights_mb']:>9.0f}{row['rss_before_mb']:>9.0f}{row['rss_peak_mb']:>9.0f}"
+            f"{row['allowed_mb']:>9.0f}",
+            flush=True,
+        )
+
+    for side in ("int4", "transformers", peer):
+        report(f"gguf, first: {side}", f"first {side}", path, "", 1 if quick else rounds)
+    ours, others = "gguf, first: int4", ("gguf, first: transformers", f"gguf, first: {peer}")
+    for other in others:
+        for key in ("load_s", "own_mb"):
+            figures[other][f"ours_{key}_ratio"] = figures[ours][key] / figures[other][key]
+    report("gguf: open + load", "load", path, "fp32", rounds)
+    report("gguf: Llama.build", "build", path, "fp32", rounds)
+    report("gguf: transformers", "transformers", path, "fp32", 1)
+    figures["gguf: Llama.build"]["ratio"] = (
+        figures["gguf: transformers"]["load_s"] / figures["gguf: Llama.build"]["load_s"]
+    )
+    from llama.checkpoint.convert import convert  # here: a child's imports are what it measures
+
+    with tempfile.TemporaryDirectory() as directory:
+        hf = convert(path, Path(directory) / "hf", "hf", quiet=True)
+        report("safetensors: load", "load", hf, "fp32", rounds)
+        report("safetensors: transf.", "transformers", hf, "fp32", rounds)
+        figures["safetensors: load"]["ratio"] = (
+            figures["safetensors: transf."]["load_s"] / figures["safetensors: load"]["load_s"]
+        )
+        if not quick:
+            measure("write", Path(directory), "bf16")
+            for mp in (1, 2):
+                report(f"meta: {mp} shard(s)", "load", Path(directory) / f"mp{mp}", "bf16", rounds)
+            figures["converting 2.2 GB"] = _compare_converting(Path(directory) / "mp1", rounds)
+    return figures
+
+
+def _compare_converting(path: Path, rounds: int) -> Dict[str, float]:
+    """MB/s of converting a checkpoint in Meta's format, and of `cp`, which does nothing else."""
+    from llama.checkpoint.convert import convert
+
+    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    out = path.with_name("converted")
+
+    def cp() -> None:
+        subprocess.run(["cp", "-r", path, out], check=True)
+
+    def to(kind: str) -> Callable[[], Any]:
+        return lambda: convert(path, out, kind, quiet=True)
+
+    sides: Dict[str, Callable[[], Any]] = {"cp": cp, "hf": to("hf"), "gguf": to("gguf")}
+    seconds: Dict[str, List[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    figures = {name: size / statistics.median(times) for name, times in seconds.items()}
+    print("converting, MB/s:     " + "  ".join(f"{n} {v:.0f}" for n, v in figures.items()))
+    return figures
 
 
 def resident(key: str) -> float:

@@ -30,16 +30,14 @@ llama.cpp is llama-cpp-python if it is installed (CMAKE_ARGS=-DGGML_NATIVE=ON pi
 llama-cpp-python compiles it for this machine: some minutes), else the ready wheel of xllamacpp,
 which knows no AVX-512. What it was compiled for is printed.
 
-Tables go to stdout and, with the plots, to --out; the last line of stdout is JSON.
+Tables go to stdout, whose last line is JSON; with --out they are kept, with plots.
 """
 
 import json
 import os
 import platform
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -288,74 +286,6 @@ def weights_bytes(path: Path, dtype: str) -> float:
     return total
 
 
-def compare_loading(path: Path, peer: str, rounds: int, quick: bool) -> Dict[str, Dict[str, float]]:
-    figures: Dict[str, Dict[str, float]] = {}
-
-    def report(name: str, kind: str, path: Path, dtype: str, rounds: int) -> None:
-        runs = [loading.measure(kind, path, dtype) for _ in range(rounds)]
-        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        row["mb_s"] = row["weights_mb"] / row["load_s"]
-        row["allowed_mb"] = 1.3 * row["weights_mb"] + 300
-        row["own_mb"] = row["rss_peak_mb"] - row["rss_before_mb"]  # without what imports took
-        figures[name] = row
-        print(
-            f"{name:<34}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
-            f"{row['weights_mb']:>9.0f}{row['rss_before_mb']:>9.0f}{row['rss_peak_mb']:>9.0f}"
-            f"{row['allowed_mb']:>9.0f}",
-            flush=True,
-        )
-
-    for side in ("int4", "transformers", peer):
-        report(f"gguf, first: {side}", f"first {side}", path, "", 1 if quick else rounds)
-    ours, others = "gguf, first: int4", ("gguf, first: transformers", f"gguf, first: {peer}")
-    for other in others:
-        for key in ("load_s", "own_mb"):
-            figures[other][f"ours_{key}_ratio"] = figures[ours][key] / figures[other][key]
-    report("gguf: open + load", "load", path, "fp32", rounds)
-    report("gguf: Llama.build", "build", path, "fp32", rounds)
-    report("gguf: transformers", "transformers", path, "fp32", 1)
-    figures["gguf: Llama.build"]["ratio"] = (
-        figures["gguf: transformers"]["load_s"] / figures["gguf: Llama.build"]["load_s"]
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        hf = convert(path, Path(directory) / "hf", "hf", quiet=True)
-        report("safetensors: load", "load", hf, "fp32", rounds)
-        report("safetensors: transf.", "transformers", hf, "fp32", rounds)
-        figures["safetensors: load"]["ratio"] = (
-            figures["safetensors: transf."]["load_s"] / figures["safetensors: load"]["load_s"]
-        )
-        if not quick:
-            loading.measure("write", Path(directory), "bf16")
-            for mp in (1, 2):
-                report(f"meta: {mp} shard(s)", "load", Path(directory) / f"mp{mp}", "bf16", rounds)
-            figures["converting 2.2 GB"] = compare_converting(Path(directory) / "mp1", rounds)
-    return figures
-
-
-def compare_converting(path: Path, rounds: int) -> Dict[str, float]:
-    """MB/s of converting a checkpoint in Meta's format, and of `cp`, which does nothing else."""
-    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-    out = path.with_name("converted")
-
-    def cp() -> None:
-        subprocess.run(["cp", "-r", path, out], check=True)
-
-    def to(kind: str) -> Callable[[], Any]:
-        return lambda: convert(path, out, kind, quiet=True)
-
-    sides: Dict[str, Callable[[], Any]] = {"cp": cp, "hf": to("hf"), "gguf": to("gguf")}
-    seconds: Dict[str, List[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-    figures = {name: size / statistics.median(times) for name, times in seconds.items()}
-    print("converting, MB/s:     " + "  ".join(f"{n} {v:.0f}" for n, v in figures.items()))
-    return figures
-
-
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -384,7 +314,7 @@ def main(
     threads: Optional[int] = None,
     only: Optional[str] = None,
     quick: bool = False,
-    out: str = "benchmarks/results",
+    out: Optional[str] = None,
 ):
     """Measure, print tables and one line of JSON, and keep them with their plots.
 
@@ -394,7 +324,7 @@ def main(
         threads: of each side; by default one per core.
         only: first, decode, batch or load; by default all of them.
         quick: 2 rounds, no prompt of 2048 tokens and no model of 2 GB.
-        out: a directory for the tables, the figures and the plots.
+        out: a directory to keep the tables, the figures and the plots in.
     """
     if only not in (None, "first", "decode", "batch", "load"):
         raise ValueError(f"only={only!r}: choose first, decode, batch or load")
@@ -422,7 +352,7 @@ def main(
     if only in (None, "load"):
         columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
         print(f"\n{'load':<34}{columns}")
-        results["load"] = compare_loading(source.path, peer, rounds, quick)
+        results["load"] = loading.compare(source.path, peer, rounds, quick)
         print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
     chosen = [c for c in cases(source.args.vocab_size, quick) if only in (None, c.group)]
     if chosen:
@@ -447,7 +377,8 @@ def main(
         results["ratios"] = ratios(results["generation"])
         text.append(table_of_ratios(results["ratios"]))
         print("\n" + "\n\n".join(text))
-    keep(results, text, Path(out))
+    if out is not None:
+        keep(results, text, Path(out))
     print()
     print(json.dumps(results))
 

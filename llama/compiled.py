@@ -17,7 +17,7 @@ from torch import nn
 
 from llama import parallel
 from llama.cache import KVCache
-from llama.model import Transformer, TransformerBlock
+from llama.model import Transformer, TransformerBlock, rms_norm
 from llama.quantize import Blocks, QuantizedLinear
 
 Matrix = torch.Tensor | Blocks
@@ -34,11 +34,6 @@ def swap(model: Transformer) -> Transformer:
 @lru_cache
 def _compiled() -> Tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.compile(_before, dynamic=True), torch.compile(_after, dynamic=True)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
 def _linear(x: torch.Tensor, weights: Sequence[Matrix]) -> torch.Tensor:
@@ -66,7 +61,7 @@ def _before(
     widths = [n * head_dim for n in (n_heads, n_kv_heads, n_kv_heads)]
     q, k, v = (
         part.unflatten(-1, (-1, head_dim))
-        for part in _linear(_norm(x, norm, eps), wqkv).split(widths, -1)
+        for part in _linear(rms_norm(x, norm, eps), wqkv).split(widths, -1)
     )
     return _rotate(q, cis), _rotate(k, cis), v
 
@@ -87,7 +82,7 @@ def _after(
         return y if group is None else collectives.all_reduce(y, "sum", group)
 
     h = x + summed(_linear(out, wo))
-    gate, up = _linear(_norm(h, norm, eps), w13).chunk(2, -1)
+    gate, up = _linear(rms_norm(h, norm, eps), w13).chunk(2, -1)
     return h + summed(_linear(F.silu(gate) * up, w2))
 
 

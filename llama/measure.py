@@ -20,7 +20,6 @@ def score(
     device: Optional[str] = None,
     dtype: Optional[str] = None,
     quantize: Optional[Literal["int8", "int4"]] = None,
-    kv_cache: Optional[Literal["int8"]] = None,
     compile: bool = False,
     json: bool = False,
 ) -> None:
@@ -40,7 +39,6 @@ def score(
         device: cuda, mps or cpu.
         dtype: bf16, fp16 or fp32.
         quantize: int8 or int4, for weights of 8 or 4 bits.
-        kv_cache: int8, for a cache of half the size.
         compile: compute much faster, for some seconds once (CPU).
         json: one JSON object per text: name, tokens, logprob, perplexity.
     """
@@ -57,7 +55,6 @@ def score(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        kv_cache=kv_cache,
         compile=compile,
     )
     for named in texts:
