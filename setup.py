@@ -34,6 +34,7 @@ setup(
     extras_require={
         "chat": CHAT,
         "eval": ["lm_eval>=0.4.13"],
+        "structured": ["llguidance>=1.9"],
         "notebook": ["ipykernel", "matplotlib"],
         "bench": [*PEERS, "matplotlib"],
         "test": [
@@ -43,6 +44,7 @@ setup(
             "pexpect",
             "pytest",
             "hypothesis",
+            "llguidance>=1.9",
             "nbclient",
             "nbformat",
             "ipykernel",

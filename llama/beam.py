@@ -9,8 +9,8 @@ from typing import List, Literal, NamedTuple, Sequence, Set, Tuple
 
 import torch
 
-from llama.loop import prefill
 from llama.model import Transformer
+from llama.prefill import prefill
 
 
 class Beam(NamedTuple):
@@ -48,7 +48,7 @@ def beam_search(
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r}: choose True, False or 'never'")
     cache = model.new_cache(num_beams, len(prompt) + max_gen_len)
-    h, _ = prefill(model, [prompt], cache, score=False)
+    h, _ = prefill(model, [prompt], cache)
     running: List[Tuple[List[int], float]] = [([], 0.0)]  # tokens, log-probability
     finished: List[Beam] = []
     for length in range(1, max_gen_len + 1):

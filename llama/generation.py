@@ -5,15 +5,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import (
-    Callable,
     Iterator,
     List,
     Literal,
     Optional,
     Sequence,
-    Set,
     Tuple,
-    TypedDict,
     Unpack,
 )
 
@@ -23,7 +20,7 @@ from llama import checkpoint, loop, memory, parallel, remote, scoring
 from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
 from llama.context import oldest_turns_out
-from llama.loop import Collected, Row
+from llama.loop import Collected
 from llama.model import Transformer
 from llama.predictions import (
     BeamPrediction,
@@ -32,40 +29,16 @@ from llama.predictions import (
     Event,
     Prediction,
 )
-from llama.prepare import prepare
+from llama.prepare import prepare, prepare_draft
+from llama.rows import Options, Row, check, make_rows
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
+from llama.speculative import Draft, Lookup, Speculator
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tools import Tool
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Event", "Llama", "sample_top_p"]
-
-# Between the seeds of a prompt's samples, so that neighbours' seeds don't meet.
-SEED_STEP = 0x9E3779B97F4A7C15
-
-
-class Options(TypedDict, total=False):
-    """What every way to generate takes beside Meta's arguments, each by its name.
-
-    params: all that can be said of sampling, in place of temperature and top_p.
-    seed: of the random numbers, one for all prompts or one each. A row's tokens depend on its
-        prompt, its parameters and its seed, and not on the batch that it is in. By default drawn
-        from the seed given to `build`, and different for each call.
-    n: samples of each prompt (1); they share its prefill and stand next to each other.
-    stop: strings at the first of which a text ends, itself left out.
-    stop_tokens: ids that end a row, themselves left out; the tokenizer's by default.
-    top_logprobs: as many most probable tokens are returned for each one of the answer (0).
-    should_stop: asked after each step, on rank 0; True ends all rows.
-    """
-
-    params: Optional[SamplingParams]
-    seed: Optional[int | Sequence[int]]
-    n: int
-    stop: Sequence[str]
-    stop_tokens: Optional[Set[int]]
-    top_logprobs: int
-    should_stop: Optional[Callable[[], bool]]
 
 
 class Llama:
@@ -75,6 +48,7 @@ class Llama:
         model: the Transformer.
         tokenizer: the Tokenizer.
         formatter: the Format of its dialogs, or None where the checkpoint has none.
+        draft: a smaller Transformer that guesses tokens for the model, or None.
     """
 
     @staticmethod
@@ -91,6 +65,8 @@ class Llama:
         quantize: Optional[Literal["int8", "int4"]] = None,
         kv_cache: Optional[Literal["int8"]] = None,
         compile: bool = False,
+        draft_ckpt_dir: Optional[str | Path] = None,
+        draft_quantize: Optional[Literal["int8", "int4"]] = None,
     ) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
@@ -115,6 +91,9 @@ class Llama:
             kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
             compile: spend some seconds, once for a machine, on code that computes faster: on a
                 CPU much (see `llama.native`), elsewhere by torch.compile (`llama.compiled`).
+            draft_ckpt_dir: a smaller model with the same tokenizer, which guesses tokens for this
+                one; texts stay the same (see `llama.speculative`).
+            draft_quantize: like quantize, for the draft model.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
@@ -150,8 +129,14 @@ class Llama:
             source, args, device=torch_device, dtype=torch_dtype,
             quantize=quantize, kv_cache=kv_cache, compile=compile,
         )  # fmt: skip
+        draft = None
+        if draft_ckpt_dir is not None:
+            draft = prepare_draft(
+                remote.local_path(draft_ckpt_dir), args, tokenizer, device=torch_device,
+                dtype=torch_dtype, quantize=draft_quantize, compile=compile,
+            )  # fmt: skip
         _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")
-        return Llama(model, tokenizer, seed=seed)
+        return Llama(model, tokenizer, draft=draft, seed=seed)
 
     def __init__(
         self,
@@ -159,11 +144,13 @@ class Llama:
         tokenizer: Tokenizer,
         formatter: Optional[Format] = None,
         *,
+        draft: Optional[Transformer] = None,
         seed: int = 1,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
+        self.draft = draft
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
 
@@ -323,7 +310,7 @@ class Llama:
         """Per prompt up to num_beams continuations, the best first; see `llama.beam`."""
         found: List[List[BeamPrediction]] = []
         ids = self._encode(prompts)
-        loop.check(self.model, ids, max_gen_len, 1)
+        check(self.model, ids, max_gen_len, 1)
         for prompt in ids:
             beams = beam_search(
                 self.model, prompt, min(max_gen_len, self.model.params.max_seq_len - len(prompt)),
@@ -402,41 +389,35 @@ class Llama:
         max_gen_len: Optional[int],
         logprobs: bool,
         echo: bool = False,
-        *,
-        params: Optional[SamplingParams] = None,
-        seed: Optional[int | Sequence[int]] = None,
-        n: int = 1,
-        stop: Sequence[str] = (),
-        stop_tokens: Optional[Set[int]] = None,
-        top_logprobs: int = 0,
-        should_stop: Optional[Callable[[], bool]] = None,
+        **options: Unpack[Options],
     ) -> Tuple[List[Row], Iterator[Event]]:
         """The rows of a call, n for each prompt, and the events that will come of them."""
         shape = self.model.params
-        max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
-        params = params or SamplingParams(temperature=temperature, top_p=top_p)
-        loop.check(self.model, prompts, max_gen_len, n)
+        stops = options.get("stop_tokens")
+        stops = self.tokenizer.stop_tokens if stops is None else stops
+        top_logprobs = options.get("top_logprobs", 0)
         if not 0 <= top_logprobs <= shape.vocab_size:
             raise ValueError(f"top_logprobs={top_logprobs} must be 0 (none) to the vocabulary's")
-        if seed is None:
-            seeds = torch.randint(1 << 62, (len(prompts),), generator=self.generator).tolist()
-        else:
-            seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
-        rows = [
-            Row(
-                index, sample, prompt, min(shape.max_seq_len, len(prompt) + max_gen_len), params,
-                (seeds[index] + sample * SEED_STEP) % (1 << 63), stop,
-            )
-            for index, prompt in enumerate(prompts)
-            for sample in range(n)
-        ]  # fmt: skip
-        stops = self.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
+        max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
+        rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
-            top_logprobs=top_logprobs, echo=echo, should_stop=should_stop,
+            top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),
+            speculator=self._speculator(options.get("speculate")),
         )  # fmt: skip
+
+    def _speculator(self, speculate: Optional[str]) -> Optional[Speculator]:
+        """Where guesses come from, made for one call; by default the draft model, if there is."""
+        if speculate is None:
+            speculate = "off" if self.draft is None else "draft"
+        if speculate not in ("off", "lookup", "draft"):
+            raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+        if speculate == "draft":
+            if self.draft is None:
+                raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
+            return Draft(self.draft)
+        return Lookup() if speculate == "lookup" else None
 
     def _details(self, row: Collected, logprobs: bool, options: Options) -> Prediction:
         decode = self.tokenizer.decode
@@ -448,6 +429,8 @@ class Llama:
             details["top_logprobs"] = [
                 [(decode([token]), value) for token, value in best] for best in row.top_logprobs
             ]
+        if row.speculation is not None:
+            details["speculation"] = row.speculation
         return details
 
 

@@ -176,6 +176,20 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
+def share_lists(lists: List[List[int]], most: int) -> List[List[int]]:
+    """Rank 0's lists of ids (0 or more), at most so many in each, on every rank.
+
+    The other ranks pass as many lists, of whatever content.
+    """
+    if world_size() == 1:
+        return lists
+    cuda = dist.get_backend(fs_init.get_model_parallel_group()) == "nccl"
+    table = torch.full((len(lists), most), -1, device="cuda" if cuda else "cpu")
+    for row, ids in zip(table, lists, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return [[token for token in ids if token >= 0] for ids in broadcast(table).tolist()]
+
+
 # What shards along which axis. Pure arithmetic from here on: no process group is needed.
 
 # Column-parallel weights split their output rows, row-parallel ones their input columns; the

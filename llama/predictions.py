@@ -7,6 +7,14 @@ from llama.chat import Message
 FinishReason = Literal["stop", "length"]
 
 
+class Speculation(TypedDict):
+    """What came of guessing a row's tokens; see `llama.speculative`."""
+
+    proposed: int  # guesses that the model looked at
+    accepted: int  # those that were drawn
+    passes: int  # of the model, for the row's tokens
+
+
 class Prediction(TypedDict, total=False):
     """What predictions of text and of messages have in common."""
 
@@ -15,6 +23,7 @@ class Prediction(TypedDict, total=False):
     tokens: List[str]  # with logprobs only
     logprobs: List[float]  # with logprobs only
     top_logprobs: List[List[Tuple[str, float]]]  # with top_logprobs only; of the answer's tokens
+    speculation: Speculation  # with speculate only
 
 
 class CompletionPrediction(Prediction):
@@ -46,3 +55,4 @@ class Event(NamedTuple):
     logprob: Optional[float] = None  # natural, of the model's own distribution; if asked for
     top_logprobs: Optional[List[Tuple[int, float]]] = None  # the most probable ids, if asked for
     finish_reason: Optional[FinishReason] = None  # set in the last event of a row
+    speculation: Optional[Speculation] = None  # the same, with speculate only

@@ -91,27 +91,56 @@ class SamplingParams:
 _ARGMAX = SamplingParams(temperature=0.0, top_p=1.0)
 
 
+class Numbers:
+    """A row's random numbers, uniform in [0, 1): the n-th is for the answer's n-th token.
+
+    It is the same whoever asks for it, and however often: a draft model that draws with the number
+    with which the model itself will draw mostly draws the same.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._known: List[torch.Tensor] = []
+
+    def __getitem__(self, n: int) -> torch.Tensor:
+        generator = self._generator
+        while len(self._known) <= n:
+            self._known.append(
+                torch.rand((), dtype=torch.float64, generator=generator, device=generator.device)
+            )
+        return self._known[n]
+
+
 def draw(
     logits: torch.Tensor,
     params: SamplingParams,
     prompt: Sequence[int],
     answer: Sequence[int],
-    generator: Optional[torch.Generator] = None,
+    numbers: Numbers,
+    allow: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
 ) -> int:
-    """The next token of a row with these logits (vocab_size,)."""
-    logits = constrained(logits, params, prompt, answer)
+    """The next token of a row with these logits (vocab_size,).
+
+    Args:
+        allow: makes -inf of the logits of tokens that can't come. Where params rule out all that
+            could, it alone counts.
+    """
+    own, logits = logits.float(), constrained(logits, params, prompt, answer)
+    if allow is not None:
+        logits = allow(logits)
+        if logits.max() == -math.inf:
+            logits = allow(own)
     if params.temperature == 0:
         return int(logits.argmax())
-    return draw_from(torch.softmax(warped(logits, params), -1), generator)
+    return draw_from(torch.softmax(warped(logits, params), -1), numbers[len(answer)])
 
 
-def draw_from(probs: torch.Tensor, generator: Optional[torch.Generator] = None) -> int:
-    """A token of a distribution (vocab_size,): where one random number falls in the running sum.
+def draw_from(probs: torch.Tensor, number: torch.Tensor) -> int:
+    """A token of a distribution (vocab_size,): where a random number falls in the running sum.
 
     So a row uses up one number per token, whatever the vocabulary and the other rows.
     """
     running = probs.double().cumsum(-1)
-    number = torch.rand((), dtype=torch.float64, generator=generator, device=probs.device)
     # Strictly beyond the number, where no token of probability 0 can be.
     return int(torch.searchsorted(running, number * running[-1], right=True))
 

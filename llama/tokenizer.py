@@ -115,6 +115,11 @@ class Tokenizer:
         token_bytes = self._codec.token_bytes
         return b"".join(token_bytes[i] for i in t)
 
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Whether every id means the same in both vocabularies."""
+        mine, theirs = self._codec.token_bytes, other._codec.token_bytes
+        return mine == theirs and self.special_tokens == other.special_tokens
+
     def stream(self) -> "StreamDecoder":
         """A decoder of tokens that come one by one: what it gives adds up to `decode`'s text."""
         return StreamDecoder(self)

@@ -18,8 +18,13 @@ LAYERS = {
     "sampling": set(),
     "stopping": set(),
     "context": {"chat"},
-    "beam": {"loop", "model"},
-    "loop": {"cache", "model", "parallel", "predictions", "sampling", "stopping", "tokenizer"},
+    "beam": {"model", "prefill"},
+    "prefill": {"cache", "model"},
+    "structured": {"tokenizer", "tools"},
+    "rows": {"model", "predictions", "sampling", "stopping", "tokenizer"},
+    "speculative": {"model", "parallel", "prefill", "rows", "sampling"},
+    "loop": {"model", "parallel", "predictions", "prefill", "rows", "sampling", "speculative"}
+    | {"tokenizer"},
     "parallel": set(),
     "vocabulary": {"gguf_header", "json_files"},
     "tools": set(),
@@ -33,7 +38,8 @@ LAYERS = {
     "quantize": {"checkpoint", "model", "parallel"},
     "native": {"cache", "model", "parallel", "quantize"},
     "compiled": {"cache", "model", "parallel", "quantize"},
-    "prepare": {"cache", "checkpoint", "compiled", "model", "native", "quantize"},
+    "prepare": {"cache", "checkpoint", "compiled", "memory", "model", "native", "parallel"}
+    | {"quantize", "tokenizer"},
     "generation": {
         "prepare",
         "beam",
@@ -44,6 +50,8 @@ LAYERS = {
         "memory",
         "model",
         "parallel",
+        "rows",
+        "speculative",
     }
     | {"predictions", "remote", "sampling", "scoring", "templates", "tokenizer", "tools"},
     "terminal": set(),

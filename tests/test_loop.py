@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, run_ranks, write_checkpoint
 from test_stopping import cut
 
-from llama import Llama, SamplingParams, loop
+from llama import Llama, SamplingParams, prefill
 
 TEXTS = ["a", "The quick", "x" * 30, "2 + 2 =", "zz zz", "ö", "hello there", "?!", "q", "a b c d e"]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=200, repetition_penalty=1.05)
@@ -156,7 +156,7 @@ def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
     options = dict(temperature=0, logprobs=True, echo=True, stop_tokens=set())
     expected, known = tiny.generate(prompts, 8, **options)
     for tokens in (4, 28, 200):
-        monkeypatch.setattr(loop, "PASS", tokens)
+        monkeypatch.setattr(prefill, "PASS", tokens)
         found, scores = tiny.generate(prompts, 8, **options)
         assert found == expected
         for a, b in zip(scores, known, strict=True):

@@ -12,6 +12,7 @@ import transformers
 
 from llama.generation import sample_top_p
 from llama.sampling import (
+    Numbers,
     SamplingParams,
     constrained,
     draw,
@@ -25,6 +26,7 @@ from llama.sampling import (
     would_repeat,
 )
 
+ANY = Numbers(0, torch.device("cpu"))
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
@@ -82,19 +84,19 @@ def test_temperature_0_is_argmax_without_dividing():
     params = SamplingParams(temperature=0, top_p=0.9, top_k=2)
     assert params.is_argmax
     for logits, best in (([1.0, 3.0, 2.0], 1), ([-5.0, -7.0, -6.0], 0)):
-        assert draw(torch.tensor(logits), params, [], []) == best
-        assert draw(torch.tensor(logits).bfloat16(), params, [], []) == best
+        assert draw(torch.tensor(logits), params, [], [], ANY) == best
+        assert draw(torch.tensor(logits).bfloat16(), params, [], [], ANY) == best
     assert not SamplingParams(temperature=0, banned_tokens=[1]).is_argmax
-    assert draw(torch.tensor([1.0, 3.0, 2.0]), replace(params, banned_tokens=[1]), [], []) == 2
+    assert draw(torch.tensor([1.0, 3.0, 2.0]), replace(params, banned_tokens=[1]), [], [], ANY) == 2
 
 
 def test_draws_follow_the_distribution():
     """Chi-squared over 5 tokens, one of which has no probability."""
     probs = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
-    generator = torch.Generator().manual_seed(0)
     n = 20_000
+    numbers = Numbers(0, torch.device("cpu"))
     found = torch.bincount(
-        torch.tensor([draw_from(probs, generator) for _ in range(n)]), minlength=5
+        torch.tensor([draw_from(probs, numbers[i]) for i in range(n)]), minlength=5
     )
     assert found[2] == 0
     expected = probs[probs > 0] * n
@@ -102,15 +104,18 @@ def test_draws_follow_the_distribution():
     assert chi2 < 16.27  # p = 0.001 at 3 degrees of freedom
 
 
-def test_the_generator_alone_decides():
-    logits, params = torch.randn(100), SamplingParams(temperature=1.0)
-    draws = [
-        [draw(logits, params, [], [], generator) for _ in range(8)]
-        for generator in (torch.Generator().manual_seed(7), torch.Generator().manual_seed(7))
-    ]
+def test_the_numbers_alone_decide():
+    """The n-th is the answer's n-th token's, in whatever order and however often they are asked."""
+    logits, params, cpu = torch.randn(100), SamplingParams(temperature=1.0), torch.device("cpu")
+    orders = [list(range(8)), [7, 3, 3, 0, 1, 2, 4, 5, 6, 7]]
     state = torch.get_rng_state()
-    draw(logits, params, [], [], torch.Generator().manual_seed(8))
-    assert draws[0] == draws[1] and len(set(draws[0])) > 1
+    draws = []
+    for order in orders:
+        numbers = Numbers(7, cpu)
+        draws.append({n: draw(logits, params, [], [0] * n, numbers) for n in order})
+    other = Numbers(8, cpu)
+    assert draws[0] == draws[1] and len(set(draws[0].values())) > 1
+    assert draws[0] != {n: draw(logits, params, [], [0] * n, other) for n in range(8)}
     assert torch.equal(state, torch.get_rng_state())
 
 
