@@ -161,6 +161,23 @@ class KVCache:
             part[:, : len(sources), :, :n] = part[:, list(sources), :, :n]
         self.lengths = [self.lengths[source] for source in sources]
 
+    def read(self, row: int, start: int, stop: int) -> Dict[str, torch.Tensor]:
+        """A copy of what a row holds there: by name, (n_layers, n_kv_heads, stop - start, ...)."""
+        return {name: part[:, row, :, start:stop].clone() for name, part in self._parts.items()}
+
+    def write(self, row: int, parts: Dict[str, torch.Tensor]) -> None:
+        """Go on with what `read` found elsewhere. The room is to be there (`reserve`).
+
+        Raises:
+            ValueError: a cache of another kind or for another number of heads.
+        """
+        n, start = parts["k"].shape[2], self.lengths[row]
+        for name, whole in self._parts.items():
+            if name not in parts or parts[name].dtype != whole.dtype:
+                raise ValueError(f"{name} isn't what this cache holds: it is {whole.dtype}")
+            whole[:, row, :, start : start + n] = parts[name]
+        self.lengths[row] = start + n
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but the given ones (ascending), which move up to take their places."""
         for new, old in enumerate(rows):

@@ -1,8 +1,37 @@
-"""A dialog that outgrows the context: what is left out of it."""
+"""Dialogs into the context: their ids, and what is left out of one that outgrows it."""
 
-from typing import Callable, List, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
-from llama.chat import Dialog, Message
+from llama.chat import Dialog, Format, Message, check_dialogs
+from llama.tools import Tool
+
+
+def encode_dialogs(
+    formatter: Format,
+    dialogs: Sequence[Dialog],
+    tools: Optional[Sequence[Tool]],
+    truncate: Optional[str],
+    max_gen_len: Optional[int],
+    context: int,
+) -> Tuple[List[List[int]], List[List[Message]]]:
+    """The ids of each dialog, and the messages that were left out of it; see `chat_completion`.
+
+    Raises:
+        ValueError: an unknown truncate, or dialogs that can't be encoded or don't fit.
+    """
+    if truncate not in (None, "oldest_turns"):
+        raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
+    check_dialogs(dialogs)
+    format_ = formatter.encode_dialog_prompt
+
+    def encode(dialog: Dialog) -> List[int]:
+        return format_(dialog, tools) if tools else format_(dialog)
+
+    if truncate is None:
+        return [encode(dialog) for dialog in dialogs], [[] for _ in dialogs]
+    limit = context - (context // 4 if max_gen_len is None else max_gen_len)
+    fitted = [oldest_turns_out(dialog, encode, limit) for dialog in dialogs]
+    return [ids for ids, _ in fitted], [left_out for _, left_out in fitted]
 
 
 def oldest_turns_out(

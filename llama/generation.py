@@ -18,8 +18,8 @@ import torch
 
 from llama import checkpoint, loop, memory, parallel, remote, scoring
 from llama.beam import beam_search
-from llama.chat import ChatFormat, Format, check_dialogs, read_calls, warn_of_base_model
-from llama.context import oldest_turns_out
+from llama.chat import ChatFormat, Format, read_calls, warn_of_base_model
+from llama.context import encode_dialogs
 from llama.loop import Collected
 from llama.model import Transformer
 from llama.predictions import (
@@ -29,11 +29,12 @@ from llama.predictions import (
     Event,
     Prediction,
 )
+from llama.prefixes import PrefixCache
 from llama.prepare import prepare, prepare_draft
 from llama.rows import Options, Row, check, make_rows
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
-from llama.speculative import Draft, Lookup, Speculator
+from llama.speculative import speculator
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tools import Tool
@@ -49,6 +50,7 @@ class Llama:
         tokenizer: the Tokenizer.
         formatter: the Format of its dialogs, or None where the checkpoint has none.
         draft: a smaller Transformer that guesses tokens for the model, or None.
+        prefixes: the PrefixCache of keys and values of earlier texts, or None.
     """
 
     @staticmethod
@@ -67,6 +69,7 @@ class Llama:
         compile: bool = False,
         draft_ckpt_dir: Optional[str | Path] = None,
         draft_quantize: Optional[Literal["int8", "int4"]] = None,
+        prefix_cache_mb: int = 0,
     ) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
@@ -94,6 +97,9 @@ class Llama:
             draft_ckpt_dir: a smaller model with the same tokenizer, which guesses tokens for this
                 one; texts stay the same (see `llama.speculative`).
             draft_quantize: like quantize, for the draft model.
+            prefix_cache_mb: up to so many MB (10^6 bytes, on each rank) of keys and values are kept
+                for prompts that begin like earlier ones or like others of their batch, which then
+                needn't be computed again: a chat's next turn, few-shot examples (`llama.prefixes`).
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
@@ -103,6 +109,8 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if prefix_cache_mb < 0:
+            raise ValueError(f"prefix_cache_mb={prefix_cache_mb} must be 0 (none) or more")
         start = time.monotonic()
         torch_device = parallel.initialize(model_parallel_size, device)
         torch_dtype = parallel.pick_dtype(dtype, torch_device)
@@ -110,7 +118,8 @@ class Llama:
         args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         parallel.check_world(parallel.world_size(), args.n_heads)
         world = parallel.world_size()
-        _say(memory.preflight(args, world, torch_dtype, torch_device, quantize, kv_cache))
+        limit = prefix_cache_mb * 1_000_000
+        _say(memory.preflight(args, world, torch_dtype, torch_device, quantize, kv_cache, limit))
         if max_seq_len > source.args.max_seq_len:
             _say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
 
@@ -136,7 +145,13 @@ class Llama:
                 dtype=torch_dtype, quantize=draft_quantize, compile=compile,
             )  # fmt: skip
         _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")
-        return Llama(model, tokenizer, draft=draft, seed=seed)
+        llama = Llama(model, tokenizer, draft=draft, seed=seed)
+        if limit:
+            kind = " ".join(
+                filter(None, (str(torch_dtype)[6:], quantize, kv_cache and "int8 cache"))
+            )
+            llama.prefixes = PrefixCache(limit, lambda: f"{checkpoint.fingerprint(source)} {kind}")
+        return llama
 
     def __init__(
         self,
@@ -151,6 +166,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self.draft = draft
+        self.prefixes: Optional[PrefixCache] = None
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
 
@@ -336,6 +352,35 @@ class Llama:
         `stride` tokens; see `llama.scoring.perplexity`."""
         return scoring.perplexity(self.model, self.tokenizer, text, stride)
 
+    def save_prefix(self, path: str | Path, prefix: str | Dialog) -> None:
+        """Keep what a text or a dialog begins with in a file, for `load_prefix`, in any process.
+
+        Raises:
+            ValueError: a Llama built without prefix_cache_mb; more tokens than the context has.
+        """
+        if isinstance(prefix, str):
+            [ids] = self._encode([prefix])
+        else:
+            [ids], _ = self._encode_dialogs([prefix], None, None, None)
+        check(self.model, [ids], 0, 1)
+        self._prefixes.save(path, self.model, ids)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Take in what `save_prefix` wrote, on any number of ranks; the number of its tokens.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of something else or of another model, or a Llama built without
+                prefix_cache_mb.
+        """
+        return self._prefixes.load(path, self.model)
+
+    @property
+    def _prefixes(self) -> PrefixCache:
+        if self.prefixes is None:
+            raise ValueError("prefixes take memory: build with prefix_cache_mb, 1000 for example")
+        return self.prefixes
+
     def _encode(self, prompts: Sequence[str]) -> List[List[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: pass a list of texts")
@@ -352,24 +397,11 @@ class Llama:
         """The ids of each dialog, and the messages that were left out of it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
-        if truncate not in (None, "oldest_turns"):
-            raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
-        check_dialogs(dialogs)
-        format_ = self.formatter.encode_dialog_prompt
-
-        def encode(dialog: Dialog) -> List[int]:
-            return format_(dialog, tools) if tools else format_(dialog)
-
-        left_out: List[List[Message]] = [[] for _ in dialogs]
-        if truncate is None:
-            ids = [encode(dialog) for dialog in dialogs]
-        else:
-            context = self.model.params.max_seq_len
-            limit = context - (context // 4 if max_gen_len is None else max_gen_len)
-            fitted = [oldest_turns_out(dialog, encode, limit) for dialog in dialogs]
-            ids, left_out = [pair[0] for pair in fitted], [pair[1] for pair in fitted]
+        found = encode_dialogs(
+            self.formatter, dialogs, tools, truncate, max_gen_len, self.model.params.max_seq_len
+        )
         self._check_trained()
-        return ids, left_out
+        return found
 
     def _check_trained(self) -> None:
         """Warn of a base model, on all ranks alike: each has a part of the embeddings."""
@@ -404,20 +436,8 @@ class Llama:
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
             top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),
-            speculator=self._speculator(options.get("speculate")),
+            speculator=speculator(options.get("speculate"), self.draft), prefixes=self.prefixes,
         )  # fmt: skip
-
-    def _speculator(self, speculate: Optional[str]) -> Optional[Speculator]:
-        """Where guesses come from, made for one call; by default the draft model, if there is."""
-        if speculate is None:
-            speculate = "off" if self.draft is None else "draft"
-        if speculate not in ("off", "lookup", "draft"):
-            raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
-        if speculate == "draft":
-            if self.draft is None:
-                raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
-            return Draft(self.draft)
-        return Lookup() if speculate == "lookup" else None
 
     def _details(self, row: Collected, logprobs: bool, options: Options) -> Prediction:
         decode = self.tokenizer.decode

@@ -10,6 +10,7 @@ from llama import parallel
 from llama.model import Transformer
 from llama.predictions import Event, FinishReason, Speculation
 from llama.prefill import prefill
+from llama.prefixes import PrefixCache
 from llama.rows import Row
 from llama.sampling import draw
 from llama.speculative import MOST, Speculator
@@ -28,6 +29,7 @@ def run(
     echo: bool = False,
     should_stop: Optional[Callable[[], bool]] = None,
     speculator: Optional[Speculator] = None,
+    prefixes: Optional[PrefixCache] = None,
 ) -> Iterator[Event]:
     """Generate all rows together: an event per token, in the order in which tokens come about.
 
@@ -42,13 +44,24 @@ def run(
         row.begin(tokenizer, device)
         if speculator is not None:
             row.speculation = Speculation(proposed=0, accepted=0, passes=0)
-    # In the batch and the cache, rows stand in the order of their lengths, samples side by side.
-    order = sorted(rows, key=lambda row: (len(row.prompt), row.index, row.sample))
+    score = echo and logprobs  # takes all positions of the prompts
+    prefixes = None if score else prefixes
+    new = {row.index: len(row.prompt) for row in rows}  # tokens that aren't known from before
+    if prefixes is not None:
+        if prefixes.grows:
+            prefixes.share(model, [row.prompt for row in rows if row.sample == 0])
+        new = {row.index: len(row.prompt) - prefixes.known(row.prompt) for row in rows}
+    # In the batch and the cache, rows stand by how much of them is new, samples side by side.
+    order = sorted(rows, key=lambda row: (new[row.index], row.index, row.sample))
     firsts = [row for row in order if row.sample == 0]
     place = {row.index: i for i, row in enumerate(firsts)}
     spare = 0 if speculator is None else MOST  # positions for guesses beyond the end
     cache = model.new_cache(len(rows), max(row.max_len for row in rows) + spare)
-    h, scores = prefill(model, [row.prompt for row in firsts], cache, echo and logprobs)
+    if prefixes is not None:
+        cache.reserve(max(len(row.prompt) for row in rows))
+        for i, row in enumerate(firsts):
+            prefixes.fill(row.prompt, cache, i)
+    h, scores = prefill(model, [row.prompt for row in firsts], cache, score)
     if echo:
         for row in rows:
             known = scores[place[row.index]] if logprobs else [None] * len(row.prompt)
@@ -76,7 +89,7 @@ def run(
         details = _details(logits, drawn, guesses, logprobs, top_logprobs)
         if speculator is not None:
             speculator.learn(drawn)
-        unfinished = []
+        unfinished, step = [], []
         for i, row in enumerate(batch):
             if row.speculation is not None:
                 row.speculation["proposed"] += len(guesses[i])
@@ -85,17 +98,22 @@ def run(
             events = _events(row, drawn[i], details[i], stop_tokens, stopped)
             if events[-1].finish_reason is None:
                 unfinished.append(i)
-            yield from events
+            step += events
         # What follows from guesses that weren't drawn is forgotten.
         beyond = [width - n for n in used]
         cache.truncate([n - gone for n, gone in zip(cache.lengths, beyond, strict=True)])
         if guidance is not None:
             guidance.forget(beyond)
         if len(unfinished) < len(batch):
+            if prefixes is not None and prefixes.grows:
+                for i in sorted({*range(len(batch))} - {*unfinished}):
+                    text = [*batch[i].prompt, *batch[i].answer]
+                    prefixes.add(text[: cache.lengths[i]], cache, i)
             cache.keep(unfinished)
             if guidance is not None:
                 guidance.keep(unfinished)
             batch = [batch[i] for i in unfinished]
+        yield from step
         if batch:
             guesses = [[] for _ in batch] if speculator is None else speculator.guess(batch)
             width = 1 + max(map(len, guesses))

@@ -72,8 +72,9 @@ def preflight(
     device: torch.device,
     quantize: Optional[str] = None,
     kv_cache: Optional[str] = None,
+    prefix_cache: int = 0,
 ) -> str:
-    """Compare what is needed with what there is; a line to print.
+    """Compare what is needed with what there is, the bytes for prefixes included; a line to print.
 
     Raises:
         ValueError: it can't fit.
@@ -84,10 +85,11 @@ def preflight(
     line = (
         f"weights {size(need.weights)} + cache {size(need.cache)} "
         f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
+        + (f" + prefixes {size(prefix_cache)}" if prefix_cache else "")
         + (f" on each of {world} ranks" if world > 1 else "")
         + f"; {size(have)} available on {device}"
     )
-    if need.total * sharers > have:
+    if (need.total + prefix_cache) * sharers > have:
         raise ValueError(
             f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
             "a smaller dtype, quantize, kv_cache, or more ranks (torchrun --nproc_per_node) "

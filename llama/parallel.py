@@ -190,6 +190,15 @@ def share_lists(lists: List[List[int]], most: int) -> List[List[int]]:
     return [[token for token in ids if token >= 0] for ids in broadcast(table).tolist()]
 
 
+def all_gather(tensor: torch.Tensor) -> List[torch.Tensor]:
+    """Each rank's tensor, all of one shape, on every rank."""
+    if world_size() == 1:
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(found, tensor.contiguous(), fs_init.get_model_parallel_group())
+    return found
+
+
 # What shards along which axis. Pure arithmetic from here on: no process group is needed.
 
 # Column-parallel weights split their output rows, row-parallel ones their input columns; the

@@ -11,7 +11,7 @@ the same tokens, where rejection sampling would have to draw anew.
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
-from typing import Deque, Dict, Hashable, List, NamedTuple, Protocol, Sequence, Tuple
+from typing import Deque, Dict, Hashable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 
@@ -33,6 +33,23 @@ class Speculator(Protocol):
 
     def learn(self, drawn: List[List[int]]) -> None:
         """What did follow, up to the first wrong guess and with what was drawn in its place."""
+
+
+def speculator(speculate: Optional[str], draft: Optional[Transformer]) -> Optional[Speculator]:
+    """The one of that name, for one call; by default the draft model's, if there is one.
+
+    Raises:
+        ValueError: another name, or "draft" without a draft model.
+    """
+    if speculate is None:
+        speculate = "off" if draft is None else "draft"
+    if speculate not in ("off", "lookup", "draft"):
+        raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+    if speculate == "lookup":
+        return Lookup()
+    if speculate == "draft" and draft is None:
+        raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
+    return None if speculate == "off" or draft is None else Draft(draft)
 
 
 class Guess(NamedTuple):

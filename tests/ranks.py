@@ -27,6 +27,18 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
     return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}
 
 
+def prefixes(ckpt, prompt, shots, read, write):
+    """A prefix from a file, and one into a file."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128, prefix_cache_mb=100)
+    llama.save_prefix(write, shots)
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128, prefix_cache_mb=100)
+    llama.load_prefix(read)
+    fed, forward = [], llama.model.hidden
+    llama.model.hidden = lambda tokens, *rest: fed.append(tokens.shape[1]) or forward(tokens, *rest)
+    [answer] = llama.text_completion([prompt], 0, max_gen_len=9)
+    return {"text": answer["generation"], "fed": fed[0]}
+
+
 def by_torch_compile(ckpt, prompts):
     """What a GPU's layers say, on the CPU."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32")

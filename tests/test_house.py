@@ -17,13 +17,23 @@ LAYERS = {
     "cache": set(),
     "sampling": set(),
     "stopping": set(),
-    "context": {"chat"},
+    "context": {"chat", "tools"},
     "beam": {"model", "prefill"},
     "prefill": {"cache", "model"},
+    "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
     "rows": {"model", "predictions", "sampling", "stopping", "tokenizer"},
     "speculative": {"model", "parallel", "prefill", "rows", "sampling"},
-    "loop": {"model", "parallel", "predictions", "prefill", "rows", "sampling", "speculative"}
+    "loop": {
+        "model",
+        "parallel",
+        "predictions",
+        "prefill",
+        "prefixes",
+        "rows",
+        "sampling",
+        "speculative",
+    }
     | {"tokenizer"},
     "parallel": set(),
     "vocabulary": {"gguf_header", "json_files"},
@@ -50,6 +60,7 @@ LAYERS = {
         "memory",
         "model",
         "parallel",
+        "prefixes",
         "rows",
         "speculative",
     }

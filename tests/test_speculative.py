@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, random_model, run_ranks, write_checkpoint
 
-from llama import Llama, SamplingParams
+from llama import Llama, SamplingParams, generation
 from llama.rows import Row
 from llama.speculative import LONGEST, MOST, WIDTHS, Guess, Lookup, Pace, _between, _Text
 
@@ -52,7 +52,7 @@ class Oracle:
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(llama, "_speculator", lambda speculate: oracle if speculate else None)
+    monkeypatch.setattr(generation, "speculator", lambda name, draft: oracle if name else None)
     return oracle
 
 

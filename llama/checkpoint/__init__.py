@@ -8,6 +8,7 @@ read straight into its place, so loading never holds more than the model and a p
 """
 
 import dataclasses
+import hashlib
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from llama import parallel
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs, Transformer, rope_frequencies
 
 # Rows are read in blocks of about this many elements: what conversion needs in extra memory.
 # Smaller than most weights, so that malloc keeps blocks and weights apart: mixed, they leave holes
@@ -191,6 +192,17 @@ def check_shapes(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} has the shape {found[name]}, "
                 f"and its configuration asks for {shape}"
             )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells models apart, and not the formats that they are in: a hash of some of each weight."""
+    args, shapes = checkpoint.args, weight_shapes(checkpoint.args)
+    about = {**shapes, "heads": args.n_heads, "norm_eps": f"{args.norm_eps:.4g}"}
+    digest = hashlib.sha256(repr([about, rope_frequencies(args).tolist()]).encode())
+    for name, shape in shapes.items():
+        whole_head = checkpoint.read(name, 0, 0, min(args.head_dim, shape[0]))
+        digest.update(bytes(whole_head[:1].float().contiguous().numpy()))
+    return digest.hexdigest()[:16]
 
 
 def blocks(
