@@ -44,6 +44,7 @@ setup(
             "pexpect",
             "pytest",
             "hypothesis",
+            "jsonschema",
             "llguidance>=1.9",
             "nbclient",
             "nbformat",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,11 +11,11 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
 from tqdm import tqdm
 
 from llama import parallel, remote
+from llama.few_shot import TEMPLATE, FewShot, read_shots
 from llama.generation import Llama
 from llama.json_files import Results, decode, objects, read_text, string
+from llama.prefixes import common_beginnings
 from llama.sampling import SamplingParams
-
-TEMPLATE = "{input} => {output}"
 
 
 def complete(
@@ -44,6 +43,11 @@ def complete(
     quantize: Optional[Literal["int8", "int4"]] = None,
     kv_cache: Optional[Literal["int8"]] = None,
     compile: bool = False,
+    response_format: Optional[str] = None,
+    speculate: Optional[Literal["lookup", "draft", "off"]] = None,
+    draft_ckpt_dir: Optional[str] = None,
+    draft_quantize: Optional[Literal["int8", "int4"]] = None,
+    prefix_cache_mb: int = 500,
 ) -> None:
     """Continue a text, and print what follows; or all the texts of a JSONL file, into another.
 
@@ -79,6 +83,13 @@ def complete(
         quantize: int8 or int4, for weights of 8 or 4 bits.
         kv_cache: int8, for a cache of half the size.
         compile: compute much faster, for some seconds once (CPU).
+        response_format: JSON, or a file of it, that says what the text must be like:
+            '{"type": "choice", "choice": ["yes", "no"]}'; see `llama.structured`.
+        speculate: guess tokens, for the same text in less time: lookup, where the text repeats what
+            it has, or draft, with a draft model.
+        draft_ckpt_dir: a smaller model with the same tokenizer.
+        draft_quantize: int8 or int4, for the draft model's weights.
+        prefix_cache_mb: memory for what the texts of a file begin with, which is computed once.
 
     Raises:
         ValueError: options that don't go together or are out of range; a broken line, by file and
@@ -88,6 +99,7 @@ def complete(
     for name, value, least in (
         ("max_gen_len", max_gen_len, 0), ("top_k", top_k, 0), ("seed", seed, 0), ("n", n, 1),
         ("max_seq_len", max_seq_len, 1), ("max_batch_size", max_batch_size, 1),
+        ("prefix_cache_mb", prefix_cache_mb, 0),
     ):  # fmt: skip
         if type(value) is not int or value < least:
             raise ValueError(f"--{name}={value}: it's a whole number from {least} up")
@@ -98,14 +110,17 @@ def complete(
     )
     few_shot = None
     if any(given is not None for given in (shots, template, instruction)):
-        examples = [] if shots is None else _read_shots(shots)
+        examples = [] if shots is None else read_shots(shots)
         few_shot = FewShot(examples, TEMPLATE if template is None else template, instruction)
     build: Dict[str, Any] = {
         "ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len,
         "max_batch_size": max_batch_size, "device": device, "dtype": dtype,
         "quantize": quantize, "kv_cache": kv_cache, "compile": compile,
+        "draft_ckpt_dir": draft_ckpt_dir, "draft_quantize": draft_quantize,
+        "prefix_cache_mb": 0 if input is None else prefix_cache_mb,
     }  # fmt: skip
     sampling: Dict[str, Any] = {"max_gen_len": max_gen_len, "params": params, "n": n}
+    sampling |= {"speculate": speculate, "response_format": read_format(response_format)}
     sampling["stop"] = _stops(stop) + ([few_shot.stop] if few_shot else [])
     parallel.initialize(device=device)
     if input is None and output is None:
@@ -152,6 +167,26 @@ def _stops(stop: Any) -> List[str]:
     return stops
 
 
+def read_format(text: Optional[str]) -> Optional[Dict[str, Any]]:
+    """A response format from JSON, or from a file of it.
+
+    Raises:
+        ValueError: neither; FileNotFoundError: no such file.
+    """
+    if text is None:
+        return None
+    given = text if text.lstrip().startswith("{") else read_text(Path(text))
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--response_format {text!r} isn't JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'--response_format {text!r} is no object: {{"type": "json_object"}} is one'
+        )
+    return found
+
+
 # --- one text ------------------------------------------------------------------------------------
 
 
@@ -186,92 +221,6 @@ def _print(llama: Llama, text: str, sampling: Dict[str, Any], strip: bool) -> No
             print(event.text, end="", flush=True)
     if parallel.is_rank_zero():
         print(flush=True)
-
-
-# --- shown by example ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FewShot:
-    """Examples of what to do, and the last line of them to complete.
-
-    Args:
-        shots: inputs and outputs.
-        template: how each is written, with {input} and {output}, in this order.
-        instruction: stands above, an empty line between.
-
-    Raises:
-        ValueError: a template without its places; a shot that contains what ends an answer.
-    """
-
-    shots: List[Tuple[str, str]]
-    template: str = TEMPLATE
-    instruction: Optional[str] = None
-
-    def __post_init__(self) -> None:
-        counts = [self.template.count(place) for place in ("{input}", "{output}")]
-        if counts != [1, 1] or self.template.index("{input}") > self.template.index("{output}"):
-            raise ValueError(
-                f"template {self.template!r} needs {{input}} and then {{output}}, once each: "
-                f"{TEMPLATE!r} for example"
-            )
-        for shown, answer in self.shots:
-            if self.stop in answer:
-                raise ValueError(
-                    f"the output of the shot {shown!r} contains {self.stop!r}, where answers end: "
-                    "give a template with another text after {output}"
-                )
-
-    @property
-    def _parts(self) -> Tuple[str, str, str]:
-        """What stands before, between and after the two."""
-        before, rest = self.template.split("{input}")
-        return (before, *rest.split("{output}"))  # type: ignore[return-value]
-
-    @property
-    def stop(self) -> str:
-        """What ends an answer: it comes after each shot's."""
-        return self._parts[2] or "\n"
-
-    def without_separator(self, query: str) -> str:
-        """The query of someone who typed the template's separator too: "cheese =>" is "cheese"."""
-        return query.rstrip().removesuffix(self._parts[1].strip())
-
-    def prompt(self, query: str) -> str:
-        """The text up to where the answer begins.
-
-        Spaces at its end are left out: tokens of words begin with their space.
-        """
-        before, between, after = self._parts
-        written = [before + shown + between + answer + after for shown, answer in self.shots]
-        head = [self.instruction, ""] if self.instruction else []
-        return "\n".join([*head, *written, before + query.strip() + between]).rstrip(" \t")
-
-
-def _read_shots(shots: str) -> List[Tuple[str, str]]:
-    """The examples of a JSONL file, or of 'a => b; c => d'."""
-    if "=>" in shots:
-        return [_shot(text) for text in re.split(r"(?<!\\);", shots) if text.strip()]
-    path = Path(shots)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"shots {shots!r}: neither 'input => output; input => output' nor a file that is there"
-        )
-    found = []
-    for number, value in objects(path):
-        pair = tuple(string(path, number, value, key) for key in ("input", "output"))
-        found.append((pair[0], pair[1]))
-    return found
-
-
-def _shot(text: str) -> Tuple[str, str]:
-    given = re.split(r"(?<!\\)=>", text, maxsplit=1)
-    plain = [side.replace("\\;", ";").replace("\\=>", "=>").strip() for side in given]
-    if len(plain) != 2 or not all(plain):
-        raise ValueError(
-            f"shot {text.strip()!r} isn't 'input => output'; a ; within is written \\;"
-        )
-    return plain[0], plain[1]
 
 
 # --- a file of texts -----------------------------------------------------------------------------
@@ -363,13 +312,18 @@ def _answers(
     """
     n, max_seq_len = sampling["n"], llama.model.params.max_seq_len
     encode, bos = llama.tokenizer.encode, llama.tokenizer.add_bos
-    lengths = [len(encode(line.prompt, bos=bos, eos=False)) for line in lines]
+    ids = [encode(line.prompt, bos=bos, eos=False) for line in lines]
+    lengths = [*map(len, ids)]
     for line, length in zip(lines, lengths, strict=True):
         if length > max_seq_len:
             raise ValueError(
                 f"the prompt of line {line.number} has {length} tokens, and max_seq_len is "
                 f"{max_seq_len}: shorten it, or give a larger --max_seq_len"
             )
+    if llama.prefixes is not None:
+        for prefix in common_beginnings(ids):
+            llama.prefixes.compute(llama.model, prefix)
+        llama.prefixes.grows = False  # else batches would depend on those before
     # Similar lengths together; the longest first, so that too little memory shows at once.
     order = sorted(range(len(lines)), key=lambda i: (-lengths[i], i))
     size = llama.model.params.max_batch_size // n

@@ -20,21 +20,20 @@ from llama import checkpoint, loop, memory, parallel, remote, scoring
 from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, read_calls, warn_of_base_model
 from llama.context import encode_dialogs
-from llama.loop import Collected
 from llama.model import Transformer
 from llama.predictions import (
     BeamPrediction,
     ChatPrediction,
     CompletionPrediction,
     Event,
-    Prediction,
 )
 from llama.prefixes import PrefixCache
 from llama.prepare import prepare, prepare_draft
-from llama.rows import Options, Row, check, make_rows
+from llama.rows import Options, Row, check, constrain, make_rows
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
 from llama.speculative import speculator
+from llama.structured import Structures, call_format
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tools import Tool
@@ -167,6 +166,7 @@ class Llama:
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self.draft = draft
         self.prefixes: Optional[PrefixCache] = None
+        self._structures: Optional[Structures] = None
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
 
@@ -227,7 +227,7 @@ class Llama:
             self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, **options
         )
         return [
-            {"generation": row.text, **self._details(row, logprobs, options)}
+            {"generation": row.text, **loop.prediction(row, self.tokenizer, logprobs, options)}
             for row in loop.collect(events, rows)
         ]
 
@@ -256,6 +256,7 @@ class Llama:
         logprobs: bool = False,
         *,
         tools: Optional[Sequence[Tool]] = None,
+        tool_choice: str = "auto",
         truncate: Optional[Literal["oldest_turns"]] = None,
         **options: Unpack[Options],
     ) -> List[ChatPrediction]:
@@ -268,6 +269,8 @@ class Llama:
             max_gen_len: None fills the context.
             tools: what the model may call: JSON schemas, Python functions (which aren't run), and
                 names of built-in tools. Its calls are in the message, as `tool_calls`.
+            tool_choice: "auto" leaves it to the model whether it calls; "required", or the name of
+                one of the tools, makes the answer one call that fits its schema.
             truncate: "oldest_turns" leaves out the oldest turns of a dialog that, with max_gen_len
                 (by default a quarter of the context), doesn't fit; the system message stays. By
                 default a dialog that is longer than the context is an error.
@@ -282,13 +285,15 @@ class Llama:
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
+        if tool_choice != "auto":
+            options = {**options, "response_format": call_format(tools, tool_choice, options)}
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         rows, events = self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)
         predictions: List[ChatPrediction] = []
         for row, found in zip(rows, loop.collect(events, rows), strict=True):
             message: Message = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
-            details = self._details(found, logprobs, options)
+            details = loop.prediction(found, self.tokenizer, logprobs, options)
             predictions.append({"generation": message, **details})
             if error:
                 predictions[-1]["tool_call_error"] = error
@@ -305,6 +310,7 @@ class Llama:
         logprobs: bool = False,
         *,
         tools: Optional[Sequence[Tool]] = None,
+        tool_choice: str = "auto",
         truncate: Optional[Literal["oldest_turns"]] = None,
         **options: Unpack[Options],
     ) -> Iterator[Event]:
@@ -312,6 +318,8 @@ class Llama:
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
+        if tool_choice != "auto":
+            options = {**options, "response_format": call_format(tools, tool_choice, options)}
         ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
 
@@ -433,25 +441,17 @@ class Llama:
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
         max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
         rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
+        formats = options.get("response_format")
+        if formats is not None:
+            if self._structures is None:
+                self._structures = Structures(self.tokenizer, shape.vocab_size)
+            constrain(rows, self._structures, formats, stops)
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
             top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),
-            speculator=speculator(options.get("speculate"), self.draft), prefixes=self.prefixes,
+            speculator=speculator(options.get("speculate"), self.model, self.draft),
+            prefixes=self.prefixes,
         )  # fmt: skip
-
-    def _details(self, row: Collected, logprobs: bool, options: Options) -> Prediction:
-        decode = self.tokenizer.decode
-        details: Prediction = {"finish_reason": row.finish_reason}
-        if logprobs:
-            details["tokens"] = [decode([token]) for token in row.tokens]
-            details["logprobs"] = row.logprobs
-        if options.get("top_logprobs"):
-            details["top_logprobs"] = [
-                [(decode([token]), value) for token, value in best] for best in row.top_logprobs
-            ]
-        if row.speculation is not None:
-            details["speculation"] = row.speculation
-        return details
 
 
 def _say(text: str) -> None:

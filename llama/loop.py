@@ -8,10 +8,10 @@ import torch
 
 from llama import parallel
 from llama.model import Transformer
-from llama.predictions import Event, FinishReason, Speculation
+from llama.predictions import Event, FinishReason, Prediction, Speculation
 from llama.prefill import prefill
 from llama.prefixes import PrefixCache
-from llama.rows import Row
+from llama.rows import Options, Row
 from llama.sampling import draw
 from llama.speculative import MOST, Speculator
 from llama.tokenizer import Tokenizer
@@ -192,6 +192,24 @@ def collect(events: Iterator[Event], rows: Sequence[Row]) -> List[Collected]:
             if event.top_logprobs is not None:
                 row.top_logprobs.append(event.top_logprobs)
     return list(found.values())
+
+
+def prediction(
+    row: Collected, tokenizer: Tokenizer, logprobs: bool, options: Options
+) -> Prediction:
+    """What a prediction says beside its generation."""
+    decode = tokenizer.decode
+    details: Prediction = {"finish_reason": row.finish_reason}
+    if logprobs:
+        details["tokens"] = [decode([token]) for token in row.tokens]
+        details["logprobs"] = row.logprobs
+    if options.get("top_logprobs"):
+        details["top_logprobs"] = [
+            [(decode([token]), value) for token, value in best] for best in row.top_logprobs
+        ]
+    if row.speculation is not None:
+        details["speculation"] = row.speculation
+    return details
 
 
 def _draw(

@@ -282,6 +282,7 @@ class Transformer(nn.Module):
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.cache_type: Type[KVCache] = KVCache
+        self.exact_tokens: Optional[int] = None  # passes of so many give the bits of single tokens
         self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
 
     def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Opt
 from llama import parallel
 from llama.chat import Message, check_dialog, content_of
 from llama.generation import Llama
+from llama.predictions import Speculation
 from llama.sampling import SamplingParams
 from llama.terminal import Plain, Rich, is_capable, pick_terminal
 
@@ -51,6 +52,7 @@ class Turn(NamedTuple):
     dialog: List[Message]
     params: SamplingParams
     max_gen_len: Optional[int]
+    speculate: Optional[Literal["lookup", "draft", "off"]]
 
 
 @dataclass
@@ -61,10 +63,14 @@ class Stats:
     tokens: int = 0
     first: float = 0.0  # seconds until the first token
     total: float = 0.0  # seconds until the last one
+    speculation: Optional[Speculation] = None
 
     def __str__(self) -> str:
         speed = f"{(self.tokens - 1) / (self.total - self.first):.1f}" if self.tokens > 1 else "-"
-        return f"{self.tokens} tokens: first after {self.first:.2f} s, then {speed} tokens/s"
+        text = f"{self.tokens} tokens: first after {self.first:.2f} s, then {speed} tokens/s"
+        if self.speculation is None:
+            return text
+        return text + "; {accepted} of {proposed} guesses right".format(**self.speculation)
 
 
 class Session:
@@ -72,6 +78,7 @@ class Session:
 
     Args:
         send: called with each Turn before it is computed; on several ranks, it tells the others.
+        speculate: how tokens are guessed; see `llama.speculative`.
         max_gen_len: tokens of an answer; None fills the context.
 
     Attributes:
@@ -88,13 +95,14 @@ class Session:
         system: Optional[str] = None,
         max_gen_len: Optional[int] = None,
         send: Callable[[Turn], object] = lambda turn: None,
+        speculate: Optional[Literal["lookup", "draft", "off"]] = None,
     ):
         if llama.formatter is None:
             raise ValueError("this checkpoint has no chat format: use an instruct checkpoint")
         self.llama, self._format = llama, llama.formatter
         self.params = params or SamplingParams()
         self.max_gen_len = max_gen_len
-        self.send = send
+        self.send, self.speculate = send, speculate
         self.dialog: List[Message] = []
         self.stats: Optional[Stats] = None
         self.note = ""
@@ -146,7 +154,7 @@ class Session:
 
         try:
             stats = Stats(len(self._format.encode_dialog_prompt(self.dialog)))
-            turn = Turn([*self.dialog], self.params, self.max_gen_len)
+            turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate)
             self.send(turn)
             begin, reason = time.monotonic(), None
             for event in _events(self.llama, turn, should_stop):
@@ -155,7 +163,7 @@ class Session:
                     stats.first = stats.first or stats.total
                     stats.tokens += 1
                 text += event.text
-                reason = event.finish_reason
+                reason, stats.speculation = event.finish_reason, event.speculation
                 yield event.text
             if not stats.tokens:
                 raise ValueError(
@@ -267,8 +275,9 @@ class Session:
 def _events(llama: Llama, turn: Turn, should_stop: Callable[[], bool]) -> Iterator[Any]:
     """The call that is the same on every rank."""
     return llama.stream_chat(
-        [turn.dialog], max_gen_len=turn.max_gen_len, params=turn.params, should_stop=should_stop
-    )
+        [turn.dialog], max_gen_len=turn.max_gen_len, params=turn.params, should_stop=should_stop,
+        speculate=turn.speculate,
+    )  # fmt: skip
 
 
 def _path(text: str, command: str) -> Path:
@@ -346,6 +355,10 @@ def chat(
     quantize: Optional[Literal["int8", "int4"]] = None,
     kv_cache: Optional[Literal["int8"]] = None,
     compile: bool = False,
+    speculate: Optional[Literal["lookup", "draft", "off"]] = None,
+    draft_ckpt_dir: Optional[str] = None,
+    draft_quantize: Optional[Literal["int8", "int4"]] = None,
+    prefix_cache_mb: int = 500,
     history: Optional[str] = None,
 ) -> None:
     """Talk with a model. /help lists the commands. In a pipe, each line is a message.
@@ -364,6 +377,11 @@ def chat(
         quantize: int8 or int4, for weights of 8 or 4 bits.
         kv_cache: int8, for a cache of half the size.
         compile: compute much faster, for some seconds once (CPU).
+        speculate: guess tokens, for the same answers in less time: lookup, where they repeat what
+            was said, or draft, with a draft model.
+        draft_ckpt_dir: a smaller model with the same tokenizer.
+        draft_quantize: int8 or int4, for the draft model's weights.
+        prefix_cache_mb: memory for what was said, which a next turn then needn't compute again.
         history: file of the lines you typed; by default ~/.local/state/llama/history.
 
     Raises:
@@ -381,18 +399,11 @@ def chat(
     if not parallel.is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
     llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        1,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        compile=compile,
-    )
-    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object)
+        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype,
+        quantize=quantize, kv_cache=kv_cache, compile=compile, draft_ckpt_dir=draft_ckpt_dir,
+        draft_quantize=draft_quantize, prefix_cache_mb=prefix_cache_mb,
+    )  # fmt: skip
+    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
     if not parallel.is_rank_zero():
         return follow(llama)
     terminal = pick_terminal(history)

@@ -1,7 +1,7 @@
 """Rows: the texts of a call in the making, and what a call may say of them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Callable, List, Literal, Optional, Sequence, Set, TypedDict
+from typing import Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict
 
 import torch
 
@@ -9,10 +9,8 @@ from llama.model import Transformer
 from llama.predictions import Speculation
 from llama.sampling import Numbers, SamplingParams
 from llama.stopping import StopStrings
+from llama.structured import Constraint, ResponseFormat, Structures
 from llama.tokenizer import StreamDecoder, Tokenizer
-
-if TYPE_CHECKING:
-    from llama.structured import Constraint
 
 # Between the seeds of a prompt's samples, so that neighbours' seeds don't meet.
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -34,6 +32,9 @@ class Options(TypedDict, total=False):
         (see `llama.speculative`). "lookup" guesses what followed the same words before, for answers
         that repeat their prompt; "draft" asks the draft model, the default where there is one;
         "off".
+    response_format: what the text must be like: {"type": "json_schema", "schema": {...}}, or one of
+        the others in `llama.structured`. One for all prompts, or one or None for each. A row that
+        is cut off by its length holds the beginning of such a text.
     """
 
     params: Optional[SamplingParams]
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     top_logprobs: int
     should_stop: Optional[Callable[[], bool]]
     speculate: Optional[Literal["lookup", "draft", "off"]]
+    response_format: Optional[ResponseFormat | Sequence[Optional[ResponseFormat]]]
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Row:
     params: SamplingParams
     seed: int
     stop: Sequence[str]
-    constraint: Optional["Constraint"] = None  # what its text must be like; rank 0 follows it
+    constraint: Optional[Constraint] = None  # what its text must be like; rank 0 follows it
     answer: List[int] = field(default_factory=list)
     speculation: Optional[Speculation] = None  # counts, if its tokens are guessed
 
@@ -143,3 +145,27 @@ def make_rows(
         for index, prompt in enumerate(prompts)
         for sample in range(n)
     ]  # fmt: skip
+
+
+def constrain(
+    rows: List[Row],
+    structures: Structures,
+    formats: ResponseFormat | Sequence[Optional[ResponseFormat]],
+    stop_tokens: Set[int],
+) -> None:
+    """Give rows the response format of their prompts: one for all, or one or None for each.
+
+    Raises:
+        ValueError: what isn't a format, or another number of them than of prompts.
+    """
+    prompts = 1 + max(row.index for row in rows)
+    of_each = [formats] * prompts if isinstance(formats, Mapping) else list(formats)
+    wrong = [one for one in of_each if one is not None and not isinstance(one, Mapping)]
+    if isinstance(formats, str) or wrong:
+        raise ValueError(f'response_format={formats!r}: a dict, like {{"type": "json_object"}}')
+    if len(of_each) != prompts:
+        raise ValueError(f"{len(of_each)} response formats for {prompts} prompts: one for each")
+    for row in rows:
+        format_ = of_each[row.index]
+        if format_ is not None:
+            row.constraint = structures.constraint(format_, stop_tokens)

@@ -35,8 +35,12 @@ class Speculator(Protocol):
         """What did follow, up to the first wrong guess and with what was drawn in its place."""
 
 
-def speculator(speculate: Optional[str], draft: Optional[Transformer]) -> Optional[Speculator]:
+def speculator(
+    speculate: Optional[str], model: Transformer, draft: Optional[Transformer]
+) -> Optional[Speculator]:
     """The one of that name, for one call; by default the draft model's, if there is one.
+
+    Where the model has passes whose logits are those of single tokens to the bit, it gets these.
 
     Raises:
         ValueError: another name, or "draft" without a draft model.
@@ -46,10 +50,10 @@ def speculator(speculate: Optional[str], draft: Optional[Transformer]) -> Option
     if speculate not in ("off", "lookup", "draft"):
         raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
     if speculate == "lookup":
-        return Lookup()
+        return Lookup(Pace(model.exact_tokens))
     if speculate == "draft" and draft is None:
         raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
-    return None if speculate == "off" or draft is None else Draft(draft)
+    return None if speculate == "off" or draft is None else Draft(draft, Pace(model.exact_tokens))
 
 
 class Guess(NamedTuple):
@@ -65,7 +69,8 @@ class Pace:
     tokens. What isn't known yet is approached by doubling.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: Optional[int] = None) -> None:
+        self._limit = limit  # tokens in a pass
         self._chances: Dict[Hashable, float] = {}
         self._seconds: Dict[int, Deque[Tuple[int, float]]] = {}  # by tokens: (step, seconds)
         self._step = self._widest = 0
@@ -88,7 +93,9 @@ class Pace:
             passing = _between(known, len(guesses) * (1 + width))
             return tokens / (passing + width * drafting)
 
-        best = max((width for width in WIDTHS if width <= most), key=speed)
+        if self._limit is not None:
+            most = min(most, self._limit // len(guesses) - 1)
+        best = max((width for width in WIDTHS if width <= max(most, 0)), key=speed)
         self._widest = max(self._widest, best)
         return best
 
@@ -144,8 +151,8 @@ class Lookup:
     nothing, so it is done for each token. Where a constraint leaves no choice, that is the guess.
     """
 
-    def __init__(self) -> None:
-        self._pace = Pace()
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
         self._texts: Dict[Tuple[int, int], _Text] = {}
         self._guesses: List[Guess] = []
 
@@ -217,9 +224,8 @@ class Draft:
     what was guessed and not drawn.
     """
 
-    def __init__(self, model: Transformer):
-        self._model = model
-        self._pace = Pace()
+    def __init__(self, model: Transformer, pace: Pace):
+        self._model, self._pace = model, pace
         self._rows: List[Row] = []
         self._guesses: List[Guess] = []
         self._drafting = 0.0  # seconds per guess

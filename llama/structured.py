@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from llama.tokenizer import Tokenizer
-from llama.tools import plain_json
+from llama.tools import Tool, plain_json, split_tools
 
 ResponseFormat = Mapping[str, Any]
 
@@ -92,6 +92,8 @@ class Structures:
         Raises:
             ValueError: not a response format, or one that can't be kept; says which and why.
         """
+        if not stop_tokens:
+            raise ValueError("response_format needs stop_tokens, one at least: they end the text")
         format_ = plain_json(dict(response_format), "response_format")
         key = json.dumps(format_)
         if key not in self._compiled:
@@ -234,6 +236,29 @@ class _Vocabulary:
         ids = self._tokenizer.encode("\n" + text, bos=False, eos=False)
         before = next(n for n in range(1, len(ids) + 1) if self._tokenizer.decode(ids[:n]))
         return ids[before:]
+
+
+def call_format(
+    tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
+) -> ResponseFormat:
+    """The format of a call of any of the tools ("required"), or of the one of that name.
+
+    Raises:
+        ValueError: no such tool, or one without a schema; another format among the options.
+    """
+    if options.get("response_format") is not None:
+        raise ValueError(f"tool_choice={tool_choice!r} and response_format: choose one")
+    schemas, _ = split_tools(tools or [])
+    names = [schema["function"]["name"] for schema in schemas]
+    if tool_choice != "required":
+        schemas = [schema for schema in schemas if schema["function"]["name"] == tool_choice]
+    if not schemas:
+        known = ", ".join(names) or "none"
+        raise ValueError(
+            f"tool_choice={tool_choice!r}: 'auto', 'required' or one of the tools ({known}); "
+            "built-in ones have no schema"
+        )
+    return tool_call_format(schemas)
 
 
 def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:

@@ -27,6 +27,27 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
     return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}
 
 
+def structured(ckpt, formats):
+    """Texts of given forms, and an error that only the rank that draws can know of."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
+    found = llama.text_completion(
+        ["a"] * len(formats), 1.5, max_gen_len=60, seed=3, response_format=formats
+    )
+    texts = [prediction["generation"] for prediction in found]
+
+    def refuse(ids, logits):
+        raise ValueError("no")
+
+    try:
+        llama.text_completion(["a"], params=SamplingParams(logits_processor=refuse))
+    except ValueError as error:
+        message = str(error)
+    all_texts, errors = [None] * dist.get_world_size(), [None] * dist.get_world_size()
+    dist.all_gather_object(all_texts, texts)
+    dist.all_gather_object(errors, message)
+    return {"texts": texts, "all_ranks": all_texts, "errors": errors}
+
+
 def prefixes(ckpt, prompt, shots, read, write):
     """A prefix from a file, and one into a file."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128, prefix_cache_mb=100)

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, TINY, write_checkpoint
 
 from llama import Llama
-from llama.complete import TEMPLATE, FewShot, _read_shots, complete
+from llama.complete import complete
+from llama.few_shot import TEMPLATE, FewShot, read_shots
 from llama.json_files import Results
 
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
@@ -67,16 +68,16 @@ def stdin(monkeypatch, raw, terminal=False):
 
 
 def test_shots_inline():
-    assert _read_shots("sea otter => loutre de mer; cheese=>fromage;") == [
+    assert read_shots("sea otter => loutre de mer; cheese=>fromage;") == [
         ("sea otter", "loutre de mer"), ("cheese", "fromage"),
     ]  # fmt: skip
-    assert _read_shots(r"a\; b => c => d; x \=> y => z") == [("a; b", "c => d"), ("x => y", "z")]
+    assert read_shots(r"a\; b => c => d; x \=> y => z") == [("a; b", "c => d"), ("x => y", "z")]
 
 
 def test_shots_of_a_file(tmp_path):
     path = tmp_path / "shots.jsonl"
     path.write_text('{"input": "a => b; c", "output": "é"}\r\n\n{"input": "x", "output": "y"}')
-    assert _read_shots(str(path)) == [("a => b; c", "é"), ("x", "y")]
+    assert read_shots(str(path)) == [("a => b; c", "é"), ("x", "y")]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_shots_of_a_file(tmp_path):
 )
 def test_shots_that_are_none(shots, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        _read_shots(shots)
+        read_shots(shots)
 
 
 def test_template():

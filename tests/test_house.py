@@ -22,7 +22,7 @@ LAYERS = {
     "prefill": {"cache", "model"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
-    "rows": {"model", "predictions", "sampling", "stopping", "tokenizer"},
+    "rows": {"model", "predictions", "sampling", "stopping", "structured", "tokenizer"},
     "speculative": {"model", "parallel", "prefill", "rows", "sampling"},
     "loop": {
         "model",
@@ -33,6 +33,7 @@ LAYERS = {
         "rows",
         "sampling",
         "speculative",
+        "structured",
     }
     | {"tokenizer"},
     "parallel": set(),
@@ -63,12 +64,15 @@ LAYERS = {
         "prefixes",
         "rows",
         "speculative",
+        "structured",
     }
     | {"predictions", "remote", "sampling", "scoring", "templates", "tokenizer", "tools"},
     "terminal": set(),
-    "repl": {"chat", "generation", "parallel", "sampling", "terminal"},
+    "repl": {"chat", "generation", "parallel", "predictions", "sampling", "terminal"},
     "json_files": set(),
-    "complete": {"generation", "json_files", "parallel", "remote", "sampling"},
+    "few_shot": {"json_files"},
+    "complete": {"few_shot", "generation", "json_files", "parallel", "prefixes", "remote"}
+    | {"sampling"},
     "scoring": {"model", "tokenizer"},
     "measure": {"evaluation", "generation", "parallel", "scoring"},
     "evaluation": {"generation", "scoring"},

@@ -33,8 +33,9 @@ class FakeLlama:
             ]
         )
 
-    def stream_chat(self, dialogs, max_gen_len=None, *, params, should_stop):
+    def stream_chat(self, dialogs, max_gen_len=None, *, params, should_stop, speculate):
         self.calls.append((dialogs, max_gen_len, params))
+        guessed = {"proposed": 5, "accepted": 3, "passes": 2} if speculate else None
         tokens = len(self.formatter.encode_dialog_prompt(dialogs[0]))
         if tokens > self.model.params.max_seq_len:
             raise ValueError(f"prompt 0 has {tokens} tokens: shorten it")
@@ -46,7 +47,10 @@ class FakeLlama:
                 yield Event(0, 0, 7, word, finish_reason="stop")
                 return
             last = i == len(self.words) - 1
-            yield Event(0, 0, 7, word, finish_reason=self.reason if last else None)
+            if last:
+                yield Event(0, 0, 7, word, finish_reason=self.reason, speculation=guessed)
+            else:
+                yield Event(0, 0, 7, word)
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_a_turn_is_sent_to_all_ranks_and_added():
     session = repl.Session(FakeLlama(), SamplingParams(0.0), "Be brief.", 9, sent.append)
     assert say(session, "Hi\n") == "one two "
     system = {"role": "system", "content": "Be brief."}
-    assert sent == [([system, USER], SamplingParams(0.0), 9)]
+    assert sent == [([system, USER], SamplingParams(0.0), 9, None)]
     assert session.llama.calls == [([[system, USER]], 9, SamplingParams(0.0))]
     assert session.dialog == [system, USER, ANSWER] and session.note == ""
 
@@ -229,6 +233,9 @@ def test_stats(session):
     text = session.take("/stats").text
     assert text.startswith("2 tokens: first after 0.00 s, then ")
     assert text.endswith(" tokens/s; context 4 / 32")
+    guessing = repl.Session(FakeLlama(), speculate="lookup")
+    say(guessing, "Hi there")
+    assert " tokens/s; 3 of 5 guesses right; context " in guessing.take("/stats").text
 
 
 def test_exit(session):
@@ -459,6 +466,22 @@ def test_a_conversation_in_a_terminal(tmp_path):
     tell(child, "/undo", "taken back: And of Italy")
     tell(child, "/regenerate", "The capital of France is Paris")
     leave(child)
+
+
+def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
+    """Reuse of the first turn and guesses change nothing of what is said."""
+    lines = "What is the capital of France?\nSay that again.\n/stats\n"
+    command = [sys.executable, "-m", "llama.cli", "chat", str(smollm2_path), "--temperature", "0"]
+    command += ["--dtype", "fp32", "--device", "cpu", "--max_gen_len", "30"]
+    said = []
+    for options in (["--prefix_cache_mb", "0"], ["--speculate", "lookup"]):
+        done = subprocess.run(
+            [*command, *options], input=lines, capture_output=True, text=True, timeout=120, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    assert said[0][:-1] == said[1][:-1] and "Paris" in said[0][0]
+    assert "guesses right" in said[1][-1] and "guesses" not in said[0][-1]
 
 
 def test_a_conversation_on_three_ranks(tmp_path):

@@ -52,7 +52,7 @@ class Oracle:
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(generation, "speculator", lambda name, draft: oracle if name else None)
+    monkeypatch.setattr(generation, "speculator", lambda name, *_: oracle if name else None)
     return oracle
 
 
@@ -250,7 +250,7 @@ def row(prompt, answer=(), max_len=100) -> Row:
 def test_no_more_is_guessed_than_can_be_drawn(monkeypatch):
     monkeypatch.setattr(Pace, "width", lambda self, guesses, drafting=0.0: MOST)
     for left, expected in ((10, 9), (2, 1), (1, 0)):
-        assert len(Lookup().guess([row([1, 2] * 5, max_len=10 + left)])[0]) == expected
+        assert len(Lookup(Pace()).guess([row([1, 2] * 5, max_len=10 + left)])[0]) == expected
 
 
 # --- the pace ------------------------------------------------------------------------------------

@@ -6,19 +6,21 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from datetime import date
 
 import jsonschema
+import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, write_byte_tokenizer
+from conftest import ROOT, TINY, run_ranks, write_byte_tokenizer, write_checkpoint
 
+from llama import Llama, SamplingParams
+from llama.chat import Llama31Format
 from llama.structured import Structures, tool_call_format
 from llama.tokenizer import Tokenizer
 from llama.tools import parse_tool_calls, split_tools
-
-pytest.importorskip("llguidance")
 
 
 def closed(**properties):
@@ -557,3 +559,168 @@ def test_logits_may_be_of_any_dtype(bytewise):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         masked = constraint.mask(torch.ones(bytewise.vocab_size, dtype=dtype))
         assert masked.dtype == dtype and masked.isfinite().nonzero().tolist() == [[ord("a")]]
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+FORMATS = [
+    {"type": "json_schema", "schema": closed(id=DIGIT, name=SHORT)},
+    None,
+    {"type": "choice", "choice": ["yes", "no", "yes and no"]},
+    {"type": "regex", "regex": "[a-c]{2,6}(x|y)"},
+]
+WILD = SamplingParams(temperature=1.5, top_p=1.0)
+
+
+def fits(text: str, format_) -> bool:
+    if format_ is None:
+        return True
+    if format_["type"] == "choice":
+        return text in format_["choice"]
+    if format_["type"] == "regex":
+        return re.fullmatch(format_["regex"], text) is not None
+    jsonschema.validate(json.loads(text), format_["schema"])
+    return True
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("speculate", ["off", "lookup", "draft"])
+def test_rows_with_formats_of_their_own(tiny, speculate, temperature):
+    """A random model, whose own text would never fit: batched, streamed, guessed, alone."""
+    llama = Llama(tiny.model, tiny.tokenizer, draft=tiny.model)
+    prompts = ["a", "bcd", "yes and yes and", "acacac"]
+    options = dict(params=replace(WILD, temperature=temperature), max_gen_len=100)
+    found = llama.text_completion(
+        prompts, **options, n=3, seed=7, response_format=FORMATS, speculate="off"
+    )
+    texts = [prediction["generation"] for prediction in found]
+    for i, prediction in enumerate(found):
+        if FORMATS[i // 3]:
+            assert prediction["finish_reason"] == "stop" and fits(texts[i], FORMATS[i // 3])
+    options |= {"speculate": speculate}
+    streamed = [""] * 12
+    for event in llama.stream_text(prompts, **options, n=3, seed=7, response_format=FORMATS):
+        streamed[3 * event.row + event.sample] += event.text
+    assert streamed == texts
+    for i, (prompt, format_) in enumerate(zip(prompts, FORMATS, strict=True)):
+        alone = llama.text_completion([prompt], **options, n=3, seed=7, response_format=format_)
+        assert [one["generation"] for one in alone] == texts[3 * i : 3 * i + 3]
+    free = llama.text_completion(["bcd"], **options, seed=7)[0]
+    assert free["generation"] == texts[3]  # its neighbours' formats don't touch a row
+
+
+def test_what_is_cut_off_is_the_beginning_of_a_text_that_fits(tiny):
+    format_ = {"type": "json_schema", "schema": {"type": "array", "items": {"const": "abc"},
+                                                 "minItems": 4, "maxItems": 4}}  # fmt: skip
+    whole = json.dumps(["abc"] * 4)
+    for n in range(len(whole) + 2):
+        [found] = tiny.text_completion(["x"], 0, max_gen_len=n, response_format=format_)
+        assert found["generation"] == whole[:n]
+        assert found["finish_reason"] == ("stop" if n >= len(whole) else "length")
+
+
+def test_logprobs_are_the_models_own(tiny):
+    format_ = {"type": "choice", "choice": ["abcabc"]}
+    for speculate in ("off", "lookup"):
+        [found] = tiny.text_completion(
+            ["abcabcab"], 0, max_gen_len=20, response_format=format_, logprobs=True,
+            top_logprobs=2, speculate=speculate,
+        )  # fmt: skip
+        scored = tiny.text_completion(
+            ["abcabcababcabc"], 0, max_gen_len=0, echo=True, logprobs=True
+        )[0]
+        assert found["tokens"] == [*"abcabc"] and len(found["top_logprobs"]) == 6
+        assert np.allclose(found["logprobs"], scored["logprobs"][-6:], atol=1e-4)
+
+
+def test_forced_tokens_take_few_passes(tiny):
+    """Where a format leaves no choice, guesses are right."""
+    format_ = {"type": "regex", "regex": "(one|two) of them and all that belongs to it, no more"}
+    [found] = tiny.text_completion(
+        ["x"], 0, max_gen_len=100, response_format=format_, speculate="lookup"
+    )
+    counts = found["speculation"]
+    assert counts["accepted"] == counts["proposed"] > 20
+    assert counts["passes"] < len(found["generation"]) - 20
+
+
+def test_bans_give_way_to_the_format(tiny):
+    """What the parameters rule out comes where nothing else would fit."""
+    params = SamplingParams(temperature=0, banned_tokens=[ord("a")])
+    for choice, expected in ((["ab", "cd"], "cd"), (["ab"], "ab")):
+        format_ = {"type": "choice", "choice": choice}
+        [found] = tiny.text_completion(["x"], params=params, max_gen_len=9, response_format=format_)
+        assert found["generation"] == expected
+
+
+def test_two_ranks_and_errors_on_all_of_them(tmp_path):
+    """The rank that draws follows the format; what goes wrong there ends all ranks."""
+    path = write_checkpoint(tmp_path / "tiny", TINY)
+    report = run_ranks(2, "structured", tmp_path / "out.json", ckpt=str(path), formats=FORMATS)
+    for text, format_ in zip(report["texts"], FORMATS, strict=True):
+        assert fits(text, format_)
+    assert report["all_ranks"][0] == report["all_ranks"][1] == report["texts"]
+    assert report["errors"][0] == "no" and "rank 0" in report["errors"][1]
+
+
+def test_a_call_can_be_required(tiny, tiny_dir):
+    """Of a random model too: the answer is a call, parsed, whose arguments fit."""
+    roomy = Llama.build(tiny_dir, max_seq_len=4096, device="cpu", dtype="fp32")
+    llama = Llama(roomy.model, tiny.tokenizer, Llama31Format(tiny.tokenizer))
+
+    def weather(city: str, days: int) -> str:
+        """The weather.
+
+        Args:
+            city: where.
+            days: how many.
+        """
+        raise AssertionError("never run")
+
+    clock = {"name": "clock", "parameters": closed(zone={"enum": ["utc", "cet"]})}
+    dialog = [{"role": "user", "content": "?"}]
+    options = dict(tools=[weather, clock], max_gen_len=100, params=WILD)
+    seen = set()
+    for seed in range(6):
+        for choice in ("required", "clock"):
+            [found] = llama.chat_completion([dialog], **options, seed=seed, tool_choice=choice)
+            if found["finish_reason"] == "length":  # weather's city may be of any length
+                assert choice == "required"
+                continue
+            [call] = found["generation"]["tool_calls"]
+            seen.add((choice, call["name"]))
+            if call["name"] == "clock":
+                assert call["arguments"]["zone"] in ("utc", "cet")
+    assert {("clock", "clock"), ("required", "clock")} <= seen
+    text = "".join(
+        event.text for event in llama.stream_chat([dialog], **options, seed=0, tool_choice="clock")
+    )
+    assert json.loads(text)["name"] == "clock"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"response_format": "json"}, "a dict, like"),
+        ({"response_format": ["json_object"]}, "a dict, like"),
+        ({"response_format": [None, None]}, "2 response formats for 1 prompts"),
+        ({"response_format": {"type": "xml"}}, "has the type 'xml'"),
+        ({"response_format": {"type": "json_object"}, "stop_tokens": set()}, "needs stop_tokens"),
+    ],
+)
+def test_mistakes_of_a_call_are_named(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.text_completion(["a"], **options)
+
+
+@pytest.mark.parametrize("choice", ["none", "brave_search"])
+def test_tool_choices_that_cannot_be(tiny, choice):
+    clock = {"name": "clock", "description": "Tells.", "parameters": closed()}
+    dialog, format_ = [{"role": "user", "content": "?"}], {"type": "json_object"}
+    tiny = Llama(tiny.model, tiny.tokenizer, Llama31Format(tiny.tokenizer))
+    with pytest.raises(ValueError, match="'required' or one of the tools .clock."):
+        tiny.chat_completion([dialog], tools=["brave_search", clock], tool_choice=choice)
+    with pytest.raises(ValueError, match="choose one"):
+        tiny.chat_completion(
+            [dialog], tools=[clock], tool_choice="required", response_format=format_
+        )

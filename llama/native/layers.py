@@ -80,7 +80,8 @@ def swap(model: Transformer) -> Transformer:
     check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
     work = Workspace()
-    model.layers = nn.ModuleList([NativeLayers(list(model.layers), args, work)])  # type: ignore[arg-type]
+    layers = NativeLayers(list(model.layers), args, work)  # type: ignore[arg-type]
+    model.layers, model.exact_tokens = nn.ModuleList([layers]), layers.few_tokens
     if world == 1:
         model.tok_embeddings = NativeEmbedding(model.tok_embeddings)  # type: ignore[assignment]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
@@ -194,7 +195,12 @@ class NativeOutput(nn.Module):
 
 
 class NativeLayers(nn.Module):
-    """All blocks of a Transformer."""
+    """All blocks of a Transformer.
+
+    Attributes:
+        few_tokens: up to so many in a pass, each token's output is the same to the bit whatever
+            the others are.
+    """
 
     def __init__(self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace):
         super().__init__()
@@ -210,7 +216,7 @@ class NativeLayers(nn.Module):
                 **dict(block.feed_forward.named_children()),
             }
             self._matrices.append({name: Matrix(linears[name], work) for name in kernels.MATRICES})
-        self._few_tokens = min(m.few for matrices in self._matrices for m in matrices.values())
+        self.few_tokens = min(m.few for matrices in self._matrices for m in matrices.values())
         attention = blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self._dim, self._hidden_dim = args.dim, self._matrices[0]["w1"].rows
@@ -270,7 +276,7 @@ class NativeLayers(nn.Module):
             k.data_ptr(), v.data_ptr(), k_scale, v_scale, *strides,
         )  # fmt: skip
         x = x.clone(memory_format=torch.contiguous_format)
-        if self._few_tokens < B * T:
+        if self.few_tokens < B * T:
             for layer in range(len(self.blocks)):
                 x = self._many(x, layer, batch)
             return x
