@@ -32,7 +32,7 @@ from llama.prepare import prepare, prepare_draft
 from llama.rows import Options, Row, check, constrain, make_rows
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
-from llama.speculative import speculator
+from llama.speculative import Speculators
 from llama.structured import Structures, call_format
 from llama.templates import chat_format
 from llama.tokenizer import Dialog, Message, Tokenizer
@@ -48,7 +48,6 @@ class Llama:
         model: the Transformer.
         tokenizer: the Tokenizer.
         formatter: the Format of its dialogs, or None where the checkpoint has none.
-        draft: a smaller Transformer that guesses tokens for the model, or None.
         prefixes: the PrefixCache of keys and values of earlier texts, or None.
     """
 
@@ -161,10 +160,9 @@ class Llama:
         draft: Optional[Transformer] = None,
         seed: int = 1,
     ):
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
-        self.draft = draft
+        self._speculators = Speculators(model, draft)
         self.prefixes: Optional[PrefixCache] = None
         self._structures: Optional[Structures] = None
         self.device = model.norm.weight.device
@@ -449,7 +447,7 @@ class Llama:
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
             top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),
-            speculator=speculator(options.get("speculate"), self.model, self.draft),
+            speculator=self._speculators(options.get("speculate")),
             prefixes=self.prefixes,
         )  # fmt: skip
 

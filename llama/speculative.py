@@ -35,27 +35,6 @@ class Speculator(Protocol):
         """What did follow, up to the first wrong guess and with what was drawn in its place."""
 
 
-def speculator(
-    speculate: Optional[str], model: Transformer, draft: Optional[Transformer]
-) -> Optional[Speculator]:
-    """The one of that name, for one call; by default the draft model's, if there is one.
-
-    Where the model has passes whose logits are those of single tokens to the bit, it gets these.
-
-    Raises:
-        ValueError: another name, or "draft" without a draft model.
-    """
-    if speculate is None:
-        speculate = "off" if draft is None else "draft"
-    if speculate not in ("off", "lookup", "draft"):
-        raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
-    if speculate == "lookup":
-        return Lookup(Pace(model.exact_tokens))
-    if speculate == "draft" and draft is None:
-        raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
-    return None if speculate == "off" or draft is None else Draft(draft, Pace(model.exact_tokens))
-
-
 class Guess(NamedTuple):
     tokens: List[int]
     kinds: List[Hashable]  # of each: how often those of a kind are right is counted
@@ -64,24 +43,28 @@ class Guess(NamedTuple):
 class Pace:
     """How many tokens to guess at a time: as many as promise the most tokens a second, or none.
 
+    Made once for a model: what was learned in a call is of use in the next.
+
     That takes the chance of a guess to be right, which is counted (of guesses that weren't put
     before the model too), and the seconds that a pass takes, which are measured by its number of
     tokens. What isn't known yet is approached by doubling.
     """
 
     def __init__(self, limit: Optional[int] = None) -> None:
-        self._limit = limit  # tokens in a pass
+        self._limit = limit  # tokens in a pass: so many give the bits of single ones
         self._chances: Dict[Hashable, float] = {}
         self._seconds: Dict[int, Deque[Tuple[int, float]]] = {}  # by tokens: (step, seconds)
         self._step = self._widest = 0
+        self.drafting = 0.0  # seconds that each token of a guess takes to make
+        self._idle, self._patience = 0, 16  # steps without guesses, and how many there may be
 
-    def width(self, guesses: Sequence[Guess], drafting: float = 0.0) -> int:
-        """How many tokens of each guess to look at, if each takes so many seconds to make."""
+    def width(self, guesses: Sequence[Guess]) -> int:
+        """How many tokens of each guess to look at."""
         most = min(max((len(guess.kinds) for guess in guesses), default=0), 2 * self._widest + 1)
         # What was measured once may have been slow for another reason.
         known = sorted(
             (n, min(s for _, s in times))
-            for n, times in self._seconds.items()
+            for n, times in list(self._seconds.items())  # threads may share a model
             if len(times) > 1 or n <= len(guesses)
         )
         if not most or not known or known[0][0] > len(guesses):  # plain decoding is the measure
@@ -91,13 +74,25 @@ class Pace:
         def speed(width: int) -> float:
             tokens = len(guesses) + sum(sum(right[:width]) for right in chances)
             passing = _between(known, len(guesses) * (1 + width))
-            return tokens / (passing + width * drafting)
+            return tokens / (passing + width * self.drafting)
 
         if self._limit is not None:
             most = min(most, self._limit // len(guesses) - 1)
         best = max((width for width in WIDTHS if width <= max(most, 0)), key=speed)
         self._widest = max(self._widest, best)
         return best
+
+    def width_or_trial(self, guesses: Sequence[Guess]) -> int:
+        """The same, for guesses that aren't made unless they pay, so that nothing is learned of them
+        otherwise: now and then, ever more rarely, one is tried."""
+        width = self.width(guesses)
+        if width:
+            self._idle, self._patience = 0, 16
+        elif self._idle >= self._patience and any(guess.kinds for guess in guesses):
+            self._idle, self._patience, width = 0, min(2 * self._patience, 256), 1
+        else:
+            self._idle += 1
+        return width
 
     def _right(self, kinds: Sequence[Hashable]) -> List[float]:
         """For each token of a guess, the chance that it and all before it are right."""
@@ -228,21 +223,17 @@ class Draft:
         self._model, self._pace = model, pace
         self._rows: List[Row] = []
         self._guesses: List[Guess] = []
-        self._drafting = 0.0  # seconds per guess
-        self._idle, self._patience = 0, 16  # steps without guesses, and how many there may be
 
     def guess(self, batch: List[Row]) -> List[List[int]]:
         rooms = [_room(row) for row in batch]
-        width = parallel.share_lists([[self._width(batch, rooms)]], 1)[0][0]
+        possible = [Guess([], ["draft"] * room) for room in rooms]
+        [[width]] = parallel.share_lists([[self._pace.width_or_trial(possible)]], 1)
         found = self._draft(batch, width) if width > 0 else [[] for _ in batch]
         found = [ids[: max(room, 0)] for ids, room in zip(found, rooms, strict=True)]
         if parallel.rank() == 0:
             found = [_allowed(row, ids) for row, ids in zip(batch, found, strict=True)]
         found = parallel.share_lists(found, MOST)
-        self._guesses = [
-            Guess(ids, [(row.index, row.sample)] * len(ids))
-            for row, ids in zip(batch, found, strict=True)
-        ]
+        self._guesses = [Guess(ids, ["draft"] * len(ids)) for ids in found]
         self._tokens = len(batch) * (1 + max(map(len, found)))
         self._began = time.perf_counter()
         return found
@@ -251,20 +242,6 @@ class Draft:
         if self._guesses:
             self._pace.passed(self._tokens, time.perf_counter() - self._began)
             self._pace.learn(self._guesses, drawn)
-
-    def _width(self, batch: List[Row], rooms: List[int]) -> int:
-        """How many to guess; now and then one where none would pay, as that may have changed."""
-        kinds: List[List[Hashable]] = [
-            [(row.index, row.sample)] * room for row, room in zip(batch, rooms, strict=True)
-        ]
-        width = self._pace.width([Guess([], kind) for kind in kinds], self._drafting)
-        if width:
-            self._idle, self._patience = 0, 16
-        elif self._idle >= self._patience and max(rooms) > 0:
-            self._idle, self._patience, width = 0, min(2 * self._patience, 256), 1
-        else:
-            self._idle += 1
-        return width
 
     def _draft(self, batch: List[Row], width: int) -> List[List[int]]:
         texts = [[*row.prompt, *row.answer] for row in batch]
@@ -288,7 +265,8 @@ class Draft:
                 fed = torch.tensor(tokens, device=h.device)[:, None]
                 h = self._model.hidden(fed, self._cache.lengths, self._cache)[:, -1]
         took = (time.perf_counter() - began) / width
-        self._drafting = took if not self._drafting else 0.75 * self._drafting + 0.25 * took
+        pace = self._pace
+        pace.drafting = took if not pace.drafting else 0.75 * pace.drafting + 0.25 * took
         return guesses
 
     def _draw(self, logits: torch.Tensor, batch: List[Row], guesses: List[List[int]]) -> List[int]:
@@ -304,3 +282,33 @@ class Draft:
                     else draw(logits[i], row.params, row.prompt, answer, row.numbers)
                 ]
         return [ids[0] for ids in parallel.share_lists(found, 1)]
+
+
+class Speculators:
+    """A model's ways to guess, and what was learned of each.
+
+    Args:
+        draft: a smaller model, or None.
+    """
+
+    def __init__(self, model: Transformer, draft: Optional[Transformer]):
+        self._draft = draft
+        self._paces = {name: Pace(model.exact_tokens) for name in ("lookup", "draft")}
+
+    def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
+        """The speculator of that name, for one call; by default the draft, if there is one.
+
+        Raises:
+            ValueError: another name, or "draft" without a draft model.
+        """
+        if speculate is None:
+            speculate = "off" if self._draft is None else "draft"
+        if speculate not in ("off", "lookup", "draft"):
+            raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+        if speculate == "lookup":
+            return Lookup(self._paces["lookup"])
+        if speculate == "draft" and self._draft is None:
+            raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
+        if self._draft is None or speculate == "off":
+            return None
+        return Draft(self._draft, self._paces["draft"])

@@ -21,8 +21,8 @@ SHOTS = "in: one out: 1\nin: two out: 2\nin: three out: 3\n"  # 48 bytes, so as 
 BIG = 1 << 30
 
 
-def with_prefixes(llama: Llama, limit: int = BIG) -> Llama:
-    other = Llama(llama.model, llama.tokenizer)
+def with_prefixes(llama: Llama, limit: int = BIG, draft=None) -> Llama:
+    other = Llama(llama.model, llama.tokenizer, draft=draft)
     other.prefixes = PrefixCache(limit, lambda: "tiny")
     return other
 
@@ -123,9 +123,9 @@ def test_scored_prompts_are_computed_whole(tiny, reusing):
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "draft"])
-def test_with_speculation(tiny, reusing, speculate):
+def test_with_speculation(tiny, speculate):
     """What was guessed and not drawn isn't kept."""
-    reusing.draft = random_model(TINY, seed=1)
+    reusing = with_prefixes(tiny, draft=random_model(TINY, seed=1))
     prompt = [1, 2, 3, 4] * 10
     params = SamplingParams(temperature=0.9)
     for seed in range(6):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, random_model, run_ranks, write_checkpoint
 
-from llama import Llama, SamplingParams, generation
+from llama import Llama, SamplingParams
 from llama.rows import Row
 from llama.speculative import LONGEST, MOST, WIDTHS, Guess, Lookup, Pace, _between, _Text
 
@@ -52,7 +52,7 @@ class Oracle:
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(generation, "speculator", lambda name, *_: oracle if name else None)
+    monkeypatch.setattr(llama, "_speculators", lambda name: oracle if name else None)
     return oracle
 
 
@@ -102,8 +102,9 @@ def test_texts_are_those_of_plain_decoding(drafted, self_drafted, speculate, par
             assert found == expected
 
 
-def test_the_real_models_texts_too(smollm2_path):
+def test_the_real_models_texts_too(smollm2_path, monkeypatch):
     """30 prompts one by one and by eights, fp32, greedy; a draft of 4 bits that mostly agrees."""
+    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # whatever it costs
     options = dict(device="cpu", dtype="fp32", compile=True)
     llama = Llama.build(smollm2_path, **options, draft_ckpt_dir=smollm2_path, draft_quantize="int4")
     text = [f"Repeat after me: {prompt}. Repeat after me:" for prompt in prompts(15)]
@@ -183,10 +184,10 @@ def test_draws_follow_the_models_distribution(make_model, tiny, speculate, monke
 
     Other seeds would draw other texts: it is the distribution that mustn't know of guesses.
     """
-    monkeypatch.setattr(Pace, "width", lambda self, guesses, drafting=0.0: 3)  # whatever it costs
+    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # whatever it costs
     vocab, n = 8, 400
-    llama = Llama(make_model(vocab_size=vocab, max_batch_size=n), tiny.tokenizer)
-    llama.draft = make_model(vocab_size=vocab, seed=2)
+    draft = make_model(vocab_size=vocab, seed=2)
+    llama = Llama(make_model(vocab_size=vocab, max_batch_size=n), tiny.tokenizer, draft=draft)
     prompt, model = [1, 2, 1, 2, 1], llama.model
     pairs = torch.cartesian_prod(torch.arange(vocab), torch.arange(vocab))
     texts = torch.cat([torch.tensor(prompt).expand(len(pairs), -1), pairs], 1)
@@ -248,7 +249,7 @@ def row(prompt, answer=(), max_len=100) -> Row:
 
 
 def test_no_more_is_guessed_than_can_be_drawn(monkeypatch):
-    monkeypatch.setattr(Pace, "width", lambda self, guesses, drafting=0.0: MOST)
+    monkeypatch.setattr(Pace, "width", lambda self, guesses: MOST)
     for left, expected in ((10, 9), (2, 1), (1, 0)):
         assert len(Lookup(Pace()).guess([row([1, 2] * 5, max_len=10 + left)])[0]) == expected
 
@@ -300,14 +301,16 @@ def test_times_between_known_ones_are_interpolated():
     assert [_between(known, n) for n in (1, 2, 3, 4, 6, 8, 99)] == [1, 1, 1.5, 2, 2.5, 3, 3]
 
 
-def test_guesses_are_given_up_where_they_lose(drafted, monkeypatch):
-    """A draft whose guesses are as good as dice is asked ever more rarely."""
+def test_guesses_are_given_up_where_they_lose(tiny, monkeypatch):
+    """A draft whose guesses are as good as dice is asked ever more rarely, over calls too."""
     monkeypatch.setattr("llama.speculative.time.perf_counter", iter(range(10**6)).__next__)
-    options = dict(max_gen_len=100, temperature=0, stop_tokens=set(), speculate="draft")
-    _, events = drafted._start([[1, 2, 3]], options.pop("temperature"), 0.9,
-                                   options.pop("max_gen_len"), False, **options)  # fmt: skip
-    *_, last = events
-    assert last.speculation["proposed"] < 30 and last.speculation["passes"] > 90
+    llama = Llama(tiny.model, tiny.tokenizer, draft=random_model(TINY, seed=1))
+    proposed = []
+    for _ in range(3):
+        *_, last = llama._start([[1, 2, 3]], 0, 0.9, 100, False, stop_tokens=set())[1]
+        proposed.append(last.speculation["proposed"])
+        assert last.speculation["passes"] > 90
+    assert proposed[0] < 30 and max(proposed[1:]) < 6
 
 
 # --- mistakes ------------------------------------------------------------------------------------
