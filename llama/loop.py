@@ -265,7 +265,7 @@ def _draw_row(
     """Draw a row's tokens one after the other, up to the first that isn't what was guessed."""
     constraint = row.constraint
     for i, guessed in enumerate([*guess, None]):
-        if row.is_argmax and constraint is None:
+        if row.is_argmax and (constraint is None or constraint.allows(likeliest[i])):
             token = likeliest[i]
         else:
             allow = None if constraint is None else constraint.mask

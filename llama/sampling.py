@@ -88,6 +88,8 @@ class SamplingParams:
             check(name, getattr(self, name) >= 0, "be 0 (off) or more")
 
 
+HEAD = 1024  # tokens among which top_p mostly falls
+
 _ARGMAX = SamplingParams(temperature=0.0, top_p=1.0)
 
 
@@ -209,10 +211,20 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """The smallest set of most probable tokens that together reach p; at least one."""
-    ordered, ids = torch.softmax(logits, -1).sort(descending=True, stable=True)
-    out = ordered.cumsum(-1) - ordered > p  # those more probable already exceed p
-    return logits.index_fill(0, ids[out], -math.inf)
+    """The smallest set of most probable tokens that together reach p; at least one.
+
+    Of tokens as probable as the last of them, those with the smaller ids.
+    """
+    probs = torch.softmax(logits, -1)
+    ordered = probs.topk(min(HEAD, len(probs))).values  # sorting all would take ten times as long
+    kept = int((ordered.cumsum(-1) - ordered <= p).sum())  # those more probable don't exceed p
+    if kept == len(ordered) < len(probs):
+        ordered = probs.sort(descending=True).values
+        kept = int((ordered.cumsum(-1) - ordered <= p).sum())
+    last = ordered[kept - 1]
+    equal = (probs == last).nonzero()[:, 0]
+    left_out = equal[kept - int((ordered[:kept] > last).sum()) :]
+    return logits.masked_fill(probs < last, -math.inf).index_fill(0, left_out, -math.inf)
 
 
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:

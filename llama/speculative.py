@@ -83,7 +83,7 @@ class Pace:
         return best
 
     def width_or_trial(self, guesses: Sequence[Guess]) -> int:
-        """The same, for guesses that aren't made unless they pay, so that nothing is learned of them
+        """The same, for guesses that aren't made unless they pay, of which nothing is learned
         otherwise: now and then, ever more rarely, one is tried."""
         width = self.width(guesses)
         if width:

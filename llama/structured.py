@@ -119,7 +119,7 @@ class Constraint:
         self._stop_ids = np.array(sorted(self._stops), dtype=np.int64)
         self._words = np.empty((structures.trie.vocab_size + 31) // 32, dtype=np.int32)
         self._found: Optional[np.ndarray] = None
-        self._begun = self._ended = False
+        self._begun = self._ended = self._is_computed = False
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (vocab_size,), with -inf for what isn't allowed, stop tokens but at an end too.
@@ -136,15 +136,28 @@ class Constraint:
         banned = torch.from_numpy(~allowed).to(logits.device)
         return logits.masked_fill(banned, -torch.inf)
 
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next: what `mask` says of it, without the mask."""
+        if self._ended:
+            return False
+        if token in self._stops:
+            return self._matcher.is_accepting()
+        if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+            return False
+        if self._found is not None or (self._of.at_start and not self._begun):
+            return bool(self._allowed()[token])
+        self._compute()
+        return bool(self._words[token >> 5] >> (token & 31) & 1)
+
     def accept(self, token: int) -> None:
         """Go on by a token that was drawn; a stop token ends the text."""
-        assert self.valid([token]), f"token {token} isn't allowed here"
+        assert self.allows(token), f"token {token} isn't allowed here"
         if token in self._stops:
             self._ended = True
         else:
             self._matcher.consume_tokens(self._ids(token, self._begun))
             self._begun = True
-        self._found = None
+        self._found, self._is_computed = None, False
 
     @property
     def finished(self) -> bool:
@@ -163,16 +176,16 @@ class Constraint:
             return 0
         ahead, begun = self._matcher, self._begun
         for count, token in enumerate(tokens):
-            if token in self._stops:
-                return count + int(ahead.is_accepting())
-            if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
-                return count
             if count == 0:
-                if not self._allowed()[token]:  # kept for the mask
+                if not self.allows(token):
                     return 0
-                if len(tokens) == 1:
+                if len(tokens) == 1 or token in self._stops:
                     return 1
                 ahead = ahead.deep_copy()
+            elif token in self._stops:
+                return count + int(ahead.is_accepting())
+            elif not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+                return count
             else:
                 forced = self._spelled(ahead, begun)
                 if (forced and forced[0] != token) or not ahead.validate_tokens([token]):
@@ -197,13 +210,19 @@ class Constraint:
             return [token]
         return [] if token in self._of.blank else [self._of.at_start.get(token, token)]
 
+    def _compute(self) -> None:
+        """Have the library say which ids can follow, a bit each."""
+        if not self._is_computed:
+            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+            self._is_computed = True
+
     def _allowed(self) -> np.ndarray:
         """Whether each token can follow (vocab_size,), stop tokens aside."""
         size = self._of.vocab_size
         if self._ended:
             return np.zeros(size, dtype=bool)
         if self._found is None:
-            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+            self._compute()
             bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(bool)
             # Lark can name ids: no control token even so.
             self._found = bits[:size] & self._of.ordinary

@@ -122,6 +122,24 @@ def test_the_numbers_alone_decide():
 # --- each against exact probabilities ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [5, 1500, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
+def test_top_p_is_that_of_a_full_sort(size, spread):
+    """Flat and peaked, with ties, beyond the head that is looked at first: the same set exactly."""
+    generator = torch.Generator().manual_seed(size)
+    for i in range(8):
+        logits = torch.randn(size, generator=generator) * spread
+        if i % 2:
+            logits = logits.bfloat16().float()  # many are equal
+        if i % 3 == 0:
+            logits[::2] = -math.inf
+        ordered, ids = torch.softmax(logits, -1).sort(descending=True, stable=True)
+        for p in (0.0, 0.3, 0.9, 0.999, 1.0):
+            out = ordered.cumsum(-1) - ordered > p
+            expected = logits.index_fill(0, ids[out], -math.inf)
+            assert torch.equal(keep_top_p(logits, p), expected)
+
+
 def test_small_distributions():
     """Worked out by hand, for probabilities 0.4, 0.25, 0.2, 0.1, 0.05."""
     logits = PROBS.log()
