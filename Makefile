@@ -17,9 +17,10 @@ lint: .venv/installed-test  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed-test  ## measure against transformers and llama.cpp, side by side
+bench: .venv/installed-test  ## measure against transformers and llama.cpp, side by side, and what is saved
 	./download.sh smollm2
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
+	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 
 clean:  ## remove the environment and caches; downloaded models stay
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -119,7 +119,7 @@ class Constraint:
         self._stop_ids = np.array(sorted(self._stops), dtype=np.int64)
         self._words = np.empty((structures.trie.vocab_size + 31) // 32, dtype=np.int32)
         self._found: Optional[np.ndarray] = None
-        self._begun = self._ended = self._is_computed = False
+        self._begun = self._ended = False
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (vocab_size,), with -inf for what isn't allowed, stop tokens but at an end too.
@@ -146,8 +146,8 @@ class Constraint:
             return False
         if self._found is not None or (self._of.at_start and not self._begun):
             return bool(self._allowed()[token])
-        self._compute()
-        return bool(self._words[token >> 5] >> (token & 31) & 1)
+        forced = self._spelled(self._matcher, self._begun)
+        return self._follows(self._matcher, forced, token)
 
     def accept(self, token: int) -> None:
         """Go on by a token that was drawn; a stop token ends the text."""
@@ -157,7 +157,7 @@ class Constraint:
         else:
             self._matcher.consume_tokens(self._ids(token, self._begun))
             self._begun = True
-        self._found, self._is_computed = None, False
+        self._found = None
 
     @property
     def finished(self) -> bool:
@@ -187,12 +187,16 @@ class Constraint:
             elif not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
                 return count
             else:
-                forced = self._spelled(ahead, begun)
-                if (forced and forced[0] != token) or not ahead.validate_tokens([token]):
+                if not self._follows(ahead, self._spelled(ahead, begun), token):
                     return count
             ahead.consume_tokens(self._ids(token, begun))
             begun = True
         return len(tokens)
+
+    @staticmethod
+    def _follows(matcher: Any, forced: List[int], token: int) -> bool:
+        """What the matcher's mask says of an ordinary token: of forced text, one spelling only."""
+        return (not forced or forced[0] == token) and matcher.validate_tokens([token]) == 1
 
     def _spelled(self, matcher: Any, begun: bool) -> List[int]:
         """What must follow in the tokenizer's own spelling, the only one that a mask allows."""
@@ -210,19 +214,13 @@ class Constraint:
             return [token]
         return [] if token in self._of.blank else [self._of.at_start.get(token, token)]
 
-    def _compute(self) -> None:
-        """Have the library say which ids can follow, a bit each."""
-        if not self._is_computed:
-            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-            self._is_computed = True
-
     def _allowed(self) -> np.ndarray:
         """Whether each token can follow (vocab_size,), stop tokens aside."""
         size = self._of.vocab_size
         if self._ended:
             return np.zeros(size, dtype=bool)
         if self._found is None:
-            self._compute()
+            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
             bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(bool)
             # Lark can name ids: no control token even so.
             self._found = bits[:size] & self._of.ordinary

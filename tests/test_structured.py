@@ -360,6 +360,26 @@ def test_control_tokens_cannot_be_named_by_a_grammar(bytewise):
         constraint.accept(control)
 
 
+@pytest.mark.parametrize("name", ["nested", "anyOf", "names", "others", "pattern"])
+def test_allows_says_what_the_mask_says(any_kind, name):
+    """Of every token, along a drawn text."""
+    structures, vocab = any_kind, any_kind.vocab_size
+    draw = random.Random(name)
+    format_ = {"type": "json_schema", "schema": SCHEMAS[name][0]}
+    row = structures.constraint(format_, {structures.tokenizer.eos_id})
+    for _ in range(25):
+        allowed = torch.isfinite(row.mask(torch.zeros(vocab))).nonzero()[:, 0].tolist()
+        some = {*draw.choices(range(vocab), k=300), *allowed[:300], structures.tokenizer.eos_id}
+        fresh = copy.copy(row)
+        fresh._found = None  # what the mask left behind
+        assert {i for i in some if fresh.allows(i)} == some & {*allowed}
+        if row.finished:
+            break
+        row.accept(draw.choice(allowed))
+        if row._ended:
+            break
+
+
 def test_accept_refuses_what_the_mask_does(bytewise):
     format_ = {"type": "choice", "choice": ["yes"]}
     for wrong in (ord("n"), min(bytewise.tokenizer.stop_tokens), bytewise.vocab_size, -1):
