@@ -92,8 +92,8 @@ def preflight(
     if (need.total + prefix_cache) * sharers > have:
         raise ValueError(
             f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
-            "a smaller dtype, quantize, kv_cache, or more ranks (torchrun --nproc_per_node) "
-            "on more devices"
+            "a smaller dtype, quantize, kv_cache, fewer prefix_cache_mb, or more ranks "
+            "(torchrun --nproc_per_node) on more devices"
         )
     return line
 

@@ -88,8 +88,9 @@ class PrefixCache:
 
     def share(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
         """Compute once what several of the prompts begin with."""
+        per_token = model.new_cache(1, 1).nbytes
         for ids in common_beginnings(prompts):
-            if self.known([*ids, -1]) < len(ids):
+            if self.known([*ids, -1]) < len(ids) <= self.limit // per_token:
                 self.compute(model, ids)
 
     @torch.inference_mode()

@@ -60,14 +60,14 @@ class Pace:
 
     def width(self, guesses: Sequence[Guess]) -> int:
         """How many tokens of each guess to look at."""
-        most = min(max((len(guess.kinds) for guess in guesses), default=0), 2 * self._widest + 1)
+        most = min(self._most(guesses), 2 * self._widest + 1)
         # What was measured once may have been slow for another reason.
         known = sorted(
             (n, min(s for _, s in times))
             for n, times in list(self._seconds.items())  # threads may share a model
             if len(times) > 1 or n <= len(guesses)
         )
-        if not most or not known or known[0][0] > len(guesses):  # plain decoding is the measure
+        if most < 1 or not known or known[0][0] > len(guesses):  # plain decoding is the measure
             return 0
         chances = [self._right(guess.kinds[:most]) for guess in guesses]
 
@@ -76,9 +76,7 @@ class Pace:
             passing = _between(known, len(guesses) * (1 + width))
             return tokens / (passing + width * self.drafting)
 
-        if self._limit is not None:
-            most = min(most, self._limit // len(guesses) - 1)
-        best = max((width for width in WIDTHS if width <= max(most, 0)), key=speed)
+        best = max((width for width in WIDTHS if width <= most), key=speed)
         self._widest = max(self._widest, best)
         return best
 
@@ -88,11 +86,16 @@ class Pace:
         width = self.width(guesses)
         if width:
             self._idle, self._patience = 0, 16
-        elif self._idle >= self._patience and any(guess.kinds for guess in guesses):
+        elif self._idle >= self._patience and self._most(guesses) > 0:
             self._idle, self._patience, width = 0, min(2 * self._patience, 256), 1
         else:
             self._idle += 1
         return width
+
+    def _most(self, guesses: Sequence[Guess]) -> int:
+        """The longest guess, as far as a pass may hold it for each."""
+        longest = max((len(guess.kinds) for guess in guesses), default=0)
+        return longest if self._limit is None else min(longest, self._limit // len(guesses) - 1)
 
     def _right(self, kinds: Sequence[Hashable]) -> List[float]:
         """For each token of a guess, the chance that it and all before it are right."""
@@ -167,7 +170,10 @@ class Lookup:
             self._pace.learn(self._guesses, drawn)
 
     def _of(self, row: Row) -> Guess:
-        text = self._texts.setdefault((row.index, row.sample), _Text(row.prompt))
+        key = row.index, row.sample
+        if key not in self._texts:
+            self._texts[key] = _Text(row.prompt)
+        text = self._texts[key]
         text.extend(row.answer[len(text.ids) - len(row.prompt) :])
         if row.constraint is not None:
             forced = row.constraint.forced()[: _room(row)]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, write_checkpoint
 
-from llama import Llama
+from llama import Llama, Transformer
 from llama.complete import complete
 from llama.few_shot import TEMPLATE, FewShot, read_shots
 from llama.json_files import Results
@@ -228,6 +229,52 @@ def test_file_of_inputs_with_shots_and_samples(run, tmp_path):
     assert len(second["generation"]) == 2 and len(second["finish_reason"]) == 2
     assert all(text == text.strip() for text in first["generation"] + second["generation"])
     assert '"é"' in out.read_text()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_what_texts_begin_with_is_computed_once(run, tmp_path, monkeypatch, temperature):
+    """The shots, whatever the batches; the file is the same, interrupted or not."""
+    source, out, whole = (tmp_path / f"{name}.jsonl" for name in ("in", "out", "whole"))
+    source.write_text("".join(f'{{"input": "word{i}{i}"}}\n' for i in range(9)))
+    options = dict(input=str(source), max_batch_size=3, temperature=temperature, max_gen_len=6,
+                   shots="one => 1; two => 2; three => 3; four => 4; five => 5")  # fmt: skip
+    run(output=str(whole), prefix_cache_mb=0, **options)
+    plain, fed, hidden = whole.read_bytes(), [], Transformer.hidden
+
+    def watched(self, tokens, *rest):
+        fed.append(tuple(tokens.shape))
+        return hidden(self, tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "hidden", watched)
+        run(output=str(whole), force=True, **options)
+    prompts = [shape for shape in fed if shape[1] > 1]
+    assert prompts[0][0] == 1 and prompts[0][1] > 50
+    assert len(prompts) == 4 and all(rows == 3 and new < 12 for rows, new in prompts[1:])
+    assert whole.read_bytes() == plain
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, 4)
+        run(output=str(out), **options)
+    run(output=str(out), **options)
+    assert out.read_bytes() == plain
+
+
+def test_forms_and_guesses(run, tmp_path, tiny_dir):
+    """A format as JSON or in a file; guesses by either means change nothing of the text."""
+    format_ = {"type": "regex", "regex": "[a-e]{3,9}!"}
+    (tmp_path / "format").write_text(json.dumps(format_))
+    options = {"prompt": "abcabc", "max_gen_len": 40, "temperature": 0.8}
+    text = run(response_format=json.dumps(format_), **options)
+    assert re.fullmatch("[a-e]{3,9}!\n", text)
+    assert run(response_format=str(tmp_path / "format"), **options) == text
+    for speculate in ({"speculate": "lookup"}, {"draft_ckpt_dir": str(tiny_dir)}):
+        assert run(response_format=json.dumps(format_), **speculate, **options) == text
+        assert run(**speculate, **options) == run(**options)
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Hello"}\n' * 3)
+    run(input=str(source), output=str(out), temperature=0.8, response_format=json.dumps(format_))
+    for line in out.read_text().splitlines():
+        assert re.fullmatch("[a-e]{3,8}!?", json.loads(line)["generation"])
 
 
 def test_rows_of_one_file_have_seeds_of_their_own(run, tmp_path):
@@ -462,6 +509,11 @@ MISTAKES = {
     "top_p": ({"prompt": "a", "top_p": 2}, "top_p=2.0 must lie between 0 and 1"),
     "stop": ({"prompt": "a", "stop": ""}, "--stop='': a string, or several as JSON"),
     "template": ({"prompt": "a", "template": TEMPLATE[:7]}, "needs {input} and then {output}"),
+    "format": ({"prompt": "a", "response_format": "{"}, "isn't JSON"),
+    "a text": ({"prompt": "a", "response_format": '{"type": "text"}'}, "it is one of json_object"),
+    "no format": ({"prompt": "a", "response_format": "nowhere"}, "no file at nowhere"),
+    "guesses": ({"prompt": "a", "speculate": "magic"}, "choose 'lookup', 'draft' or 'off'"),
+    "prefixes": ({"prompt": "a", "prefix_cache_mb": -1}, "it's a whole number from 0 up"),
     "no input": ({"input": "nowhere", "output": "out"}, "no file at nowhere"),
 }
 

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "python3 -m venv .venv": "make",
     ".venv/bin/pip install -c constraints.txt -e .": "make",
     ".venv/bin/pip install -c constraints.txt -e '.[test]'": "make",
+    ".venv/bin/pip install -c constraints.txt -e '.[structured]'": "the tests' extras have it",
     "./download.sh smollm2": "make",
     "./download.sh smollm2 tokenizer": "make",
     ".venv/bin/python -m pytest": "make",

@@ -296,6 +296,19 @@ def test_a_pace_begins_slowly_and_recovers_from_an_outlier():
     assert pace.width([Guess([], [])]) == 0 and pace.width([]) == 0
 
 
+def test_passes_stay_within_what_is_exact(make_model):
+    """Where logits are those of single tokens to the bit, they stay so."""
+    pace = Pace(limit=40)
+    for rows, most in ((1, 31), (4, 7), (16, 1), (30, 0)):
+        guesses = [Guess([1] * MOST, [16] * MOST) for _ in range(rows)]
+        for _ in range(30):
+            width = pace.width(guesses)
+            pace.passed(rows * (1 + width), 1.0)
+            pace.learn(guesses, [[1] * (width + 1)] * rows)
+        assert width == most
+        assert max(pace.width_or_trial(guesses) for _ in range(40)) == most
+
+
 def test_times_between_known_ones_are_interpolated():
     known = [(2, 1.0), (4, 2.0), (8, 3.0)]
     assert [_between(known, n) for n in (1, 2, 3, 4, 6, 8, 99)] == [1, 1, 1.5, 2, 2.5, 3, 3]
