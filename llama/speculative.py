@@ -87,7 +87,7 @@ class Pace:
         if width:
             self._idle, self._patience = 0, 16
         elif self._idle >= self._patience and self._most(guesses) > 0:
-            self._idle, self._patience, width = 0, min(2 * self._patience, 256), 1
+            self._idle, self._patience, width = 0, min(2 * self._patience, 2048), 1
         else:
             self._idle += 1
         return width
@@ -110,7 +110,7 @@ class Pace:
         for guess, tokens in zip(guesses, drawn, strict=True):
             for kind, guessed, token in zip(guess.kinds, guess.tokens, tokens, strict=False):
                 old = self._chances.get(kind, 0.5)
-                self._chances[kind] = old + ((guessed == token) - old) / 16
+                self._chances[kind] = old + ((guessed == token) - old) / 8
                 if guessed != token:
                     break
 

@@ -30,10 +30,11 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
 def structured(ckpt, formats):
     """Texts of given forms, and an error that only the rank that draws can know of."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
-    found = llama.text_completion(
-        ["a"] * len(formats), 1.5, max_gen_len=60, seed=3, response_format=formats
-    )
+    options = dict(max_gen_len=60, seed=3, response_format=formats)
+    found = llama.text_completion(["a"] * len(formats), 1.5, **options)
     texts = [prediction["generation"] for prediction in found]
+    guessed = llama.text_completion(["a"] * len(formats), 1.5, speculate="lookup", **options)
+    assert [prediction["generation"] for prediction in guessed] == texts
 
     def refuse(ids, logits):
         raise ValueError("no")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT
 
-from benchmarks import loading, peers
+from benchmarks import loading, peers, savings
 from benchmarks.sides import Side
 from llama import checkpoint
 
@@ -108,6 +108,19 @@ def test_a_run_is_kept_with_its_plots(tmp_path):
         assert (tmp_path / f"{group}.png").stat().st_size > 5000 and (
             kept / f"{group}.png"
         ).exists()
+
+
+def test_savings_are_of_equal_texts_and_answers_fit(smollm2_path, monkeypatch):
+    """The parts that check what they measure do so; the kept figures are all of them."""
+    monkeypatch.setattr(savings, "TURNS", 1)
+    llama = savings.build(str(smollm2_path))
+    prompts = json.loads(savings.PROMPTS.read_text())
+    assert savings.guesses(llama, "lookup", 0, prompts["quote"][:1])[0] > 0
+    assert savings.per_token(llama, 2, 0, {"type": "regex", "regex": "[a-z ]{200}"}) > 0
+    found = savings.validity(str(smollm2_path), 1)
+    assert found["texts of 5 schemas"] == 5 and found["valid of those"] == 1
+    kept = json.loads((ROOT / "benchmarks" / "results" / "savings.json").read_text())
+    assert found.keys() <= kept.keys() and len(kept) == 23
 
 
 def test_what_llama_cpp_was_compiled_for_is_told():
