@@ -142,7 +142,26 @@ def _allowed(row: Row, tokens: List[int]) -> List[int]:
     return tokens if row.constraint is None else tokens[: row.constraint.valid(tokens)]
 
 
-class Lookup:
+class _Timed:
+    """What speculators share: passes are timed, and their guesses counted."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._guesses: List[Guess] = []
+
+    def _looked_at(self, guesses: List[List[int]]) -> List[List[int]]:
+        """The pass over these begins."""
+        self._tokens = len(guesses) * (1 + max(map(len, guesses)))
+        self._began = time.perf_counter()
+        return guesses
+
+    def learn(self, drawn: List[List[int]]) -> None:
+        if self._guesses:
+            self._pace.passed(self._tokens, time.perf_counter() - self._began)
+            self._pace.learn(self._guesses, drawn)
+
+
+class Lookup(_Timed):
     """Guesses that what followed the row's last tokens earlier in its text follows again.
 
     (Prompt lookup decoding: github.com/apoorvumang/prompt-lookup-decoding.) It costs next to
@@ -150,24 +169,15 @@ class Lookup:
     """
 
     def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+        super().__init__(pace)
         self._texts: Dict[Tuple[int, int], _Text] = {}
-        self._guesses: List[Guess] = []
 
     def guess(self, batch: List[Row]) -> List[List[int]]:
         if parallel.rank() == 0:
             self._guesses = [self._of(row) for row in batch]
             self._width = self._pace.width(self._guesses)
         found = [guess.tokens[: self._width] for guess in self._guesses] or [[] for _ in batch]
-        self._began = time.perf_counter()
-        shared = parallel.share_lists(found, MOST)
-        self._tokens = len(batch) * (1 + max(map(len, shared)))
-        return shared
-
-    def learn(self, drawn: List[List[int]]) -> None:
-        if self._guesses:
-            self._pace.passed(self._tokens, time.perf_counter() - self._began)
-            self._pace.learn(self._guesses, drawn)
+        return self._looked_at(parallel.share_lists(found, MOST))
 
     def _of(self, row: Row) -> Guess:
         key = row.index, row.sample
@@ -218,7 +228,7 @@ class _Text:
         return best, [ids[at + i % (end - at)] for i in range(max(most, 0))]
 
 
-class Draft:
+class Draft(_Timed):
     """Guesses by a smaller model with the same vocabulary.
 
     Its own cache follows the rows: it takes in what was drawn since it was last asked, and forgets
@@ -226,9 +236,9 @@ class Draft:
     """
 
     def __init__(self, model: Transformer, pace: Pace):
-        self._model, self._pace = model, pace
+        super().__init__(pace)
+        self._model = model
         self._rows: List[Row] = []
-        self._guesses: List[Guess] = []
 
     def guess(self, batch: List[Row]) -> List[List[int]]:
         rooms = [_room(row) for row in batch]
@@ -240,14 +250,7 @@ class Draft:
             found = [_allowed(row, ids) for row, ids in zip(batch, found, strict=True)]
         found = parallel.share_lists(found, MOST)
         self._guesses = [Guess(ids, ["draft"] * len(ids)) for ids in found]
-        self._tokens = len(batch) * (1 + max(map(len, found)))
-        self._began = time.perf_counter()
-        return found
-
-    def learn(self, drawn: List[List[int]]) -> None:
-        if self._guesses:
-            self._pace.passed(self._tokens, time.perf_counter() - self._began)
-            self._pace.learn(self._guesses, drawn)
+        return self._looked_at(found)
 
     def _draft(self, batch: List[Row], width: int) -> List[List[int]]:
         texts = [[*row.prompt, *row.answer] for row in batch]
