@@ -282,6 +282,7 @@ class Transformer(nn.Module):
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.cache_type: Type[KVCache] = KVCache
+        self.takes_masks = True  # of a caller's own
         self.exact_tokens: Optional[int] = None  # passes of so many give the bits of single tokens
         self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
 
@@ -303,6 +304,9 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         start_pos: int | Sequence[int] | torch.Tensor = 0,
         cache: Optional[KVCache] = None,
+        *,
+        positions: Optional[torch.Tensor] = None,
+        mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Logits of every given token: (B, T) ids -> (B, T, vocab_size), fp32.
 
@@ -311,19 +315,31 @@ class Transformer(nn.Module):
         holds before them. Rows of different lengths are padded on the right: a token never sees
         what comes after it, so padding needs no mask, only `cache.truncate` to the true lengths.
 
+        Args:
+            tokens: ids, or embeddings (B, T, dim) in their place, for soft prompts.
+            positions: (T,) or (B, T), by which RoPE turns; for sequences packed into a row they
+                begin again. By default where the tokens stand.
+            mask: True where a token sees a key, (T, S) or (B, 1, T, S), in place of the rule that
+                it sees all up to itself.
+
         Raises:
-            ValueError: positions that the cache has no room for or that would leave a gap.
+            ValueError: positions that the cache has no room for or that would leave a gap; a mask
+                of another shape, with a token that sees nothing, or for layers that take none.
         """
-        return self.logits(self.hidden(tokens, start_pos, cache))
+        h = self.hidden(tokens, start_pos, cache, positions=positions, mask=mask)
+        return self.logits(h)
 
     def hidden(
         self,
         tokens: torch.Tensor,
         start_pos: int | Sequence[int] | torch.Tensor = 0,
         cache: Optional[KVCache] = None,
+        *,
+        positions: Optional[torch.Tensor] = None,
+        mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """`forward` up to the last norm: (B, T, dim), for projecting only the rows one needs."""
-        B, T = tokens.shape
+        B, T = tokens.shape[:2]
         starts = _one_per_row(start_pos, B)
         if cache is not None:
             cache.extend(starts, T)
@@ -331,29 +347,46 @@ class Transformer(nn.Module):
             raise ValueError(f"start_pos {start_pos} needs a cache that holds what comes before")
         alike = len(set(starts)) == 1
         first = torch.tensor(starts[:1] if alike else starts, device=tokens.device)
-        positions = first[:, None] + torch.arange(T, device=tokens.device)  # (1 or B, T)
+        places = first[:, None] + torch.arange(T, device=tokens.device)  # (1 or B, T)
+        turns = places if positions is None else positions.view(-1, T)
 
-        h = self.tok_embeddings(tokens)
+        h = tokens if tokens.is_floating_point() else self.tok_embeddings(tokens)
         self.freqs = self.freqs.to(h.device)
-        angles = positions[..., None, None].float() * self.freqs  # (1 or B, T, 1, head_dim / 2)
+        angles = turns[..., None, None].float() * self.freqs  # (1 or B, T, 1, head_dim / 2)
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
 
         # One rule hides the future, the padding and what a row has forgotten: a query sees the
         # keys whose position is not beyond its own. None leaves it to the attention kernel:
         # causal from position 0 on, or one token that sees everything.
-        mask = None
-        if any(starts) and not (alike and T == 1):
+        hidden = None if mask is None else ~self._checked(mask, B, T, max(starts) + T)
+        if mask is None and any(starts) and not (alike and T == 1):
             keys = torch.arange(max(starts) + T, device=tokens.device)
-            hidden = keys > positions[:, None, :, None]  # (1 or B, 1, T, S)
-            mask = torch.zeros_like(hidden, dtype=h.dtype).masked_fill_(hidden, -math.inf)
+            hidden = keys > places[:, None, :, None]  # (1 or B, 1, T, S)
+        bias = None
+        if hidden is not None:
+            bias = torch.zeros_like(hidden, dtype=h.dtype).masked_fill_(hidden, -math.inf)
 
         for layer in self.layers:
-            h = layer(h, positions, freqs_cis, mask, cache)
+            h = layer(h, places, freqs_cis, bias, cache)
         return self.norm(h)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Project hidden states (..., dim) to the vocabulary: (..., vocab_size), fp32."""
         return self.output(h)[..., : self.vocab_size].float()
+
+    def _checked(self, mask: torch.Tensor, B: int, T: int, S: int) -> torch.Tensor:
+        """A caller's mask as (1 or B, 1, T, S)."""
+        if not self.takes_masks:
+            raise ValueError("this model's layers take no mask of your own: the plain ones do")
+        shapes = [(T, S), (1, 1, T, S), (B, 1, T, S)]
+        if mask.dtype != torch.bool or mask.shape not in shapes:
+            raise ValueError(
+                f"a mask of {mask.dtype} {tuple(mask.shape)}: bool, of shape {shapes[0]} or "
+                f"{shapes[2]}, True where a token sees a key"
+            )
+        if not mask.any(-1).all():
+            raise ValueError("the mask has a token that sees nothing: let it see itself")
+        return mask.view(-1, 1, T, S)
 
 
 def _one_per_row(start_pos: int | Sequence[int] | torch.Tensor, rows: int) -> List[int]:

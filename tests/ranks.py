@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama, SamplingParams, compiled, parallel
+from llama.trace import trace
 
 
 def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=None, **kwargs):
@@ -25,6 +26,17 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, tokens)
     return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}
+
+
+def traced(ckpt, tokens):
+    """What is recorded of a forward pass, all heads of it."""
+    model = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128).model
+    with torch.inference_mode(), trace(model) as seen:
+        model(torch.tensor(tokens))
+    return {
+        name: [part.tolist() for part in getattr(seen, name)]
+        for name in ("attentions", "hidden_states")
+    }
 
 
 def structured(ckpt, formats):

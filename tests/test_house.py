@@ -20,6 +20,7 @@ LAYERS = {
     "context": {"chat", "tools"},
     "beam": {"model", "prefill"},
     "prefill": {"cache", "model"},
+    "trace": {"cache", "model", "parallel"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
     "rows": {"model", "predictions", "sampling", "stopping", "structured", "tokenizer"},

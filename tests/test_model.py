@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, random_model, random_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import ModelArgs, Transformer, parallel
+from llama import ModelArgs, Transformer, native, parallel
 from llama.model import rope_frequencies
 
 TOLERANCE = 1e-4  # fp32, outputs of the order of 1 to 10
@@ -322,6 +322,53 @@ def test_scores_do_not_repeat_key_value_heads(make_model):
         model(tokens, 0, cache)
         model(tokens[:, :1], 4, cache)
     assert set(seen) == {TINY.n_kv_heads}
+
+
+def test_embeddings_positions_and_masks_equal_transformers():
+    """Soft prompts; two sequences packed into a row; a prefix whose tokens see each other."""
+    model, theirs = random_model(TINY), to_hugging_face(TINY, random_weights(TINY))
+    tokens = ids(2, 12)
+
+    def added(mask):
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min)
+
+    soft = torch.randn(2, 3, TINY.dim, generator=torch.Generator().manual_seed(1))
+    embeds = torch.cat([soft, model.tok_embeddings(tokens).detach()], 1)
+    assert gap(model(embeds), theirs(inputs_embeds=embeds).logits) < TOLERANCE
+
+    positions = torch.cat([torch.arange(5), torch.arange(7)])
+    document = torch.tensor([0] * 5 + [1] * 7)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    packed = causal & (document[:, None] == document)
+    shown = dict(positions=positions, mask=packed)
+    expected = theirs(tokens, position_ids=positions.expand(2, -1),
+                      attention_mask=added(packed.expand(2, 1, -1, -1))).logits  # fmt: skip
+    assert gap(model(tokens, **shown), expected) < TOLERANCE
+    alone = torch.cat([model(tokens[:, :5]), model(tokens[:, 5:])], 1)
+    assert gap(model(tokens, **shown), alone) < TOLERANCE
+
+    prefix = causal.repeat(2, 1, 1, 1)
+    prefix[0, :, :4, :4] = prefix[1, :, :7, :7] = True
+    expected = theirs(tokens, attention_mask=added(prefix)).logits
+    assert gap(model(tokens, mask=prefix), expected) < TOLERANCE
+    cache = model.new_cache(2)  # the prefix at once, the rest in steps
+    found = [model(tokens[:, :7], 0, cache, mask=prefix[:, :, :7, :7])]
+    found += [model(tokens[:, i : i + 1], i, cache, mask=prefix[:, :, i : i + 1, : i + 1])
+              for i in range(7, 12)]  # fmt: skip
+    assert gap(torch.cat(found, 1), expected) < TOLERANCE
+
+
+def test_masks_that_cannot_be(make_model):
+    model, tokens = make_model(), ids(2, 4)
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    for mask in (causal.float(), causal[:3], causal.expand(3, 1, 4, 4)):
+        with pytest.raises(ValueError, match=r"bool, of shape \(4, 4\) or \(2, 1, 4, 4\)"):
+            model(tokens, mask=mask)
+    with pytest.raises(ValueError, match="sees nothing"):
+        model(tokens, mask=causal & (torch.arange(4) > 0))
+    model = native.swap(make_model(dim=128, n_heads=2, n_kv_heads=1, head_dim=64))
+    with pytest.raises(ValueError, match="the plain ones do"):
+        model(tokens, mask=causal)
 
 
 def test_start_pos_errors(make_model):

@@ -82,6 +82,7 @@ def swap(model: Transformer) -> Transformer:
     work = Workspace()
     layers = NativeLayers(list(model.layers), args, work)  # type: ignore[arg-type]
     model.layers, model.exact_tokens = nn.ModuleList([layers]), layers.few_tokens
+    model.takes_masks = False
     if world == 1:
         model.tok_embeddings = NativeEmbedding(model.tok_embeddings)  # type: ignore[assignment]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
