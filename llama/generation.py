@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import (
+    Any,
     Iterator,
     List,
     Literal,
@@ -16,7 +17,7 @@ from typing import (
 
 import torch
 
-from llama import checkpoint, loop, memory, parallel, remote, scoring
+from llama import checkpoint, embeddings, loop, memory, parallel, remote, scoring
 from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, read_calls, warn_of_base_model
 from llama.context import encode_dialogs
@@ -357,6 +358,12 @@ class Llama:
         """Perplexity of a text of any length, in windows of max_seq_len tokens that begin every
         `stride` tokens; see `llama.scoring.perplexity`."""
         return scoring.perplexity(self.model, self.tokenizer, text, stride)
+
+    def embed(
+        self, texts: Sequence[str], pooling: Literal["last", "mean"] = "mean", **options: Any
+    ) -> torch.Tensor:
+        """A vector for each text, (len(texts), dim); see `llama.embeddings.embed`."""
+        return embeddings.embed(self.model, self.tokenizer, texts, pooling, **options)
 
     def save_prefix(self, path: str | Path, prefix: str | Dialog) -> None:
         """Keep what a text or a dialog begins with in a file, for `load_prefix`, in any process.
