@@ -6,13 +6,14 @@ from conftest import run_ranks, write_checkpoint
 from test_native import SMALL, difference, ids, pair, stepped
 
 from llama import Llama, compiled
+from llama.speculative import Pace
 
 
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_it_says_what_the_plain_layers_say(tmp_path):
+def test_it_says_what_the_plain_layers_say(tmp_path, monkeypatch):
     """fp32: the same tokens; prompts and batches of many sizes, and no graph more for a new one."""
     path = write_checkpoint(tmp_path / "model", SMALL)
     plain, fast = (
@@ -31,9 +32,16 @@ def test_it_says_what_the_plain_layers_say(tmp_path):
     assert 0 < known <= 12
     for prompts in ([ids(100).tolist()], [ids(n).tolist() for n in (30, 2, 70, 11)]):
         expected, _ = plain.generate(prompts, 150, temperature=0, stop_tokens=set())
-        found, _ = fast.generate(prompts, 150, temperature=0, stop_tokens=set(), speculate="lookup")
+        found, _ = fast.generate(prompts, 150, temperature=0, stop_tokens=set())
         assert found == expected
     assert graphs() == known
+    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # passes of several tokens
+    for n in (10, 11, 30):
+        prompts = [[1, 2, 3] * n, [7, 8] * n]
+        expected, _ = plain.generate(prompts, 20, temperature=0, stop_tokens=set())
+        options = dict(temperature=0, stop_tokens=set(), speculate="lookup")
+        assert fast.generate(prompts, 20, **options)[0] == expected
+    assert graphs() <= known + 4
 
 
 def test_its_bf16_and_its_blocks_are_close():

@@ -98,7 +98,12 @@ def test_metas_own_script_runs_unchanged(smollm2_path):
 
 
 @pytest.mark.parametrize(
-    "name, says, images", [("quickstart", "Paris", 1), ("tools", "2100000 people live in Paris", 0)]
+    "name, says, images",
+    [
+        ("quickstart", "Paris", 1),
+        ("tools", "2100000 people live in Paris", 0),
+        ("attention", "30 layers of (1, 9, ", 2),
+    ],
 )
 def test_notebooks_run_from_top_to_bottom(smollm2_path, name, says, images):
     import nbformat
