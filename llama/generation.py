@@ -370,6 +370,7 @@ class Llama:
 
         Raises:
             ValueError: a Llama built without prefix_cache_mb; more tokens than the context has.
+            FileExistsError: something that is no prefix is there.
         """
         if isinstance(prefix, str):
             [ids] = self._encode([prefix])

@@ -9,7 +9,7 @@ what is known is copied, which takes milliseconds where computing takes seconds.
 import pickle
 import threading
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -144,7 +144,13 @@ class PrefixCache:
     # --- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path, model: Transformer, ids: Sequence[int]) -> None:
-        """Write a text's keys and values, of all ranks, into a file that any number can load."""
+        """Write a text's keys and values, of all ranks, into a file that any number can load.
+
+        Raises:
+            FileExistsError: something else is there.
+        """
+        if parallel.broadcast_object(_is_taken(Path(path))):  # as rank 0 sees it
+            raise FileExistsError(f"{path} exists and holds no prefix: choose another name")
         cache = self.compute(model, ids)
         args, world = model.params, parallel.world_size()
         whole: Dict[str, torch.Tensor] = {}
@@ -166,16 +172,8 @@ class PrefixCache:
             FileNotFoundError: no such file.
             ValueError: a file of something else, or of another model.
         """
-        try:
-            content = torch.load(path, weights_only=True, mmap=True)
-            fingerprint, ids = content.pop("fingerprint"), content.pop("tokens")
-            if content.pop("prefix") != 1:
-                raise ValueError
-        except FileNotFoundError:
-            raise
-        except (RuntimeError, ValueError, KeyError, AttributeError, EOFError, OSError,
-                pickle.UnpicklingError):  # fmt: skip
-            raise ValueError(f"{path} holds no prefix: save_prefix writes what is read") from None
+        content = _read(path)
+        fingerprint, ids = content.pop("fingerprint"), content.pop("tokens")
         if fingerprint != self.fingerprint():
             raise ValueError(
                 f"{path} was made by another model, or one with another dtype or quantization "
@@ -190,6 +188,30 @@ class PrefixCache:
         cache.write(0, {name: part[:, heads].to(device) for name, part in content.items()})
         self.add(ids, cache, 0)
         return len(ids)
+
+
+def _read(path: str | Path) -> Dict[str, Any]:
+    """What `PrefixCache.save` wrote. Raises what `PrefixCache.load` does of a file of another."""
+    try:
+        content = torch.load(path, weights_only=True, mmap=True)
+        if content.pop("prefix") == 1 and {"fingerprint", "tokens"} <= content.keys():
+            return content
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, OSError,
+            pickle.UnpicklingError):  # fmt: skip
+        pass
+    raise ValueError(f"{path} holds no prefix: save_prefix writes what is read")
+
+
+def _is_taken(path: Path) -> bool:
+    try:
+        _read(path)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def common_beginnings(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:

@@ -323,6 +323,12 @@ def test_mistakes_are_named(tiny, tiny_dir, tmp_path):
     for name in ("text", "other", "cut"):
         with pytest.raises(ValueError, match="holds no prefix"):
             llama.load_prefix(tmp_path / name)
+    for name in ("text", "other", "."):  # nothing of someone else's is overwritten
+        with pytest.raises(FileExistsError, match="choose another name"):
+            llama.save_prefix(tmp_path / name, "abc")
+    assert (tmp_path / "text").read_text() == "no prefix"
+    llama.save_prefix(tmp_path / "good", "abcd")
+    assert build(tiny_dir).load_prefix(tmp_path / "good") == 5
     for other in (build(tiny_dir, dtype="bf16"), build(tiny_dir, kv_cache="int8"),
                   build(write_checkpoint(tmp_path / "weights", TINY, seed=3))):  # fmt: skip
         with pytest.raises(ValueError, match="another model"):
