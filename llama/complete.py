@@ -14,7 +14,6 @@ from llama import parallel, remote
 from llama.few_shot import TEMPLATE, FewShot, read_shots
 from llama.generation import Llama
 from llama.json_files import Results, decode, objects, read_text, string
-from llama.prefixes import common_beginnings
 from llama.sampling import SamplingParams
 
 
@@ -321,8 +320,7 @@ def _answers(
                 f"{max_seq_len}: shorten it, or give a larger --max_seq_len"
             )
     if llama.prefixes is not None:
-        for prefix in common_beginnings(ids):
-            llama.prefixes.compute(llama.model, prefix)
+        llama.prefixes.share(llama.model, ids)
         llama.prefixes.grows = False  # else batches would depend on those before
     # Similar lengths together; the longest first, so that too little memory shows at once.
     order = sorted(range(len(lines)), key=lambda i: (-lengths[i], i))

@@ -1,11 +1,12 @@
 """Texts as vectors: the last hidden states of their tokens, pooled."""
 
-from typing import List, Literal, Sequence
+from typing import Literal, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from llama.model import Transformer
+from llama.prefill import padded
 from llama.tokenizer import Tokenizer
 
 
@@ -41,13 +42,12 @@ def embed(
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         lengths = torch.tensor([len(encoded[i]) for i in rows], device=device)
-        width = int(lengths.max())
-        padded: List[List[int]] = [encoded[i] + [0] * (width - len(encoded[i])) for i in rows]
-        h = model.hidden(torch.tensor(padded, device=device)).float()  # (B, T, dim)
+        tokens = padded([encoded[i] for i in rows], device)
+        h = model.hidden(tokens).float()  # (B, T, dim)
         if pooling == "last":
             pooled = h[torch.arange(len(rows), device=device), lengths - 1]
         else:
-            real = torch.arange(width, device=device) < lengths[:, None]
+            real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
             pooled = (h * real[..., None]).sum(1) / lengths[:, None]
         found[rows] = pooled.cpu()
     return F.normalize(found, dim=-1) if normalize else found

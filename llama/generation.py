@@ -284,8 +284,7 @@ class Llama:
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
-        if tool_choice != "auto":
-            options = {**options, "response_format": call_format(tools, tool_choice, options)}
+        options = {**options, "response_format": call_format(tools, tool_choice, options)}
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         rows, events = self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)
         predictions: List[ChatPrediction] = []
@@ -317,8 +316,7 @@ class Llama:
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        if tool_choice != "auto":
-            options = {**options, "response_format": call_format(tools, tool_choice, options)}
+        options = {**options, "response_format": call_format(tools, tool_choice, options)}
         ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
 

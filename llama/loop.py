@@ -9,7 +9,7 @@ import torch
 from llama import parallel
 from llama.model import Transformer
 from llama.predictions import Event, FinishReason, Prediction, Speculation
-from llama.prefill import prefill
+from llama.prefill import padded, prefill
 from llama.prefixes import PrefixCache
 from llama.rows import Options, Row
 from llama.sampling import draw
@@ -118,7 +118,7 @@ def run(
             guesses = [[] for _ in batch] if speculator is None else speculator.guess(batch)
             width = 1 + max(map(len, guesses))
             fed = [[row.answer[-1], *g] for row, g in zip(batch, guesses, strict=True)]
-            tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in fed]).to(device)
+            tokens = padded(fed, device)
             at = (
                 [i for i, ids in enumerate(fed) for _ in ids],
                 [j for ids in fed for j in range(len(ids))],

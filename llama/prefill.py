@@ -31,7 +31,7 @@ def prefill(
         part, begins = cache.part(start, stop), known[start:stop]
         new = [list(prompts[i][known[i] :]) for i in range(start, stop)]
         rows, width = stop - start, max(map(len, new))
-        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in new]).to(device)
+        tokens = padded(new, device)
         ends = torch.tensor([len(ids) for ids in new], device=device) - 1
         of_last = torch.empty(rows, model.params.dim, dtype=dtype, device=device)
         of_next = torch.zeros(tokens.shape, device=device)
@@ -50,6 +50,12 @@ def prefill(
             scores += [row[: len(ids)] for row, ids in zip(of_next.tolist(), new, strict=True)]
     cache.lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     return torch.cat(last), scores
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Rows of ids as a tensor (B, T), the shorter ones with zeros behind them."""
+    width = max(map(len, rows))
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows]).to(device)
 
 
 def similar(known: Sequence[int], lengths: Sequence[int]) -> Iterator[Tuple[int, int]]:

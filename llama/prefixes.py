@@ -65,7 +65,7 @@ class PrefixCache:
     def fill(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Put what is known of a prompt into an empty row."""
         with self._lock:
-            left = self.known(ids)
+            left = len(ids) - 1
             for node, n in self._path(ids):
                 n = min(n, left)
                 cache.write(row, {name: part[:, :, :n] for name, part in node.parts.items()})

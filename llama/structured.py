@@ -257,13 +257,17 @@ class _Vocabulary:
 
 def call_format(
     tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
-) -> ResponseFormat:
-    """The format of a call of any of the tools ("required"), or of the one of that name.
+) -> Any:
+    """The format of a call of any of the tools ("required"), or of the one of that name; for "auto"
+    what the options say, which may be one for each prompt or none.
 
     Raises:
         ValueError: no such tool, or one without a schema; another format among the options.
     """
-    if options.get("response_format") is not None:
+    given = options.get("response_format")
+    if tool_choice == "auto":
+        return given
+    if given is not None:
         raise ValueError(f"tool_choice={tool_choice!r} and response_format: choose one")
     schemas, _ = split_tools(tools or [])
     names = [schema["function"]["name"] for schema in schemas]

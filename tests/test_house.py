@@ -20,7 +20,7 @@ LAYERS = {
     "context": {"chat", "tools"},
     "beam": {"model", "prefill"},
     "prefill": {"cache", "model"},
-    "embeddings": {"model", "tokenizer"},
+    "embeddings": {"model", "prefill", "tokenizer"},
     "trace": {"cache", "model", "parallel"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
@@ -74,8 +74,7 @@ LAYERS = {
     "repl": {"chat", "generation", "parallel", "predictions", "sampling", "terminal"},
     "json_files": set(),
     "few_shot": {"json_files"},
-    "complete": {"few_shot", "generation", "json_files", "parallel", "prefixes", "remote"}
-    | {"sampling"},
+    "complete": {"few_shot", "generation", "json_files", "parallel", "remote"} | {"sampling"},
     "scoring": {"model", "tokenizer"},
     "measure": {"evaluation", "generation", "parallel", "scoring"},
     "evaluation": {"generation", "scoring"},
