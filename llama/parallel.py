@@ -176,6 +176,12 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier(fs_init.get_model_parallel_group())
+
+
 def share_lists(lists: List[List[int]], most: int) -> List[List[int]]:
     """Rank 0's lists of ids (0 or more), at most so many in each, on every rank.
 
@@ -268,3 +274,33 @@ def shard_ranges(
         return ranges
     step = padded(size, world) // world
     return [(min(rank * step, size), min((rank + 1) * step, size))]
+
+
+def whole(name: str, part: torch.Tensor, size: int, n_heads: int, n_kv_heads: int) -> torch.Tensor:
+    """The weight that the ranks' parts make, `size` long on its split axis, on every rank."""
+    axis, world = shard_axis(name), world_size()
+    if axis is None or world == 1:
+        return part
+    found = part.new_empty(*part.shape[:axis], size, *part.shape[axis + 1 :])
+    for rank, theirs in enumerate(all_gather(part)):
+        done = 0
+        for begin, end in shard_ranges(name, size, rank, world, n_heads, n_kv_heads):
+            found.narrow(axis, begin, end - begin).copy_(theirs.narrow(axis, done, end - begin))
+            done += end - begin
+    return found
+
+
+def add_replicas(part: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
+    """This rank's part (rows of key/value heads) of the sum over the ranks that hold the same head.
+
+    For gradients: each rank knows those that come from its own queries.
+    """
+    world = world_size()
+    heads = [kv_heads(rank, world, n_heads, n_kv_heads) for rank in range(world)]
+    mine, theirs = heads[rank()], [head for held in heads for head in held]
+    if len(theirs) == n_kv_heads:
+        return part
+    by_head = torch.cat(all_gather(part)).unflatten(0, (len(theirs), -1))
+    total = part.new_zeros(n_kv_heads, *by_head.shape[1:])
+    total.index_add_(0, torch.tensor(theirs, device=part.device), by_head)
+    return total[mine].flatten(0, 1)

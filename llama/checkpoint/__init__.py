@@ -337,3 +337,23 @@ class InMemory:
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         return self.weights[name].detach().narrow(axis, start, stop - start)
+
+
+def gather(model: Transformer) -> InMemory:
+    """The weights of all ranks, whole, on every rank and its CPU: the inverse of `load`.
+
+    Raises:
+        ValueError: weights in blocks, or compiled layers.
+    """
+    args, weights = model.params, {}
+    for name, shape in weight_shapes(args).items():
+        try:
+            part = model.get_parameter(name).detach()
+        except AttributeError:
+            raise ValueError(
+                f"{name} isn't there as it is written: build without quantize and compile"
+            ) from None
+        axis = parallel.shard_axis(name) or 0
+        heads = args.n_heads, args.n_kv_heads
+        weights[name] = parallel.whole(name, part, shape[axis], *heads).cpu()
+    return InMemory(args, weights)

@@ -7,7 +7,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from types import MappingProxyType
+from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -37,12 +38,14 @@ from llama.vocabulary import writing as writing_vocabulary
 
 # Llama itself, and architectures that are Llama when their config says nothing else.
 ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
+# One with a head of another kind, for `llama.classification`.
+CLASSIFIER = "LlamaForSequenceClassification"
 
 # Config keys by what they do to us. Those that say nothing about the network's function:
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id",
+    "initializer_range", "is_llama_config", "label2id", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
@@ -71,17 +74,20 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
-def read_config(path: Path) -> Dict[str, Any]:
-    """The fields of config.json as ModelArgs takes them.
+def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str, Any]:
+    """The fields of config.json, of a known architecture, as ModelArgs takes them.
 
     Raises:
         ValueError: an architecture, or a key, that our model can't honour; it is named.
     """
     config = read_object(path)
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if not isinstance(architectures, list) or not ARCHITECTURES.issuperset(map(str, architectures)):
+    if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
+        hint = ""
+        if architectures == [CLASSIFIER]:
+            hint = ". It is a classifier: llama.classification.SequenceClassifier.build reads it"
         raise ValueError(
-            f"{path}: architectures={architectures}; read here: {', '.join(sorted(ARCHITECTURES))}"
+            f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
         )
     if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
         config = MISTRAL | config
@@ -168,11 +174,11 @@ class _Placed(NamedTuple):
 
 
 class HFCheckpoint:
-    """A directory in Hugging Face's format."""
+    """A directory in Hugging Face's format, of an architecture that is known."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
         self.path = Path(path)
-        fields = read_config(self.path / "config.json")
+        fields = read_config(self.path / "config.json", known)
         self._placed: Dict[str, _Placed] = {}
         for file in self._files():
             index = index_safetensors if file.suffix == ".safetensors" else index_pth
@@ -283,6 +289,8 @@ def write(
     max_shard_bytes: int = 5 * 10**9,
     force: bool = False,
     progress: Progress = no_progress,
+    head: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write a directory that transformers' from_pretrained loads; returns it.
 
@@ -291,6 +299,8 @@ def write(
         tokenizer: whose files are written beside the weights.
         max_shard_bytes: size beyond which another .safetensors file is begun.
         force: overwrite what is there, once the new directory is complete.
+        head: weights beyond those of the shape, by Hugging Face's names, as they are.
+        settings: keys of config.json that take the place of what follows from the shape.
 
     Raises:
         FileExistsError: the directory exists, without `force`.
@@ -314,14 +324,16 @@ def write(
             n = len(shards)
             files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for file, shard in zip(files, shards, strict=True):
-            write_safetensors(source, partial / file, shard, dtypes, progress)
+            extra = head if file == files[-1] else {}
+            write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
                 hf_name(name): file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
-            }
+            } | dict.fromkeys(head, files[-1])
             total = sum(math.prod(weight_shapes(args)[n]) * dtypes[n].itemsize for n in names)
+            total += sum(weight.nbytes for weight in head.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(partial / "model.safetensors.index.json", index)
         bos_id: Optional[int] = None
@@ -330,7 +342,7 @@ def write(
             bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
             writing_vocabulary.write_for_hugging_face(tokenizer.vocabulary, partial)
         config = config_of(args, dtypes[names[0]], bos_id, eos)
-        _write_json(partial / "config.json", config)
+        _write_json(partial / "config.json", {**config, **settings})
     return path
 
 

@@ -10,13 +10,15 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, Dict, List
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
 from llama.checkpoint import (
     DTYPES,
     Checkpoint,
+    Shape,
     Stored,
     dtype_name,
     foreign_name,
@@ -125,24 +127,32 @@ def write_safetensors(
     names: List[str],
     dtypes: Dict[str, torch.dtype],
     progress: Progress,
+    extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, block by block."""
-    header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        shape = weight_shapes(source.args)[name]
-        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
-        header[hf_name(name)] = {
-            "dtype": dtype_name(dtypes[name]),
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the data is aligned
+    """Write weights under their Hugging Face names, in its order of rows, block by block.
+
+    Behind them `extra` ones, which have such names already, as they are.
+    """
+    tensors = [(hf_name(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
+    tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(_header(tensors))
         for name in names:
             for block in rows(source, name, dtypes[name]):
                 if name.endswith(("attention.wq.weight", "attention.wk.weight")):
                     block = split_halves(block.contiguous(), source.args.head_dim)
                 write_tensor(file, block, progress)
+        for weight in extra.values():
+            write_tensor(file, weight, progress)
+
+
+def _header(tensors: List[Tuple[str, Shape, torch.dtype]]) -> bytes:
+    """What comes before the data of tensors that follow each other in this order."""
+    header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype_name(dtype), "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the data is aligned
+    return struct.pack("<Q", len(raw)) + raw

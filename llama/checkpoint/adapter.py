@@ -1,0 +1,210 @@
+"""LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+An adapter adds scale · B A to some of a model's matrices (arXiv 2106.09685). `Merged` is a
+checkpoint with one added as its slices are read, so that whatever reads checkpoints, on any number
+of ranks, quantized or converted, takes adapters too.
+Format: github.com/huggingface/peft, `LoraConfig` and `get_peft_model_state_dict`.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+
+from llama.checkpoint import DTYPES, Checkpoint, InMemory, Shape, weight_shapes
+from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.safetensors import (
+    hf_name,
+    index_safetensors,
+    interleave,
+    meta_name,
+    split_halves,
+    write_safetensors,
+)
+from llama.checkpoint.writing import beside, no_progress
+from llama.json_files import read_object
+from llama.model import ModelArgs
+
+PREFIX = "base_model.model."
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows PEFT has in another order
+
+# Settings that change what an adapter computes, and the values under which they don't.
+REQUIRED: Dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+}
+
+
+class Pair(NamedTuple):
+    """What is added to one weight W (out, in): W + scale · B A."""
+
+    A: torch.Tensor  # (r, in)
+    B: torch.Tensor  # (out, r), its rows in Meta's order
+    scale: float  # alpha / r
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Pairs by Meta's name of the weight, for a model of one shape."""
+
+    pairs: Dict[str, Pair]
+    path: Path = Path("(memory)")
+
+
+def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
+    """Open an adapter for a model of this shape.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: a broken one, one of another kind than plain LoRA, or for another model.
+    """
+    path = Path(path)
+    file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
+    for needed in (config_file, file):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there")
+    config = read_object(config_file)
+    for key, allowed in REQUIRED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"{config_file}: {key}={config[key]!r}, which isn't computed here: plain LoRA is"
+            )
+    stored, shapes = index_safetensors(file), weight_shapes(args)
+    halves: Dict[str, Dict[str, torch.Tensor]] = {}
+    for key, where in stored.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        name = meta_name(match[1] + ".weight") if match else key
+        if match is None or len(shapes.get(name, ())) != 2 or "layers." not in name:
+            raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
+        tensor = read_slice(file, where.offset, where.shape, where.dtype, 0, 0, where.shape[0])
+        halves.setdefault(name, {})[match[2]] = tensor.float()
+    if not halves:
+        raise ValueError(f"{file} holds no weights")
+    pairs = {}
+    for name, half in halves.items():
+        out, inner = shapes[name]
+        rank = len(half["A"]) if "A" in half else -1
+        found = {key: tuple(one.shape) for key, one in half.items()}
+        if found != {"A": (rank, inner), "B": (out, rank)}:
+            raise ValueError(
+                f"{file}: {name} of shape {(out, inner)} can't have a LoRA of the shapes {found}: "
+                "an adapter of another model?"
+            )
+        B = interleave(half["B"], args.head_dim) if name.endswith(ROTATED) else half["B"]
+        pairs[name] = Pair(half["A"], B.contiguous(), _scale(config_file, config, name, rank))
+    return Adapter(pairs, path)
+
+
+def _scale(path: Path, config: Dict[str, Any], name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732), by the patterns that a name matches."""
+
+    def setting(key: str, pattern: str) -> Any:
+        module = hf_name(name).removesuffix(".weight")
+        for name_pattern, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({name_pattern})$", module):  # as peft matches them
+                return value
+        return config.get(key, 8)
+
+    r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
+    if r != rank or type(alpha) not in (int, float):
+        raise ValueError(f"{path}: r={r!r} and lora_alpha={alpha!r} for {name}, of rank {rank}")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def write_adapter(
+    adapter: Adapter, path: str | Path, args: ModelArgs, base: str = "", *, force: bool = False
+) -> Path:
+    """Write a directory that `peft.PeftModel.from_pretrained` loads; returns it.
+
+    Args:
+        base: the name of the model that it is for, kept for those who look for it.
+
+    Raises:
+        FileExistsError: the directory exists, without `force`.
+    """
+    ranks = {name: len(pair.A) for name, pair in adapter.pairs.items()}
+    alphas = {name: pair.scale * ranks[name] for name, pair in adapter.pairs.items()}
+    modules = {name: hf_name(name).removesuffix(".weight") for name in adapter.pairs}
+    r, alpha = max(ranks.values()), max(alphas.values())
+    tensors = {}
+    for name, (A, B, _) in adapter.pairs.items():
+        B = split_halves(B.contiguous(), args.head_dim) if name.endswith(ROTATED) else B
+        tensors[f"{PREFIX}{modules[name]}.lora_A.weight"] = A.detach()
+        tensors[f"{PREFIX}{modules[name]}.lora_B.weight"] = B.detach()
+
+    def others(values: Dict[str, Any], usual: Any) -> Dict[str, Any]:
+        return {modules[name]: value for name, value in values.items() if value != usual}
+
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": _targets(list(modules.values()), args.n_layers),
+        "rank_pattern": others(ranks, r),
+        "alpha_pattern": others(alphas, alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with beside(path, force) as partial:
+        partial.mkdir()
+        file = partial / "adapter_model.safetensors"
+        write_safetensors(InMemory(args, {}), file, [], {}, no_progress, tensors)
+        text = json.dumps(config, indent=2) + "\n"
+        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _targets(modules: List[str], n_layers: int) -> List[str]:
+    """What PEFT calls the modules: by their last name where all layers have the same ones."""
+    stems = sorted({module.rpartition(".")[2] for module in modules})
+    return stems if len(modules) == len(stems) * n_layers else sorted(modules)
+
+
+class Merged:
+    """A checkpoint with an adapter added to it, slice by slice as it is read.
+
+    A weight in blocks becomes fp32; any other keeps its dtype, rounded once, after the sum in fp32.
+    """
+
+    def __init__(self, source: Checkpoint, adapter: Adapter):
+        self.source, self.adapter = source, adapter
+        self.path, self.args = source.path, source.args
+        self.tokenizer_path: Optional[Path] = source.tokenizer_path
+
+    def shapes(self) -> Dict[str, Shape]:
+        return self.source.shapes()
+
+    def stored_as(self, name: str) -> str:
+        kind = self.source.stored_as(name)
+        return kind if name not in self.adapter.pairs or kind in DTYPES else "F32"
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        weight = self.source.read(name, axis, start, stop)
+        if name not in self.adapter.pairs:
+            return weight
+        A, B, scale = self.adapter.pairs[name]
+        A, B = (A, B[start:stop]) if axis == 0 else (A[:, start:stop], B)
+        return torch.addmm(weight.float(), B, A, alpha=scale).to(weight.dtype)
+
+    def read_blocks(self, *of: Any) -> torch.Tensor:
+        """The blocks of a GGUF file, of a weight that nothing is added to."""
+        source: Any = self.source
+        return source.read_blocks(*of)
