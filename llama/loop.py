@@ -48,6 +48,7 @@ def run(
     prefixes = None if score else prefixes
     new = {row.index: len(row.prompt) for row in rows}  # tokens that aren't known from before
     if prefixes is not None:
+        prefixes.follow(model)
         if prefixes.grows:
             prefixes.share(model, [row.prompt for row in rows if row.sample == 0])
         new = {row.index: len(row.prompt) - prefixes.known(row.prompt) for row in rows}

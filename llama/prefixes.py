@@ -50,12 +50,19 @@ class PrefixCache:
     def __init__(self, limit: int, fingerprint: Callable[[], str]):
         self.limit, self.fingerprint, self.grows = limit, fingerprint, True
         self._root = Node([], {}, None)
+        self._revision = 0  # of the model that this is of
         self._clock = 0
         self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
         return sum(node.nbytes for node in self._nodes())
+
+    def follow(self, model: Transformer) -> None:
+        """Forget everything if the model's adapters changed since."""
+        with self._lock:
+            if model.revision != self._revision:
+                self._root, self._revision = Node([], {}, None), model.revision
 
     def known(self, ids: Sequence[int]) -> int:
         """How many of a prompt's tokens needn't be computed; its last one always is."""
@@ -88,6 +95,7 @@ class PrefixCache:
 
     def share(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
         """Compute once what several of the prompts begin with."""
+        self.follow(model)
         per_token = model.new_cache(1, 1).nbytes
         for ids in common_beginnings(prompts):
             if self.known([*ids, -1]) < len(ids) <= self.limit // per_token:
@@ -148,7 +156,9 @@ class PrefixCache:
 
         Raises:
             FileExistsError: something else is there.
+            ValueError: a model with adapters.
         """
+        self._check_for_files(model)
         if parallel.broadcast_object(_is_taken(Path(path))):  # as rank 0 sees it
             raise FileExistsError(f"{path} exists and holds no prefix: choose another name")
         cache = self.compute(model, ids)
@@ -172,6 +182,7 @@ class PrefixCache:
             FileNotFoundError: no such file.
             ValueError: a file of something else, or of another model.
         """
+        self._check_for_files(model)
         content = _read(path)
         fingerprint, ids = content.pop("fingerprint"), content.pop("tokens")
         if fingerprint != self.fingerprint():
@@ -188,6 +199,13 @@ class PrefixCache:
         cache.write(0, {name: part[:, heads].to(device) for name, part in content.items()})
         self.add(ids, cache, 0)
         return len(ids)
+
+    def _check_for_files(self, model: Transformer) -> None:
+        if model.revision:
+            raise ValueError(
+                "prefix files are of a model as it was built, and this one got adapters since: "
+                "build with adapter_dir"
+            )
 
 
 def _read(path: str | Path) -> Dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import Llama, SamplingParams, compiled, parallel
+from llama import Llama, SamplingParams, checkpoint, compiled, lora, parallel, training
+from llama.checkpoint.adapter import read_adapter, write_adapter
 from llama.trace import trace
 
 
@@ -130,6 +131,66 @@ def replicas(ckpt, prompts):
     llama = Llama.build(ckpt, model_parallel_size=1, device="cpu", dtype="fp32")
     tokens, _ = llama.generate(prompts, 8, temperature=0)
     return {"tokens": tokens, "world": parallel.world_size()}
+
+
+def classified(ckpt, rows, labels):
+    """Logits of a classifier and gradients of what each rank holds whole."""
+    from llama.classification import SequenceClassifier
+    from llama.prefill import padded
+
+    classifier = SequenceClassifier.build(ckpt, device="cpu", dtype="fp32")
+    logits = classifier(padded(rows, "cpu"), torch.tensor([len(row) for row in rows]))
+    classifier.loss(logits, torch.tensor(labels)).backward()
+    whole = [classifier.score.weight, classifier.model.layers[0].attention_norm.weight]
+    mine = [logits.tolist(), *(weight.grad.tolist() for weight in whole)]
+    classifier.write(f"{ckpt}-again")
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return {"all_ranks": gathered}
+
+
+def adapted(ckpt, adapter, copy, tokens):
+    """Logits with an adapter: attached, merged, built in; and the adapter given back."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
+    model, found = llama.model, {}
+    lora.attach(model, read_adapter(adapter, model.params))
+    with torch.inference_mode():
+        found["attached"] = model(torch.tensor(tokens)).tolist()
+        again = lora.adapter_of(model, "default")
+        lora.merge(model, "default")
+        found["merged"] = model(torch.tensor(tokens)).tolist()
+        built = Llama.build(ckpt, device="cpu", dtype="fp32", adapter_dir=adapter).model
+        found["built"] = built(torch.tensor(tokens)).tolist()
+    if parallel.is_rank_zero():
+        write_adapter(again, copy, model.params)
+    return found
+
+
+def gradients(ckpt, given):
+    """Losses of each rank; logits and gradients, whole, into files beside the report."""
+    given, losses = torch.load(given), {}
+    for case, inputs, options in (
+        ("plain", given["tokens"], {}),
+        ("masked", given["embeds"], {"mask": given["mask"]}),
+    ):
+        model = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128).model
+        loss = training.next_token_loss(model, inputs, given["labels"], **options)
+        loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:  # the embedding's, where there are embeddings
+                parameter.grad = torch.zeros_like(parameter)
+        training.sum_replicas(model)
+        norm = training.clip_gradients(model, 1e9)
+        saved = {"logits": model(inputs, **options).detach(), "norm": norm}
+        for parameter in model.parameters():
+            parameter.data = parameter.grad
+        saved |= checkpoint.gather(model).weights
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, float(loss))
+        losses[case] = gathered
+        if parallel.is_rank_zero():
+            torch.save(saved, f"{sys.argv[2]}.{case}.pt")
+    return losses
 
 
 if __name__ == "__main__":

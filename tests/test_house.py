@@ -22,6 +22,10 @@ LAYERS = {
     "prefill": {"cache", "model"},
     "embeddings": {"model", "prefill", "tokenizer"},
     "trace": {"cache", "model", "parallel"},
+    "classification": {"checkpoint", "json_files", "model", "parallel", "prefill", "remote"}
+    | {"tokenizer"},
+    "lora": {"checkpoint", "model", "parallel"},
+    "training": {"chat", "checkpoint", "json_files", "lora", "model", "parallel", "tokenizer"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
     "rows": {"model", "predictions", "sampling", "stopping", "structured", "tokenizer"},

@@ -1,0 +1,275 @@
+"""Fine-tune a model on dialogs or texts.
+
+python finetune.py datasets/lighthouse.jsonl --out runs/lighthouse
+torchrun --nproc_per_node 2 finetune.py datasets/lighthouse.jsonl --out runs/two --method full
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import fire
+import torch
+from tqdm import tqdm
+
+from llama import checkpoint, lora, memory, parallel, remote
+from llama.checkpoint import convert
+from llama.checkpoint.adapter import Merged, write_adapter
+from llama.prepare import prepare
+from llama.templates import chat_format
+from llama.tokenizer import Tokenizer
+from llama.training import (
+    Recipe,
+    Step,
+    Trainer,
+    read_examples,
+    recompute_blocks,
+    trained,
+)
+
+RESULTS = {"adapter": "adapter", "hf": "model", "meta": "model", "gguf": "model.gguf"}
+
+
+def main(
+    data: str,
+    out: str,
+    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    tokenizer_path: Optional[str] = None,
+    method: str = "lora",
+    to: Optional[str] = None,
+    held_out: int = 20,
+    epochs: int = 3,
+    batch_size: int = 8,
+    micro_batches: int = 1,
+    learning_rate: Optional[float] = None,
+    warmup_steps: int = 10,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    max_seq_len: int = 512,
+    lora_rank: int = 16,
+    lora_alpha: float = 32.0,
+    lora_matrices: str = ",".join(lora.MATRICES),
+    recompute: bool = False,
+    save_every: int = 50,
+    dtype: Optional[str] = None,
+    device: Optional[str] = None,
+    seed: int = 1,
+    force: bool = False,
+):
+    """Fine-tune a model, all of its weights or a LoRA adapter, on dialogs or texts.
+
+    What is interrupted (Ctrl-C) or killed goes on where it stopped when the same command is given
+    again, and ends with the same weights. OUT gets log.jsonl, loss.png and the result.
+
+    Args:
+        data: a text file, or .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} or
+            {"text": ...} in each line. Of dialogs, the assistant's tokens are learned.
+        out: a directory for the result.
+        ckpt_dir: any checkpoint.
+        tokenizer_path: found with the checkpoint by default.
+        method: lora, or full for all weights.
+        to: adapter (PEFT's layout, the default for lora), hf (the default for full), meta or gguf.
+        held_out: the last so many examples aren't learned; the loss on them is what is reported.
+        epochs: times that each example is learned.
+        batch_size: examples in a step.
+        micro_batches: passes that a step is divided into, for less memory; the result is the same.
+        learning_rate: the highest, reached after warmup_steps; from there a cosine goes to 0. By
+            default 1e-3 for lora, 1e-4 for full.
+        warmup_steps: steps in which the learning rate rises.
+        weight_decay: of matrices, as in AdamW.
+        clip: the norm that a step's gradient is cut to.
+        max_seq_len: tokens of an example; what is beyond is cut off, or another row of a text.
+        lora_rank: rows of an adapter's matrix A.
+        lora_alpha: an adapter is multiplied by lora_alpha / lora_rank.
+        lora_matrices: which of wq, wk, wv, wo, w1, w2, w3 it adds to.
+        recompute: keep less for the backward pass, and compute it again there.
+        save_every: steps after which the state is saved.
+        dtype: bf16 or fp32, that matrices are multiplied in; by default bf16 where the hardware has
+            it. All weights that are learned are fp32.
+        device: cuda, mps or cpu; by default the first of these that there is.
+        seed: of the order of examples and of a new adapter.
+        force: begin anew, whatever is in OUT.
+    """
+    if method not in ("lora", "full"):
+        raise ValueError(f"--method={method!r}: choose lora or full")
+    to = to or ("adapter" if method == "lora" else "hf")
+    if to not in RESULTS or (to == "adapter" and method == "full"):
+        raise ValueError(
+            f"--to={to!r} with --method={method}: choose adapter (lora), hf, meta, gguf"
+        )
+    if max_seq_len < 2 or save_every < 1 or held_out < 0:
+        raise ValueError(
+            f"--max_seq_len={max_seq_len} from 2, --save_every={save_every} from 1, "
+            f"--held_out={held_out} from 0 up"
+        )
+    folder = Path(out)
+    result, state = folder / RESULTS[to], folder / "state"
+    if result.exists() and not force:
+        raise FileExistsError(
+            f"{result} exists: this run is done; choose another --out, or --force"
+        )
+    torch_device = parallel.initialize(device=device)
+    low = parallel.pick_dtype(dtype, torch_device)
+    recipe = Recipe(
+        epochs=epochs, batch_size=batch_size, micro_batches=micro_batches,
+        learning_rate=learning_rate or (1e-3 if method == "lora" else 1e-4),
+        warmup_steps=warmup_steps, weight_decay=weight_decay, clip=clip, seed=seed, dtype=low,
+    )  # fmt: skip
+
+    source = checkpoint.open(remote.local_path(ckpt_dir))
+    tokens_from = tokenizer_path or source.tokenizer_path
+    if tokens_from is None:
+        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}: pass --tokenizer_path")
+    tokenizer = Tokenizer(remote.local_path(tokens_from))
+    formatter = chat_format(tokenizer, source.args.use_scaled_rope)
+    examples = read_examples(data, tokenizer, formatter, max_seq_len)
+    if held_out >= len(examples.rows):
+        raise ValueError(f"--held_out={held_out} of {len(examples.rows)} examples leaves none")
+    cut = len(examples.rows) - held_out
+    learned, kept = examples.rows[:cut], examples.rows[cut:]
+
+    args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=1)
+    _check_memory(args, method, low, torch_device)
+    frozen = low if method == "lora" else torch.float32
+    model = prepare(source, args, device=torch_device, dtype=frozen)
+    if method == "lora":
+        matrices = [name.strip() for name in str(lora_matrices).strip("()").split(",")]
+        model.requires_grad_(False)
+        lora.attach(model, lora.fresh(model, lora_rank, lora_alpha, matrices, seed))
+    if recompute:
+        recompute_blocks(model)
+    trainer = Trainer(model, learned, recipe)
+    n = sum(part.parameter.numel() for part in trained(model))
+    say(f"{len(learned)} examples to learn from, {held_out} held out, {trainer.steps} steps; "
+        f"{n:,} values to learn on each of {parallel.world_size()} rank(s)")  # fmt: skip
+    if examples.cut:
+        say(f"{examples.cut} dialogs were cut to {max_seq_len} tokens; {examples.dropped} left out")
+
+    about = {
+        "ckpt_dir": str(ckpt_dir), "method": method, "max_seq_len": max_seq_len,
+        "data": hashlib.sha256(Path(data).read_bytes()).hexdigest()[:16], "held_out": held_out,
+        **({"lora": [lora_rank, lora_alpha, matrices]} if method == "lora" else {}),
+    }  # fmt: skip
+    run(trainer, kept, folder, state, about, save_every, force)
+
+    if method == "full":
+        source = checkpoint.gather(model)
+    else:
+        adapter = lora.adapter_of(model, "default")
+        source = Merged(source, adapter)
+    if parallel.is_rank_zero():
+        if to == "adapter":
+            write_adapter(adapter, result, args, str(ckpt_dir), force=force)
+        else:
+            convert.convert(source, result, to, dtype=low, tokenizer_path=tokens_from, force=force)
+        shutil.rmtree(state, ignore_errors=True)
+        plot(folder)
+    say(f"written: {result}")
+
+
+def run(trainer, kept, folder, state, about, save_every, force) -> None:
+    """All steps that are left, with what is said, logged and saved of them."""
+    asked_to_stop: List[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: asked_to_stop.append(number))
+    try:
+        if force and parallel.is_rank_zero():
+            shutil.rmtree(state, ignore_errors=True)
+        parallel.barrier()
+        if state.exists():
+            trainer.load(state, about)
+            say(f"going on after step {trainer.step}")
+        log = Log(folder / "log.jsonl", trainer.step)
+        if kept and not trainer.step:
+            log.write({"step": 0, "held_out_loss": trainer.loss(kept)})
+        bar = tqdm(
+            total=trainer.steps, initial=trainer.step, unit="step",
+            disable=None if parallel.is_rank_zero() else True,
+        )  # fmt: skip
+        for step in trainer.run():
+            log.write(described(step))
+            bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tok/s")
+            bar.update()
+            if kept and trainer.step % trainer.per_epoch == 0:
+                log.write({"step": step.step, "held_out_loss": trainer.loss(kept)})
+            stop = parallel.broadcast_object(bool(asked_to_stop))
+            if trainer.step < trainer.steps and (stop or trainer.step % save_every == 0):
+                trainer.save(state, about)
+            if stop and trainer.step < trainer.steps:
+                sys.exit(
+                    f"interrupted after step {trainer.step}: the same command goes on from there"
+                )
+        bar.close()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def described(step: Step) -> Dict[str, Any]:
+    rounded = {name: float(f"{value:.6g}") for name, value in step._asdict().items()}
+    return {**rounded, "step": step.step, "tokens": step.tokens}
+
+
+class Log:
+    """log.jsonl, one line for each step or held-out loss; what is beyond a state is forgotten."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if parallel.is_rank_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines() if path.exists() and step else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, line: Dict[str, Any]) -> None:
+        if parallel.is_rank_zero():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if "held_out_loss" in line:
+                tqdm.write(f"step {line['step']}: held-out loss {line['held_out_loss']:.4f}")
+
+
+def plot(folder: Path) -> None:
+    """loss.png, where there is matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("no loss.png: pip install matplotlib (pip install -e '.[train]')")
+        return
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    for key, label, style in (("loss", "learned", "-"), ("held_out_loss", "held out", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+
+
+def _check_memory(args, method: str, low: torch.dtype, device: torch.device) -> None:
+    """Weights, and for all that is learned a gradient and two moments, in fp32."""
+    world = parallel.world_size()
+    dtype, copies = (low, 1) if method == "lora" else (torch.float32, 4)
+    need = copies * memory.estimate(args, world, dtype).weights
+    have = memory.available(device)
+    if need > have:
+        raise ValueError(
+            f"this can't fit: {memory.size(need)} for --method {method}, and {memory.size(have)} "
+            f"available on {device}. Ways out: --method lora, --dtype bf16, more ranks"
+        )
+
+
+def say(text: str) -> None:
+    if parallel.is_rank_zero():
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,134 @@
+"""Training texts: JSONL of dialogs or texts, as ids and the labels of what is to be learned."""
+
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+from llama.chat import Dialog, Format, check_dialog
+from llama.json_files import objects, read_text, string
+from llama.tokenizer import Tokenizer
+from llama.training.losses import IGNORED
+
+
+class Example(NamedTuple):
+    """One row to train on."""
+
+    tokens: List[int]
+    labels: List[int]  # the tokens, or IGNORED
+
+    @property
+    def asked(self) -> int:
+        """The number of tokens to learn; the first of a row isn't one: nothing comes before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+class Examples(NamedTuple):
+    rows: List[Example]
+    cut: int  # dialogs of which the end didn't fit
+    dropped: int  # dialogs of which nothing to learn did
+
+
+def read_examples(
+    path: str | Path, tokenizer: Tokenizer, formatter: Optional[Format], max_seq_len: int
+) -> Examples:
+    """The examples of a file.
+
+    A .jsonl file has a line {"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} for
+    each; any other file is one text. Of dialogs the assistant's tokens are learned, with the one
+    that ends each answer, and what comes beyond max_seq_len is cut off. Of texts all tokens are
+    learned, each once: a longer one becomes several rows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: lines of another kind, by number; a dialog without an answer, or for a model
+            without a chat format; nothing to learn at all.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        return Examples(text_examples(read_text(path), tokenizer, max_seq_len), 0, 0)
+    rows: List[Example] = []
+    cut = dropped = 0
+    for number, line in objects(path):
+        if set(line) == {"text"}:
+            text = string(path, number, line, "text")
+            rows += text_examples(text, tokenizer, max_seq_len)
+            continue
+        if set(line) != {"messages"}:
+            raise ValueError(
+                f'{path}, line {number}: it has {", ".join(line)}; a line is {{"messages": [...]}} '
+                'or {"text": "..."}'
+            )
+        try:
+            whole = dialog_example(line["messages"], tokenizer, formatter)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        row = Example(whole.tokens[:max_seq_len], whole.labels[:max_seq_len])
+        cut += len(whole.tokens) > max_seq_len
+        dropped += not row.asked
+        rows += [row] * bool(row.asked)
+    if not rows:
+        raise ValueError(
+            f"{path}: no line, or nothing to learn within max_seq_len={max_seq_len} tokens"
+        )
+    return Examples(rows, cut, dropped)
+
+
+def text_examples(text: str, tokenizer: Tokenizer, max_seq_len: int) -> List[Example]:
+    """A text in rows that overlap by a token, so that each token but the first is asked once."""
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=True)
+    step = max_seq_len - 1
+    pieces = [ids[i : i + max_seq_len] for i in range(0, max(1, len(ids) - 1), step)]
+    return [Example(piece, piece) for piece in pieces if len(piece) > 1]
+
+
+def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[Format]) -> Example:
+    """The ids of a dialog and, as labels, those that the model itself would have had to generate.
+
+    An answer is what stands between the prompt for it and the token that ends it, in the ids of a
+    dialog that goes on: so whatever the format, what is learned is what generation continues.
+
+    Raises:
+        ValueError: no dialog, no answer at its end, no chat format, or one that writes an answer
+            differently once the dialog goes on.
+    """
+    if formatter is None:
+        raise ValueError('this checkpoint has no chat format: train it on {"text": ...}')
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+        raise ValueError(f"messages is a list of messages, not {dialog!r:.60}")
+    check_dialog(0, dialog)
+    if dialog[-1]["role"] != "assistant":
+        raise ValueError("the last message isn't the assistant's: there is nothing to learn of it")
+    ids = formatter.encode_dialog_prompt([*dialog, {"role": "user", "content": "x"}])
+    labels, end = [IGNORED] * len(ids), 0
+    for i, message in enumerate(dialog):
+        if message["role"] == "assistant":
+            prompt = formatter.encode_dialog_prompt(dialog[:i])
+            stops = (at for at in range(len(prompt), len(ids)) if ids[at] in tokenizer.stop_tokens)
+            end = next(stops, -1) + 1
+            if not end or ids[: len(prompt)] != prompt:
+                raise ValueError(
+                    f"message {i}: the chat format writes this answer differently once the dialog "
+                    "goes on, so that it can't be told what is to be learned"
+                )
+            labels[len(prompt) : end] = ids[len(prompt) : end]
+    return Example(ids[:end], labels[:end])
+
+
+def batch(
+    rows: Sequence[Example], device: Optional[torch.device] = None
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, (B, T) both, padded on the right with what isn't asked for."""
+    T = max(len(row.tokens) for row in rows)
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    labels = torch.full((len(rows), T), IGNORED)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        labels[i, : len(row.labels)] = torch.tensor(row.labels)
+    return tokens.to(device), labels.to(device)
+
+
+def order(n: int, epoch: int, seed: int) -> List[int]:
+    """The order in which n examples are learned in an epoch, a function of nothing else."""
+    seed = (seed << 20) + epoch
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
