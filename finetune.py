@@ -100,7 +100,7 @@ def main(
     to = to or ("adapter" if method == "lora" else "hf")
     if to not in RESULTS or (to == "adapter" and method == "full"):
         raise ValueError(
-            f"--to={to!r} with --method={method}: choose adapter (lora), hf, meta, gguf"
+            f"--to={to!r} with --method={method}: choose hf, meta or gguf, or for lora adapter"
         )
     if max_seq_len < 2 or save_every < 1 or held_out < 0:
         raise ValueError(
@@ -229,7 +229,8 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if "held_out_loss" in line:
-                tqdm.write(f"step {line['step']}: held-out loss {line['held_out_loss']:.4f}")
+                text = f"step {line['step']}: held-out loss {line['held_out_loss']:.4f}"
+                tqdm.write(text, file=sys.stderr)
 
 
 def plot(folder: Path) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CHAT = ["prompt_toolkit>=3.0", "rich>=13"]
+FLAX = ["flax>=0.12", "jax>=0.7"]
 PEERS = ["transformers>=5", "accelerate", "llama-models==0.3.0", "xllamacpp"]
 
 setup(
@@ -35,11 +36,14 @@ setup(
         "chat": CHAT,
         "eval": ["lm_eval>=0.4.13"],
         "structured": ["llguidance>=1.9"],
+        "train": ["matplotlib"],
+        "flax": FLAX,
         "notebook": ["ipykernel", "matplotlib"],
         "bench": [*PEERS, "matplotlib"],
         "test": [
             *PEERS,
             *CHAT,
+            *FLAX,
             "lm_eval>=0.4.13",
             "pexpect",
             "pytest",
@@ -51,6 +55,7 @@ setup(
             "ipykernel",
             "matplotlib",
             "mypy",
+            "peft>=0.18",
             "ruff",
         ],
     },

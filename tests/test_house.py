@@ -24,6 +24,8 @@ LAYERS = {
     "trace": {"cache", "model", "parallel"},
     "classification": {"checkpoint", "json_files", "model", "parallel", "prefill", "remote"}
     | {"tokenizer"},
+    "flax_model": {"checkpoint", "model", "parallel"},
+    "flax_generation": {"flax_model", "model"},
     "lora": {"checkpoint", "model", "parallel"},
     "training": {"chat", "checkpoint", "json_files", "lora", "model", "parallel", "tokenizer"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
