@@ -17,12 +17,11 @@ import fire
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint, lora, memory, parallel, remote
+from llama import checkpoint, lora, memory, parallel
 from llama.checkpoint import convert
 from llama.checkpoint.adapter import Merged, write_adapter
-from llama.prepare import prepare
+from llama.prepare import open_checkpoint, open_tokenizer, prepare, say
 from llama.templates import chat_format
-from llama.tokenizer import Tokenizer
 from llama.training import (
     Recipe,
     Step,
@@ -121,11 +120,9 @@ def main(
         warmup_steps=warmup_steps, weight_decay=weight_decay, clip=clip, seed=seed, dtype=low,
     )  # fmt: skip
 
-    source = checkpoint.open(remote.local_path(ckpt_dir))
+    source = open_checkpoint(ckpt_dir)
     tokens_from = tokenizer_path or source.tokenizer_path
-    if tokens_from is None:
-        raise FileNotFoundError(f"no tokenizer in {ckpt_dir}: pass --tokenizer_path")
-    tokenizer = Tokenizer(remote.local_path(tokens_from))
+    tokenizer = open_tokenizer(source, tokens_from)
     formatter = chat_format(tokenizer, source.args.use_scaled_rope)
     examples = read_examples(data, tokenizer, formatter, max_seq_len)
     if held_out >= len(examples.rows):
@@ -262,11 +259,6 @@ def _check_memory(args, method: str, low: torch.dtype, device: torch.device) -> 
             f"this can't fit: {memory.size(need)} for --method {method}, and {memory.size(have)} "
             f"available on {device}. Ways out: --method lora, --dtype bf16, more ranks"
         )
-
-
-def say(text: str) -> None:
-    if parallel.is_rank_zero():
-        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,11 @@
 """Llama: a model, its tokenizer and its chat format, and the loop that makes text of them."""
 
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
-from typing import (
-    Any,
-    Iterator,
-    List,
-    Literal,
-    Optional,
-    Sequence,
-    Tuple,
-    Unpack,
-)
+from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpack
 
 import torch
 
-from llama import checkpoint, embeddings, loop, memory, parallel, remote, scoring
+from llama import embeddings, loop, parallel, scoring
 from llama.beam import beam_search
 from llama.chat import ChatFormat, Format, read_calls, warn_of_base_model
 from llama.context import encode_dialogs
@@ -29,7 +17,7 @@ from llama.predictions import (
     Event,
 )
 from llama.prefixes import PrefixCache
-from llama.prepare import prepare, prepare_draft
+from llama.prepare import assemble
 from llama.rows import Options, Row, check, constrain, make_rows
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scoring import Perplexity, TextScore
@@ -69,6 +57,8 @@ class Llama:
         draft_ckpt_dir: Optional[str | Path] = None,
         draft_quantize: Optional[Literal["int8", "int4"]] = None,
         prefix_cache_mb: int = 0,
+        adapter_dir: Optional[str | Path] = None,
+        offload: Optional[Literal["auto"]] = None,
     ) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
@@ -99,57 +89,24 @@ class Llama:
             prefix_cache_mb: up to so many MB (10^6 bytes, on each rank) of keys and values are kept
                 for prompts that begin like earlier ones or like others of their batch, which then
                 needn't be computed again: a chat's next turn, few-shot examples (`llama.prefixes`).
+            adapter_dir: a LoRA adapter in PEFT's layout, added to the weights as they are read; to
+                switch between several, see `llama.lora`.
+            offload: "auto" brings in, for each pass, the blocks that don't fit into memory; slow,
+                but any model runs that fits on the disk (`llama.offload`).
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
             ValueError: a broken or unsupported checkpoint, a tokenizer that isn't its own, a
                 number of ranks that doesn't divide the heads, or too little memory.
         """
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if prefix_cache_mb < 0:
-            raise ValueError(f"prefix_cache_mb={prefix_cache_mb} must be 0 (none) or more")
-        start = time.monotonic()
-        torch_device = parallel.initialize(model_parallel_size, device)
-        torch_dtype = parallel.pick_dtype(dtype, torch_device)
-        source = checkpoint.open(remote.local_path(ckpt_dir))
-        args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        parallel.check_world(parallel.world_size(), args.n_heads)
-        world = parallel.world_size()
-        limit = prefix_cache_mb * 1_000_000
-        _say(memory.preflight(args, world, torch_dtype, torch_device, quantize, kv_cache, limit))
-        if max_seq_len > source.args.max_seq_len:
-            _say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
-
-        tokenizer_path = tokenizer_path or source.tokenizer_path
-        if tokenizer_path is None:
-            raise FileNotFoundError(
-                f"no tokenizer.model in {ckpt_dir}: copy it there or pass tokenizer_path"
-            )
-        tokenizer = Tokenizer(remote.local_path(tokenizer_path))
-        if tokenizer.n_words > args.vocab_size:
-            raise ValueError(
-                f"{tokenizer_path} has {tokenizer.n_words} tokens and the model in {ckpt_dir} "
-                f"knows {args.vocab_size}: they don't belong together"
-            )
-        model = prepare(
-            source, args, device=torch_device, dtype=torch_dtype,
-            quantize=quantize, kv_cache=kv_cache, compile=compile,
+        built = assemble(
+            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
+            device=device, dtype=dtype, quantize=quantize, kv_cache=kv_cache, compile=compile,
+            draft_ckpt_dir=draft_ckpt_dir, draft_quantize=draft_quantize,
+            prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir, offload=offload,
         )  # fmt: skip
-        draft = None
-        if draft_ckpt_dir is not None:
-            draft = prepare_draft(
-                remote.local_path(draft_ckpt_dir), args, tokenizer, device=torch_device,
-                dtype=torch_dtype, quantize=draft_quantize, compile=compile,
-            )  # fmt: skip
-        _say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s")
-        llama = Llama(model, tokenizer, draft=draft, seed=seed)
-        if limit:
-            kind = " ".join(
-                filter(None, (str(torch_dtype)[6:], quantize, kv_cache and "int8 cache"))
-            )
-            llama.prefixes = PrefixCache(limit, lambda: f"{checkpoint.fingerprint(source)} {kind}")
+        llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=seed)
+        llama.prefixes = built.prefixes
         return llama
 
     def __init__(
@@ -456,9 +413,3 @@ class Llama:
             speculator=self._speculators(options.get("speculate")),
             prefixes=self.prefixes,
         )  # fmt: skip
-
-
-def _say(text: str) -> None:
-    """A line about progress, on stderr, from one rank."""
-    if parallel.is_rank_zero():
-        print(text, file=sys.stderr, flush=True)

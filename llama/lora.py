@@ -134,10 +134,11 @@ def merge(model: Transformer, name: str) -> None:
     """
     chosen = [layer for layer in layers(model) if name in layer.scale]
     for layer in chosen:
-        if not isinstance(getattr(layer.base, "weight", None), nn.Parameter):
+        weight = getattr(layer.base, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.is_meta:
             raise ValueError(
-                "quantized weights take no adapter afterwards: build with adapter_dir, which "
-                "adds it before they are quantized"
+                "weights that are quantized, or not in memory, take no adapter afterwards: build "
+                "with adapter_dir, which adds it as they are read"
             )
     for layer in chosen:
         A, B = layer.lora_A[name].float(), layer.lora_B[name].float()

@@ -193,6 +193,75 @@ def gradients(ckpt, given):
     return losses
 
 
+def learned(ckpt, rows, stop, adapter, state, recipe):
+    """A run, and one that is broken off and resumed; what was learned, whole, into a file."""
+
+    def start():
+        model = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128).model
+        if adapter is not None:
+            model.requires_grad_(False)
+            lora.attach(model, read_adapter(adapter, model.params))
+        examples = [training.Example(*row) for row in rows]
+        return training.Trainer(model, examples, training.Recipe(**recipe))
+
+    first, second, third = start(), start(), start()
+    whole = [(step.loss, step.norm) for step in first.run()]
+    resumed = [(step.loss, step.norm) for step in (second.one_step() for _ in range(stop))]
+    second.save(Path(state), {})
+    third.load(Path(state), {})
+    resumed += [(step.loss, step.norm) for step in third.run()]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, whole)
+    if adapter is None:
+        found = checkpoint.gather(third.model).weights
+    else:
+        found = {
+            name: tuple(p) for name, p in lora.adapter_of(third.model, "default").pairs.items()
+        }
+    if parallel.is_rank_zero():
+        torch.save(found, f"{sys.argv[2]}.pt")
+    return {"whole": whole, "resumed": resumed, "all_ranks": gathered}
+
+
+def offloaded(ckpts, tokenizer, prompts, build):
+    """Each rank's blocks brought in, some and all, against those that stay; by checkpoint."""
+    import dataclasses
+
+    from llama import checkpoint, memory, offload
+
+    plenty, report = memory.available, {}
+    memory.working = lambda *_: 0
+    for kind, ckpt in ckpts.items():
+        args = dataclasses.replace(
+            checkpoint.open(ckpt).args,
+            max_seq_len=build["max_seq_len"],
+            max_batch_size=build["max_batch_size"],
+        )
+        parallel.initialize(device="cpu")
+        world = parallel.world_size()
+        block, output = offload._nbytes(args, world, torch.float32)
+        around = memory.estimate(args, world, torch.float32).cache + args.dim * 4
+        found = {"streamed": [], "outputs": []}
+        for name, blocks, outputs in (("plain", 0, 0), ("some", 4, 1), ("all", 2, 0)):
+            room = 2 * block + (blocks - 2) * (block * 7 // 5 if kind == "gguf" else block)
+            have = world * (around + room + outputs * output)
+            memory.available = plenty if name == "plain" else lambda _, have=have: have
+            llama = Llama.build(ckpt, tokenizer, **build, offload="auto")
+            found[name] = llama.generate(prompts, 9, temperature=0, logprobs=True)
+            if name != "plain":
+                blocks = [isinstance(layer, offload.StreamedBlock) for layer in llama.model.layers]
+                found["streamed"].append(sum(blocks))
+                found["outputs"].append(int(isinstance(llama.model.output, offload.StreamedOutput)))
+        report[kind] = found
+    if parallel.rank() > 0:
+        memory.available = plenty
+    mixed = Llama.build(ckpt, tokenizer, **build, offload="auto")
+    tokens = mixed.generate(prompts, 9, temperature=0, logprobs=True)
+    memory.available = plenty
+    report["one_rank_only"] = tokens == found["plain"]
+    return report
+
+
 if __name__ == "__main__":
     task, out, arguments = sys.argv[1:]
     report = globals()[task](**json.loads(arguments))
