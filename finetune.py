@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import fire
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint, lora, memory, parallel
+from llama import checkpoint, cli, lora, memory, parallel
 from llama.checkpoint import convert
 from llama.checkpoint.adapter import Merged, write_adapter
 from llama.prepare import open_checkpoint, open_tokenizer, prepare, say
@@ -135,7 +134,7 @@ def main(
     frozen = low if method == "lora" else torch.float32
     model = prepare(source, args, device=torch_device, dtype=frozen)
     if method == "lora":
-        matrices = [name.strip() for name in str(lora_matrices).strip("()").split(",")]
+        matrices = [name.strip() for name in lora_matrices.split(",")]
         model.requires_grad_(False)
         lora.attach(model, lora.fresh(model, lora_rank, lora_alpha, matrices, seed))
     if recompute:
@@ -262,7 +261,4 @@ def _check_memory(args, method: str, low: torch.dtype, device: torch.device) -> 
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(main)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main, sys.argv[1:], "finetune.py")

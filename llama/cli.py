@@ -24,6 +24,7 @@ def convert(
     dtype: Optional[str] = None,
     quant: Optional[str] = None,
     tokenizer_path: Optional[str] = None,
+    adapter_dir: Optional[str] = None,
     force: bool = False,
     verify: bool = False,
 ) -> None:
@@ -39,12 +40,15 @@ def convert(
         dtype: bf16, fp16 or fp32; by default what the weights are stored in (fp32 if quantized).
         quant: q8_0, q4_0 or q4_1, for gguf.
         tokenizer_path: by default what is found with the source.
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights that are written.
         force: overwrite dst, once the new checkpoint is complete.
         verify: read everything again and compare.
     """
     try:
+        from llama.prepare import open_checkpoint  # here: it isn't cheap to import
+
         path = conversion.convert(
-            remote.local_path(src), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
+            open_checkpoint(src, adapter_dir), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
             quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -105,15 +109,15 @@ def _load(name: str) -> Callable:
     return getattr(import_module(module), function)
 
 
-def _check_options(command: Optional[Callable], given: List[str]) -> None:
+def _check_options(command: Callable, given: List[str]) -> None:
     """fire would first do all the work, and then complain of an option that it doesn't know."""
-    known = {"help", *signature(command).parameters} if command else set()
-    for option in given if command else []:
+    known = {"help", *signature(command).parameters}
+    for option in given:
         name = option[2:].partition("=")[0].replace("-", "_")
         if option == "--":
             break
         if option.startswith("--") and not {name, name.removeprefix("no")} & known:
-            raise ValueError(f"no such option: --{name}; see llama {sys.argv[1]} --help")
+            raise ValueError(f"no such option: --{name}; --help lists those that there are")
 
 
 def _kind(hint: Any) -> type:
@@ -162,19 +166,30 @@ def _typed(command: Callable) -> Callable:
     return checked
 
 
-def main() -> None:
-    """The entry point: mistakes are a line on stderr and exit code 1, not a traceback."""
-    name = "".join(sys.argv[1:2])
+def run(command: Callable, given: List[str], *names: str) -> None:
+    """A command with its arguments: mistakes are a line on stderr and exit code 1, no traceback.
+
+    Args:
+        names: of the program, and of the command if it is one of several.
+    """
     try:
-        names = [name] if name in COMMANDS else list(COMMANDS)
-        commands = {each: _load(each) for each in names}
-        _check_options(commands.get(name), sys.argv[2:])
-        argv = sys.argv[1:2] + _quoted(commands[name], sys.argv[2:]) if name in commands else None
-        fire.Fire({each: _typed(command) for each, command in commands.items()}, argv, name="llama")
+        _check_options(command, given)
+        program, *name = names
+        component = {name[0]: _typed(command)} if name else _typed(command)
+        fire.Fire(component, [*name, *_quoted(command, given)], name=program)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def main() -> None:
+    """The entry point."""
+    name = "".join(sys.argv[1:2])
+    if name in COMMANDS:
+        run(_load(name), sys.argv[2:], "llama", name)
+    else:
+        fire.Fire({each: _typed(_load(each)) for each in COMMANDS}, name="llama")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def complete(
     draft_ckpt_dir: Optional[str] = None,
     draft_quantize: Optional[Literal["int8", "int4"]] = None,
     prefix_cache_mb: int = 500,
+    adapter_dir: Optional[str] = None,
+    offload: Optional[Literal["auto"]] = None,
 ) -> None:
     """Continue a text, and print what follows; or all the texts of a JSONL file, into another.
 
@@ -89,6 +91,8 @@ def complete(
         draft_ckpt_dir: a smaller model with the same tokenizer.
         draft_quantize: int8 or int4, for the draft model's weights.
         prefix_cache_mb: memory for what the texts of a file begin with, which is computed once.
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
+        offload: auto brings in what doesn't fit into memory for each pass; slow.
 
     Raises:
         ValueError: options that don't go together or are out of range; a broken line, by file and
@@ -117,6 +121,7 @@ def complete(
         "quantize": quantize, "kv_cache": kv_cache, "compile": compile,
         "draft_ckpt_dir": draft_ckpt_dir, "draft_quantize": draft_quantize,
         "prefix_cache_mb": 0 if input is None else prefix_cache_mb,
+        "adapter_dir": adapter_dir, "offload": offload,
     }  # fmt: skip
     sampling: Dict[str, Any] = {"max_gen_len": max_gen_len, "params": params, "n": n}
     sampling |= {"speculate": speculate, "response_format": read_format(response_format)}

@@ -21,6 +21,8 @@ def score(
     dtype: Optional[str] = None,
     quantize: Optional[Literal["int8", "int4"]] = None,
     compile: bool = False,
+    adapter_dir: Optional[str] = None,
+    offload: Optional[Literal["auto"]] = None,
     json: bool = False,
 ) -> None:
     """Print the tokens, total log-probability (natural) and perplexity of each text.
@@ -40,6 +42,8 @@ def score(
         dtype: bf16, fp16 or fp32.
         quantize: int8 or int4, for weights of 8 or 4 bits.
         compile: compute much faster, for some seconds once (CPU).
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
+        offload: auto brings in what doesn't fit into memory for each pass; slow.
         json: one JSON object per text: name, tokens, logprob, perplexity.
     """
     if not files and jsonl is None:
@@ -56,6 +60,8 @@ def score(
         dtype=dtype,
         quantize=quantize,
         compile=compile,
+        adapter_dir=adapter_dir,
+        offload=offload,
     )
     for named in texts:
         found = perplexities(
@@ -80,6 +86,8 @@ def evaluate(
     quantize: Optional[Literal["int8", "int4"]] = None,
     kv_cache: Optional[Literal["int8"]] = None,
     compile: bool = False,
+    adapter_dir: Optional[str] = None,
+    offload: Optional[Literal["auto"]] = None,
     json: bool = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness and print its table of results.
@@ -100,6 +108,8 @@ def evaluate(
         quantize: int8 or int4, for weights of 8 or 4 bits.
         kv_cache: int8, for a cache of half the size.
         compile: compute much faster, for some seconds once (CPU).
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
+        offload: auto brings in what doesn't fit into memory for each pass; slow.
         json: the harness's results as one JSON object, in place of the table.
 
     Raises:
@@ -125,6 +135,8 @@ def evaluate(
         quantize=quantize,
         kv_cache=kv_cache,
         compile=compile,
+        adapter_dir=adapter_dir,
+        offload=offload,
     )
     results = evaluation.lm_eval.simple_evaluate(
         evaluation.HarnessModel(llama), tasks=names, num_fewshot=num_fewshot, limit=limit,

@@ -359,6 +359,8 @@ def chat(
     draft_ckpt_dir: Optional[str] = None,
     draft_quantize: Optional[Literal["int8", "int4"]] = None,
     prefix_cache_mb: int = 500,
+    adapter_dir: Optional[str] = None,
+    offload: Optional[Literal["auto"]] = None,
     history: Optional[str] = None,
 ) -> None:
     """Talk with a model. /help lists the commands. In a pipe, each line is a message.
@@ -382,6 +384,8 @@ def chat(
         draft_ckpt_dir: a smaller model with the same tokenizer.
         draft_quantize: int8 or int4, for the draft model's weights.
         prefix_cache_mb: memory for what was said, which a next turn then needn't compute again.
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
+        offload: auto brings in what doesn't fit into memory for each pass; slow.
         history: file of the lines you typed; by default ~/.local/state/llama/history.
 
     Raises:
@@ -401,7 +405,8 @@ def chat(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype,
         quantize=quantize, kv_cache=kv_cache, compile=compile, draft_ckpt_dir=draft_ckpt_dir,
-        draft_quantize=draft_quantize, prefix_cache_mb=prefix_cache_mb,
+        draft_quantize=draft_quantize, prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir,
+        offload=offload,
     )  # fmt: skip
     session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
     if not parallel.is_rank_zero():

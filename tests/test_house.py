@@ -83,7 +83,7 @@ LAYERS = {
     "scoring": {"model", "tokenizer"},
     "measure": {"evaluation", "generation", "parallel", "scoring"},
     "evaluation": {"generation", "scoring"},
-    "cli": {"checkpoint", "memory", "parallel", "remote"},
+    "cli": {"checkpoint", "memory", "parallel", "prepare", "remote"},
     "remote": set(),
     "__init__": {"cache", "generation", "model", "sampling", "tokenizer", "tools"},
 }

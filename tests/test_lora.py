@@ -9,9 +9,10 @@ import torch
 from conftest import TINY, random_model, random_weights, run_ranks, write_checkpoint
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 
-from llama import Llama, checkpoint, lora, native
+from llama import Llama, checkpoint, cli, lora, native
 from llama.checkpoint import InMemory, convert
 from llama.checkpoint.adapter import Adapter, Merged, Pair, read_adapter, write_adapter
+from llama.complete import complete
 
 # (out, in) of every matrix differ: 8 heads of 8 with 2 key/value heads, a feed-forward of 96.
 KINDS = {
@@ -241,3 +242,38 @@ def test_errors(tmp_path):
     for name in ("", "a.b"):
         with pytest.raises(ValueError, match="can't name an adapter"):
             lora.attach(random_model(TINY), adapter(), name)
+
+
+def test_by_the_command_line(tmp_path, capfd, tiny_dir):
+    """complete and convert take an adapter; what is converted answers as what is added."""
+    write_adapter(adapter(), tmp_path / "adapter", TINY)
+    options = {"prompt": "abc", "max_gen_len": 8, "device": "cpu", "dtype": "fp32"}
+    options |= {"max_seq_len": 64, "tokenizer_path": str(tiny_dir / "tokenizer.model")}
+    cli.convert(str(tiny_dir), str(tmp_path / "hf"), "hf", adapter_dir=str(tmp_path / "adapter"))
+    capfd.readouterr()
+    said = []
+    for ckpt, more in (
+        (tiny_dir, {}), (tiny_dir, {"adapter_dir": str(tmp_path / "adapter")}),
+        (tmp_path / "hf", {}),
+    ):  # fmt: skip
+        complete(str(ckpt), **options, **more)
+        said.append(capfd.readouterr().out)
+    assert said[0] != said[1] == said[2]
+
+
+def test_blocks_that_are_brought_in_take_an_adapter(tiny_dir, monkeypatch):
+    """Attached or built in; there are no weights to merge it with."""
+    tokens, one = ids(1, 9), adapter()
+    expected = random_model(TINY)
+    lora.attach(expected, one)
+    monkeypatch.setattr("llama.memory.working", lambda *_: 0)
+    monkeypatch.setattr("llama.memory.available", lambda device: 330_000)
+    model = Llama.build(tiny_dir, device="cpu", dtype="fp32", max_seq_len=64, max_batch_size=1,
+                        offload="auto").model  # fmt: skip
+    assert any(weight.is_meta for weight in model.parameters())
+    with torch.inference_mode():
+        plain = model(tokens)
+        lora.attach(model, one)
+        assert gap(model(tokens), expected(tokens)) < 1e-5 < gap(plain, expected(tokens))
+    with pytest.raises(ValueError, match="not in memory"):
+        lora.merge(model, "default")
