@@ -39,6 +39,8 @@ ELSEWHERE = {
     "checkpoints/Meta-Llama-3-8B-Instruct --max_seq_len 512": "the same on the demo model",
     "make bench": "test_benchmarks.py, in part",
 }
+TUNED = [command for command in COMMANDS if "runs/lighthouse" in command]
+ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")
 
 
 def run(command: str) -> subprocess.CompletedProcess:
@@ -53,6 +55,21 @@ def test_command(smollm2_path, command):
     done = run(command)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout
+
+
+def test_finetuning(smollm2_path, tmp_path):
+    """The commands shown, on some of the dialogs."""
+    learn, *ask = TUNED
+    data = "datasets/lighthouse.jsonl"
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / data).read_text().splitlines(keepends=True)[:10]))
+    learn = learn.replace("runs/lighthouse", str(tmp_path)).replace(data, str(few))
+    done = run(learn + " --held_out 2 --epochs 1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 examples to learn from, 2 held out, 2 steps" in done.stderr
+    for command in ask:
+        done = run(command.replace("runs/lighthouse", str(tmp_path)))
+        assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
 
 
 def test_make_does_what_the_commands_beneath_it_do():
