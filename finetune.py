@@ -154,7 +154,7 @@ def main(
     run(trainer, kept, folder, state, about, save_every, force)
 
     if method == "full":
-        source = checkpoint.gather(model)
+        source = replace(checkpoint.gather(model), args=source.args)  # its own max_seq_len
     else:
         adapter = lora.adapter_of(model, "default")
         source = Merged(source, adapter)

@@ -154,6 +154,8 @@ def test_all_weights_on_two_ranks(base, tmp_path):
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-3
     logits = {}
     for ranks in (1, 2):
+        written = json.loads((tmp_path / str(ranks) / "model" / "config.json").read_text())
+        assert written["max_position_embeddings"] == 2048  # the base's, not the examples'
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(ranks) / "model")
         with torch.inference_mode():
             logits[ranks] = model(ids(1, 9)).logits

@@ -27,7 +27,8 @@ LAYERS = {
     "flax_model": {"checkpoint", "model", "parallel"},
     "flax_generation": {"flax_model", "model"},
     "lora": {"checkpoint", "model", "parallel"},
-    "training": {"chat", "checkpoint", "json_files", "lora", "model", "parallel", "tokenizer"},
+    "training": {"chat", "checkpoint", "json_files", "lora", "model", "parallel", "prefill"}
+    | {"tokenizer"},
     "prefixes": {"cache", "checkpoint", "model", "parallel", "prefill"},
     "structured": {"tokenizer", "tools"},
     "rows": {"model", "predictions", "sampling", "stopping", "structured", "tokenizer"},

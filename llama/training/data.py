@@ -7,6 +7,7 @@ import torch
 
 from llama.chat import Dialog, Format, check_dialog
 from llama.json_files import objects, read_text, string
+from llama.prefill import padded
 from llama.tokenizer import Tokenizer
 from llama.training.losses import IGNORED
 
@@ -119,13 +120,11 @@ def batch(
     rows: Sequence[Example], device: Optional[torch.device] = None
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels, (B, T) both, padded on the right with what isn't asked for."""
-    T = max(len(row.tokens) for row in rows)
-    tokens = torch.zeros(len(rows), T, dtype=torch.long)
-    labels = torch.full((len(rows), T), IGNORED)
+    tokens = padded([row.tokens for row in rows], device or torch.device("cpu"))
+    labels = torch.full_like(tokens, IGNORED)
     for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
         labels[i, : len(row.labels)] = torch.tensor(row.labels)
-    return tokens.to(device), labels.to(device)
+    return tokens, labels
 
 
 def order(n: int, epoch: int, seed: int) -> List[int]:
