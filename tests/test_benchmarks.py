@@ -1,12 +1,13 @@
 """The benchmark's parts work and compare equal work; figures are for people, not for tests."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, write_checkpoint
 
-from benchmarks import loading, peers, savings
+from benchmarks import flax_speed, loading, peers, savings
 from benchmarks.sides import Side
 from llama import checkpoint
 
@@ -127,3 +128,12 @@ def test_what_llama_cpp_was_compiled_for_is_told():
     side, build = peers.llama_cpp()
     assert (side == "llama.cpp compiled") == bool(find_spec("llama_cpp"))
     assert "AVX" in build or "NEON" in build
+
+
+def test_flax_speed(tmp_path):
+    """Each side starts, answers and is measured, on a model whose widths all sides take."""
+    args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)
+    path = write_checkpoint(tmp_path / "tiny", args)
+    found = flax_speed.compare(str(path), "fp32", [1, 2, 3], 100, turns=1, threads=1)
+    assert {key.split(":")[0] for key in found} == {f"fp32, {side}" for side in flax_speed.SIDES}
+    assert len(found) == 9 and all(value > 0 for value in found.values())

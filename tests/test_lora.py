@@ -2,16 +2,26 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, random_model, random_weights, run_ranks, write_checkpoint
+from safetensors.torch import load_file
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 
 from llama import Llama, checkpoint, cli, lora, native
 from llama.checkpoint import InMemory, convert
-from llama.checkpoint.adapter import Adapter, Merged, Pair, read_adapter, write_adapter
+from llama.checkpoint.adapter import (
+    IGNORED,
+    REQUIRED,
+    Adapter,
+    Merged,
+    Pair,
+    read_adapter,
+    write_adapter,
+)
 from llama.complete import complete
 
 # (out, in) of every matrix differ: 8 heads of 8 with 2 key/value heads, a feed-forward of 96.
@@ -92,6 +102,27 @@ def test_ours_load_in_peft(kind, tmp_path):
     for name, (A, B, scale) in again.pairs.items():
         assert torch.equal(A, one.pairs[name].A) and torch.equal(B, one.pairs[name].B)
         assert math.isclose(scale, one.pairs[name].scale)
+
+
+def test_every_setting_of_peft_is_known(tmp_path):
+    """A version with new ones must be looked at: what isn't known, and isn't off, is refused."""
+    from peft import LoraConfig
+
+    settings = LoraConfig().to_dict()
+    assert {key for key, value in settings.items() if value} <= IGNORED | REQUIRED.keys()
+
+
+def test_files_of_early_peft(tmp_path):
+    model = theirs(target_modules=["q_proj", "v_proj"])
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "old")
+    weights = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "old" / "adapter_model.bin")
+    new, old = (read_adapter(tmp_path / name, TINY).pairs for name in ("new", "old"))
+    assert new.keys() == old.keys()
+    for name in new:
+        assert torch.equal(new[name].A, old[name].A) and torch.equal(new[name].B, old[name].B)
 
 
 def test_gradients_of_an_adapter_equal_pefts(tmp_path):
@@ -232,9 +263,12 @@ def test_errors(tmp_path):
         read_adapter(tmp_path / "a", replace(TINY, n_layers=1))
     file = tmp_path / "a" / "adapter_config.json"
     config = json.loads(file.read_text())
-    for key, value in (("use_dora", True), ("bias", "all"), ("peft_type", "LOHA"), ("r", 5)):
+    for key, value in (
+        ("use_dora", True), ("bias", "all"), ("peft_type", "LOHA"), ("r", 5),
+        ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa_niter_4"), ("of_2030", 1),
+    ):  # fmt: skip
         file.write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ValueError, match=f"{key}={value!r}"):
+        with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
             read_adapter(tmp_path / "a", TINY)
     for rank, matrices in ((0, ("wq",)), (4, ("wx",)), (4, ())):
         with pytest.raises(ValueError, match="lora rank"):

@@ -17,6 +17,7 @@ import torch
 
 from llama.checkpoint import DTYPES, Checkpoint, InMemory, Shape, weight_shapes
 from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.meta import index_pth
 from llama.checkpoint.safetensors import (
     hf_name,
     index_safetensors,
@@ -32,20 +33,21 @@ from llama.model import ModelArgs
 PREFIX = "base_model.model."
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows PEFT has in another order
 
-# Settings that change what an adapter computes, and the values under which they don't.
+# Settings that say how an adapter was trained, or that are read below.
+IGNORED = {
+    "auto_mapping", "alpha_pattern", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# Those that have to have one of these values. Any other must be off: it would change the output.
 REQUIRED: Dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
-    "modules_to_save": (None, []),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
+    # What others begin with is taken out of the model's own weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -74,16 +76,19 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
     """
     path = Path(path)
     file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
+    if not file.is_file() and (path / "adapter_model.bin").is_file():  # as PEFT once wrote it
+        file = path / "adapter_model.bin"
     for needed in (config_file, file):
         if not needed.is_file():
             raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there")
     config = read_object(config_file)
-    for key, allowed in REQUIRED.items():
-        if config.get(key, allowed[0]) not in allowed:
+    for key, value in config.items():
+        if key not in IGNORED and value not in REQUIRED.get(key, (None, False, [], {}, "")):
             raise ValueError(
-                f"{config_file}: {key}={config[key]!r}, which isn't computed here: plain LoRA is"
+                f"{config_file}: {key}={value!r}, which isn't computed here: plain LoRA is"
             )
-    stored, shapes = index_safetensors(file), weight_shapes(args)
+    index = index_safetensors if file.suffix == ".safetensors" else index_pth
+    stored, shapes = index(file), weight_shapes(args)
     halves: Dict[str, Dict[str, torch.Tensor]] = {}
     for key, where in stored.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
