@@ -4,7 +4,6 @@ python finetune.py datasets/lighthouse.jsonl --out runs/lighthouse
 torchrun --nproc_per_node 2 finetune.py datasets/lighthouse.jsonl --out runs/two --method full
 """
 
-import hashlib
 import json
 import shutil
 import signal
@@ -16,12 +15,14 @@ from typing import Any, Dict, List, Optional
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint, cli, lora, memory, parallel
+from llama import checkpoint, cli, lora, memory, parallel, remote
 from llama.checkpoint import convert
 from llama.checkpoint.adapter import Merged, write_adapter
+from llama.checkpoint.writing import beside, check_plain, recovered
 from llama.prepare import open_checkpoint, open_tokenizer, prepare, say
 from llama.templates import chat_format
 from llama.training import (
+    Example,
     Recipe,
     Step,
     Trainer,
@@ -45,7 +46,7 @@ def main(
     batch_size: int = 8,
     micro_batches: int = 1,
     learning_rate: Optional[float] = None,
-    warmup_steps: int = 10,
+    warmup_steps: Optional[int] = None,
     weight_decay: float = 0.0,
     clip: float = 1.0,
     max_seq_len: int = 512,
@@ -78,7 +79,7 @@ def main(
         micro_batches: passes that a step is divided into, for less memory; the result is the same.
         learning_rate: the highest, reached after warmup_steps; from there a cosine goes to 0. By
             default 1e-3 for lora, 1e-4 for full.
-        warmup_steps: steps in which the learning rate rises.
+        warmup_steps: steps in which the learning rate rises; by default 10, or a tenth of all.
         weight_decay: of matrices, as in AdamW.
         clip: the norm that a step's gradient is cut to.
         max_seq_len: tokens of an example; what is beyond is cut off, or another row of a text.
@@ -91,7 +92,7 @@ def main(
             it. All weights that are learned are fp32.
         device: cuda, mps or cpu; by default the first of these that there is.
         seed: of the order of examples and of a new adapter.
-        force: begin anew, whatever is in OUT.
+        force: begin anew, whatever is in OUT; the result there stays until the new one is complete.
     """
     if method not in ("lora", "full"):
         raise ValueError(f"--method={method!r}: choose lora or full")
@@ -105,22 +106,21 @@ def main(
             f"--max_seq_len={max_seq_len} from 2, --save_every={save_every} from 1, "
             f"--held_out={held_out} from 0 up"
         )
-    folder = Path(out)
-    result, state = folder / RESULTS[to], folder / "state"
-    if result.exists() and not force:
-        raise FileExistsError(
-            f"{result} exists: this run is done; choose another --out, or --force"
-        )
     torch_device = parallel.initialize(device=device)
     low = parallel.pick_dtype(dtype, torch_device)
+    if learning_rate is None:
+        learning_rate = 1e-3 if method == "lora" else 1e-4
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, micro_batches=micro_batches,
-        learning_rate=learning_rate or (1e-3 if method == "lora" else 1e-4),
-        warmup_steps=warmup_steps, weight_decay=weight_decay, clip=clip, seed=seed, dtype=low,
+        learning_rate=learning_rate, warmup_steps=warmup_steps or 0, weight_decay=weight_decay,
+        clip=clip, seed=seed, dtype=low,
     )  # fmt: skip
 
     source = open_checkpoint(ckpt_dir)
+    folder = Path(out)
+    result = _check_out(folder, RESULTS[to], source.path, force)
     tokens_from = tokenizer_path or source.tokenizer_path
+    tokens_from = remote.local_path(tokens_from) if tokens_from else None
     tokenizer = open_tokenizer(source, tokens_from)
     formatter = chat_format(tokenizer, source.args.use_scaled_rope)
     examples = read_examples(data, tokenizer, formatter, max_seq_len)
@@ -128,6 +128,9 @@ def main(
         raise ValueError(f"--held_out={held_out} of {len(examples.rows)} examples leaves none")
     cut = len(examples.rows) - held_out
     learned, kept = examples.rows[:cut], examples.rows[cut:]
+    if warmup_steps is None:
+        steps = epochs * -(-len(learned) // batch_size)
+        recipe = replace(recipe, warmup_steps=min(10, steps // 10))
 
     args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=1)
     _check_memory(args, method, low, torch_device)
@@ -146,33 +149,58 @@ def main(
     if examples.cut:
         say(f"{examples.cut} dialogs were cut to {max_seq_len} tokens; {examples.dropped} left out")
 
-    about = {
-        "ckpt_dir": str(ckpt_dir), "method": method, "max_seq_len": max_seq_len,
-        "data": hashlib.sha256(Path(data).read_bytes()).hexdigest()[:16], "held_out": held_out,
-        **({"lora": [lora_rank, lora_alpha, matrices]} if method == "lora" else {}),
-    }  # fmt: skip
-    run(trainer, kept, folder, state, about, save_every, force)
+    about: Dict[str, Any] = {"base": checkpoint.fingerprint(source), "method": method}
+    if method == "lora":
+        about["lora"] = [lora_rank, lora_alpha, matrices]
+    learn(trainer, kept, folder, about, save_every, force)
 
-    if method == "full":
-        source = replace(checkpoint.gather(model), args=source.args)  # its own max_seq_len
+    # From here on a run that is broken off has its last state, and ends when it is started again.
+    if method == "full":  # with the base's own max_seq_len
+        source = replace(checkpoint.gather(model), args=source.args)
     else:
         adapter = lora.adapter_of(model, "default")
         source = Merged(source, adapter)
     if parallel.is_rank_zero():
         if to == "adapter":
-            write_adapter(adapter, result, args, str(ckpt_dir), force=force)
+            write_adapter(adapter, result, args, str(ckpt_dir), force=True)
         else:
-            convert.convert(source, result, to, dtype=low, tokenizer_path=tokens_from, force=force)
-        shutil.rmtree(state, ignore_errors=True)
+            convert.convert(source, result, to, dtype=low, tokenizer_path=tokens_from, force=True)
         plot(folder)
+        state = _state(folder)
+        state.rename(state.with_name(".state.done"))  # at once: half of one couldn't be read
+        shutil.rmtree(folder / ".state.done")
     say(f"written: {result}")
 
 
-def run(trainer, kept, folder, state, about, save_every, force) -> None:
+def _state(folder: Path) -> Path:
+    return recovered(folder / "state")
+
+
+def _check_out(folder: Path, name: str, source: Path, force: bool) -> Path:
+    """The place of the result, into which it must be possible to write it in the end."""
+    done = [folder / other for other in set(RESULTS.values()) if (folder / other).exists()]
+    if done and not force and not _state(folder).exists():  # a state: a forced run broke off
+        raise FileExistsError(f"{done[0]} exists, this run is done: another --out, or --force")
+    result, here = folder / name, source.resolve()
+    check_plain(result)
+    if result.exists() and result.resolve() in (here, *here.parents):
+        raise ValueError(f"{result} holds the model itself that is to be learned: another --out")
+    return result
+
+
+def learn(
+    trainer: Trainer,
+    kept: List[Example],
+    folder: Path,
+    about: Dict[str, Any],
+    save_every: int,
+    force: bool,
+) -> None:
     """All steps that are left, with what is said, logged and saved of them."""
     asked_to_stop: List[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: asked_to_stop.append(number))
     try:
+        state = parallel.broadcast_object(_state(folder))
         if force and parallel.is_rank_zero():
             shutil.rmtree(state, ignore_errors=True)
         parallel.barrier()
@@ -193,12 +221,11 @@ def run(trainer, kept, folder, state, about, save_every, force) -> None:
             if kept and trainer.step % trainer.per_epoch == 0:
                 log.write({"step": step.step, "held_out_loss": trainer.loss(kept)})
             stop = parallel.broadcast_object(bool(asked_to_stop))
-            if trainer.step < trainer.steps and (stop or trainer.step % save_every == 0):
+            if stop or trainer.step % save_every == 0 or trainer.step == trainer.steps:
                 trainer.save(state, about)
-            if stop and trainer.step < trainer.steps:
-                sys.exit(
-                    f"interrupted after step {trainer.step}: the same command goes on from there"
-                )
+            if stop:
+                again = "the same command" + ", without --force," * force
+                sys.exit(f"interrupted after step {trainer.step}: {again} goes on from there")
         bar.close()
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -216,9 +243,11 @@ class Log:
         self.path = path
         if parallel.is_rank_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines() if path.exists() and step else []
+            text = path.read_text() if path.exists() and step else ""
+            lines = text.rpartition("\n")[0].splitlines()  # a killed run may leave half a line
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            with beside(path, force=True) as partial:
+                partial.write_text("".join(line + "\n" for line in kept))
 
     def write(self, line: Dict[str, Any]) -> None:
         if parallel.is_rank_zero():
@@ -252,11 +281,12 @@ def _check_memory(args, method: str, low: torch.dtype, device: torch.device) -> 
     world = parallel.world_size()
     dtype, copies = (low, 1) if method == "lora" else (torch.float32, 4)
     need = copies * memory.estimate(args, world, dtype).weights
-    have = memory.available(device)
+    have = memory.available(device) // memory.sharers(device)
     if need > have:
+        way = "--dtype bf16" if method == "lora" else "--method lora"
         raise ValueError(
             f"this can't fit: {memory.size(need)} for --method {method}, and {memory.size(have)} "
-            f"available on {device}. Ways out: --method lora, --dtype bf16, more ranks"
+            f"available on {device}. Ways out: {way}, or more ranks on more devices"
         )
 
 

@@ -47,6 +47,7 @@ setup(
             "lm_eval>=0.4.13",
             "pexpect",
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "jsonschema",
             "llguidance>=1.9",

@@ -303,7 +303,6 @@ class SequenceClassifier(nn.Module):
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)
         args = replace(source.args, tied_embeddings=True)  # no output layer: see _Body
-        weights = {name: source.weights[name] for name in weight_shapes(args)}
         score = self.score.weight.detach().cpu()
         settings = {
             "architectures": [CLASSIFIER],
@@ -314,6 +313,7 @@ class SequenceClassifier(nn.Module):
             "tie_word_embeddings": self.tied,
         }
         if parallel.is_rank_zero():
+            weights = {name: source.weights[name] for name in weight_shapes(args)}
             write(
                 InMemory(args, weights), path, dtype,
                 tokenizer=self.tokenizer, max_shard_bytes=max_shard_bytes, force=force,

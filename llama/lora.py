@@ -68,7 +68,8 @@ def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
     """Add an adapter under a name, and use it.
 
     Raises:
-        ValueError: a name that is taken, or layers that take no adapter.
+        ValueError: a name that is taken or can't be one, layers that take no adapter, or an
+            adapter of another model. Nothing is added then.
     """
     if name in names(model):
         raise ValueError(f"an adapter {name!r} is there already: detach it, or name this otherwise")
@@ -77,8 +78,13 @@ def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
             "compiled layers take no adapter afterwards: build with compile=False, or with "
             "adapter_dir, which puts it into the weights"
         )
-    if not name or "." in name:
-        raise ValueError(f"{name!r} can't name an adapter: letters and digits, without dots")
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"{name!r} can't name an adapter: letters and digits, and no dots")
+    shapes = weight_shapes(model.params)
+    for weight_name, (A, B, _) in adapter.pairs.items():
+        if shapes.get(weight_name) != (len(B), A.shape[1]) or len(A) != B.shape[1]:
+            raise ValueError(f"{weight_name} takes no {tuple(B.shape)} x {tuple(A.shape)}: an "
+                             "adapter of another model?")  # fmt: skip
     for weight_name, pair in adapter.pairs.items():
         path = weight_name.removesuffix(".weight")
         layer = model.get_submodule(path)

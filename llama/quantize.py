@@ -14,6 +14,7 @@ from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
 )
@@ -74,6 +75,8 @@ class QuantizedLinear(nn.Module):
         return Blocks(self.data, self.kind)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.reduce:
+            x = copy_to_model_parallel_region(x)  # so that its gradient is that of all ranks
         y = F.linear(x, self.blocks.dense(x.dtype))
         if self.gather:
             return gather_from_model_parallel_region(y)

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict
 
+# Two workers take turns on the cores (pyproject.toml); more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

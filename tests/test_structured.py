@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import unicodedata
 from dataclasses import replace
 from datetime import date
 
@@ -309,7 +310,9 @@ def test_a_regex_matches_all_of_the_text(any_kind, regex):
     format_ = {"type": "regex", "regex": regex}
     for seed in range(3):
         text = walk(any_kind, format_, seed, most=60)
-        assert text is None or re.fullmatch(regex, text), text
+        # llguidance knows digits of a later Unicode than this Python may.
+        known = text and "".join("0" if unicodedata.category(c) == "Cn" else c for c in text)
+        assert text is None or re.fullmatch(regex, known), text
     for text in ("", "a", "ab", "abc", "abab", "yEs", "x", "éé😀", "a/b.1", "  a", " a", '"\n"'):
         assert takes(any_kind, format_, text) == bool(re.fullmatch(regex, text)), text
 

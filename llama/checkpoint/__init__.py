@@ -340,7 +340,9 @@ class InMemory:
 
 
 def gather(model: Transformer) -> InMemory:
-    """The weights of all ranks, whole, on every rank and its CPU: the inverse of `load`.
+    """The weights of all ranks, whole, in the CPU memory of rank 0; the others get none of them.
+
+    The inverse of `load`. Adapters that are attached (`llama.lora`) aren't in them: merge first.
 
     Raises:
         ValueError: weights in blocks, or compiled layers.
@@ -354,6 +356,7 @@ def gather(model: Transformer) -> InMemory:
                 f"{name} isn't there as it is written: build without quantize and compile"
             ) from None
         axis = parallel.shard_axis(name) or 0
-        heads = args.n_heads, args.n_kv_heads
-        weights[name] = parallel.whole(name, part, shape[axis], *heads).cpu()
+        whole = parallel.whole(name, part, shape[axis], args.n_heads, args.n_kv_heads)
+        if parallel.rank() == 0:
+            weights[name] = whole.cpu()
     return InMemory(args, weights)

@@ -3,7 +3,7 @@
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, Optional
+from typing import BinaryIO, Callable, Iterator, Optional, Tuple
 
 import torch
 
@@ -28,12 +28,11 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
         FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no
             checkpoint but perhaps the place of all of them.
     """
-    path = Path(path)
+    path = recovered(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
-    if path.is_dir() and any(inner.is_dir() for inner in path.iterdir()):
-        raise FileExistsError(f"{path} has directories in it: not overwritten, even with force")
-    partial, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "old"))
+    check_plain(path)
+    partial, old = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
@@ -47,6 +46,26 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
         _remove(partial)
         if old.exists() and not path.exists():  # stopped between the two renames
             old.rename(path)
+
+
+def check_plain(path: Path) -> None:
+    """Raises FileExistsError for a directory with directories in it."""
+    if path.is_dir() and any(inner.is_dir() for inner in path.iterdir()):
+        raise FileExistsError(f"{path} has directories in it: not overwritten, even with force")
+
+
+def recovered(path: str | Path) -> Path:
+    """The path; what it held is back there if a process was killed as it was being replaced."""
+    path = Path(path)
+    old = _beside(path)[1]
+    if old.exists() and not path.exists():
+        old.rename(path)
+    return path
+
+
+def _beside(path: Path) -> Tuple[Path, Path]:
+    """Where the new is written, and where the old is put."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
 
 
 def _remove(path: Path) -> None:

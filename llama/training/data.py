@@ -5,7 +5,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from llama.chat import Dialog, Format, check_dialog
+from llama.chat import Dialog, Format, check_dialog, content_of
 from llama.json_files import objects, read_text, string
 from llama.prefill import padded
 from llama.tokenizer import Tokenizer
@@ -87,7 +87,8 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
     """The ids of a dialog and, as labels, those that the model itself would have had to generate.
 
     An answer is what stands between the prompt for it and the token that ends it, in the ids of a
-    dialog that goes on: so whatever the format, what is learned is what generation continues.
+    dialog that goes on: so whatever the format, what is learned is what generation continues. A
+    token that is made of the end of a prompt and of space before the answer isn't learned.
 
     Raises:
         ValueError: no dialog, no answer at its end, no chat format, or one that writes an answer
@@ -105,14 +106,21 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
     for i, message in enumerate(dialog):
         if message["role"] == "assistant":
             prompt = formatter.encode_dialog_prompt(dialog[:i])
+            same = next(
+                (at for at, id in enumerate(prompt) if ids[at : at + 1] != [id]), len(prompt)
+            )
             stops = (at for at in range(len(prompt), len(ids)) if ids[at] in tokenizer.stop_tokens)
             end = next(stops, -1) + 1
-            if not end or ids[: len(prompt)] != prompt:
+            begin = len(prompt) if same == len(prompt) else same + 1
+            # What is found must end as the message does, or an answer has no end of its own here.
+            said = tokenizer.decode(ids[same : end - 1]).strip()
+            text = "" if message.get("tool_calls") else content_of(message).strip()
+            if not end or same < len(prompt) - 1 or not said.endswith(text):
                 raise ValueError(
                     f"message {i}: the chat format writes this answer differently once the dialog "
-                    "goes on, so that it can't be told what is to be learned"
+                    "goes on, or without an end, so that it can't be told what is to be learned"
                 )
-            labels[len(prompt) : end] = ids[len(prompt) : end]
+            labels[begin:end] = ids[begin:end]
     return Example(ids[:end], labels[:end])
 
 
@@ -129,5 +137,5 @@ def batch(
 
 def order(n: int, epoch: int, seed: int) -> List[int]:
     """The order in which n examples are learned in an epoch, a function of nothing else."""
-    seed = (seed << 20) + epoch
+    seed = ((seed << 20) + epoch) % (1 << 63)
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -29,7 +29,8 @@ def next_token_loss(
         options: `positions` and `mask` of the forward pass.
 
     Raises:
-        ValueError: labels of another shape, outside of the vocabulary, or all ignored.
+        ValueError: labels of another shape, outside of the vocabulary, or all ignored; several
+            ranks of a quantized model.
     """
     total, count = summed_loss(model, tokens, labels, **options)
     if not count:
@@ -59,6 +60,10 @@ def summed_loss(
             f"{model.vocab_size - 1}, or {IGNORED} where a token isn't asked for"
         )
     h = model.hidden(tokens, **options)[:, :-1][asked]  # (N, dim)
+    if parallel.world_size() == 1:
+        return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
+    if not hasattr(model.output, "weight"):
+        raise ValueError("several ranks learn with plain layers: build without quantize, offload")
     weight: torch.Tensor = model.output.weight  # type: ignore[assignment]  # this rank's words
     logits = F.linear(copy_to_model_parallel_region(h), weight).float()
     known = model.vocab_size - parallel.rank() * len(weight)

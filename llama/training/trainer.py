@@ -5,6 +5,7 @@ learning rate follow from the step's number, so that a run which is broken off a
 bits of one that wasn't (on a CPU, with the same number of threads).
 """
 
+import hashlib
 import json
 import math
 import time
@@ -54,6 +55,8 @@ class Recipe:
             raise ValueError(
                 f"batch_size={self.batch_size} can't be divided into {self.micro_batches} passes"
             )
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{self.dtype}: small gradients would be lost; choose bf16 or fp32")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, of 0 to steps - 1."""
@@ -148,7 +151,11 @@ class Step(NamedTuple):
 
 @dataclass
 class Trainer:
-    """Learns the parameters that require gradients, step by step."""
+    """Learns the parameters that require gradients, step by step.
+
+    Raises:
+        ValueError: nothing to learn, or an example of which nothing is asked for.
+    """
 
     model: Transformer
     rows: Sequence[Example]
@@ -157,6 +164,12 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.trained = trained(self.model)
+        if not self.trained or not self.rows or not all(row.asked for row in self.rows):
+            raise ValueError(
+                f"{len(self.trained)} parameters to learn and {len(self.rows)} examples, each of "
+                "which must ask for a token: nothing to learn"
+            )
+        self._examples = hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
         groups: List[Dict[str, Any]] = [{"params": [], "weight_decay": 0.0} for _ in range(2)]
         for _, parameter, _ in self.trained:  # norms aren't pulled towards zero
             groups[parameter.ndim > 1]["params"].append(parameter)
@@ -207,6 +220,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.model.revision += 1
         self.step += 1
         tokens, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - start
         return Step(self.step, total, rate, norm, tokens, seconds)
@@ -260,15 +274,16 @@ class Trainer:
                     f"{path} is of a run with {key}={before.get(key)}, and this one has "
                     f"{now[key]}: go on with the same, or begin anew with force"
                 )
-        content = torch.load(path / _file(), weights_only=True, map_location=self.device)
+        content = torch.load(path / _file(), weights_only=True, map_location="cpu")
         with torch.no_grad():
             for (_, parameter, _), saved in zip(self.trained, content["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(content["optimizer"])
+        self.model.revision += 1
         self.step = content["step"]
 
     def _about(self, about: Dict[str, Any]) -> Dict[str, Any]:
-        examples = {"examples": len(self.rows), "tokens": sum(len(r.tokens) for r in self.rows)}
+        examples = {"examples": len(self.rows), "their ids": self._examples}
         ranks = {"ranks": parallel.world_size()}
         return {**asdict(self.recipe), **examples, **ranks, **about}
 
