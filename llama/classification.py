@@ -22,6 +22,7 @@ from llama.checkpoint.huggingface import CLASSIFIER, HFCheckpoint, write
 from llama.json_files import read_object
 from llama.model import Transformer
 from llama.prefill import padded
+from llama.prepare import open_tokenizer
 from llama.tokenizer import Tokenizer
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -43,7 +44,8 @@ class SequenceClassifier(nn.Module):
     Attributes:
         labels: their names, in order.
         problem_type: what the labels are, which decides the loss; None until the first loss.
-        pad_id: the id that transformers fills rows with, or None.
+        pad_id: the id that transformers fills rows with, or None: what a directory says, and for a
+            new head the tokenizer's.
 
     Raises:
         ValueError: no labels or one twice, a head of another shape, an unknown problem_type.
@@ -57,7 +59,6 @@ class SequenceClassifier(nn.Module):
         *,
         problem_type: Optional[Problem] = None,
         tokenizer: Optional[Tokenizer] = None,
-        pad_id: Optional[int] = None,
         tied: Optional[bool] = None,
         seed: int = 1,
     ):
@@ -81,8 +82,7 @@ class SequenceClassifier(nn.Module):
         self.labels = list(labels)
         self.problem_type: Optional[Problem] = problem_type
         self.tokenizer = tokenizer
-        # The tokenizer written beside the weights fills rows with its own.
-        self.pad_id = pad_id if tokenizer is None else tokenizer.pad_id
+        self.pad_id = None if tokenizer is None else tokenizer.pad_id
         self.tied = model.params.tied_embeddings if tied is None else tied
 
     @staticmethod
@@ -138,12 +138,7 @@ class SequenceClassifier(nn.Module):
 
         tokenizer_path, tokenizer = tokenizer_path or source.tokenizer_path, None
         if tokenizer_path is not None:
-            tokenizer = Tokenizer(remote.local_path(tokenizer_path))
-            if tokenizer.n_words > body.args.vocab_size:
-                raise ValueError(
-                    f"{tokenizer_path} has {tokenizer.n_words} tokens and the model in {path} "
-                    f"knows {body.args.vocab_size}: they don't belong together"
-                )
+            tokenizer = open_tokenizer(body, tokenizer_path)
         pad_id = config.get("pad_token_id")
         if type(pad_id) is not int or not 0 <= pad_id < body.args.vocab_size:
             pad_id = None  # old configs say -1
@@ -156,12 +151,15 @@ class SequenceClassifier(nn.Module):
         model = Transformer(body.args, device="meta")
         checkpoint.load(body, model, dtype=torch_dtype, device=torch_device)
         try:
-            return SequenceClassifier(
+            classifier = SequenceClassifier(
                 model, labels, head, problem_type=problem_type, tokenizer=tokenizer,
-                pad_id=pad_id, tied=source.args.tied_embeddings, seed=seed,
+                tied=source.args.tied_embeddings, seed=seed,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if config:  # by which transformers pools, whatever the tokenizer pads with
+            classifier.pad_id = pad_id
+        return classifier
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits of each row's class: (B, T) ids, (B,) lengths -> (B, num_labels), fp32.
@@ -237,6 +235,8 @@ class SequenceClassifier(nn.Module):
         Raises:
             ValueError: no tokenizer; a text without tokens, or longer than max_seq_len, by number.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         encoded = [self._encode(text) for text in texts]
         most, device = self.model.params.max_seq_len, self.score.weight.device
         for row, ids in enumerate(encoded):

@@ -126,21 +126,31 @@ def _kind(hint: Any) -> type:
 
 
 def _quoted(command: Callable, given: List[str]) -> List[str]:
-    """Arguments with those of text options as Python strings, which fire leaves as they are.
+    """Arguments with those that are texts as Python strings, which fire leaves as they are.
 
-    Of --prompt='Hello, world' it would make a tuple, of --stop='["a"]' a list.
+    Of --prompt='Hello, world' it would make a tuple, of --stop='["a"]' a list, of 1e3 1000.0.
     """
-    texts = {name for name, hint in get_type_hints(command).items() if _kind(hint) is str}
+    kinds = {name: _kind(hint) for name, hint in get_type_hints(command).items()}
+    places = [kinds.get(name) for name in signature(command).parameters]
     quoted: List[str] = []
-    for i, option in enumerate(given):
+    place, waiting = 0, ""  # among the arguments without a name; an option whose value is next
+    for option in given:
         name, is_there, value = option.partition("=")
-        before = given[i - 1] if i else ""
-        if name.startswith("--") and name[2:].replace("-", "_") in texts and is_there:
-            quoted.append(f"{name}={value!r}")
-        elif before.startswith("--") and before[2:].replace("-", "_") in texts:
-            quoted.append(option if option.startswith("--") else repr(option))
-        else:
+        if option.startswith("--"):
+            name = name[2:].replace("-", "_")
+            text = kinds.get(name) is str
+            quoted.append(f"--{name}={value!r}" if is_there and text else option)
+            waiting = "" if is_there or kinds.get(name) is bool else name
+        elif option.startswith("-") and not waiting:
             quoted.append(option)
+        elif waiting:
+            quoted.append(repr(option) if kinds.get(waiting) is str else option)
+            waiting = ""
+        else:
+            kind = places[min(place, len(places) - 1)] if places else None
+            files = "files" in kinds and place > 0  # any number of them
+            quoted.append(repr(option) if kind is str or files else option)
+            place += 1
     return quoted
 
 
@@ -154,6 +164,8 @@ def _typed(command: Callable) -> Callable:
         bound = signature(command).bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             kind = kinds[name]
+            if kind is str and value is True:
+                raise ValueError(f"--{name} needs a value")
             if kind is str and value is not None:  # where it stands without an option's name
                 many = isinstance(value, tuple) and name == "files"
                 bound.arguments[name] = tuple(map(str, value)) if many else str(value)

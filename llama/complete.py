@@ -353,11 +353,13 @@ def _answers(
 def _fingerprint(lines: List[Line], settings: Dict[str, Any]) -> str:
     """Of all that the output depends on; of weights their files' names, sizes and times."""
     path = Path(remote.local_path(settings["ckpt_dir"])).resolve()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    adapter = settings.get("adapter_dir")
+    places = [path] + ([Path(remote.local_path(adapter))] if adapter else [])
     weights = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        if file.suffix in (".pth", ".safetensors", ".gguf") and file.exists()
+        for place in places
+        for file in (sorted(place.iterdir()) if place.is_dir() else [place])
+        if file.suffix in (".pth", ".safetensors", ".bin", ".gguf", ".json") and file.exists()
     ]
     content = [(line.number, line.value) for line in lines]
     job = json.dumps([content, {**settings, "ckpt_dir": str(path)}, weights], default=list)

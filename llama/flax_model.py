@@ -175,13 +175,20 @@ class Transformer(nnx.Module):
         if not params.tied_embeddings:
             self.output = Linear(params.dim, params.vocab_size, dtype)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What it computes in: that of the norms, which some files keep wider than the matrices."""
+        kind = self.norm.weight.dtype
+        no_fp16 = kind == jnp.float16 and jax.default_backend() == "cpu"  # XLA has none there
+        return jnp.dtype(jnp.float32) if no_fp16 else kind
+
     def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:
         """An empty cache, of max_seq_len positions by default, on the mesh that the model is on."""
         args, where = self.params, placed_on(mesh_of(self), "data", None, "model", None)
         shape = (rows, max_len or args.max_seq_len, args.n_kv_heads, args.head_dim)
-        dtype = self.tok_embeddings.weight.dtype
         k, v = (
-            [jnp.zeros(shape, dtype, device=where) for _ in range(args.n_layers)] for _ in range(2)
+            [jnp.zeros(shape, self.dtype, device=where) for _ in range(args.n_layers)]
+            for _ in range(2)
         )
         return KVCache(k, v)
 
@@ -226,7 +233,7 @@ class Transformer(nnx.Module):
         freqs_cis = jnp.exp(1j * (places[..., None, None] * freqs))
         mask = jnp.arange(room) <= places[:, None, :, None]  # (1 or B, 1, T, S)
 
-        h = jnp.take(self.tok_embeddings.weight[...], tokens, axis=0)
+        h = jnp.take(self.tok_embeddings.weight[...], tokens, axis=0).astype(self.dtype)
         for layer in self.layers:
             h = layer(h, places, freqs_cis, mask, cache)
         return self.norm(h)
@@ -267,7 +274,8 @@ def from_checkpoint(
     _check_mesh(mesh, source.args)
     for name, param in weights(model).items():
         weight = checkpoint.read_shard(source, name, 0, 1, dtype=kind)
-        where = placed_on(mesh, *partition_spec(name))
+        # Else it would stay where torch has it, on the CPU, and be computed with there.
+        where = placed_on(mesh, *partition_spec(name)) or jnp.zeros(()).sharding
         # A copy: the source's memory may change, as a file that is mapped or a model in training.
         weight = weight.clone(memory_format=torch.contiguous_format)
         param.set_value(jax.device_put(jnp.from_dlpack(weight), where))

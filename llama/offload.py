@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
@@ -35,6 +36,7 @@ from llama.memory import size
 from llama.model import ModelArgs, Transformer, TransformerBlock
 
 PAGE = 4096
+ALIGNED = 256  # bytes, as a GPU's kernels want their weights
 
 Weights = List[torch.Tensor]
 Piece = Callable[[], Weights]  # reads some weights that are used together
@@ -124,7 +126,13 @@ def load(
     n_blocks, rows = len(pieces), local_shape(args, _output_name(args), 0, world)[0]
     if not plan.output:
         pieces += _output_pieces(source, dtype, place)
-    ring = Ring(_CudaLoader(pieces, device) if device.type == "cuda" else _Loader(pieces))
+    loader = _Loader(pieces)
+    if device.type == "cuda":
+        block, _ = _nbytes(args, world, dtype)
+        piece = _output_step(args) * args.dim * dtype.itemsize
+        nbytes = [block] * n_blocks + [piece] * (len(pieces) - n_blocks)
+        loader = _CudaLoader(pieces, nbytes, device)
+    ring = Ring(loader)
 
     def stand_in(name: str) -> Optional[nn.Module]:
         if name.startswith("layers."):
@@ -212,22 +220,26 @@ class _Loader:
 class _CudaLoader(_Loader):
     """Weights into one of two buffers on a GPU, while it computes with the other one."""
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device):
+    def __init__(self, pieces: Sequence[Piece], nbytes: Sequence[int], device: torch.device):
         super().__init__(pieces)
         if not pieces:
             return
         self._device, self._stream, self._loads = device, torch.cuda.Stream(device), 0
-        first = pieces[0]()
-        nbytes = [sum(-(-w.nbytes // 256) * 256 for w in first)] * len(pieces)
-        host = torch.device("cpu")
+        nbytes = [n + ALIGNED * 9 for n in nbytes]  # of the 9 weights of a block
+        host, total = torch.device("cpu"), sum(nbytes)
         # Twice: pinned memory is handed out in powers of two.
-        if 2 * sum(nbytes) * memory.sharers(host) < memory.available(host):
-            pinned = [[weight.pin_memory() for weight in piece()] for piece in pieces]
-            self.pieces = [partial(list, weights) for weights in pinned]
-        self._buffers = [torch.empty(nbytes[0], dtype=torch.uint8, device=device) for _ in range(2)]
+        if 2 * total * memory.sharers(host) < memory.available(host):
+            with suppress(RuntimeError):  # a system may allow less: then from the files
+                pinned = [[weight.pin_memory() for weight in piece()] for piece in pieces]
+                self.pieces = [partial(list, weights) for weights in pinned]
+        most = max(nbytes)
+        self._buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
+        for buffer in self._buffers:  # a copy may be on its way when the model goes
+            buffer.record_stream(self._stream)
 
     def mark(self) -> Any:
-        """What has to be computed before a buffer is overwritten: all that was asked for so far."""
+        """What has to be computed before a buffer is overwritten: all that was asked for so far,
+        on the current stream, which has to be the same one for all that use a model."""
         return torch.cuda.current_stream(self._device).record_event()
 
     def load(self, index: int, mark: Any) -> Weights:
@@ -238,7 +250,7 @@ class _CudaLoader(_Loader):
             for weight in self.pieces[index]():
                 there = buffer[begin : begin + weight.nbytes].view(weight.dtype)
                 placed.append(there.view(weight.shape).copy_(weight, non_blocking=True))
-                begin += -(-weight.nbytes // 256) * 256  # aligned for the GPU's kernels
+                begin += -(-weight.nbytes // ALIGNED) * ALIGNED
         return [nn.Parameter(weight, requires_grad=False) for weight in placed]
 
     def arrive(self, weights: Weights) -> Weights:
@@ -304,6 +316,8 @@ class RowsOfFile(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, places = tokens.unique(return_inverse=True)
+        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self._source.args.vocab_size:
+            raise IndexError(f"token ids from {ids[0]} to {ids[-1]}: out of the vocabulary")
         found = torch.zeros(len(ids), self._source.args.dim, dtype=self._dtype)
         for row, i in zip(found, ids.tolist(), strict=True):
             if i in self._range:
@@ -362,13 +376,18 @@ def _output_pieces(
     """This rank's rows of the output layer, as many at a time as leave room for dequantizing."""
     args, name = source.args, _output_name(source.args)
     begin, end = _rows_of_rank(args, name)
-    block, _ = _nbytes(args, parallel.world_size(), torch.float32)
-    step = max(block // (32 * args.dim) // 64, 1) * 64  # what kernels compute at a time, or more
+    step = _output_step(args)
 
     def read(start: int) -> Weights:
         return [source.read(name, 0, start, min(start + step, end)).to(device, dtype)]
 
     return [partial(read, start) for start in range(begin, end, step)]
+
+
+def _output_step(args: ModelArgs) -> int:
+    """Rows of a piece of the output layer: some of what kernels compute at a time."""
+    block, _ = _nbytes(args, parallel.world_size(), torch.float32)
+    return max(block // (32 * args.dim) // 64, 1) * 64
 
 
 def _report(ring: Ring, args: ModelArgs, plan: Plan, n_blocks: int) -> str:

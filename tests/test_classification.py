@@ -227,7 +227,7 @@ def test_a_classifier_around_a_model_that_is_there(tiny, tmp_path):
 
 
 def test_the_id_that_rows_are_filled_with(tmp_path):
-    """The config's, if it is a special token: the tokenizer that is written pads with it, too."""
+    """The config's; the tokenizer that is written pads with it too, if it is a special token."""
     tokenizer = Tokenizer(write_checkpoint(tmp_path / "meta", ARGS) / "tokenizer.model")
     end, fill = tokenizer.special_tokens["<|eot_id|>"], tokenizer.pad_id
     assert end != fill
@@ -235,10 +235,17 @@ def test_the_id_that_rows_are_filled_with(tmp_path):
     first.score.weight.data *= 50
     assert first.pad_id == fill
     path = first.write(tmp_path / "a")
-    for configured, taken in ((end, end), (97, fill), (-1, fill), (None, fill)):
+    for configured, taken, filled in (
+        (end, end, end), (97, 97, fill), (-1, None, fill), (None, None, fill)
+    ):  # fmt: skip
         edit(path / "config.json", pad_token_id=configured)
         ours = build(path)
-        assert ours.pad_id == ours.tokenizer.pad_id == taken
+        assert (ours.pad_id, ours.tokenizer.pad_id) == (taken, filled)
+        if taken is None:  # so nothing at the end is taken for padding
+            theirs = LlamaForSequenceClassification.from_pretrained(path)
+            with torch.no_grad():
+                expected = theirs(torch.tensor([[*ROWS[0], fill]])).logits
+            assert gap(ours.predict([[*ROWS[0], fill]]), expected) < 1e-5
     edit(path / "config.json", pad_token_id=end)
     ours, again = build(path), build(path).write(tmp_path / "b")
     theirs = LlamaForSequenceClassification.from_pretrained(again)

@@ -45,6 +45,9 @@ def test_help_says_what_there_is():
 MISTAKES = {
     "no source": ("convert nowhere OUT hf", "no checkpoint at nowhere"),
     "source a number": ("convert 2024 OUT hf", "no checkpoint at 2024"),
+    "source like a float": ("convert 1e3 OUT hf", "no checkpoint at 1e3"),
+    "source like a tuple": ("convert a,b OUT hf", "no checkpoint at a,b"),
+    "source like a comment": ("inspect a#b", "no checkpoint at a#b"),
     "no checkpoint": ("convert tests OUT hf", "tests holds no checkpoint"),
     "destination exists": ("convert SRC README.md gguf", "README.md exists: choose another name"),
     "unknown format": ("convert SRC OUT --to onnx", "format 'onnx': choose one of meta, hf, gguf"),
@@ -53,7 +56,7 @@ MISTAKES = {
     "shards no number": ("convert SRC OUT meta --mp two", "--mp=two: it's a whole number"),
     "quant": ("convert SRC OUT gguf --quant q5_k", "'q5_k' can't be written; choose one of f32"),
     "quant for hf": ("convert SRC OUT hf --quant q8_0", "quant='q8_0' is for GGUF only"),
-    "no quant": ("convert SRC OUT gguf --quant", "'True' can't be written"),
+    "no quant": ("convert SRC OUT gguf --quant", "--quant needs a value"),
     "dtype": ("convert SRC OUT hf --dtype int8", "dtype 'int8': choose one of bf16"),
     "dtype a number": ("convert SRC OUT hf --dtype 16", "dtype '16': choose one of bf16"),
     "tokenizer": ("convert SRC OUT hf --tokenizer_path nowhere", "no tokenizer file at nowhere"),

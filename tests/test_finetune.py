@@ -16,8 +16,9 @@ from conftest import ROOT, TINY, random_weights, write_checkpoint
 from test_model import gap, ids, to_hugging_face
 
 from finetune import main
-from llama import Llama, checkpoint
+from llama import Llama, checkpoint, memory
 from llama.checkpoint.adapter import Merged, read_adapter
+from llama.training import Trainer
 
 DIALOG = [
     {"role": "user", "content": "What is the word?"},
@@ -178,6 +179,8 @@ ERRORS = {
     "some of wq, wk": {"lora_matrices": "wq,q_proj"},
     "batch_size=0 must be more than 0": {"batch_size": 0},
     "--max_seq_len=1 from 2": {"max_seq_len": 1},
+    "learning_rate=0 must be more than 0": {"learning_rate": 0},
+    "torch.float16: small gradients would be lost": {"dtype": "fp16"},
 }
 
 
@@ -192,6 +195,12 @@ def test_what_cannot_fit_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr("llama.memory.available", lambda device: 1000)
     with pytest.raises(ValueError, match=r"this can't fit: .* Ways out: --method lora"):
         here(base, tmp_path / "run", method="full")
+    need = memory.estimate(TINY, 1, torch.float32).weights
+    monkeypatch.setattr("llama.memory.available", lambda device: 2 * need)
+    here(base, tmp_path / "run", dtype="fp32", epochs=1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # four that share the memory
+    with pytest.raises(ValueError, match=r"this can't fit: .* Ways out: --dtype bf16"):
+        here(base, tmp_path / "other", dtype="fp32", epochs=1)
 
 
 def test_a_run_that_is_done_is_left_alone(whole, base, tmp_path):
@@ -201,6 +210,66 @@ def test_a_run_that_is_done_is_left_alone(whole, base, tmp_path):
     assert losses(out) == losses(whole[0])
     here(base, out, force=True, epochs=1)
     assert len(log(out)) < len(log(whole[0]))
+
+
+def test_a_forced_run_that_broke_off_goes_on_without_force(whole, base, tmp_path, monkeypatch):
+    """And what was there stays until the new result is complete."""
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    learned = Trainer.one_step
+
+    def broken_off(trainer):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return learned(trainer)
+
+    monkeypatch.setattr(Trainer, "one_step", broken_off)
+    with pytest.raises(SystemExit, match="step 4: the same command, without --force, goes on"):
+        here(base, out, force=True, seed=5)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    here(base, out, seed=5)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
+    with pytest.raises(FileExistsError, match="adapter exists, this run is done"):
+        here(base, out, method="full")  # nor is a run of another kind put beside it
+
+
+def test_what_fails_after_the_last_step_costs_no_step(base, tmp_path, monkeypatch):
+    """A disk that is full, a file cut off while it was written."""
+    out = tmp_path / "run"
+
+    def full(*args, **options):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("finetune.write_adapter", full)
+        here(base, out)
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "los')
+    monkeypatch.setattr(Trainer, "one_step", None)  # none is taken any more
+    here(base, out)
+    assert (out / "adapter").exists() and not list(out.glob(".*"))
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
+
+
+def test_another_base_is_another_run(base, tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "base", replace(TINY, max_seq_len=128))
+    shutil.copy(base / "data.jsonl", tmp_path)
+    monkeypatch.setattr("finetune.write_adapter", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here(tmp_path, tmp_path / "run")
+    shutil.rmtree(path)
+    write_checkpoint(path, replace(TINY, max_seq_len=128), seed=1)
+    with pytest.raises(ValueError, match="is of a run with base="):
+        here(tmp_path, tmp_path / "run")
+
+
+def test_the_base_is_never_overwritten(base, tmp_path):
+    write_checkpoint(tmp_path / "run" / "model", replace(TINY, max_seq_len=128))
+    for method in ("lora", "full"):
+        with pytest.raises(ValueError, match="holds the model itself that is to be learned"):
+            main(str(base / "data.jsonl"), str(tmp_path / "run"), str(tmp_path / "run" / "model"),
+                 method=method, to="hf", force=True, **OPTIONS)  # fmt: skip
 
 
 def test_without_matplotlib_there_is_no_plot(base, tmp_path, monkeypatch, capfd):

@@ -88,6 +88,19 @@ def test_weights_come_back_bit_for_bit(dtype, tied, tmp_path):
         assert torch.equal(torch.from_dlpack(param[...]), expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_of_mixed_dtypes_and_fp16(dtype):
+    """Norms in fp32 beside narrower matrices, as in GGUF; fp16, which XLA has none of on a CPU."""
+    rounded = {name: w.to(dtype) for name, w in random_weights(TINY).items()}
+    mixed = {name: w.float() if w.dim() == 1 else w for name, w in rounded.items()}
+    wide = from_checkpoint(InMemory(TINY, {name: w.float() for name, w in rounded.items()}))
+    expected = generate(wide, [[1, 2, 3], [4]], 8)
+    assert generate(from_checkpoint(InMemory(TINY, mixed)), [[1, 2, 3], [4]], 8) == expected
+    if dtype == torch.float16:
+        narrow = from_checkpoint(InMemory(TINY, rounded))
+        assert generate(narrow, [[1, 2, 3], [4]], 8) == expected
+
+
 def test_a_model_does_not_change_with_its_source():
     source = random_weights(TINY)
     model = from_checkpoint(InMemory(TINY, source))

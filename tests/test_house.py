@@ -22,8 +22,8 @@ LAYERS = {
     "prefill": {"cache", "model"},
     "embeddings": {"model", "prefill", "tokenizer"},
     "trace": {"cache", "model", "parallel"},
-    "classification": {"checkpoint", "json_files", "model", "parallel", "prefill", "remote"}
-    | {"tokenizer"},
+    "classification": {"checkpoint", "json_files", "model", "parallel", "prefill", "prepare"}
+    | {"remote", "tokenizer"},
     "flax_model": {"checkpoint", "model", "parallel"},
     "flax_generation": {"flax_model", "model"},
     "lora": {"checkpoint", "model", "parallel"},

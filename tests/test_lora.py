@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 
 from llama import Llama, checkpoint, cli, lora, native
-from llama.checkpoint import InMemory, convert
+from llama.checkpoint import InMemory, convert, gguf
 from llama.checkpoint.adapter import (
     IGNORED,
     REQUIRED,
@@ -23,6 +23,8 @@ from llama.checkpoint.adapter import (
     write_adapter,
 )
 from llama.complete import complete
+from llama.tokenizer import Tokenizer
+from llama.training import next_token_loss
 
 # (out, in) of every matrix differ: 8 heads of 8 with 2 key/value heads, a feed-forward of 96.
 KINDS = {
@@ -47,7 +49,7 @@ def theirs(args=TINY, seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in found.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return found
 
 
@@ -234,6 +236,23 @@ def test_built_quantized_and_compiled_and_converted(tmp_path):
         assert found[0] == found[1]
 
 
+def test_quantized_layers_learn_an_adapter(tmp_path):
+    """The gradients are those of the same weights made dense."""
+    args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)
+    path = write_checkpoint(tmp_path / "base", args)
+    build = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
+    gguf.write(checkpoint.open(path), tmp_path / "q.gguf", "q8_0",
+               tokenizer=Tokenizer(path / "tokenizer.model"))  # fmt: skip
+    tokenizer, tokens, found = path / "tokenizer.model", ids(2, 9), []
+    for quantize in (None, "int8"):
+        model = Llama.build(tmp_path / "q.gguf", tokenizer, quantize=quantize, **build).model
+        lora.attach(model.requires_grad_(False), adapter(args=args))
+        next_token_loss(model, tokens, tokens).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) == 2 * 7 * args.n_layers
+    assert all(gap(a, b) < TOLERANCE for a, b in zip(*found, strict=True))
+
+
 def test_quantized_layers_take_an_adapter_but_no_merge(tmp_path):
     args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)
     path = write_checkpoint(tmp_path / "base", args)
@@ -273,7 +292,13 @@ def test_errors(tmp_path):
     for rank, matrices in ((0, ("wq",)), (4, ("wx",)), (4, ())):
         with pytest.raises(ValueError, match="lora rank"):
             lora.fresh(random_model(TINY), rank, 8, matrices)
-    for name in ("", "a.b"):
+    deeper = replace(TINY, n_layers=3)
+    for other in (replace(TINY, dim=128), deeper):
+        model = random_model(TINY)
+        with pytest.raises(ValueError, match="an adapter of another model"):
+            lora.attach(model, adapter(args=other))
+        assert lora.names(model) == () and not list(lora.layers(model))
+    for name in ("", "a.b", "keys", "eval"):
         with pytest.raises(ValueError, match="can't name an adapter"):
             lora.attach(random_model(TINY), adapter(), name)
 

@@ -307,7 +307,13 @@ def test_a_gpus_copies_wait_for_what_computes(paths, squeeze, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("computing"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda weight: weight.clone())
-    monkeypatch.setattr(offload, "_Loader", lambda pieces: offload._CudaLoader(pieces, CPU))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda buffer, stream: None)
+
+    def on_gpu(pieces):
+        block, _ = offload._nbytes(DEEP, 1, torch.float32)
+        return offload._CudaLoader(pieces, [block] * len(pieces), CPU)
+
+    monkeypatch.setattr(offload, "_Loader", lambda pieces: on_gpu(pieces))
     whole = Llama.build(paths["hf"], paths["tokenizer"], **BUILD)
     for pinned in (False, True):
         squeeze(paths["hf"], 4)
@@ -315,7 +321,7 @@ def test_a_gpus_copies_wait_for_what_computes(paths, squeeze, monkeypatch):
         ring = rings(part)
         if pinned:
             monkeypatch.setattr(memory, "available", lambda _: 1 << 40)
-            ring.loader = offload._CudaLoader(ring.loader.pieces, CPU)
+            ring.loader = on_gpu(ring.loader.pieces)
         with torch.inference_mode():
             for tokens in (torch.tensor([[1, 2]]), torch.tensor([[3]])):
                 assert torch.equal(whole.model(tokens), part.model(tokens))

@@ -11,6 +11,7 @@ from test_model import TOLERANCE, gap, to_hugging_face
 
 from llama import lora
 from llama.checkpoint.adapter import Adapter, Pair, write_adapter
+from llama.checkpoint.writing import recovered
 from llama.training import (
     IGNORED,
     Recipe,
@@ -261,11 +262,46 @@ def test_what_is_learned_and_how_it_is_split():
     }  # fmt: skip
 
 
+def test_what_was_computed_before_a_step_is_outdated(tiny_dir, tmp_path):
+    """Kept prefixes of a model in training must not be taken for its own (llama.prefixes)."""
+    model, before = random_model(TINY), random_model(TINY).revision
+    trainer = Trainer(model, examples(), RECIPE)
+    trainer.one_step()
+    assert model.revision > before
+    before = model.revision
+    trainer.save(tmp_path / "state", {})
+    trainer.load(tmp_path / "state", {})
+    assert model.revision > before
+
+
+def test_a_save_that_was_killed_leaves_the_one_before(tmp_path):
+    trainer = Trainer(random_model(TINY), examples(), RECIPE)
+    trainer.save(tmp_path / "state", {})
+    (tmp_path / "state").rename(tmp_path / ".state.old")  # between the two renames
+    trainer.one_step()
+    with pytest.raises(FileNotFoundError):
+        trainer.load(tmp_path / "state", {})
+    recovered(tmp_path / "state")
+    trainer.load(tmp_path / "state", {})
+    assert trainer.step == 0
+
+
+def test_nothing_to_learn():
+    for model, rows in (
+        (random_model(TINY), []),
+        (random_model(TINY).requires_grad_(False), examples()),
+        (random_model(TINY), [Example([1, 2], [1, IGNORED])]),
+    ):
+        with pytest.raises(ValueError, match="nothing to learn"):
+            Trainer(model, rows, RECIPE)
+
+
 def test_numbers_out_of_range():
     for change, complaint in (
         ({"epochs": 0}, "epochs=0 must be more than 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),
+        ({"dtype": torch.float16}, "choose bf16 or fp32"),
         ({"batch_size": 8, "micro_batches": 3}, "batch_size=8 can't be divided into 3 passes"),
     ):
         with pytest.raises(ValueError, match=complaint):

@@ -86,6 +86,27 @@ def test_a_format_that_writes_an_answer_differently_later_is_refused(tokenizer):
         dialog_example(DIALOG, tokenizer, Forgetful(tokenizer))
 
 
+def test_space_before_an_answer(smollm2):
+    """A token made of the prompt's end and the answer's first space isn't learned; the rest is."""
+    for said in ("\n\nHi there", "    def f():\n        pass", " Hi", "\nHi"):
+        dialog = [DIALOG[1], {"role": "assistant", "content": said}]
+        example = dialog_example(dialog, smollm2.tokenizer, smollm2.formatter)
+        [(text, _)] = answers(example, smollm2.tokenizer)
+        assert said.endswith(text) and text.strip() == said.strip()
+
+
+def test_an_answer_without_an_end_of_its_own_is_refused(tokenizer):
+    """Else what the user says next would be learned, up to where that ends."""
+
+    class Endless(ChatFormat):
+        def encode_message(self, message):
+            ids = super().encode_message(message)
+            return ids[:-1] if message["role"] == "assistant" else ids
+
+    with pytest.raises(ValueError, match="message 2: .* without an end"):
+        dialog_example(DIALOG, tokenizer, Endless(tokenizer))
+
+
 @given(text=st.text(min_size=1, max_size=300), length=st.integers(2, 40))
 @settings(max_examples=50, deadline=None)
 def test_each_token_of_a_text_is_asked_for_once(tokenizer, text, length):

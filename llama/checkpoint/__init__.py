@@ -353,7 +353,7 @@ def gather(model: Transformer) -> InMemory:
             part = model.get_parameter(name).detach()
         except AttributeError:
             raise ValueError(
-                f"{name} isn't there as it is written: build without quantize and compile"
+                f"{name} isn't there as it is written: build without quantize, compile, offload"
             ) from None
         axis = parallel.shard_axis(name) or 0
         whole = parallel.whole(name, part, shape[axis], args.n_heads, args.n_kv_heads)

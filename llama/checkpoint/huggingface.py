@@ -128,7 +128,7 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
     for key, allowed in REQUIRED.items():
         if key in config and (value := config.pop(key)) not in allowed:
             raise ValueError(f"{path}: {key}={value!r}, which this model doesn't compute")
-    unknown = sorted(config.keys() - IGNORED)
+    unknown = sorted(key for key in config.keys() - IGNORED if config[key] is not None)
     if unknown:
         raise ValueError(
             f"{path} has keys that this model has no meaning for: {', '.join(unknown)}. "
