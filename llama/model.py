@@ -284,7 +284,7 @@ class Transformer(nn.Module):
         self.cache_type: Type[KVCache] = KVCache
         self.takes_masks = True  # of a caller's own
         self.exact_tokens: Optional[int] = None  # passes of so many give the bits of single tokens
-        self.revision = 0  # goes up when adapters change: what was computed before is outdated
+        self.revision = 0  # goes up with each change by llama.lora or training: caches are outdated
         self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
 
     def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:

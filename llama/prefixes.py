@@ -59,7 +59,7 @@ class PrefixCache:
         return sum(node.nbytes for node in self._nodes())
 
     def follow(self, model: Transformer) -> None:
-        """Forget everything if the model's adapters changed since."""
+        """Forget everything if the model has changed since (`Transformer.revision`)."""
         with self._lock:
             if model.revision != self._revision:
                 self._root, self._revision = Node([], {}, None), model.revision
@@ -156,7 +156,7 @@ class PrefixCache:
 
         Raises:
             FileExistsError: something else is there.
-            ValueError: a model with adapters.
+            ValueError: a model that changed since it was built.
         """
         self._check_for_files(model)
         if parallel.broadcast_object(_is_taken(Path(path))):  # as rank 0 sees it
@@ -203,7 +203,7 @@ class PrefixCache:
     def _check_for_files(self, model: Transformer) -> None:
         if model.revision:
             raise ValueError(
-                "prefix files are of a model as it was built, and this one got adapters since: "
+                "prefix files are of a model as it was built, and this one has changed since: "
                 "build with adapter_dir"
             )
 
