@@ -166,20 +166,18 @@ def main(
         else:
             convert.convert(source, result, to, dtype=low, tokenizer_path=tokens_from, force=True)
         plot(folder)
-        state = _state(folder)
-        state.rename(state.with_name(".state.done"))  # at once: half of one couldn't be read
+        (folder / "state").rename(folder / ".state.done")  # at once: half of one couldn't be read
         shutil.rmtree(folder / ".state.done")
     say(f"written: {result}")
 
 
-def _state(folder: Path) -> Path:
-    return recovered(folder / "state")
-
-
 def _check_out(folder: Path, name: str, source: Path, force: bool) -> Path:
     """The place of the result, into which it must be possible to write it in the end."""
+    if parallel.is_rank_zero():
+        recovered(folder / "state")
+    parallel.barrier()
     done = [folder / other for other in set(RESULTS.values()) if (folder / other).exists()]
-    if done and not force and not _state(folder).exists():  # a state: a forced run broke off
+    if done and not force and not (folder / "state").exists():  # a state: a forced run broke off
         raise FileExistsError(f"{done[0]} exists, this run is done: another --out, or --force")
     result, here = folder / name, source.resolve()
     check_plain(result)
@@ -200,7 +198,7 @@ def learn(
     asked_to_stop: List[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: asked_to_stop.append(number))
     try:
-        state = parallel.broadcast_object(_state(folder))
+        state = folder / "state"
         if force and parallel.is_rank_zero():
             shutil.rmtree(state, ignore_errors=True)
         parallel.barrier()
