@@ -166,8 +166,10 @@ def main(
         else:
             convert.convert(source, result, to, dtype=low, tokenizer_path=tokens_from, force=True)
         plot(folder)
-        (folder / "state").rename(folder / ".state.done")  # at once: half of one couldn't be read
-        shutil.rmtree(folder / ".state.done")
+        done = folder / ".state.done"
+        shutil.rmtree(done, ignore_errors=True)
+        (folder / "state").rename(done)  # at once: half of a state couldn't be read
+        shutil.rmtree(done)
     say(f"written: {result}")
 
 
