@@ -17,6 +17,16 @@ from llama.checkpoint import InMemory
 from llama.native import kernels
 from llama.native.layers import FEW
 
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """Kernels share rows out to threads, and the tests run with one (conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 SMALL = replace(
     TINY, dim=128, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=192, max_seq_len=2048
 )
