@@ -214,13 +214,8 @@ def names(model: Transformer) -> Tuple[str, ...]:
 
 
 def _shard(model: Transformer, name: str, pair: Pair) -> Pair:
-    """This rank's part of a pair, padded with zeros as the weight is."""
-    args, axis, rank = model.params, parallel.shard_axis(name), parallel.rank()
-    world, size = parallel.world_size(), weight_shapes(args)[name][parallel.shard_axis(name) or 0]
-    ranges = parallel.shard_ranges(name, size, rank, world, args.n_heads, args.n_kv_heads)
-    split = pair.B if axis == 0 else pair.A
-    mine = torch.cat([split.narrow(axis or 0, b, e - b) for b, e in ranges], axis or 0)
-    short = parallel.padded(size, world) // world - mine.shape[axis or 0]
-    if short > 0 and not name.endswith(parallel.KV):
-        mine = F.pad(mine, (0, 0, 0, short) if axis == 0 else (0, short))
-    return pair._replace(B=mine) if axis == 0 else pair._replace(A=mine)
+    """This rank's part of a pair: of B's rows as of the weight's, or of A's columns."""
+    heads = model.params.n_heads, model.params.n_kv_heads
+    if parallel.shard_axis(name) == 0:
+        return pair._replace(B=parallel.part(name, pair.B, *heads))
+    return pair._replace(A=parallel.part(name, pair.A, *heads))

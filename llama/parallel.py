@@ -13,6 +13,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fs_init
 
 
@@ -288,6 +289,18 @@ def whole(name: str, part: torch.Tensor, size: int, n_heads: int, n_kv_heads: in
             found.narrow(axis, begin, end - begin).copy_(theirs.narrow(axis, done, end - begin))
             done += end - begin
     return found
+
+
+def part(name: str, weight: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
+    """This rank's part of a weight, padded with zeros where it must be: the inverse of `whole`."""
+    axis, world = shard_axis(name), world_size()
+    if axis is None or world == 1:
+        return weight
+    size = weight.shape[axis]
+    ranges = shard_ranges(name, size, rank(), world, n_heads, n_kv_heads)
+    mine = torch.cat([weight.narrow(axis, begin, end - begin) for begin, end in ranges], axis)
+    short = 0 if name.endswith(KV) else padded(size, world) // world - mine.shape[axis]
+    return F.pad(mine, (0, 0, 0, short) if axis == 0 else (0, short))
 
 
 def add_replicas(part: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:

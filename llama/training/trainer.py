@@ -109,8 +109,7 @@ def sum_replicas(model: Transformer) -> None:
     """
     args = model.params
     for _, parameter, shard_of in trained(model):
-        if shard_of is not None and shard_of.endswith(parallel.KV):
-            assert parameter.grad is not None
+        if parameter.grad is not None and (shard_of or "").endswith(parallel.KV):
             found = parallel.add_replicas(parameter.grad, args.n_heads, args.n_kv_heads)
             parameter.grad = found
 
@@ -124,17 +123,19 @@ def clip_gradients(model: Transformer, most: float) -> float:
     args, world = model.params, parallel.world_size()
     heads = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
     squares = torch.zeros((), device=model.norm.weight.device)
-    parts = trained(model)
-    for _, parameter, shard_of in parts:
-        assert parameter.grad is not None
+    gradients = []
+    for _, parameter, shard_of in trained(model):
+        if parameter.grad is None:
+            continue
         holders = world if shard_of is None else 1.0
-        if shard_of is not None and shard_of.endswith(parallel.KV):
+        if (shard_of or "").endswith(parallel.KV):
             holders = world * heads / args.n_kv_heads
         squares += parameter.grad.float().square().sum() / holders
+        gradients.append(parameter.grad)
     norm = math.sqrt(sum(map(float, parallel.all_gather(squares))))
     if norm > most:
-        for _, parameter, _ in parts:
-            parameter.grad.mul_(most / norm)  # type: ignore[union-attr]
+        for gradient in gradients:
+            gradient.mul_(most / norm)
     return norm
 
 
