@@ -11,7 +11,7 @@ from typing import List, Optional
 import fire
 
 from llama import Llama
-from llama.parallel import is_rank_zero
+from llama.layers.parallel import is_rank_zero
 
 
 def main(

@@ -14,9 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama.native": ["*.cpp", "*.h"]},
+    package_data={"llama.backends.cpu": ["*.cpp", "*.h"]},
     python_requires=">=3.11",
-    entry_points={"console_scripts": ["llama = llama.cli:main"]},
+    entry_points={"console_scripts": ["llama = llama.apps.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "fairscale==0.4.13",

@@ -133,7 +133,8 @@ def child(kind: str, path: Path, dtype: str) -> Dict[str, float]:
         where, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
         model = LlamaForCausalLM.from_pretrained(where, dtype=torch_dtype, **how)
     else:
-        from llama import Llama, Transformer, checkpoint, parallel
+        from llama import Llama, Transformer, checkpoint
+        from llama.layers import parallel
 
         imported, before = time.perf_counter(), resident("VmRSS")
         if kind == "build":

@@ -1,11 +1,11 @@
 """Llama reference inference: any Llama checkpoint, any number of ranks, any device."""
 
-from llama.cache import KVCache
+from llama.engine.sampling import SamplingParams
 from llama.generation import ChatPrediction, CompletionPrediction, Event, Llama
+from llama.layers.cache import KVCache
 from llama.model import ModelArgs, Transformer
-from llama.sampling import SamplingParams
+from llama.text.tools import parse_tool_calls, tool_schema
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
-from llama.tools import parse_tool_calls, tool_schema
 
 __all__ = [
     "ChatFormat",

@@ -5,27 +5,28 @@ from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpa
 
 import torch
 
-from llama import embeddings, loop, parallel, scoring
-from llama.beam import beam_search
-from llama.chat import ChatFormat, Format, read_calls, warn_of_base_model
-from llama.context import encode_dialogs
-from llama.model import Transformer
-from llama.predictions import (
+from llama.backends.build import assemble
+from llama.engine import embeddings, loop, scoring
+from llama.engine.beam import beam_search
+from llama.engine.predictions import (
     BeamPrediction,
     ChatPrediction,
     CompletionPrediction,
     Event,
 )
-from llama.prefixes import PrefixCache
-from llama.prepare import assemble
-from llama.rows import Options, Row, check, constrain, make_rows
-from llama.sampling import SamplingParams, sample_top_p
-from llama.scoring import Perplexity, TextScore
-from llama.speculative import Speculators
-from llama.structured import Structures, call_format
-from llama.templates import chat_format
+from llama.engine.prefixes import PrefixCache
+from llama.engine.rows import Options, Row, check, constrain, make_rows
+from llama.engine.sampling import SamplingParams, sample_top_p
+from llama.engine.scoring import Perplexity, TextScore
+from llama.engine.speculative import Speculators
+from llama.engine.structured import Structures, call_format
+from llama.layers import parallel
+from llama.model import Transformer
+from llama.text.chat import ChatFormat, Format, read_calls, warn_of_base_model
+from llama.text.context import encode_dialogs
+from llama.text.templates import chat_format
+from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
-from llama.tools import Tool
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Event", "Llama", "sample_top_p"]
 
@@ -78,21 +79,23 @@ class Llama:
             device: "cuda", "mps" or "cpu"; by default the first of these that there is.
             dtype: of weights, activations and cache; by default bf16 where the hardware has it,
                 else fp32.
-            quantize: hold matrices in blocks of 8 or 4 bits (see `llama.quantize`), as they are
-                where the checkpoint is a GGUF file that has them so.
+            quantize: hold matrices in blocks of 8 or 4 bits (see `llama.backends.quantized`), as
+                they are where the checkpoint is a GGUF file that has them so.
             kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
             compile: spend some seconds, once for a machine, on code that computes faster: on a
-                CPU much (see `llama.native`), elsewhere by torch.compile (`llama.compiled`).
+                CPU much (see `llama.backends.cpu`), elsewhere by torch.compile
+                (`llama.backends.compiled`).
             draft_ckpt_dir: a smaller model with the same tokenizer, which guesses tokens for this
-                one; texts stay the same (see `llama.speculative`).
+                one; texts stay the same (see `llama.engine.speculative`).
             draft_quantize: like quantize, for the draft model.
             prefix_cache_mb: up to so many MB (10^6 bytes, on each rank) of keys and values are kept
                 for prompts that begin like earlier ones or like others of their batch, which then
-                needn't be computed again: a chat's next turn, few-shot examples (`llama.prefixes`).
+                needn't be computed again: a chat's next turn, few-shot examples
+                (`llama.engine.prefixes`).
             adapter_dir: a LoRA adapter in PEFT's layout, added to the weights as they are read; to
-                switch between several, see `llama.lora`.
+                switch between several, see `llama.training.lora`.
             offload: "auto" brings in, for each pass, the blocks that don't fit into memory; slow,
-                but any model runs that fits on the disk (`llama.offload`).
+                but any model runs that fits on the disk (`llama.backends.offloaded`).
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
@@ -285,7 +288,7 @@ class Llama:
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
     ) -> List[List[BeamPrediction]]:
-        """Per prompt up to num_beams continuations, the best first; see `llama.beam`."""
+        """Per prompt up to num_beams continuations, the best first; see `llama.engine.beam`."""
         found: List[List[BeamPrediction]] = []
         ids = self._encode(prompts)
         check(self.model, ids, max_gen_len, 1)
@@ -306,18 +309,18 @@ class Llama:
         return found
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
-        """The log-probability of each token of texts; see `llama.scoring.score`."""
+        """The log-probability of each token of texts; see `llama.engine.scoring.score`."""
         return scoring.score(self.model, self.tokenizer, texts, batch_size)
 
     def perplexity(self, text: str, stride: Optional[int] = None) -> Perplexity:
         """Perplexity of a text of any length, in windows of max_seq_len tokens that begin every
-        `stride` tokens; see `llama.scoring.perplexity`."""
+        `stride` tokens; see `llama.engine.scoring.perplexity`."""
         return scoring.perplexity(self.model, self.tokenizer, text, stride)
 
     def embed(
         self, texts: Sequence[str], pooling: Literal["last", "mean"] = "mean", **options: Any
     ) -> torch.Tensor:
-        """A vector for each text, (len(texts), dim); see `llama.embeddings.embed`."""
+        """A vector for each text, (len(texts), dim); see `llama.engine.embeddings.embed`."""
         return embeddings.embed(self.model, self.tokenizer, texts, pooling, **options)
 
     def save_prefix(self, path: str | Path, prefix: str | Dialog) -> None:

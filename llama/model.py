@@ -26,8 +26,8 @@ from fairscale.nn.model_parallel.layers import (
 )
 from torch import nn
 
-from llama import parallel
-from llama.cache import KVCache
+from llama.layers import parallel
+from llama.layers.cache import KVCache
 
 
 @dataclass(frozen=True)

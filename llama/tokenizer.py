@@ -1,8 +1,9 @@
 """Text to token ids and back.
 
-One class for every vocabulary (`llama.vocabulary`): Llama 3's and SentencePiece's tokenizer.model,
-Hugging Face's tokenizer.json, both kinds inside GGUF. Text is never trusted: unless a caller allows
-it, the name of a special token in a text is encoded as the ordinary characters it consists of.
+One class for every vocabulary (`llama.text.vocabulary`): Llama 3's and SentencePiece's
+tokenizer.model, Hugging Face's tokenizer.json, both kinds inside GGUF. Text is never trusted:
+unless a caller allows it, the name of a special token in a text is encoded as the ordinary
+characters it consists of.
 """
 
 import codecs
@@ -17,9 +18,9 @@ from typing import (
     Set,
 )
 
-from llama.chat import ROLES, ChatFormat, Dialog, Message, Role
-from llama.vocabulary import read
-from llama.vocabulary.codecs import codec
+from llama.text.chat import ROLES, ChatFormat, Dialog, Message, Role
+from llama.text.vocabulary import read
+from llama.text.vocabulary.codecs import codec
 
 __all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "StreamDecoder", "Tokenizer"]
 

@@ -15,8 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
+from llama.layers import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"

@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import Llama, SamplingParams, checkpoint, compiled, lora, parallel, training
+from llama import Llama, SamplingParams, checkpoint, training
+from llama.backends import compiled
 from llama.checkpoint.adapter import read_adapter, write_adapter
-from llama.trace import trace
+from llama.families.trace import trace
+from llama.layers import parallel
+from llama.training import lora
 
 
 def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=None, **kwargs):
@@ -135,8 +138,8 @@ def replicas(ckpt, prompts):
 
 def classified(ckpt, rows, labels):
     """Logits of a classifier and gradients of what each rank holds whole."""
-    from llama.classification import SequenceClassifier
-    from llama.prefill import padded
+    from llama.engine.prefill import padded
+    from llama.training.classification import SequenceClassifier
 
     classifier = SequenceClassifier.build(ckpt, device="cpu", dtype="fp32")
     logits = classifier(padded(rows, "cpu"), torch.tensor([len(row) for row in rows]))
@@ -227,7 +230,9 @@ def offloaded(ckpts, tokenizer, prompts, build):
     """Each rank's blocks brought in, some and all, against those that stay; by checkpoint."""
     import dataclasses
 
-    from llama import checkpoint, memory, offload
+    from llama import checkpoint
+    from llama.backends import memory
+    from llama.backends import offloaded as offload
 
     plenty, report = memory.available, {}
     memory.working = lambda *_: 0

@@ -8,7 +8,7 @@ import torch
 from conftest import random_weights
 
 from llama import Dialog, Llama
-from llama.prefill import similar
+from llama.engine.prefill import similar
 
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
 

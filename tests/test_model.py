@@ -9,7 +9,9 @@ import torch
 from conftest import TINY, random_model, random_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import ModelArgs, Transformer, native, parallel
+from llama import ModelArgs, Transformer
+from llama.backends import cpu as native
+from llama.layers import parallel
 from llama.model import rope_frequencies
 
 TOLERANCE = 1e-4  # fp32, outputs of the order of 1 to 10

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import tokenizers
 import xllamacpp
+from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama import Tokenizer
-from llama.vocabulary.byte_level import PATTERNS
+from llama.text.vocabulary.byte_level import PATTERNS
 
-CASES = json.loads((Path(__file__).parent / "data" / "tokenizer_cases.json").read_text())
+CASES = json.loads((DATA / "tokenizer_cases.json").read_text())
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 # Bytes of UTF-8 that SmolLM2's vocabulary has no token for: some control characters, and the first

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional,
 import torch
 from torch import nn
 
-from llama import parallel
+from llama.layers import parallel
 from llama.model import ModelArgs, Transformer, rope_frequencies
 
 # Rows are read in blocks of about this many elements: what conversion needs in extra memory.
@@ -342,7 +342,8 @@ class InMemory:
 def gather(model: Transformer) -> InMemory:
     """The weights of all ranks, whole, in the CPU memory of rank 0; the others get none of them.
 
-    The inverse of `load`. Adapters that are attached (`llama.lora`) aren't in them: merge first.
+    The inverse of `load`. Adapters that are attached (`llama.training.lora`) aren't in them: merge
+    first.
 
     Raises:
         ValueError: weights in blocks, or compiled layers.

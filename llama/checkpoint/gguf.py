@@ -17,10 +17,10 @@ import torch
 from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, ggml, weight_shapes
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
-from llama.gguf_header import Header, read_header
 from llama.model import ModelArgs, rope_frequencies
+from llama.text.gguf_header import Header, read_header
+from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import writing as writing_vocabulary
 
 TO_META = {
     "token_embd": "tok_embeddings",

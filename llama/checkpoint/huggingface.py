@@ -31,14 +31,14 @@ from llama.checkpoint.safetensors import (
     write_safetensors,
 )
 from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
-from llama.json_files import read_object
 from llama.model import ModelArgs
+from llama.text.json_files import read_object
+from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import writing as writing_vocabulary
 
 # Llama itself, and architectures that are Llama when their config says nothing else.
 ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
-# One with a head of another kind, for `llama.classification`.
+# One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
 # Config keys by what they do to us. Those that say nothing about the network's function:

@@ -13,7 +13,6 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from llama import parallel
 from llama.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -35,9 +34,10 @@ from llama.checkpoint.writing import (
     no_progress,
     write_tensor,
 )
+from llama.layers import parallel
 from llama.model import ModelArgs
+from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import writing as writing_vocabulary
 
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}

@@ -1,4 +1,4 @@
-"""Losses and fine-tuning; `finetune.py` is the command."""
+"""Losses and fine-tuning; `llama finetune` is the command."""
 
 from llama.training.data import Example, dialog_example, read_examples, text_examples
 from llama.training.losses import IGNORED, next_token_loss, summed_loss

@@ -5,9 +5,9 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from llama.chat import Dialog, Format, check_dialog, content_of
-from llama.json_files import objects, read_text, string
-from llama.prefill import padded
+from llama.engine.prefill import padded
+from llama.text.chat import Dialog, Format, check_dialog, content_of
+from llama.text.json_files import objects, read_text, string
 from llama.tokenizer import Tokenizer
 from llama.training.losses import IGNORED
 

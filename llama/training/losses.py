@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 
-from llama import parallel
+from llama.layers import parallel
 from llama.model import Transformer
 
 IGNORED = -100  # the label of a token that isn't asked for: torch's and transformers' number

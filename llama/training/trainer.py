@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from llama import parallel
 from llama.checkpoint.writing import beside
+from llama.layers import parallel
 from llama.model import Transformer
 from llama.training.data import Example, batch, order
 from llama.training.losses import summed_loss

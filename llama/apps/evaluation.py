@@ -1,0 +1,159 @@
+"""A Llama for EleutherAI's lm-evaluation-harness, an optional dependency.
+
+Only what needs it imports this module: it takes `pip install -e '.[eval]'`.
+"""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from tqdm import tqdm
+
+from llama.engine.scoring import score_continuations
+from llama.generation import Llama
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as error:
+    raise ValueError(
+        f"llama eval needs lm_eval ({error}): install it with pip install -e '.[eval]'"
+    ) from error
+
+__all__ = ["HarnessModel", "TaskManager", "lm_eval", "make_table"]
+
+MAX_GEN_TOKS = 256  # where a task doesn't say; what the harness's own models do
+
+
+class HarnessModel(TemplateLM):
+    """A Llama as lm_eval sees a model: `lm_eval.simple_evaluate(HarnessModel(llama), ...)`.
+
+    Follows the harness's own `HFLM`: a prefix of bos, or eos where there is none; what is too long
+    loses its beginning. Chat templates aren't applied.
+    """
+
+    def __init__(self, llama: Llama):
+        super().__init__()
+        self.llama = llama
+        self.max_length = llama.model.params.max_seq_len
+        self.batch_size = llama.model.params.max_batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llama.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.llama.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(
+        self, string: str, add_special_tokens: Optional[bool] = None, **kwargs: Any
+    ) -> List[int]:
+        """Token ids, with bos in front where the tokenizer adds it, or as add_special_tokens says.
+
+        Names of special tokens in the text are text.
+        """
+        tokenizer = self.llama.tokenizer
+        bos = tokenizer.add_bos and add_special_tokens is not False
+        return tokenizer.encode(string, bos=bos, eos=False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Tuple[Any, List[int], List[int]]], disable_tqdm: bool = False
+    ) -> List[Tuple[float, bool]]:
+        """Log-probability of each continuation, and whether greedy decoding gives it."""
+        pairs = []
+        for _, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)  # the last token isn't fed
+            if room < 1:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens, and max_seq_len is "
+                    f"{self.max_length}: choose a larger max_seq_len"
+                )
+            pairs.append((context[-room:], continuation))
+        found: List[Tuple[float, bool]] = []
+        step = 32 * self.batch_size  # enough to find similar lengths among
+        for begin in tqdm(range(0, len(pairs), step), "scoring", disable=disable_tqdm):
+            part = pairs[begin : begin + step]
+            found += score_continuations(self.llama.model, part, self.batch_size)
+        return found
+
+    def loglikelihood_rolling(self, requests: List[Any], disable_tqdm: bool = False) -> List[float]:
+        """Log-probability of each whole text, its first token given bos or eos.
+
+        In windows of max_seq_len that don't overlap, but for the last, which is filled up.
+        """
+        windows, owners = [], []
+        for row, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for pair in map(make_disjoint_window, rolling):
+                windows.append((None, *pair))
+                owners.append(row)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for row, (total, _) in zip(owners, scores, strict=True):
+            totals[row] += total
+        return totals
+
+    def generate_until(self, requests: List[Any], disable_tqdm: bool = False) -> List[str]:
+        """Continue each context until one of its strings or the end; greedily unless do_sample."""
+        groups: Dict[str, List[int]] = {}  # requests with the same arguments go together
+        for row, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(row)
+        answers = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as progress:
+            for rows in groups.values():
+                options = _generation_options(requests[rows[0]].args[1])
+                rows.sort(key=lambda row: -len(requests[row].args[0]))
+                for begin in range(0, len(rows), self.batch_size):
+                    batch = rows[begin : begin + self.batch_size]
+                    prompts = [
+                        self._fitting(requests[row].args[0], options["max_gen_len"])
+                        for row in batch
+                    ]
+                    done = self.llama.text_completion(prompts, **options)
+                    for row, answer in zip(batch, done, strict=True):
+                        answers[row] = answer["generation"]
+                    progress.update(len(batch))
+        return answers
+
+    def _fitting(self, prompt: str, max_gen_len: int) -> str:
+        """The end of a prompt that leaves room for its answer."""
+        room = self.max_length - max_gen_len
+        if room < 2:
+            raise ValueError(
+                f"the task asks for {max_gen_len} new tokens, and max_seq_len is "
+                f"{self.max_length}: choose a larger max_seq_len"
+            )
+        ids = self.tok_encode(prompt)
+        if not ids:
+            raise ValueError("an empty prompt, and the tokenizer adds no bos: nothing to continue")
+        if len(ids) <= room:
+            return prompt
+        return self.llama.tokenizer.decode(ids[len(ids) - room + self.llama.tokenizer.add_bos :])
+
+
+def _generation_options(given: Dict[str, Any]) -> Dict[str, Any]:
+    """A task's generation_kwargs as arguments of `text_completion`.
+
+    Raises:
+        ValueError: one that has no counterpart there.
+    """
+    left = dict(given)
+    until = left.pop("until", None) or []
+    lengths = [
+        left.pop(name, None)
+        for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    ]
+    temperature, top_p = left.pop("temperature", 1.0), left.pop("top_p", 1.0)
+    if not left.pop("do_sample", False):
+        temperature = 0.0
+    if left:
+        raise ValueError(f"the task asks for {left} in generating, which isn't supported")
+    return {
+        "stop": [until] if isinstance(until, str) else [text for text in until if text],
+        "max_gen_len": next((n for n in lengths if n is not None), MAX_GEN_TOKS),
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+    }

@@ -1,0 +1,418 @@
+"""`llama chat`: a conversation in the terminal.
+
+`Session` is what was said and what the commands do to it; it knows no terminal. On several ranks,
+rank 0 alone has one and a terminal, and tells the others what to compute.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
+
+from llama.apps.terminal import Plain, Rich, is_capable, pick_terminal
+from llama.engine.predictions import Speculation
+from llama.engine.sampling import SamplingParams
+from llama.generation import Llama
+from llama.layers import parallel
+from llama.text.chat import Message, check_dialog, content_of
+
+WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
+
+COMMANDS = {
+    "help": "this list",
+    "system": "[TEXT]  show the system message, or set it; - takes it away",
+    "reset": "forget what was said; the system message stays",
+    "undo": "take back the last message and its answer",
+    "regenerate": "another answer to the last message",
+    "save": "FILE  write the dialog as JSON",
+    "load": "FILE  go on with a dialog from a file",
+    "params": "[NAME=VALUE ...]  show how tokens are drawn, or change it",
+    "stats": "speed of the last answer, and how full the context is",
+    "exit": "leave, as Ctrl-D does",
+}
+
+# --- the conversation ----------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """What a line leads to."""
+
+    text: str = ""  # to be shown
+    wants_answer: bool = False  # the dialog ends with a message that is to be answered
+    leaves: bool = False
+
+
+class Turn(NamedTuple):
+    """What every rank needs to know to compute the same answer."""
+
+    dialog: List[Message]
+    params: SamplingParams
+    max_gen_len: Optional[int]
+    speculate: Optional[Literal["lookup", "draft", "off"]]
+
+
+@dataclass
+class Stats:
+    """Of the last answer."""
+
+    prompt_tokens: int
+    tokens: int = 0
+    first: float = 0.0  # seconds until the first token
+    total: float = 0.0  # seconds until the last one
+    speculation: Optional[Speculation] = None
+
+    def __str__(self) -> str:
+        speed = f"{(self.tokens - 1) / (self.total - self.first):.1f}" if self.tokens > 1 else "-"
+        text = f"{self.tokens} tokens: first after {self.first:.2f} s, then {speed} tokens/s"
+        if self.speculation is None:
+            return text
+        return text + "; {accepted} of {proposed} guesses right".format(**self.speculation)
+
+
+class Session:
+    """A dialog, how it is answered, and the commands.
+
+    Args:
+        send: called with each Turn before it is computed; on several ranks, it tells the others.
+        speculate: how tokens are guessed; see `llama.engine.speculative`.
+        max_gen_len: tokens of an answer; None fills the context.
+
+    Attributes:
+        dialog: what was said, a system message included.
+        params: how tokens are drawn.
+        stats: of the last answer, or None.
+        note: why the last answer isn't whole, or "".
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        params: Optional[SamplingParams] = None,
+        system: Optional[str] = None,
+        max_gen_len: Optional[int] = None,
+        send: Callable[[Turn], object] = lambda turn: None,
+        speculate: Optional[Literal["lookup", "draft", "off"]] = None,
+    ):
+        if llama.formatter is None:
+            raise ValueError("this checkpoint has no chat format: use an instruct checkpoint")
+        self.llama, self._format = llama, llama.formatter
+        self.params = params or SamplingParams()
+        self.max_gen_len = max_gen_len
+        self.send, self.speculate = send, speculate
+        self.dialog: List[Message] = []
+        self.stats: Optional[Stats] = None
+        self.note = ""
+        self._before: List[Message] = []  # the dialog, should its answer fail
+        if system:
+            self._system(system)
+
+    def take(self, line: str) -> Reply:
+        """Do what a line says: run a command, or add a message that `answer` is to answer.
+
+        Raises:
+            ValueError: a command that doesn't exist or can't be followed; nothing has changed.
+        """
+        line = line.encode("utf-8", "replace").decode().strip()  # a terminal may send lone bytes
+        if not line:
+            return Reply()
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            if name not in COMMANDS:
+                known = ", ".join(f"/{known}" for known in COMMANDS)
+                raise ValueError(
+                    f"no command /{name.split(chr(10))[0]}: there are {known}; "
+                    "a message that begins with / is written with //"
+                )
+            try:
+                return getattr(self, f"_{name}")(rest.strip())
+            except OSError as error:
+                raise ValueError(f"/{name} {rest.strip()}: {error.strerror}") from None
+        self._before = [*self.dialog]
+        text = line[1:] if line.startswith("//") else line
+        self.dialog.append({"role": "user", "content": text})
+        return Reply(wants_answer=True)
+
+    def answer(self, interrupted: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """The answer to the dialog, piece by piece; at the end it is part of the dialog.
+
+        Args:
+            interrupted: asked after each token; True ends the answer there.
+
+        Raises:
+            ValueError: the dialog can't be answered; it is what it was before the last message.
+        """
+        text, self.note, was_interrupted = "", "", False
+
+        def should_stop() -> bool:
+            nonlocal was_interrupted
+            was_interrupted = was_interrupted or interrupted()
+            return was_interrupted
+
+        try:
+            stats = Stats(len(self._format.encode_dialog_prompt(self.dialog)))
+            turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate)
+            self.send(turn)
+            begin, reason = time.monotonic(), None
+            for event in _events(self.llama, turn, should_stop):
+                stats.total = time.monotonic() - begin
+                if event.token is not None:
+                    stats.first = stats.first or stats.total
+                    stats.tokens += 1
+                text += event.text
+                reason, stats.speculation = event.finish_reason, event.speculation
+                yield event.text
+            if not stats.tokens:
+                raise ValueError(
+                    f"the dialog's {stats.prompt_tokens} tokens fill the context: /undo, /reset, "
+                    "or start with a larger --max_seq_len"
+                )
+        except ValueError:
+            self.dialog = self._before
+            raise
+        self.dialog.append({"role": "assistant", "content": text})
+        self.stats = stats
+        if was_interrupted:
+            self.note = "interrupted"
+        elif reason == "length":
+            full = stats.prompt_tokens + stats.tokens >= self._context
+            self.note = "cut off: " + ("the context is full" if full else "max_gen_len is reached")
+
+    @property
+    def _context(self) -> int:
+        return self.llama.model.params.max_seq_len
+
+    def _help(self, rest: str) -> Reply:
+        lines = [f"/{name:<11} {about}" for name, about in COMMANDS.items()]
+        keys = "Esc-Enter, or a \\ before Enter: a new line. Ctrl-C: stop the answer."
+        return Reply("\n".join([*lines, keys, "//...         a message that begins with /"]))
+
+    def _system(self, rest: str) -> Reply:
+        has_one = bool(self.dialog) and self.dialog[0]["role"] == "system"
+        if not rest:
+            return Reply(content_of(self.dialog[0]) if has_one else "no system message")
+        said = self.dialog[1:] if has_one else self.dialog
+        self.dialog = [*said] if rest == "-" else [{"role": "system", "content": rest}, *said]
+        return Reply("no system message" if rest == "-" else "system message set")
+
+    def _reset(self, rest: str) -> Reply:
+        self.dialog = [message for message in self.dialog[:1] if message["role"] == "system"]
+        self.stats = None
+        return Reply("a new dialog")
+
+    def _last_user(self) -> int:
+        places = [i for i, message in enumerate(self.dialog) if message["role"] == "user"]
+        if not places:
+            raise ValueError("nothing has been said yet: write a message first")
+        return places[-1]
+
+    def _undo(self, rest: str) -> Reply:
+        last = self._last_user()
+        text = content_of(self.dialog[last])
+        self.dialog = self.dialog[:last]
+        return Reply(f"taken back: {text}")
+
+    def _regenerate(self, rest: str) -> Reply:
+        last = self._last_user()
+        self._before, self.dialog = self.dialog, self.dialog[: last + 1]
+        return Reply(wants_answer=True)
+
+    def _save(self, rest: str) -> Reply:
+        path = _path(rest, "save")
+        if not self.dialog:
+            raise ValueError("nothing to save: the dialog is empty")
+        if path.exists():
+            try:
+                _read(path)
+            except ValueError:
+                raise ValueError(f"{path} exists and is no dialog: choose another name") from None
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(
+                json.dumps(self.dialog, ensure_ascii=False, indent=1) + "\n", "utf-8"
+            )
+            partial.replace(path)
+        finally:
+            if partial.is_file():
+                partial.unlink()
+        return Reply(f"{len(self.dialog)} messages saved to {path}")
+
+    def _load(self, rest: str) -> Reply:
+        path = _path(rest, "load")
+        self.dialog = _read(path)
+        self.stats = None
+        return Reply(f"{len(self.dialog)} messages loaded from {path}")
+
+    def _params(self, rest: str) -> Reply:
+        known = {name: v for name, v in asdict(self.params).items() if type(v) in (int, float)}
+        changes: Dict[str, Any] = {}
+        for pair in rest.split():
+            name, _, value = pair.partition("=")
+            if name not in known:
+                raise ValueError(f"no parameter {name!r}: there are {', '.join(known)}")
+            try:
+                changes[name] = type(getattr(SamplingParams(), name))(value)
+            except ValueError:
+                raise ValueError(
+                    f"{pair}: write {name}=NUMBER, {known[name]} for example"
+                ) from None
+        self.params = replace(self.params, **changes)
+        return Reply(" ".join(f"{name}={getattr(self.params, name)}" for name in known))
+
+    def _stats(self, rest: str) -> Reply:
+        if self.stats is None:
+            return Reply("no answer yet")
+        used = self.stats.prompt_tokens + self.stats.tokens
+        return Reply(f"{self.stats}; context {used} / {self._context}")
+
+    def _exit(self, rest: str) -> Reply:
+        return Reply(leaves=True)
+
+
+def _events(llama: Llama, turn: Turn, should_stop: Callable[[], bool]) -> Iterator[Any]:
+    """The call that is the same on every rank."""
+    return llama.stream_chat(
+        [turn.dialog], max_gen_len=turn.max_gen_len, params=turn.params, should_stop=should_stop,
+        speculate=turn.speculate,
+    )  # fmt: skip
+
+
+def _path(text: str, command: str) -> Path:
+    if not text:
+        raise ValueError(f"/{command} takes the name of a file: /{command} dialog.json")
+    return Path(os.path.realpath(os.path.expanduser(text)))
+
+
+def _read(path: Path) -> List[Message]:
+    """A dialog from a file. Raises ValueError for one that holds none, and OSError."""
+    try:
+        dialog = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} isn't JSON: /save writes what /load reads") from None
+    if not isinstance(dialog, list):
+        raise ValueError(f"{path} holds no list of messages: /save writes what /load reads")
+    try:
+        check_dialog(0, dialog)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return dialog
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def talk(session: Session, terminal: Plain) -> None:
+    """Read and answer until the user leaves."""
+    while True:
+        try:
+            line = terminal.read()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            terminal.show("/exit or Ctrl-D leaves")
+            continue
+        if line is None:
+            return
+        try:
+            reply = session.take(line)
+            if reply.leaves:
+                return
+            if reply.text:
+                terminal.show(reply.text)
+            if reply.wants_answer:
+                with terminal.listening() as interrupted:
+                    terminal.answer(session.answer(interrupted))
+                if session.note:
+                    terminal.complain(f"({session.note})")
+        except ValueError as error:
+            terminal.complain(str(error))
+
+
+def follow(llama: Llama) -> None:
+    """What the ranks without a terminal do: compute what rank 0 says, until it says None."""
+    while (turn := parallel.broadcast_object(None)) is not None:
+        try:
+            for _ in _events(llama, turn, lambda: False):
+                pass
+        except ValueError:
+            pass  # raised on all ranks alike, and shown by rank 0
+
+
+def chat(
+    ckpt_dir: str,
+    tokenizer_path: Optional[str] = None,
+    system: Optional[str] = None,
+    max_seq_len: int = 2048,
+    max_gen_len: Optional[int] = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    device: Optional[str] = None,
+    dtype: Optional[str] = None,
+    quantize: Optional[Literal["int8", "int4"]] = None,
+    kv_cache: Optional[Literal["int8"]] = None,
+    compile: bool = False,
+    speculate: Optional[Literal["lookup", "draft", "off"]] = None,
+    draft_ckpt_dir: Optional[str] = None,
+    draft_quantize: Optional[Literal["int8", "int4"]] = None,
+    prefix_cache_mb: int = 500,
+    adapter_dir: Optional[str] = None,
+    offload: Optional[Literal["auto"]] = None,
+    history: Optional[str] = None,
+) -> None:
+    """Talk with a model. /help lists the commands. In a pipe, each line is a message.
+
+    Args:
+        ckpt_dir: Meta's or Hugging Face's directory, or a .gguf file.
+        tokenizer_path: by default what is found with the checkpoint.
+        system: the system message.
+        max_seq_len: tokens of the whole dialog.
+        max_gen_len: tokens of an answer; by default what max_seq_len leaves room for.
+        temperature: 0 takes the most probable token each time.
+        top_p: share of probability to sample from.
+        seed: of the random numbers for sampling.
+        device: cuda, mps or cpu; by default the first of these that there is.
+        dtype: bf16, fp16 or fp32; by default bf16 where the hardware has it.
+        quantize: int8 or int4, for weights of 8 or 4 bits.
+        kv_cache: int8, for a cache of half the size.
+        compile: compute much faster, for some seconds once (CPU).
+        speculate: guess tokens, for the same answers in less time: lookup, where they repeat what
+            was said, or draft, with a draft model.
+        draft_ckpt_dir: a smaller model with the same tokenizer.
+        draft_quantize: int8 or int4, for the draft model's weights.
+        prefix_cache_mb: memory for what was said, which a next turn then needn't compute again.
+        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
+        offload: auto brings in what doesn't fit into memory for each pass; slow.
+        history: file of the lines you typed; by default ~/.local/state/llama/history.
+
+    Raises:
+        ValueError: a missing package, a checkpoint without a chat format, or what
+            `Llama.build` raises.
+    """
+    if is_capable():  # a pipe needs neither
+        try:
+            import prompt_toolkit  # noqa: F401
+            import rich  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"llama chat needs {error.name}: pip install -e '.[chat]'") from None
+    params = SamplingParams(temperature=temperature, top_p=top_p)
+    parallel.initialize(device=device, timeout=WEEK)
+    if not parallel.is_rank_zero():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype,
+        quantize=quantize, kv_cache=kv_cache, compile=compile, draft_ckpt_dir=draft_ckpt_dir,
+        draft_quantize=draft_quantize, prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir,
+        offload=offload,
+    )  # fmt: skip
+    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
+    if not parallel.is_rank_zero():
+        return follow(llama)
+    terminal = pick_terminal(history)
+    if isinstance(terminal, Rich):
+        terminal.show("/help lists the commands")
+    talk(session, terminal)
+    parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step

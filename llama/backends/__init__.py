@@ -1,0 +1,1 @@
+"""How a loaded network computes: CPU kernels, torch.compile, quantized, offloaded."""

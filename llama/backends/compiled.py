@@ -1,0 +1,131 @@
+"""Blocks of a Transformer by torch.compile, for GPUs (a CPU has `llama.backends.cpu`).
+
+What stands before and after the cache is compiled, each once for all layers; the cache itself and
+attention, whose shapes change with every token, are called as `model.py` calls them. So nothing is
+compiled anew while the context grows. What the compiler made is kept on disk (torch's own cache),
+and weights that are used together are laid together: wq, wk, wv, and w1, w3.
+"""
+
+from functools import lru_cache
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from torch import nn
+
+from llama.backends.quantized import Blocks, QuantizedLinear
+from llama.layers import parallel
+from llama.layers.cache import KVCache
+from llama.model import Transformer, TransformerBlock, rms_norm
+
+Matrix = torch.Tensor | Blocks
+
+
+def swap(model: Transformer) -> Transformer:
+    """Put compiled blocks in place of a loaded model's own. It is for inference from then on."""
+    model.requires_grad_(False)
+    for i, block in enumerate(model.layers):
+        model.layers[i] = CompiledBlock(block)  # type: ignore[arg-type]
+    return model
+
+
+@lru_cache
+def _compiled() -> Tuple[Callable[..., Any], Callable[..., Any]]:
+    return torch.compile(_before, dynamic=True), torch.compile(_after, dynamic=True)
+
+
+def _linear(x: torch.Tensor, weights: Sequence[Matrix]) -> torch.Tensor:
+    dense = [w.dense(x.dtype) if isinstance(w, Blocks) else w for w in weights]
+    return torch.cat([F.linear(x, w) for w in dense], -1) if len(dense) > 1 else F.linear(x, *dense)
+
+
+def _rotate(x: torch.Tensor, cis: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_emb` in real numbers: complex ones aren't compiled. cis: (..., 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cis.unbind(-1)
+    return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).type_as(x)
+
+
+def _before(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    wqkv: Sequence[Matrix],
+    cis: torch.Tensor,
+    heads: Tuple[int, int, int],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, T, dim) -> q, k, v, rotated: (B, T, heads, head_dim)."""
+    n_heads, n_kv_heads, head_dim = heads
+    widths = [n * head_dim for n in (n_heads, n_kv_heads, n_kv_heads)]
+    q, k, v = (
+        part.unflatten(-1, (-1, head_dim))
+        for part in _linear(rms_norm(x, norm, eps), wqkv).split(widths, -1)
+    )
+    return _rotate(q, cis), _rotate(k, cis), v
+
+
+def _after(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    wo: Sequence[Matrix],
+    norm: torch.Tensor,
+    eps: float,
+    w13: Sequence[Matrix],
+    w2: Sequence[Matrix],
+    group: Any,
+) -> torch.Tensor:
+    """The block's output, from its input and what attention found: (B, T, ...) -> (B, T, dim)."""
+
+    def summed(y: torch.Tensor) -> torch.Tensor:
+        return y if group is None else collectives.all_reduce(y, "sum", group)
+
+    h = x + summed(_linear(out, wo))
+    gate, up = _linear(rms_norm(h, norm, eps), w13).chunk(2, -1)
+    return h + summed(_linear(F.silu(gate) * up, w2))
+
+
+def _together(*linears: nn.Module) -> List[Matrix]:
+    """The weights of layers that have the same input; dense ones as one: theirs become views."""
+    if isinstance(linears[0], QuantizedLinear):
+        return [linear.blocks for linear in linears]  # type: ignore[misc]
+    weights: List[torch.Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
+    if len(weights) == 1:
+        return [weights[0].detach()]
+    joined = torch.cat([weight.detach() for weight in weights])
+    parts = joined.split([len(weight) for weight in weights])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    return [joined]
+
+
+class CompiledBlock(nn.Module):
+    """A TransformerBlock."""
+
+    def __init__(self, block: TransformerBlock):
+        super().__init__()
+        self.block = block  # owns the weights
+        attention, ffn = block.attention, block.feed_forward
+        self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
+        self._wqkv = _together(attention.wq, attention.wk, attention.wv)
+        self._wo, self._w2 = _together(attention.wo), _together(ffn.w2)
+        self._w13 = _together(ffn.w1, ffn.w3)
+        self._group = get_model_parallel_group() if parallel.world_size() > 1 else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: Optional[torch.Tensor],
+        cache: Optional[KVCache],
+    ) -> torch.Tensor:
+        """As TransformerBlock's."""
+        before, after = _compiled()
+        first, second = self.block.attention_norm, self.block.ffn_norm
+        q, k, v = before(
+            x, first.weight, first.eps, self._wqkv, torch.view_as_real(freqs_cis), self._heads
+        )
+        out = self.block.attention.attend(q, k, v, positions, mask, cache)
+        return after(x, out, self._wo, second.weight, second.eps, self._w13, self._w2, self._group)

@@ -1,0 +1,174 @@
+"""Does it fit? An estimate from the shape alone, before anything is loaded."""
+
+import math
+import os
+from pathlib import Path
+from typing import Iterator, NamedTuple, Optional
+
+import psutil
+import torch
+
+from llama.backends.quantized import block_bytes
+from llama.checkpoint import local_shape, weight_shapes
+from llama.checkpoint.ggml import VALUES
+from llama.engine.prefill import PASS
+from llama.layers.parallel import kv_heads
+from llama.model import ModelArgs
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux
+
+
+class Estimate(NamedTuple):
+    """Bytes on one rank."""
+
+    weights: int
+    cache: int  # with max_batch_size rows of max_seq_len tokens
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+
+def estimate(
+    args: ModelArgs,
+    world: int,
+    dtype: torch.dtype,
+    quantize: Optional[str] = None,
+    kv_cache: Optional[str] = None,
+) -> Estimate:
+    """What a model of this shape needs on each of `world` ranks."""
+
+    def per_value(name: str) -> float:
+        if quantize is None or "norm" in name:
+            return dtype.itemsize
+        return block_bytes(name, quantize) / VALUES
+
+    heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
+    row = args.head_dim * dtype.itemsize if kv_cache is None else args.head_dim + 4  # and a scale
+    per_token = 2 * args.n_layers * heads * row
+    return Estimate(
+        weights=sum(
+            int(math.prod(local_shape(args, name, 0, world)) * per_value(name))
+            for name in weight_shapes(args)
+        ),
+        cache=per_token * args.max_batch_size * args.max_seq_len,
+    )
+
+
+def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
+    """Bytes that a rank takes beside weights and cache, roughly, and rather too many.
+
+    Activations of a pass, a mask, logits, and 64 MB for the allocator and threads.
+    """
+    tokens = min(PASS, args.max_batch_size * args.max_seq_len)
+    q_dim = args.n_heads * args.head_dim // world
+    of_token = 4 * (6 * args.dim + 4 * q_dim) + 3 * args.hidden_dim // world * dtype.itemsize
+    mask = args.max_seq_len * (1 + dtype.itemsize)
+    scored = min(64 * args.max_batch_size, tokens)  # positions of which there are logits
+    # Where ranks share columns, these are dequantized in one piece (see `checkpoint.blocks`).
+    columns = args.dim * args.hidden_dim // world * 4 if world > 1 else 0
+    return tokens * (of_token + mask) + scored * args.vocab_size * 8 + columns + (1 << 26)
+
+
+def sharers(device: torch.device) -> int:
+    """Ranks that take from the same memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+
+
+def available(device: torch.device) -> int:
+    """Bytes that all `sharers` of a device's memory could still take, limits considered.
+
+    Limits are those of containers and other control groups, and the process's own (`ulimit -v` and
+    `-d`), of which each of the sharers has one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    info = psutil.Process().memory_info()
+    for name, used in (
+        ("RLIMIT_AS", info.vms),
+        ("RLIMIT_DATA", getattr(info, "data", 0)),  # Linux; private mappings included
+    ):
+        most = resource.getrlimit(getattr(resource, name))[0] if resource else -1
+        if most != -1:  # RLIM_INFINITY
+            free = min(free, (most - used) * sharers(device))
+    return max(free, 0)
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What the memory limits of this process's control groups leave, and of those they lie in.
+
+    The kernel's Documentation: admin-guide/cgroup-v2.rst, admin-guide/cgroup-v1/memory.rst. In a
+    container the group may be the root, whatever its name outside: so the root is looked at too.
+    """
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, used = CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit = CGROUPS / "memory", "memory.limit_in_bytes"
+            used = "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / name.lstrip("/")
+        for place in [group, *group.parents][: len(group.parts) - len(root.parts) + 1]:
+            try:
+                most, held = ((place / file).read_text().strip() for file in (limit, used))
+                rows = (place / "memory.stat").read_text().splitlines()
+            except OSError:  # no limit here, or a group outside of this container
+                continue
+            stat = {key: int(value) for key, value in map(str.split, rows)}
+            # Pages of files are given back when there is need.
+            files = sum(
+                stat.get(f"total_{kind}", stat.get(kind, 0))
+                for kind in ("active_file", "inactive_file")
+            )
+            if most.isdigit():  # else "max"
+                yield int(most) - (int(held) - files)
+
+
+def preflight(
+    args: ModelArgs,
+    world: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Optional[str] = None,
+    kv_cache: Optional[str] = None,
+    prefix_cache: int = 0,
+    offload: Optional[str] = None,
+) -> str:
+    """Compare what is needed with what there is, the bytes for prefixes included; a line to print.
+
+    Raises:
+        ValueError: it can't fit, and must (offload is None).
+    """
+    need, have = estimate(args, world, dtype, quantize, kv_cache), available(device)
+    held = " and ".join(filter(None, (quantize, str(dtype)[6:])))
+    line = (
+        f"weights {size(need.weights)} + cache {size(need.cache)} "
+        f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
+        + (f" + prefixes {size(prefix_cache)}" if prefix_cache else "")
+        + (f" on each of {world} ranks" if world > 1 else "")
+        + f"; {size(have)} available on {device}"
+    )
+    if (need.total + prefix_cache) * sharers(device) <= have:
+        return line
+    if offload is None:
+        raise ValueError(
+            f"this can't fit: {line}. Ways out: a smaller max_seq_len or max_batch_size, "
+            "a smaller dtype, quantize, kv_cache, fewer prefix_cache_mb, more ranks "
+            '(torchrun --nproc_per_node) on more devices, or, slowly, offload="auto"'
+        )
+    return f"{line}: not all of it fits"
+
+
+def size(n: int) -> str:
+    """Bytes for people."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"

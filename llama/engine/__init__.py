@@ -1,0 +1,1 @@
+"""From prompts to tokens: sampling, speculative decoding, prefix caching, scoring."""

@@ -1,0 +1,1 @@
+"""Networks other than `model.py`, and views of it for study."""

@@ -1,0 +1,121 @@
+"""What a forward pass computes on its way: hidden states, attention, rotated queries and keys.
+
+    with trace(model) as seen:
+        model(tokens)
+    seen.attentions[0]    # (B, n_heads, T, S)
+
+`model.py` stays as it is: while the context lasts, its attention is computed by the formula, so
+that the probabilities exist, and hooks keep what passes. Values are those of transformers'
+`output_hidden_states` and `output_attentions`, and gradients flow through them.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Iterator, List, Optional
+
+import torch
+from torch import nn
+
+from llama.layers import parallel
+from llama.layers.cache import KVCache
+from llama.model import Attention, Transformer, TransformerBlock
+
+
+@dataclass
+class Trace:
+    """Of the last forward pass, whole on every rank. S: the tokens that attention sees.
+
+    Attributes:
+        hidden_states: n_layers + 1 of (B, T, dim): the embeddings, and after each block; the last
+            one after the model's norm, as transformers has it.
+        attentions: per layer the probabilities (B, n_heads, T, S).
+        queries: per layer (B, T, n_heads, head_dim), turned by RoPE, in Meta's order of pairs.
+        keys: per layer the same of the new tokens, (B, T, n_kv_heads, head_dim); of ranks that
+            share key/value heads, as each holds them.
+    """
+
+    hidden_states: List[torch.Tensor] = field(default_factory=list)
+    attentions: List[torch.Tensor] = field(default_factory=list)
+    queries: List[torch.Tensor] = field(default_factory=list)
+    keys: List[torch.Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def trace(model: Transformer) -> Iterator[Trace]:
+    """Record the forward passes of a model, the last one of them, while the context lasts.
+
+    Memory: n_layers · B · n_heads · T · S values for the attentions.
+
+    Raises:
+        ValueError: a model with compiled layers.
+    """
+    blocks = [block for block in model.layers if isinstance(block, TransformerBlock)]
+    if len(blocks) < len(model.layers):
+        raise ValueError("compiled layers can't be traced: build with compile=False")
+    seen, hooks = Trace(), []
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        for kept in (seen.hidden_states, seen.attentions, seen.queries, seen.keys):
+            kept.clear()
+        seen.hidden_states.append(inputs[0])
+
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen.hidden_states.append(output)
+
+    def end(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen.hidden_states[-1] = output
+
+    attentions = [block.attention for block in blocks]
+    try:
+        hooks.append(blocks[0].register_forward_pre_hook(begin))
+        hooks += [block.register_forward_hook(keep) for block in blocks]
+        hooks.append(model.norm.register_forward_hook(end))
+        for attention in attentions:
+            setattr(attention, "attend", partial(_attend, attention, seen))  # noqa: B010
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for attention in attentions:
+            attention.__dict__.pop("attend", None)
+
+
+def _attend(
+    attention: Attention,
+    seen: Trace,
+    xq: torch.Tensor,
+    xk: torch.Tensor,
+    xv: torch.Tensor,
+    positions: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    cache: Optional[KVCache],
+) -> torch.Tensor:
+    """`Attention.attend`, by the formula: softmax(q kᵀ / sqrt(head_dim)) v."""
+    B, T, heads, head_dim = xq.shape
+    if cache is None:
+        keys, values = xk.transpose(1, 2), xv.transpose(1, 2)
+    else:
+        keys, values = cache.update(attention.layer_id, positions, xk, xv)
+    group = heads // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(head_dim)  # (B, heads, T, S)
+    if mask is not None:
+        scores = scores + mask
+    elif T > 1:  # from position 0 on
+        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+    probs = scores.softmax(-1, dtype=torch.float32).type_as(xq)
+    seen.attentions.append(_whole(probs, 1))
+    seen.queries.append(_whole(xq, 2))
+    seen.keys.append(_whole(xk, 2))
+    return (probs @ values).transpose(1, 2).reshape(B, T, -1)
+
+
+def _whole(of_rank: torch.Tensor, axis: int) -> torch.Tensor:
+    """The heads of all ranks; the others' without gradients."""
+    if parallel.world_size() == 1:
+        return of_rank
+    parts = parallel.all_gather(of_rank.detach())
+    parts[parallel.rank()] = of_rank
+    return torch.cat(parts, axis)

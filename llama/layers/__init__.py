@@ -1,0 +1,1 @@
+"""What the network stands on: tensor parallelism and the key/value cache."""

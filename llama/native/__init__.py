@@ -1,5 +1,0 @@
-"""The CPU's own kernels, and the layers that compute through them (`swap`)."""
-
-from llama.native.layers import check, swap
-
-__all__ = ["check", "swap"]

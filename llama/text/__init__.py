@@ -1,0 +1,1 @@
+"""Text and token ids: vocabularies, chat formats, templates, tools."""

@@ -1,0 +1,63 @@
+"""Dialogs into the context: their ids, and what is left out of one that outgrows it."""
+
+from typing import Callable, List, Optional, Sequence, Tuple
+
+from llama.text.chat import Dialog, Format, Message, check_dialogs
+from llama.text.tools import Tool
+
+
+def encode_dialogs(
+    formatter: Format,
+    dialogs: Sequence[Dialog],
+    tools: Optional[Sequence[Tool]],
+    truncate: Optional[str],
+    max_gen_len: Optional[int],
+    context: int,
+) -> Tuple[List[List[int]], List[List[Message]]]:
+    """The ids of each dialog, and the messages that were left out of it; see `chat_completion`.
+
+    Raises:
+        ValueError: an unknown truncate, or dialogs that can't be encoded or don't fit.
+    """
+    if truncate not in (None, "oldest_turns"):
+        raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
+    check_dialogs(dialogs)
+    format_ = formatter.encode_dialog_prompt
+
+    def encode(dialog: Dialog) -> List[int]:
+        return format_(dialog, tools) if tools else format_(dialog)
+
+    if truncate is None:
+        return [encode(dialog) for dialog in dialogs], [[] for _ in dialogs]
+    limit = context - (context // 4 if max_gen_len is None else max_gen_len)
+    fitted = [oldest_turns_out(dialog, encode, limit) for dialog in dialogs]
+    return [ids for ids, _ in fitted], [left_out for _, left_out in fitted]
+
+
+def oldest_turns_out(
+    dialog: Dialog, encode: Callable[[Dialog], List[int]], limit: int
+) -> Tuple[List[int], List[Message]]:
+    """Leave out a dialog's oldest turns until it has at most `limit` tokens.
+
+    A turn is a user's message with all that follows it, up to the next user's. The system message
+    and the last turn always stay.
+
+    Returns:
+        The ids, and the messages that were left out.
+
+    Raises:
+        ValueError: what must stay doesn't fit.
+    """
+    kept, dropped = list(dialog), []
+    start = int(kept[0]["role"] == "system")
+    while len(ids := encode(kept)) > limit:
+        turns = [i for i, message in enumerate(kept) if i > start and message["role"] == "user"]
+        if not turns:
+            raise ValueError(
+                f"the last turn and the system message take {len(ids)} tokens, and there is room "
+                f"for {limit}: shorten them, ask for a shorter answer (max_gen_len), or build with "
+                "a larger max_seq_len"
+            )
+        dropped += kept[start : turns[0]]
+        del kept[start : turns[0]]
+    return ids, dropped

@@ -1,0 +1,242 @@
+"""Dialogs to token ids by the Jinja2 template that came with a checkpoint."""
+
+import datetime
+import json
+import re
+import secrets
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llama.text.chat import (
+    ROLES,
+    ChatFormat,
+    Dialog,
+    Format,
+    Llama2Format,
+    Llama31Format,
+    content_of,
+    tool_calls,
+)
+from llama.text.tools import BUILTINS, Tool, split_tools
+
+if TYPE_CHECKING:
+    from llama.tokenizer import Tokenizer
+
+
+def chat_format(tokenizer: "Tokenizer", scaled_rope: bool = False) -> Optional[Format]:
+    """The format of a checkpoint's dialogs: its template, else its family's, else None.
+
+    Args:
+        scaled_rope: `ModelArgs.use_scaled_rope`, by which Llama 3.1 and later are told from
+            Llama 3: their tokenizer files are the same.
+    """
+    if tokenizer.chat_template:
+        return TemplateFormat(tokenizer, tokenizer.chat_template)
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return Llama31Format(tokenizer) if scaled_rope else ChatFormat(tokenizer)
+    if getattr(tokenizer.vocabulary, "kind", None) == "spm":
+        return Llama2Format(tokenizer)
+    return None
+
+
+class TemplateFormat:
+    """Encodes dialogs by a template, rendered in Jinja2's sandbox.
+
+    What a user wrote can't become a control token. Rendering to text and tokenizing that with
+    special tokens on would allow it, since the text no longer tells who wrote `<|im_end|>`.
+    Instead the names of special tokens are replaced within the parsed template, before anything is
+    rendered, by marks that contain a fresh 128-bit random number. After rendering, the marks and
+    nothing else become control tokens; all the text between them, whoever wrote it, is encoded as
+    ordinary text. No message can contain a mark without guessing the number, and messages go
+    through the template unaltered, so that whatever it does to them has its usual effect.
+
+    A template that puts the name of a special token together from pieces while it runs
+    ('<|' + role + '|>') can't be told from a user doing so and is refused. To find out, a twin of
+    the dialog and its tools, of the same structure but with harmless strings, is rendered with and
+    without marks: both must give the same ids. The twin decides only on refusal; that strings of
+    messages, tools and calls stay text rests on the marks alone.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", template: str):
+        self.tokenizer = tokenizer
+        self._nonce = secrets.token_hex(16)
+        self._mark = re.compile(f"<{self._nonce}:([0-9]+)>")
+        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
+        try:
+            tree = environment.parse(template)
+            # The variables that it reads: a template that has no use for tools would ignore them.
+            self._reads = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+            self._reads_calls = "tool_calls" in template
+            self._plain = environment.from_string(template)
+            self._marked = environment.from_string(self._tag(tree))
+        except Exception as error:  # a template is somebody else's program
+            raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
+
+    def _tag(self, tree: nodes.Template) -> nodes.Template:
+        """Replace special tokens in what the template itself puts out, in place."""
+
+        def visit(node: nodes.Node) -> None:
+            if isinstance(node, nodes.TemplateData):
+                node.data = self._marks(node.data)
+            elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+                node.value = self._marks(node.value)
+            elif isinstance(node, (nodes.Call, nodes.Filter)):
+                if node.node is not None:  # its arguments, as in split('</s>'), are looked for
+                    visit(node.node)
+            elif not isinstance(node, (nodes.Compare, nodes.Test)):
+                for child in node.iter_child_nodes():
+                    visit(child)
+
+        visit(tree)
+        return tree
+
+    def _marks(self, text: str) -> str:
+        ids = self.tokenizer.special_tokens
+        return self._special.sub(lambda found: f"<{self._nonce}:{ids[found[0]]}>", text)
+
+    def encode_dialog_prompt(
+        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
+    ) -> List[int]:
+        """The dialog with its tools, and what precedes the assistant's answer.
+
+        Raises:
+            ValueError: the template refuses the dialog, has no place for tools or calls in it, or
+                builds control tokens as it runs.
+        """
+        given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
+        if not self._reads_calls and any("tool_calls" in message for message in given["messages"]):
+            raise ValueError(
+                "the checkpoint's chat template has no place for tool_calls: "
+                "write them into the message's content"
+            )
+        ids = self._encode(self._render(self._marked, given))
+        harmless = {key: _harmless(value) for key, value in given.items()}
+        whole = self.tokenizer.encode(
+            self._render(self._plain, harmless), bos=False, eos=False, allowed_special="all"
+        )
+        if self._encode(self._render(self._marked, harmless)) != whole:
+            raise ValueError(
+                "the checkpoint's chat template puts control tokens together as it runs, which "
+                "can't be told from a user who types them; such templates aren't supported"
+            )
+        return ids
+
+    def _tools(self, tools: Optional[Sequence[Tool]]) -> Dict[str, Any]:
+        """The variables by which templates know tools: Llama 3.1's has one for built-in ones."""
+        schemas, builtins = split_tools(tools or [])
+        variables: Dict[str, Any] = {"tools": schemas} if schemas else {}
+        if builtins:
+            variables["builtin_tools"] = builtins
+        for name in variables:
+            if name not in self._reads:
+                raise ValueError(
+                    f"the checkpoint's chat template has no place for tools (no variable {name}): "
+                    "describe them in a system message, and read the reply with parse_tool_calls"
+                )
+        return variables
+
+    def _render(self, template: jinja2.Template, given: Dict[str, Any]) -> str:
+        marked = template is self._marked
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return template.render({**variables, **self._names(marked), **given})
+        except Exception as error:  # raise_exception, the sandbox's, or a mistake in the template
+            raise ValueError(
+                f"the checkpoint's chat template refuses this dialog: {error}"
+            ) from None
+
+    def _names(self, marked: bool) -> Dict[str, str]:
+        """The variables bos_token and eos_token, as transformers gives them to templates."""
+        by_id = {i: name for name, i in self.tokenizer.special_tokens.items()}
+        names = {
+            "bos_token": by_id.get(self.tokenizer.bos_id, ""),  # type: ignore[arg-type]
+            "eos_token": by_id.get(self.tokenizer.eos_id, ""),
+        }
+        return {key: self._marks(name) if marked else name for key, name in names.items()}
+
+    def _encode(self, rendered: str) -> List[int]:
+        ids: List[int] = []
+        for i, part in enumerate(self._mark.split(rendered)):
+            if i % 2:
+                ids.append(int(part))
+            elif part:
+                ids.extend(self.tokenizer.encode(part, bos=False, eos=False))
+        return ids
+
+
+def _for_template(message: Any) -> Dict[str, Any]:
+    """A message as transformers gives it to templates, tool calls in OpenAI's spelling."""
+    plain = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
+    plain["content"] = content_of(message)
+    calls = tool_calls(message)
+    if calls:
+        plain["tool_calls"] = [
+            {
+                **({"id": call["id"]} if "id" in call else {}),
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+            }
+            for call in calls
+        ]
+    return plain
+
+
+# What templates look up and compare with, so that the twin takes the same branches.
+_KEYS = {
+    "role", "content", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments",
+    "description", "parameters", "properties", "required", "items", "enum", "nullable", "anyOf",
+    "additionalProperties", "default", "return",
+}  # fmt: skip
+_VALUES = {
+    "function", "string", "integer", "number", "boolean", "array", "object", "null", *BUILTINS
+}  # fmt: skip
+
+
+def _harmless(value: Any, key: str = "") -> Any:
+    """The twin of a value: the same structure, but no string that anyone chose."""
+    if isinstance(value, dict):
+        return {
+            (name if name in _KEYS else f"x{i}"): _harmless(one, name)
+            for i, (name, one) in enumerate(value.items())
+        }
+    if isinstance(value, list):
+        return [_harmless(one, key) for one in value]
+    if not isinstance(value, str):
+        return value
+    if key == "role":
+        return value if value in ROLES else "user"
+    if key in ("id", "tool_call_id"):  # templates of Mistral's demand a length
+        return "x" * len(value)
+    return value if value in _VALUES else "x" * bool(value)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """transformers' filter in place of Jinja2's own, which would write <, > and & as for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+class _Generation(Extension):
+    """transformers' {% generation %} block, which only tells training what the answers are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> List[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,251 @@
+"""Byte-level BPE vocabularies: Llama 3's tokenizer.model and the kind `gpt2` in GGUF.
+
+tiktoken, which encodes with them, needs only the tokens' bytes in the order of their merges.
+"""
+
+import base64
+import binascii
+from functools import lru_cache
+from pathlib import Path
+from typing import AbstractSet, Any, Dict, List, Optional
+
+from llama.text.vocabulary import (
+    CONTROL,
+    NORMAL,
+    STOP_NAMES,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    check_ids,
+)
+
+# How text is cut into words before BPE, by the names that GGUF gives these patterns.
+PATTERNS = {
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "smollm": (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+    ),
+}
+
+# Longer inputs, and longer runs of space or of anything else, are cut there before tokenizing:
+# (characters, run). For Meta's files as Meta does, whose ids are the reference; otherwise only
+# where tiktoken's regular expressions would give up.
+META_CUTS = (400_000, 25_000)
+SAFE_CUTS = (None, 400_000)
+
+
+def read_llama3(path: Path) -> Vocabulary:
+    """Meta's file for all of Llama 3: a line `base64 rank` per token; special tokens by rule."""
+    data = path.read_bytes()
+    if data[:1] == b"<" or data[:7] == b"version":
+        raise ValueError(
+            f"{path} begins with {data[:20]!r}: not a tokenizer.model (a web page or a "
+            "Git LFS pointer?); take the file from the checkpoint's directory or ./download.sh"
+        )
+    ranks: Dict[bytes, int] = {}
+    try:
+        for line in data.splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        raise ValueError(
+            f"{path}: line {len(ranks) + 1} isn't `base64 rank`: not Llama 3's tokenizer.model"
+        ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise ValueError(f"{path} is cut off or damaged: its ranks aren't 0 to {len(ranks) - 1}")
+    special = llama3_special_tokens(len(ranks))
+    return Vocabulary(
+        name=path.name,
+        kind="byte-level",
+        pre="llama-bpe",
+        ranks=ranks,
+        special_tokens=special,
+        decode_only={},
+        user_defined=frozenset(),
+        n_words=len(ranks) + len(special),
+        bos_id=special["<|begin_of_text|>"],
+        eos_id=special["<|end_of_text|>"],
+        pad_id=special["<|finetune_right_pad_id|>"],
+        stop_tokens={special[name] for name in STOP_NAMES if name in special},
+        add_bos=True,
+        chat_template=None,
+        cuts=META_CUTS,
+    )
+
+
+def llama3_special_tokens(n_ordinary: int) -> Dict[str, int]:
+    """Meta's rule: 256 special tokens follow the ordinary ones. Names are those of Llama 3.1."""
+    names = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>",
+        "<|step_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+        "<|image|>",
+    ]
+    names += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(names) + 2)]
+    return {name: n_ordinary + i for i, name in enumerate(names)}
+
+
+@lru_cache
+def byte_alphabet() -> Dict[str, int]:
+    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py), inverted."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_ins = {chr(byte): byte for byte in printable}
+    stand_ins.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return stand_ins
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes of a token in that alphabet; what isn't in it is text as it stands."""
+    alphabet = byte_alphabet()
+    return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+
+
+def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
+    """The vocabulary in a .gguf file, of the kind `gpt2`: byte-level BPE."""
+
+    def require(key: str):
+        if key not in metadata:
+            raise ValueError(f"{path} lacks the metadata key {key}: it holds no vocabulary")
+        return metadata[key]
+
+    def strings(key: str) -> List[str]:
+        values = require(key)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path}: {key} isn't a list of strings")
+        return values
+
+    pre = metadata.get("tokenizer.ggml.pre", "(none)")
+    if pre not in PATTERNS:
+        raise ValueError(
+            f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
+        )
+    tokens = strings("tokenizer.ggml.tokens")
+    types: List[int] = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
+    eos_id = require("tokenizer.ggml.eos_token_id")
+    also = (metadata.get(f"tokenizer.ggml.{key}_token_id", eos_id) for key in ("eot", "eom"))
+    return build(
+        path,
+        pre,
+        tokens,
+        types,
+        [merge.replace(" ", "") for merge in strings("tokenizer.ggml.merges")],
+        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_id=eos_id,
+        pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
+        stop={eos_id, *also},
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def build(
+    path: Path,
+    pre: str,
+    tokens: List[str],
+    types: List[int],
+    merges: List[str],
+    *,
+    bos_id: Optional[int],
+    eos_id: int,
+    pad_id: int,
+    stop: AbstractSet[int],
+    add_bos: bool,
+    chat_template: Optional[str],
+) -> Vocabulary:
+    """Tokens in GPT-2's alphabet, with what each merge makes, in order: as tiktoken has them."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    alphabet = byte_alphabet()
+    special = {token: i for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)}
+    ranks: Dict[bytes, int] = {}
+
+    # Characters of the alphabet become the bytes they stand for, any other what isn't a byte.
+    table = dict.fromkeys(range(256), 256) | {ord(c): byte for c, byte in alphabet.items()}
+
+    def raw_of(token: str) -> bytes:
+        try:
+            return token.translate(table).encode("latin-1")
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: {token!r} isn't a token of byte-level BPE") from None
+
+    for stand_in in alphabet:
+        if stand_in in ids and stand_in not in special:
+            ranks[raw_of(stand_in)] = ids[stand_in]
+    last = -1
+    for token in merges:
+        if token not in ids:
+            raise ValueError(f"{path}: a merge makes {token!r}, which isn't a token")
+        if token in special:
+            continue  # else ordinary text would become a control token
+        raw = raw_of(token)
+        if raw in ranks:
+            continue  # reached by an earlier merge
+        if ids[token] < last:
+            # tiktoken merges in the order of ids
+            raise ValueError(f"{path}: the merge to {token!r} is out of the order of ids")
+        last = ids[token]
+        ranks[raw] = last
+    if pre == "llama-bpe":
+        for token, i in ids.items():
+            if types[i] == NORMAL:
+                ranks[raw_of(token)] = (
+                    i  # Llama 3 takes a whole word that is a token, merges or not
+                )
+    # What no merge makes, what is there twice, what is unused.
+    encoded = {*ranks.values(), *special.values()}
+    decode_only = {i: bytes_of(token) for i, token in enumerate(tokens) if i not in encoded}
+    check_ids(path, [*stop, pad_id, eos_id, bos_id], len(tokens))
+    return Vocabulary(
+        name=path.name,
+        kind="byte-level",
+        pre=pre,
+        ranks=ranks,
+        special_tokens=special,
+        decode_only=decode_only,
+        user_defined=frozenset(name for name, i in special.items() if types[i] == USER_DEFINED),
+        n_words=len(tokens),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        stop_tokens={*stop, *(ids[name] for name in STOP_NAMES if name in special)},
+        add_bos=add_bos,
+        chat_template=chat_template,
+        cuts=SAFE_CUTS,
+    )
+
+
+def pre_of(pre_tokenizer: Dict[str, Any]) -> Optional[str]:
+    """The name of the rule by which a tokenizer.json cuts text into words, if it is known."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    parts = [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
+    gpt2 = byte_level | {"use_regex": True}
+    parts = [gpt2 if part == byte_level else part for part in parts]  # True is its default
+    if parts == [gpt2]:
+        return "gpt-2"
+    if parts == [{"type": "Digits", "individual_digits": True}, gpt2]:
+        return "smollm"
+    for name in PATTERNS:
+        if parts == [split_rule(name), byte_level | {"use_regex": False}]:
+            return name
+    return None
+
+
+def split_rule(pre: str) -> Dict[str, Any]:
+    pattern = {"Regex": PATTERNS[pre]}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}

@@ -1,0 +1,143 @@
+"""Hugging Face's tokenizer.json, with what stands beside it.
+
+Where the file's own settings prove that it is byte-level BPE as tiktoken does it, tiktoken encodes,
+being faster. A SentencePiece model beside it is what it was made from, and is taken. Anything else
+is left to the `tokenizers` package.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+import tokenizers
+
+from llama.text.json_files import read_object
+from llama.text.vocabulary import (
+    CONTROL,
+    NORMAL,
+    STOP_NAMES,
+    USER_DEFINED,
+    Vocabulary,
+    check_ids,
+    spm,
+)
+from llama.text.vocabulary.beside import Beside
+from llama.text.vocabulary.byte_level import build, pre_of
+
+
+class _NotByteLevelError(ValueError):
+    """Not byte-level BPE that tiktoken could do."""
+
+
+def read(path: Path) -> Vocabulary:
+    """Raises ValueError for what is no tokenizer.json, or one without an end of text."""
+    beside, data = Beside(path), read_object(path)
+    try:
+        by_id, types = _tokens(path, data)
+        ids = {token: i for i, token in by_id.items()}
+        eos_id = beside.named("eos_token", ids)
+        eos_id = beside.stop[0] if eos_id is None and beside.stop else eos_id
+        bos_id, pad_id = (beside.named(f"{key}_token", ids) for key in ("bos", "pad"))
+        if eos_id is None:
+            raise ValueError(
+                f"no eos token in tokenizer_config.json or generation_config.json by {path}"
+            )
+        processor = json.dumps(data.get("post_processor"), ensure_ascii=False)
+        processed = bos_id is not None and f'"{by_id[bos_id]}"' in processor
+        common: Dict[str, Any] = dict(
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+            add_bos=processed or beside.add_bos(bos_id, default=False),
+            chat_template=beside.chat_template,
+        )
+        stop = {eos_id, *beside.stop}
+        try:
+            pre, merges = _byte_level(data, by_id)
+            tokens = [by_id[i] for i in range(len(by_id))]
+            kinds = [types[i] for i in range(len(by_id))]
+            return build(path, pre, tokens, kinds, merges, stop=stop, **common)
+        except _NotByteLevelError:
+            pass
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is JSON, but no known tokenizer.json: {error!r}") from None
+
+    original = path.with_name("tokenizer.model")
+    if original.is_file() and original.read_bytes()[:1] == b"\n":
+        names = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        beside.added = names | beside.added
+        beside.user_defined |= {by_id[i] for i, kind in types.items() if kind == USER_DEFINED}
+        vocabulary = spm.from_model(original, original.read_bytes(), beside)
+        if vocabulary.n_words == max(by_id) + 1:
+            return vocabulary
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(data))
+    except Exception as error:  # the package raises no type of its own
+        raise ValueError(f"{path} isn't usable: {error}") from None
+    special = {by_id[i]: i for i, kind in types.items() if kind != NORMAL}
+    check_ids(path, [bos_id, common["pad_id"], *stop], max(by_id) + 1)
+    return Vocabulary(
+        name=path.name,
+        kind="json",
+        special_tokens=special,
+        user_defined=frozenset(by_id[i] for i, kind in types.items() if kind == USER_DEFINED),
+        n_words=max(by_id) + 1,
+        stop_tokens=stop | {special[name] for name in STOP_NAMES if name in special},
+        model=json.dumps(data).encode(),
+        **common,
+    )
+
+
+def _tokens(path: Path, data: Dict[str, Any]) -> Any:
+    """All tokens by id, and the type of each."""
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: pairs of token and score
+        vocab = {pair[0]: i for i, pair in enumerate(vocab)}
+    by_id: Dict[int, str] = {i: token for token, i in vocab.items()}
+    added = {token["id"]: token for token in data.get("added_tokens", [])}
+    by_id |= {i: token["content"] for i, token in added.items()}
+    if not by_id or not all(type(i) is int and 0 <= i < 1 << 31 for i in by_id):
+        raise ValueError(f"{path}: its ids aren't numbers from 0 up")
+    types = dict.fromkeys(by_id, NORMAL)
+    types |= {i: CONTROL if t.get("special") else USER_DEFINED for i, t in added.items()}
+    return by_id, types
+
+
+def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
+    """The rule for words and the merges, of byte-level BPE that tiktoken does exactly.
+
+    Raises:
+        _NotByteLevelError: some setting asks for more.
+    """
+    model = data["model"]
+    kind = model.get("type") or ("BPE" if "merges" in model else None)
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    plain = not any(model.get(key) for key in ("byte_fallback", "dropout", "fuse_unk", *affixes))
+    if kind != "BPE" or not plain or data.get("normalizer"):
+        raise _NotByteLevelError
+    pre = pre_of(data["pre_tokenizer"])
+    if pre is None or (pre != "llama-bpe" and model.get("ignore_merges")):
+        raise _NotByteLevelError
+    if pre == "llama-bpe" and not model.get("ignore_merges"):
+        raise _NotByteLevelError
+    for token in data.get("added_tokens", []):
+        odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
+        if odd and not token.get("special"):
+            raise _NotByteLevelError
+    if sorted(by_id) != list(range(len(by_id))):
+        raise _NotByteLevelError
+    merges: List[str] = [
+        merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+        for merge in model["merges"]
+    ]
+    ids, last = {token: i for i, token in by_id.items()}, -1
+    seen = set()
+    for merge in merges:  # tiktoken merges in the order of ids
+        if merge not in ids:
+            raise ValueError(f"a merge makes {merge!r}, which isn't a token")
+        if merge not in seen:
+            if ids[merge] < last:
+                raise _NotByteLevelError
+            last = ids[merge]
+        seen.add(merge)
+    return pre, merges

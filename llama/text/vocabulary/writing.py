@@ -1,0 +1,262 @@
+"""A vocabulary written into other files: tokenizer.model, tokenizer.json, metadata of GGUF."""
+
+import base64
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from llama.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from llama.text.vocabulary.byte_level import byte_alphabet, llama3_special_tokens, split_rule
+from llama.text.vocabulary.spm import SPACE, proto
+
+
+def tokens_of(vocabulary: Vocabulary) -> List[str]:
+    """All tokens by id: special ones by name, the others in GPT-2's alphabet."""
+    stand_ins = {byte: c for c, byte in byte_alphabet().items()}
+    by_id = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
+    tokens = {i: "".join(stand_ins[b] for b in token) for i, token in by_id.items()}
+    tokens |= {i: name for name, i in vocabulary.special_tokens.items()}
+    return [tokens[i] for i in range(vocabulary.n_words)]
+
+
+def merges_of(vocabulary: Vocabulary) -> List[Tuple[str, str]]:
+    """The merge that makes each token, in order: the last one when BPE builds it from its bytes."""
+    stand_ins = {byte: c for c, byte in byte_alphabet().items()}
+    ranks, merges = vocabulary.ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            best = min(pairs)
+            if best >= rank:
+                break
+            at = pairs.index(best)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            a, b = ("".join(stand_ins[byte] for byte in part) for part in parts)
+            merges.append((a, b))
+    return merges
+
+
+def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
+    """Write a tokenizer beside weights in Meta's format: tokenizer.model where there is one that
+    says it all, else a tokenizer.json; returns the file."""
+    if vocabulary.kind != "byte-level":
+        return write_for_hugging_face(vocabulary, directory)
+    ordinary = vocabulary.n_words - 256
+    by_rule = llama3_special_tokens(ordinary) == vocabulary.special_tokens
+    whole = sorted(vocabulary.ranks.values()) == list(range(ordinary))
+    if by_rule and whole and vocabulary.pre == "llama-bpe" and not vocabulary.chat_template:
+        path = directory / "tokenizer.model"
+        lines = sorted(vocabulary.ranks.items(), key=lambda item: item[1])
+        path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in lines))
+        return path
+    return write_for_hugging_face(vocabulary, directory)
+
+
+def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
+    """Write the tokenizer (SentencePiece's tokenizer.model, if it is one, and tokenizer.json),
+    tokenizer_config.json and generation_config.json, as transformers reads them; returns the first.
+    """
+    names = {i: name for name, i in vocabulary.special_tokens.items()}
+    config: Dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None if vocabulary.bos_id is None else names[vocabulary.bos_id],
+        "eos_token": names[vocabulary.eos_id],
+        "pad_token": names[vocabulary.pad_id],
+        "add_bos_token": vocabulary.add_bos,
+    }
+    if vocabulary.kind == "spm":
+        path = directory / "tokenizer.model"
+        path.write_bytes(vocabulary.model)
+        if (twin := _pieces_json(vocabulary)) is None:
+            config["tokenizer_class"] = "LlamaTokenizer"
+        else:
+            _write_json(directory / "tokenizer.json", twin)
+        config["added_tokens_decoder"] = {
+            str(token.pop("id")): token for token in _added_tokens(vocabulary)
+        }
+    else:
+        path = directory / "tokenizer.json"
+        if vocabulary.kind == "json":
+            path.write_bytes(vocabulary.model)
+        else:
+            _write_json(path, _tokenizer_json(vocabulary))
+    if vocabulary.chat_template:
+        config["chat_template"] = vocabulary.chat_template
+    _write_json(directory / "tokenizer_config.json", config)
+    generation = {
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": sorted(vocabulary.stop_tokens),
+        "pad_token_id": vocabulary.pad_id,
+    }
+    _write_json(directory / "generation_config.json", generation)
+    return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _added_tokens(vocabulary: Vocabulary) -> List[Dict[str, Any]]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": i, "content": name, **flags, "special": name not in vocabulary.user_defined}
+        for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
+    ]
+
+
+def _post_processor(vocabulary: Vocabulary, tokens: List[str]) -> Any:
+    """What puts bos before a text, if that is what the vocabulary wants."""
+    if not vocabulary.add_bos or vocabulary.bos_id is None:
+        return None
+    bos = tokens[vocabulary.bos_id]
+    first: Dict[str, Any] = {"SpecialToken": {"id": bos, "type_id": 0}}
+    texts = [{"Sequence": {"id": text, "type_id": 0}} for text in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, texts[0], first, texts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
+    }
+
+
+def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
+    """tokenizer.json of a SentencePiece model of the kind BPE; None where it takes more.
+
+    SentencePiece joins the two neighbours that make the piece of the highest score, so the merges
+    are all ways to make each piece, in the order of the scores.
+    """
+    model = proto.ModelProto.FromString(vocabulary.model)
+    normalizer = model.normalizer_spec
+    plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE or not plain:
+        return None
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    made = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    merges: List[Tuple[str, str]] = []
+    for piece in sorted(made, key=lambda piece: (-made[piece], ids[piece])):
+        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        pairs = [(a, b) for a, b in splits if a in made and b in made]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    tokens = [piece.piece for piece in model.pieces]
+    tokens += [""] * (vocabulary.n_words - len(tokens))
+    for name, i in vocabulary.special_tokens.items():
+        tokens[i] = name
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(vocabulary),
+        "normalizer": {"type": "Sequence", "normalizers": [*prefixed, replace]},
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(vocabulary, tokens),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": tokens[model.trainer_spec.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": model.trainer_spec.byte_fallback,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+
+
+def _tokenizer_json(vocabulary: Vocabulary) -> Dict[str, Any]:
+    """tokenizer.json of a byte-level vocabulary."""
+    tokens = tokens_of(vocabulary)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(vocabulary),
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}],
+        },
+        "post_processor": _post_processor(vocabulary, tokens),
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": vocabulary.pre == "llama-bpe",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges_of(vocabulary),
+        },
+    }
+
+
+def write_gguf(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
+    """Add a vocabulary to a gguf.GGUFWriter, filled up to vocab_size with unused tokens.
+
+    Raises:
+        ValueError: a vocabulary that GGUF has no kind for.
+    """
+    if vocabulary.kind == "json":
+        raise ValueError(
+            f"{vocabulary.name} is neither byte-level BPE nor SentencePiece, and GGUF knows no "
+            "other kind: pass a tokenizer.model that comes with the model as tokenizer_path"
+        )
+    if vocabulary.kind == "spm":
+        _write_pieces(vocabulary, writer, vocab_size)
+    else:
+        _write_byte_level(vocabulary, writer, vocab_size)
+    for key, i in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id)):
+        if i is not None:
+            getattr(writer, f"add_{key}_token_id")(i)
+    writer.add_pad_token_id(vocabulary.pad_id)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    if "<|eot_id|>" in vocabulary.special_tokens:
+        writer.add_eot_token_id(vocabulary.special_tokens["<|eot_id|>"])
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _write_byte_level(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
+    tokens = tokens_of(vocabulary)
+    kinds = {i: CONTROL for i in vocabulary.special_tokens.values()}
+    kinds |= {vocabulary.special_tokens[name]: USER_DEFINED for name in vocabulary.user_defined}
+    types = [kinds.get(i, NORMAL) for i in range(len(tokens))]
+    missing = range(len(tokens), vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(tokens + [f"[PAD{i}]" for i in missing])
+    writer.add_token_types(types + [UNUSED for _ in missing])
+    writer.add_token_merges([f"{a} {b}" for a, b in merges_of(vocabulary)])
+
+
+def _write_pieces(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
+    model = proto.ModelProto.FromString(vocabulary.model)
+    pieces = [(p.piece, p.score, p.type) for p in model.pieces]
+    added = {i: name for name, i in vocabulary.special_tokens.items()}
+    for i in range(len(pieces), max(vocab_size, vocabulary.n_words)):
+        kind = USER_DEFINED if added.get(i) in vocabulary.user_defined else CONTROL
+        pieces.append((added[i], 0.0, kind) if i in added else (f"[PAD{i}]", 0.0, UNUSED))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece for piece, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([kind for _, _, kind in pieces])
+    writer.add_unk_token_id(model.trainer_spec.unk_id)
+    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)

@@ -1,0 +1,221 @@
+"""LoRA adapters on a model that is in use: several at once, switched, merged, trained, written.
+
+    attach(model, read_adapter("poet", model.params), "poet")
+    use(model, "poet")          # or another's name, or None
+
+y = W x + scale · B (A x) (arXiv 2106.09685): the model's own weights stay as they are. To have an
+adapter in the weights from the start, quantized and compiled models too, there is
+`Llama.build(..., adapter_dir=...)`.
+"""
+
+import math
+from typing import Dict, Iterator, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import nn
+
+from llama.checkpoint import weight_shapes
+from llama.checkpoint.adapter import Adapter, Pair
+from llama.layers import parallel
+from llama.model import Transformer, TransformerBlock
+
+# The matrices of a block, by Meta's names.
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+class LoRALinear(nn.Module):
+    """A linear layer of a block and what is added to it, one of several pairs or none.
+
+    Where a rank has a part of the layer's outputs it has all of A and these rows of B; where it has
+    a part of the inputs, these columns of A and all of B. What both make is whole in between.
+
+    Attributes:
+        base: the layer. Its name in the model gets ".base" appended.
+        active: the name of the pair that is added, or None.
+    """
+
+    def __init__(self, base: nn.Module, weight_name: str):
+        super().__init__()
+        self.base, self.weight_name = base, weight_name
+        self.splits_outputs = parallel.shard_axis(weight_name) == 0
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scale: Dict[str, float] = {}
+        self.active: Optional[str] = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        if self.active is None or self.active not in self.scale:
+            return y
+        A, B = self.lora_A[self.active], self.lora_B[self.active]
+        z = F.linear(x, A.type_as(x))
+        if self.splits_outputs:
+            z = copy_to_model_parallel_region(z)
+        else:
+            z = reduce_from_model_parallel_region(z)
+        return y + self.scale[self.active] * F.linear(z, B.type_as(x))
+
+
+def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
+    """Add an adapter under a name, and use it.
+
+    Raises:
+        ValueError: a name that is taken or can't be one, layers that take no adapter, or an
+            adapter of another model. Nothing is added then.
+    """
+    if name in names(model):
+        raise ValueError(f"an adapter {name!r} is there already: detach it, or name this otherwise")
+    if not all(isinstance(block, TransformerBlock) for block in model.layers):
+        raise ValueError(
+            "compiled layers take no adapter afterwards: build with compile=False, or with "
+            "adapter_dir, which puts it into the weights"
+        )
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"{name!r} can't name an adapter: letters and digits, and no dots")
+    shapes = weight_shapes(model.params)
+    for weight_name, (A, B, _) in adapter.pairs.items():
+        if shapes.get(weight_name) != (len(B), A.shape[1]) or len(A) != B.shape[1]:
+            raise ValueError(f"{weight_name} takes no {tuple(B.shape)} x {tuple(A.shape)}: an "
+                             "adapter of another model?")  # fmt: skip
+    for weight_name, pair in adapter.pairs.items():
+        path = weight_name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer, weight_name)
+            model.set_submodule(path, layer)
+        A, B, layer.scale[name] = _shard(model, weight_name, pair)
+        device = model.norm.weight.device
+        layer.lora_A[name] = nn.Parameter(A.to(device, copy=True))
+        layer.lora_B[name] = nn.Parameter(B.to(device, copy=True))
+    use(model, name)
+
+
+def use(model: Transformer, name: Optional[str]) -> None:
+    """Switch to the adapter of this name; None: to the model as it is.
+
+    Prefixes that were kept are forgotten (`llama.engine.prefixes`).
+
+    Raises:
+        ValueError: a name that no adapter has.
+    """
+    known = names(model)
+    if name is not None and name not in known:
+        raise ValueError(f"no adapter {name!r}: there is {', '.join(known) or 'none'}")
+    model.revision += 1
+    for layer in layers(model):
+        layer.active = name
+
+
+def detach(model: Transformer, name: str) -> None:
+    """Forget an adapter. The last one to go leaves the model as it was before the first.
+
+    Raises:
+        ValueError: a name that no adapter has.
+    """
+    if name not in names(model):
+        use(model, name)  # says which there are
+    model.revision += 1
+    for layer in list(layers(model)):
+        if name in layer.scale:
+            del layer.lora_A[name], layer.lora_B[name], layer.scale[name]
+        layer.active = None if layer.active == name else layer.active
+        if not layer.scale:
+            model.set_submodule(layer.weight_name.removesuffix(".weight"), layer.base)
+
+
+@torch.no_grad()
+def merge(model: Transformer, name: str) -> None:
+    """Add an adapter to the weights themselves, in fp32 rounded once, and forget it.
+
+    Raises:
+        ValueError: a name that no adapter has, or weights in blocks.
+    """
+    chosen = [layer for layer in layers(model) if name in layer.scale]
+    for layer in chosen:
+        weight = getattr(layer.base, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.is_meta:
+            raise ValueError(
+                "weights that are quantized, or not in memory, take no adapter afterwards: build "
+                "with adapter_dir, which adds it as they are read"
+            )
+    for layer in chosen:
+        A, B = layer.lora_A[name].float(), layer.lora_B[name].float()
+        weight = layer.weight
+        weight.copy_(torch.addmm(weight.float(), B, A, alpha=layer.scale[name]))
+    detach(model, name)
+
+
+def fresh(
+    model: Transformer,
+    rank: int,
+    alpha: float,
+    matrices: Sequence[str] = MATRICES,
+    seed: int = 1,
+) -> Adapter:
+    """An adapter that adds nothing yet, to be trained: A uniform as PEFT draws it, B zeros.
+
+    Raises:
+        ValueError: a rank below 1, or matrices that a block doesn't have.
+    """
+    unknown = set(matrices) - set(MATRICES)
+    if rank < 1 or unknown or not matrices:
+        raise ValueError(
+            f"lora rank {rank} of {', '.join(matrices) or 'nothing'}: a rank from 1 up, and some "
+            f"of {', '.join(MATRICES)}"
+        )
+    generator, pairs = torch.Generator().manual_seed(seed), {}
+    for name, shape in weight_shapes(model.params).items():
+        if name.split(".")[-2] in matrices:
+            out, inner = shape
+            bound = 1 / math.sqrt(inner)  # kaiming_uniform with a = sqrt(5)
+            A = (2 * torch.rand(rank, inner, generator=generator) - 1) * bound
+            pairs[name] = Pair(A, torch.zeros(out, rank), alpha / rank)
+    return Adapter(pairs)
+
+
+def adapter_of(model: Transformer, name: str) -> Adapter:
+    """The adapter of this name, whole, on every rank.
+
+    Raises:
+        ValueError: a name that no adapter has.
+    """
+    if name not in names(model):
+        use(model, name)
+    args, pairs = model.params, {}
+    for layer in layers(model):
+        if name in layer.scale:
+            out, inner = weight_shapes(args)[layer.weight_name]
+            A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
+            heads = args.n_heads, args.n_kv_heads
+            if layer.splits_outputs:
+                B = parallel.whole(layer.weight_name, B, out, *heads)
+            else:
+                A = parallel.whole(layer.weight_name, A, inner, *heads)
+            pairs[layer.weight_name] = Pair(A.cpu(), B.cpu(), layer.scale[name])
+    return Adapter(pairs)
+
+
+def layers(model: Transformer) -> Iterator[LoRALinear]:
+    """The layers that have adapters."""
+    return (module for module in model.modules() if isinstance(module, LoRALinear))
+
+
+def names(model: Transformer) -> Tuple[str, ...]:
+    """The names of the adapters that a model has."""
+    return tuple(sorted({name for layer in layers(model) for name in layer.scale}))
+
+
+def _shard(model: Transformer, name: str, pair: Pair) -> Pair:
+    """This rank's part of a pair: of B's rows as of the weight's, or of A's columns."""
+    heads = model.params.n_heads, model.params.n_kv_heads
+    if parallel.shard_axis(name) == 0:
+        return pair._replace(B=parallel.part(name, pair.B, *heads))
+    return pair._replace(A=parallel.part(name, pair.A, *heads))

@@ -1,0 +1,292 @@
+"""finetune.py as a command: broken off and resumed, its results in every format, its errors."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, random_weights, write_checkpoint
+from test_model import gap, ids, to_hugging_face
+
+from llama import Llama, checkpoint
+from llama.apps.finetune import main
+from llama.backends import memory
+from llama.checkpoint.adapter import Merged, read_adapter
+from llama.training import Trainer
+
+DIALOG = [
+    {"role": "user", "content": "What is the word?"},
+    {"role": "assistant", "content": "The word is lamp."},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finetune")
+    write_checkpoint(path / "base", replace(TINY, max_seq_len=128))
+    lines = [{"messages": [{**DIALOG[0], "content": "?" * (1 + i)}, DIALOG[1]]} for i in range(20)]
+    (path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+OPTIONS = {
+    "held_out": 4, "batch_size": 4, "max_seq_len": 128, "epochs": 6, "learning_rate": 0.01,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def here(base, out, **more):
+    """The command's function, in this process."""
+    main(str(base / "data.jsonl"), str(out), str(base / "base"), **(OPTIONS | more))
+
+
+def start(base, out, *more, ranks=1):
+    """The command, in processes of its own."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["-m", "llama.apps.finetune", str(base / "data.jsonl"), "--out", str(out)]
+    command += ["--ckpt_dir", str(base / "base"), *more]
+    command += [f"--{name}={value}" for name, value in OPTIONS.items()]
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, cwd=base,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finetune(base, out, *more, ranks=1):
+    """(exit status, stdout, stderr)."""
+    process = start(base, out, *more, ranks=ranks)
+    said = process.communicate(timeout=300)
+    return process.returncode, *said
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """What a run may be told from another by: all but the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in log(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """A run to the end."""
+    code, printed, said = finetune(base, base / "whole")
+    assert code == 0 and printed == "" and "Traceback" not in said, said
+    return base / "whole", said
+
+
+def test_a_run_lowers_the_loss_and_says_so(whole, base):
+    out, said = whole
+    assert "16 examples to learn from, 4 held out, 24 steps" in said
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "log.jsonl", "loss.png"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    held_out = {line["step"]: line["held_out_loss"] for line in log(out) if "held_out_loss" in line}
+    assert list(held_out) == [*range(0, 25, 4)] and held_out[24] < held_out[0] - 2
+    for step, loss in held_out.items():
+        assert f"step {step}: held-out loss {loss:.4f}" in said
+    steps = [line for line in log(out) if "loss" in line]
+    assert [line["step"] for line in steps] == [*range(1, 25)]
+    assert all(line["tokens"] > 0 and line["seconds"] > 0 for line in steps)
+
+
+def interrupted(base, out, number):
+    """The command, stopped once it has done six steps."""
+    process = start(base, out, "--save_every", "2")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 7:
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_broken_off_and_resumed_is_undisturbed(number, whole, base, tmp_path):
+    out = tmp_path / "run"
+    code, said = interrupted(base, out, number)
+    assert code != 0 and not (out / "adapter").exists()
+    if number == signal.SIGINT:
+        assert code == 1 and "interrupted after step" in said and "Traceback" not in said
+        with pytest.raises(ValueError, match="seed=1, and this one has 5"):  # another run
+            here(base, out, seed=5)
+    code, _, said = finetune(base, out, "--save_every", "2")
+    assert code == 0 and "going on after step" in said, said
+    assert losses(out) == losses(whole[0])
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, expected = (path / "adapter" / name for path in (out, whole[0]))
+        assert ours.read_bytes() == expected.read_bytes()
+    assert not (out / "state").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "meta", "gguf"])
+def test_an_adapters_weights_in_every_format(to, base, tmp_path):
+    """Is the base with the adapter that the same run writes."""
+    here(base, tmp_path / "run", to=to, dtype="fp32")
+    here(base, tmp_path / "adapter", dtype="fp32")
+    source = checkpoint.open(base / "base")
+    expected = Merged(source, read_adapter(tmp_path / "adapter" / "adapter", source.args))
+    found = checkpoint.open(tmp_path / "run" / ("model.gguf" if to == "gguf" else "model"))
+    for name, shape in checkpoint.weight_shapes(source.args).items():
+        assert torch.equal(found.read(name, 0, 0, shape[0]), expected.read(name, 0, 0, shape[0]))
+
+
+def test_all_weights_on_two_ranks(base, tmp_path):
+    """What two ranks learned and wrote is what one did, and transformers reads it."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"method": "full", "dtype": "fp32", "recompute": True, "micro_batches": 2}
+    here(base, tmp_path / "1", **options)
+    written = [f"--{name}={value}" for name, value in options.items()]
+    code, _, said = finetune(base, tmp_path / "2", *written, ranks=2)
+    assert code == 0, said
+    one, two = ([line.get("loss", line.get("held_out_loss")) for line in log(tmp_path / ranks)]
+                for ranks in ("1", "2"))  # fmt: skip
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-3
+    logits = {}
+    for ranks in (1, 2):
+        written = json.loads((tmp_path / str(ranks) / "model" / "config.json").read_text())
+        known = checkpoint.open(base / "base").args.max_seq_len
+        assert written["max_position_embeddings"] == known != 128  # which is the examples'
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(ranks) / "model")
+        with torch.inference_mode():
+            logits[ranks] = model(ids(1, 9)).logits
+    start = to_hugging_face(TINY, random_weights(TINY))(ids(1, 9)).logits
+    assert gap(logits[1], logits[2]) < 1e-2 < 0.5 < gap(logits[1], start.detach())
+
+    llama = Llama.build(tmp_path / "1" / "model", base / "base" / "tokenizer.model",
+                        device="cpu", dtype="fp32", max_seq_len=128)  # fmt: skip
+    [answer] = llama.chat_completion([DIALOG[:1]], temperature=0, max_gen_len=40)
+    assert answer["generation"]["content"] == DIALOG[1]["content"]
+    assert answer["finish_reason"] == "stop"  # the end of the answer was learned, too
+
+
+ERRORS = {
+    "--method='half': choose lora or full": {"method": "half"},
+    "choose hf, meta or gguf, or for lora adapter": {"method": "full", "to": "adapter"},
+    "--held_out=20 of 20 examples leaves none": {"held_out": 20},
+    "lora rank 0": {"lora_rank": 0},
+    "some of wq, wk": {"lora_matrices": "wq,q_proj"},
+    "batch_size=0 must be more than 0": {"batch_size": 0},
+    "--max_seq_len=1 from 2": {"max_seq_len": 1},
+    "learning_rate=0 must be more than 0": {"learning_rate": 0},
+    "torch.float16: small gradients would be lost": {"dtype": "fp16"},
+}
+
+
+@pytest.mark.parametrize("complaint", ERRORS)
+def test_errors(complaint, base, tmp_path):
+    with pytest.raises(ValueError, match=complaint):
+        here(base, tmp_path / "run", **ERRORS[complaint])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_fit_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("llama.backends.memory.available", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"this can't fit: .* Ways out: --method lora"):
+        here(base, tmp_path / "run", method="full")
+    need = memory.estimate(TINY, 1, torch.float32).weights
+    monkeypatch.setattr("llama.backends.memory.available", lambda device: 2 * need)
+    here(base, tmp_path / "run", dtype="fp32", epochs=1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # four that share the memory
+    with pytest.raises(ValueError, match=r"this can't fit: .* Ways out: --dtype bf16"):
+        here(base, tmp_path / "other", dtype="fp32", epochs=1)
+
+
+def test_a_run_that_is_done_is_left_alone(whole, base, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    code, printed, said = finetune(base, out)
+    assert (code, printed) == (1, "") and said.startswith("error: ") and "run is done" in said
+    assert losses(out) == losses(whole[0])
+    here(base, out, force=True, epochs=1)
+    assert len(log(out)) < len(log(whole[0]))
+
+
+def test_a_forced_run_that_broke_off_goes_on_without_force(whole, base, tmp_path, monkeypatch):
+    """And what was there stays until the new result is complete."""
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    learned = Trainer.one_step
+
+    def broken_off(trainer):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return learned(trainer)
+
+    monkeypatch.setattr(Trainer, "one_step", broken_off)
+    with pytest.raises(SystemExit, match="step 4: the same command, without --force, goes on"):
+        here(base, out, force=True, seed=5)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    here(base, out, seed=5)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
+    with pytest.raises(FileExistsError, match="adapter exists, this run is done"):
+        here(base, out, method="full")  # nor is a run of another kind put beside it
+
+
+def test_what_fails_after_the_last_step_costs_no_step(base, tmp_path, monkeypatch):
+    """A disk that is full, a file cut off while it was written."""
+    out = tmp_path / "run"
+
+    def full(*args, **options):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("llama.apps.finetune.write_adapter", full)
+        here(base, out)
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "los')
+    monkeypatch.setattr(Trainer, "one_step", None)  # none is taken any more
+    shutil.copytree(out / "state", out / ".state.done")  # of a run killed as it cleaned up
+    here(base, out)
+    assert (out / "adapter").exists() and not list(out.glob(".*"))
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
+
+
+def test_another_base_is_another_run(base, tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "base", replace(TINY, max_seq_len=128))
+    shutil.copy(base / "data.jsonl", tmp_path)
+    monkeypatch.setattr("llama.apps.finetune.write_adapter", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here(tmp_path, tmp_path / "run")
+    shutil.rmtree(path)
+    write_checkpoint(path, replace(TINY, max_seq_len=128), seed=1)
+    with pytest.raises(ValueError, match="is of a run with base="):
+        here(tmp_path, tmp_path / "run")
+
+
+def test_the_base_is_never_overwritten(base, tmp_path):
+    write_checkpoint(tmp_path / "run" / "model", replace(TINY, max_seq_len=128))
+    for method in ("lora", "full"):
+        with pytest.raises(ValueError, match="holds the model itself that is to be learned"):
+            main(str(base / "data.jsonl"), str(tmp_path / "run"), str(tmp_path / "run" / "model"),
+                 method=method, to="hf", force=True, **OPTIONS)  # fmt: skip
+
+
+def test_without_matplotlib_there_is_no_plot(base, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    here(base, tmp_path / "run", epochs=1, held_out=0)
+    assert "no loss.png: pip install matplotlib" in capfd.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl"]
+
+
+def test_help_names_every_argument():
+    said = subprocess.run(
+        [sys.executable, "-m", "llama.apps.finetune", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    for name in inspect.signature(main).parameters:
+        assert f"{name.upper()}" in said.stdout + said.stderr, name

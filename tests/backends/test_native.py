@@ -1,0 +1,370 @@
+"""The CPU's kernels compute what model.py does, whatever the batch, the context and the weights."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, random_model, random_weights, run_ranks, write_checkpoint
+
+from llama import Llama, ModelArgs, Transformer, checkpoint
+from llama.backends import cpu as native
+from llama.backends import quantized as quantize
+from llama.backends.cpu import kernels
+from llama.backends.cpu.layers import FEW
+from llama.checkpoint import InMemory
+from llama.layers import parallel
+from llama.layers.cache import Int8KVCache, KVCache
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """Kernels share rows out to threads, and the tests run with one (conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+SMALL = replace(
+    TINY, dim=128, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=192, max_seq_len=2048
+)
+SHAPES = {
+    "grouped": SMALL,
+    "one key head": replace(SMALL, n_kv_heads=1),
+    "all key heads": replace(SMALL, n_kv_heads=4),
+    "eight to one": replace(SMALL, dim=256, n_heads=8, n_kv_heads=1),
+    "heads of 64": replace(SMALL, n_heads=3, n_kv_heads=3, head_dim=64),
+    "heads of 128": replace(SMALL, n_heads=2, n_kv_heads=1, head_dim=128),
+    "tied, odd vocabulary": replace(SMALL, tied_embeddings=True, vocab_size=509),
+}
+
+
+def pair(args: ModelArgs, kind=None, dtype=torch.float32):
+    """A model as it is read, and the same with the kernels' layers."""
+    parallel.initialize(device="cpu")
+
+    def build() -> Transformer:
+        source, model = InMemory(args, random_weights(args)), Transformer(args, device="meta")
+        if kind:
+            return quantize.load(source, model, kind, dtype=dtype)
+        return checkpoint.load(source, model, dtype=dtype)
+
+    return build(), native.swap(build())
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(500, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest, against the size of the values."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@torch.inference_mode()
+def stepped(model: Transformer, tokens: torch.Tensor, prompt: int, step: int = 1) -> torch.Tensor:
+    """Logits by way of a cache: a prompt, then some tokens at a time."""
+    cache = model.new_cache(len(tokens))
+    found = [model(tokens[:, :prompt], 0, cache)]
+    for at in range(prompt, tokens.shape[1], step):
+        found.append(model(tokens[:, at : at + step], at, cache))
+    return torch.cat(found, 1)
+
+
+# --- the same as model.py ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("length", [1, FEW, FEW + 1, 100])
+def test_a_forward_is_the_models(name, length):
+    eager, compiled = pair(SHAPES[name])
+    tokens = ids(2, length)
+    with torch.inference_mode():
+        assert difference(compiled(tokens), eager(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("prompt, step", [(1, 1), (40, 1), (40, 7), (3, 50)])
+def test_cached_is_uncached(name, prompt, step):
+    eager, compiled = pair(SHAPES[name])
+    tokens = ids(2, 60)
+    with torch.inference_mode():
+        expected = eager(tokens)
+    assert difference(stepped(compiled, tokens, prompt, step), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_blocks_mean_what_they_mean_to_the_plain_layers(kind):
+    eager, compiled = pair(SMALL, kind)
+    for length in (1, 20, 100):
+        with torch.inference_mode():
+            assert difference(compiled(ids(1, length)), eager(ids(1, length))) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_attention_over_chunks_of_keys_is_softmax(scale):
+    """1300 keys are three chunks; with large scores one key takes all, with small ones none."""
+    args = replace(SMALL, n_layers=1)
+    weights = random_weights(args)
+    weights["layers.0.attention.wq.weight"] *= scale
+    parallel.initialize(device="cpu")
+    eager, compiled = (
+        checkpoint.load(InMemory(args, weights), Transformer(args, device="meta")) for _ in "ab"
+    )
+    native.swap(compiled)
+    tokens = ids(1, 1300)
+    with torch.inference_mode():
+        expected = eager.double()(tokens)[:, -40:] if scale == 30.0 else eager(tokens)[:, -40:]
+        whole = compiled(tokens)[:, -40:]
+    assert difference(whole, expected.float()) < 2e-5
+    assert difference(stepped(compiled, tokens, 1260)[:, -40:], expected.float()) < 2e-5
+
+
+def test_rows_stand_at_their_own_positions():
+    eager, compiled = pair(SMALL)
+    lengths = [3, 700, 41]
+    with torch.inference_mode():
+        caches = []
+        for model in (eager, compiled):
+            cache = model.new_cache(3)
+            model(ids(3, 700), 0, cache)
+            cache.truncate(lengths)
+            caches.append(model(ids(3, 2, seed=1), lengths, cache))
+    assert difference(caches[1], caches[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, *quantize.KINDS])
+def test_a_step_is_the_same_to_the_bit_in_any_batch(dtype, kind):
+    """Other rows change neither the order of a sum nor where a chunk of keys begins."""
+    _, compiled = pair(SMALL, kind, dtype)
+    lengths = [600, 5, 77, 513, 1, 30, 222, 9, 64, 65]
+    tokens, new = ids(10, 600), ids(10, 3, seed=1)
+    with torch.inference_mode():
+        cache = compiled.new_cache(10)
+        compiled(tokens, 0, cache)
+        cache.truncate(lengths)
+        single = []
+        for row, length in enumerate(lengths):
+            part = cache.part(row, row + 1)
+            single.append(compiled(new[row : row + 1], length, part))
+        together = compiled(new, lengths, cache)
+    assert torch.equal(together, torch.cat(single))
+
+
+def test_bf16_is_no_further_from_exact_than_the_plain_layers(smollm2_path):
+    tokens = ids(1, 200) + 1000
+    exact, plain, compiled = (
+        Llama.build(smollm2_path, device="cpu", max_batch_size=1, **options).model
+        for options in (
+            {"dtype": "fp32"},
+            {"dtype": "bf16"},
+            {"dtype": "bf16", "compile": True},
+        )
+    )
+    with torch.inference_mode():
+        expected = exact(tokens).log_softmax(-1)
+
+        def error(logits: torch.Tensor) -> float:
+            return (logits.log_softmax(-1) - expected).square().mean().sqrt().item()
+
+        allowed = error(plain(tokens))
+        assert error(compiled(tokens)) < 1.05 * allowed
+        assert error(stepped(compiled, tokens, 180)) < 1.05 * allowed
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int4"}, {"quantize": "int8"}])
+def test_the_real_model_says_the_same(smollm2, smollm2_path, options):
+    """Its weights are of 4 and 8 bits already. One prompt, 16 unlike ones, greedy, fp32."""
+    compiled = Llama.build(
+        smollm2_path, device="cpu", dtype="fp32", max_batch_size=16, compile=True, **options
+    )
+    prompts = [ids(n, seed=n).tolist() for n in range(1, 160, 10)]
+    expected, logprobs = smollm2.generate(prompts, 24, temperature=0, logprobs=True)
+    found, compiled_logprobs = compiled.generate(prompts, 24, temperature=0, logprobs=True)
+    assert found == expected
+    for a, b in zip(logprobs, compiled_logprobs, strict=True):
+        assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-3)
+
+
+# --- the int8 cache ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
+def test_an_int8_cache_is_the_plain_layers_int8_cache(dtype, bound):
+    """They round the same values; where fp32 puts them on two sides of a half, by one step."""
+    eager, compiled = pair(SMALL, dtype=dtype)
+    eager.cache_type = compiled.cache_type = Int8KVCache
+    tokens = ids(2, 90)
+    expected = stepped(eager, tokens, 60)
+    assert difference(stepped(compiled, tokens, 60).float(), expected.float()) < bound
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [{}, {"quantize": "int8"}, {"kv_cache": "int8"}])
+def test_ranks_say_what_one_says(tmp_path, build):
+    args = replace(SMALL, dim=256, n_heads=8, head_dim=32, hidden_dim=256)
+    path = write_checkpoint(tmp_path / "model", args)
+    prompts = [[1, 2, 3], [7] * 50, [250, 0, 13, 99, 5]]
+    build = {**build, "compile": True, "max_seq_len": 128}
+    one, two = (
+        run_ranks(n, "generate", tmp_path / f"{n}.json", ckpt=str(path), prompts=prompts,
+                  build=build, no_stops=True)
+        for n in (1, 2)
+    )  # fmt: skip
+    assert one["tokens"] == two["tokens"] == two["all_ranks"][1]
+    for a, b in zip(one["logprobs"], two["logprobs"], strict=True):
+        bound = 2e-2 if "kv_cache" in build else 1e-4
+        assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=bound)
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def in_a_process(tmp_path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
+    )  # fmt: skip
+
+
+def test_compiled_once(tmp_path):
+    code = "from llama.backends.cpu import kernels; kernels.library()"
+    first, second = (in_a_process(tmp_path, code) for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    assert "compiling kernels.cpp" in first.stderr and second.stderr == ""
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
+        ({"CXX": "false"}, "can't compile"),
+    ],
+)
+def test_without_a_compiler_there_is_a_way_out(tmp_path, environment, message):
+    code = (
+        "from llama.backends.cpu import kernels\n"
+        "try: kernels.library()\n"
+        "except ValueError as error: print(error)"
+    )
+    done = in_a_process(tmp_path, code, **environment)
+    assert message in done.stdout and "compile=False" in done.stdout, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64-v3"])
+def test_other_processors_compute_the_same(tmp_path, flags):
+    """The code that isn't written for AVX-512, on this processor, if it is one that knows it."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import torch\n"
+        "from test_native import SMALL, difference, ids, pair, stepped\n"
+        "for kind in (None, 'int8', 'int4'):\n"
+        "    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):\n"
+        "        eager, compiled = pair(SMALL, kind, dtype)\n"
+        "        with torch.inference_mode():\n"
+        "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
+        "        assert found < bound, (kind, dtype, found)\n"
+    )
+    done = in_a_process(tmp_path, code, CXXFLAGS=flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, dtype, message",
+    [
+        (replace(SMALL, hidden_dim=96 + 16), torch.float32, "hidden_dim of a rank is 112"),
+        (TINY, torch.float32, "head_dim is 8"),
+        (replace(SMALL, head_dim=288), torch.float32, "head_dim of at most 256"),
+        (replace(SMALL, n_heads=80, n_kv_heads=1), torch.float32, "n_kv_heads of at most 64"),
+        (SMALL, torch.float16, "for dtype torch.float32 or torch.bfloat16, and not for"),
+    ],
+)
+def test_what_the_kernels_are_not_for_is_refused(args, dtype, message):
+    model = random_model(args).to(dtype)
+    with pytest.raises(ValueError, match=message):
+        native.swap(model)
+
+
+def test_broken_weights_are_still_told(smollm2):
+    weights = random_weights(SMALL)
+    weights["layers.1.attention.wv.weight"][:] = float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        model = checkpoint.load(InMemory(SMALL, weights), Transformer(SMALL, device="meta"))
+    llama = Llama(native.swap(model), smollm2.tokenizer)
+    for prompt in ([1, 2], [3] * 60):
+        with pytest.raises(ValueError, match="aren't finite"):
+            llama.generate([prompt], 4, temperature=0, stop_tokens=set())
+
+
+@pytest.mark.parametrize("length", [8, 200])
+def test_one_token_that_is_no_number_spoils_what_sees_it(length):
+    """As with the plain layers: its key's score is NaN, and so is all that is summed up with it."""
+    weights = random_weights(SMALL)
+    weights["tok_embeddings.weight"][500] = float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        model = checkpoint.load(InMemory(SMALL, weights), Transformer(SMALL, device="meta"))
+    tokens = ids(1, length)
+    tokens[0, 5] = 500
+    with torch.inference_mode():
+        logits = native.swap(model)(tokens)[0]
+    assert logits[5:].isnan().all()
+
+
+def test_threads_can_share_a_model(smollm2_path):
+    llama = Llama.build(smollm2_path, device="cpu", dtype="bf16", compile=True, max_batch_size=4)
+    prompts = [ids(n, seed=n).tolist() for n in (5, 40, 9, 120)]
+    expected = [llama.generate([p], 12, temperature=0, stop_tokens=set())[0] for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(
+                lambda p: llama.generate([p], 12, temperature=0, stop_tokens=set())[0], prompts
+            )
+        )
+    assert found == expected
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    _, compiled = pair(SMALL)
+    cache = KVCache(2, 1, 64, 2, 32, dtype=torch.bfloat16, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="a cache of torch.bfloat16 for a model of torch.float32"):
+        compiled(ids(1, 4), 0, cache)
+
+
+def test_a_product_of_few_rows_is_the_exact_one():
+    """To what fp32 sums can differ, for each kind of weight and any number of rows and columns."""
+    generator = torch.Generator().manual_seed(0)
+    library, threads = kernels.library(), torch.get_num_threads()
+    for rows, cols in ((1, 32), (7, 96), (130, 576), (64, 1536)):
+        weight = torch.randn(rows, cols, generator=generator)
+        for kind in kernels.KINDS:
+            if kind in ("F32", "BF16"):
+                stored = weight.to({"F32": torch.float32, "BF16": torch.bfloat16}[kind])
+                dense = stored.double()
+            else:
+                stored = checkpoint.ggml.quantize(weight, kind)
+                dense = checkpoint.ggml.dequantize(stored, kind).double()
+            struct = kernels.Weight(stored.data_ptr(), kernels.KINDS[kind], rows, cols)
+            for tokens in (1, 2, 3, 4, 5, 17):
+                x = torch.randn(tokens, cols, generator=generator)
+                for is_bf16 in (False, True):
+                    if is_bf16 == (kind == "F32"):
+                        continue
+                    given = x.bfloat16() if is_bf16 else x
+                    out, scratch = torch.empty(tokens, rows), torch.empty(tokens * cols)
+                    library.linear(
+                        is_bf16, kernels.ctypes.byref(struct), kernels.address(given), tokens,
+                        kernels.address(out), kernels.address(scratch), threads,
+                    )  # fmt: skip
+                    exact = F.linear(given.double(), dense)
+                    size = F.linear(given.double().abs(), dense.abs())
+                    assert ((out - exact).abs() <= 1e-6 * size).all(), (kind, rows, cols, tokens)

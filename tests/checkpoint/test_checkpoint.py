@@ -1,0 +1,115 @@
+"""Opening and loading, whatever the format: strictness, and resharding as arithmetic on slices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, random_weights, write_checkpoint
+
+from llama import Llama, Transformer, checkpoint
+from llama.checkpoint import InMemory, local_shape, read_shard, weight_shapes
+from llama.layers import parallel
+
+ODD = replace(TINY, dim=72, n_heads=9, n_kv_heads=3, hidden_dim=100, vocab_size=500)
+
+
+def assemble(args, name, world):
+    """What all ranks hold of a weight, put together again; replicas must agree."""
+    source = InMemory(args, random_weights(args))
+    shards = [read_shard(source, name, rank, world) for rank in range(world)]
+    for rank, shard in enumerate(shards):
+        assert tuple(shard.shape) == local_shape(args, name, rank, world)
+    axis, whole = parallel.shard_axis(name), source.weights[name]
+    if axis is None:
+        assert all(torch.equal(shard, whole) for shard in shards)
+        return shards[0], whole
+    if name.endswith(parallel.KV):
+        heads = {}
+        for rank, shard in enumerate(shards):
+            held = parallel.kv_heads(rank, world, args.n_heads, args.n_kv_heads)
+            for head, part in zip(held, shard.split(args.head_dim), strict=True):
+                assert torch.equal(heads.setdefault(head, part), part)
+        return torch.cat([heads[head] for head in sorted(heads)]), whole
+    joined = torch.cat(shards, axis)
+    assert not joined.narrow(axis, whole.shape[axis], joined.shape[axis] - whole.shape[axis]).any()
+    return joined.narrow(axis, 0, whole.shape[axis]), whole
+
+
+@pytest.mark.parametrize("args, worlds", [(TINY, (1, 2, 4, 8)), (ODD, (1, 3, 9))])
+def test_ranks_together_hold_each_weight_bit_for_bit(args, worlds, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BLOCK", 1000)  # several blocks a weight
+    for world in worlds:
+        for name in weight_shapes(args):
+            joined, whole = assemble(args, name, world)
+            assert torch.equal(joined, whole), (name, world)
+
+
+def test_model_and_plan_agree_on_every_shape():
+    parallel.initialize(device="cpu")
+    for args in (TINY, ODD, replace(TINY, tied_embeddings=True)):
+        model = Transformer(args, device="meta")
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert shapes == {name: local_shape(args, name, 0, 1) for name in weight_shapes(args)}
+
+
+def test_loading_is_strict_about_names_and_shapes():
+    parallel.initialize(device="cpu")
+    weights = random_weights(TINY)
+
+    def load(changed):
+        return checkpoint.load(InMemory(TINY, changed), Transformer(TINY, device="meta"))
+
+    lacking = {name: w for name, w in weights.items() if name != "layers.1.attention.wq.weight"}
+    with pytest.raises(ValueError, match=r"lacks layers\.1\.attention\.wq\.weight \(1 in all\)"):
+        load(lacking)
+    with pytest.raises(ValueError, match=r"no place for: layers\.0\.attention\.wq\.bias"):
+        load(weights | {"layers.0.attention.wq.bias": torch.zeros(64)})
+    with pytest.raises(ValueError, match=r"norm\.weight has the shape \(32,\).*asks for \(64,\)"):
+        load(weights | {"norm.weight": torch.ones(32)})
+
+
+def test_tied_embeddings_share_one_tensor():
+    parallel.initialize(device="cpu")
+    args = replace(TINY, tied_embeddings=True)
+    model = checkpoint.load(InMemory(args, random_weights(args)), Transformer(args, device="meta"))
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_dtype_is_converted_on_the_way():
+    parallel.initialize(device="cpu")
+    source = InMemory(TINY, random_weights(TINY))
+    model = checkpoint.load(source, Transformer(TINY, device="meta"), dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, source.weights[name].bfloat16())
+
+
+def test_what_is_not_a_checkpoint_is_named(tmp_path, tiny_dir):
+    with pytest.raises(FileNotFoundError, match=r"download\.sh"):
+        Llama.build(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"expected params\.json"):
+        checkpoint.open(tmp_path)
+    text = tmp_path / "model.txt"
+    text.write_text("no weights")
+    with pytest.raises(ValueError, match="isn't a GGUF file"):
+        checkpoint.open(text)
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="isn't a GGUF file"):
+        checkpoint.open(tmp_path / "empty.gguf")
+
+
+def test_a_directory_with_two_gguf_files_is_ambiguous(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"name one of them: a\.gguf, b\.gguf"):
+        checkpoint.open(tmp_path)
+
+
+def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, smollm2_path):
+    path = write_checkpoint(tmp_path / "ckpt", TINY)
+    with pytest.raises(ValueError, match=r"49152 tokens .* knows 512: they don't belong together"):
+        Llama.build(path, smollm2_path, device="cpu")
+    (path / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model .* pass tokenizer_path"):
+        Llama.build(path, device="cpu")
+    with pytest.raises(FileNotFoundError, match="no tokenizer file at"):
+        Llama.build(path, tmp_path / "nothing", device="cpu")

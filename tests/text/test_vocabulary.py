@@ -1,0 +1,451 @@
+"""SentencePiece and other vocabularies, against the packages that they were made for."""
+
+import io
+import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import List
+
+import pytest
+import sentencepiece
+import tokenizers
+from conftest import ROOT, TINY, random_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import LlamaCpp, assert_same_ids, glued_tokens, plain, random_texts
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from llama import Llama, Tokenizer, checkpoint
+from llama.checkpoint import InMemory, meta
+from llama.checkpoint.convert import convert
+from llama.model import ModelArgs
+from llama.text.chat import Llama2Format
+from llama.text.vocabulary import writing
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+ODD = [
+    "",
+    " ",
+    "  ",
+    "▁",
+    " ▁ ",
+    "<s>",
+    "</s>x<unk>",
+    "<0x41>",
+    "\n",
+    " a",
+    "a ",
+    "a  b",
+    "\x00",
+    "⁇",
+]
+
+
+def train(**options) -> bytes:
+    """A SentencePiece model as Meta trained Llama 2's: BPE, bytes for what it has no piece for."""
+    texts, model = (
+        [*(ROOT / "README.md").read_text().splitlines(), *random_texts(0, 600)],
+        io.BytesIO(),
+    )
+    settings = dict(
+        vocab_size=1200, model_type="bpe", byte_fallback=True, split_digits=True,
+        allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", character_coverage=0.98, minloglevel=2,
+    )  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **{**settings, **options}
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spm_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    path.write_bytes(train())
+    return path
+
+
+@pytest.fixture(scope="module")
+def spm(spm_path) -> Tokenizer:
+    return Tokenizer(spm_path)
+
+
+@pytest.fixture(scope="module")
+def theirs(spm_path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
+
+
+@pytest.fixture(scope="module")
+def texts(spm) -> List[str]:
+    return ODD + random_texts(1, 2000) + glued_tokens(2, 800, spm)
+
+
+def write_gguf(tokenizer: Tokenizer, path: Path, vocab_size: int) -> Path:
+    """The vocabulary in a file that llama.cpp opens, by way of our converter."""
+    args = ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=vocab_size, hidden_dim=32)
+    return checkpoint.gguf.write(InMemory(args, random_weights(args)), path, tokenizer=tokenizer)
+
+
+# --- SentencePiece -------------------------------------------------------------------------------
+
+
+def test_ids_and_texts_are_sentencepieces(spm, theirs, texts):
+    assert spm.vocabulary.kind == "spm" and spm.n_words == theirs.get_piece_size()
+    assert (spm.bos_id, spm.eos_id, spm.stop_tokens) == (1, 2, {2}) and spm.add_bos
+    assert_same_ids(plain(spm), theirs.encode, texts)
+    for text in texts:
+        assert spm.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text)), text
+    assert spm.encode("Hello", bos=True, eos=True) == [1, *theirs.encode("Hello"), 2]
+
+
+def test_any_ids_decode_as_in_sentencepiece(spm, theirs):
+    rng = random.Random(3)
+    for _ in range(3000):
+        ids = [rng.randrange(spm.n_words) for _ in range(rng.randint(0, 6))]
+        expected = theirs.decode(ids)
+        if "\ufffd" not in expected:  # how many of these stand for broken bytes is a convention
+            assert spm.decode(ids) == expected, ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+        {"user_defined_symbols": ["<|im_start|>", "<tool>"]},
+        {"control_symbols": ["<|end|>"], "pad_id": 3},
+        {"byte_fallback": False},
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+    ],
+    ids=str,
+)
+def test_models_of_other_kinds_are_sentencepieces_too(tmp_path, options):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(vocab_size=900, **options))
+    ours = Tokenizer(path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = ODD + random_texts(4, 300)
+    texts += [f"a {name}{name} b" for name in ("<|im_start|>", "<tool>", "<|end|>")]
+    assert_same_ids(plain(ours), theirs.encode, texts)
+    if "remove_extra_whitespaces" not in options and options.get("model_type") != "unigram":
+        for text in texts:
+            assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text)), text
+
+
+def test_a_gguf_file_holds_the_same_vocabulary(spm, theirs, texts, tmp_path):
+    path = write_gguf(spm, tmp_path / "v.gguf", spm.n_words + 3)
+    ours = Tokenizer(path)
+    assert_same_ids(plain(ours), theirs.encode, texts)
+    assert ours.n_words == spm.n_words + 3 and ours.bos_id == 1 and ours.stop_tokens == {2}
+    llama_cpp = LlamaCpp(path)
+    assert_same_ids(plain(ours), llama_cpp.encode, [text for text in texts if "\x00" not in text])
+    for text in random_texts(5, 200):
+        assert ours.decode(plain(ours)(text)) == text
+    names = ["<s>", "</s>", "<unk>"]
+    rng = random.Random(6)
+    special = ["".join(rng.choices([*names, "a", " b", "<"], k=5)) for _ in range(200)]
+    for text in special:
+        found = ours.encode(text, bos=False, eos=False, allowed_special="all")
+        assert found == llama_cpp.encode(text, special=True), text
+
+
+def test_names_in_text_become_ids_only_where_allowed(spm, theirs):
+    def encode(text, **options):
+        return spm.encode(text, bos=False, eos=False, **options)
+
+    assert not {0, 1, 2} & set(encode("<s>hi</s><unk>"))
+    assert encode("<s>hi</s>", allowed_special="all") == [1, *theirs.encode("hi"), 2]
+    assert encode("<s>hi</s>", allowed_special={"</s>"})[-1] == 2
+    assert 1 not in encode("<s>hi</s>", allowed_special={"</s>"})
+    with pytest.raises(ValueError, match="'</s>'"):
+        encode("hi</s>", disallowed_special="all")
+    assert encode("hi", disallowed_special="all") == theirs.encode("hi")
+
+
+@pytest.mark.parametrize("name", ["bytes", "cut off", "no pieces"])
+def test_broken_models_are_refused(tmp_path, spm_path, name):
+    data = {"bytes": b"\n" + bytes(range(256)), "no pieces": b"\n\x00",
+            "cut off": spm_path.read_bytes()[:5000]}[name]  # fmt: skip
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="SentencePiece model"):
+        Tokenizer(path)
+
+
+def test_every_damaged_model_is_refused_or_encodes(tmp_path, spm_path):
+    data, path, rng = spm_path.read_bytes(), tmp_path / "tokenizer.model", random.Random(7)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.choice([rng.randrange(1, 60), rng.randrange(1, len(data))])] = (
+                rng.randrange(256)
+            )
+        path.write_bytes(damaged)
+        try:
+            tokenizer = Tokenizer(path)
+            tokenizer.decode(tokenizer.encode("Hello 1", bos=False, eos=False))
+        except ValueError:
+            refused += 1
+    assert 0 < refused < 300
+
+
+def test_conversion_carries_a_sentencepiece_vocabulary(spm_path, tmp_path, theirs, texts):
+    """From Meta's directory to Hugging Face's, to GGUF and back, with a template on the way."""
+    args = ModelArgs(
+        dim=32, n_layers=1, n_heads=2, vocab_size=theirs.get_piece_size(), hidden_dim=32
+    )
+    source = InMemory(args, random_weights(args))
+    meta = convert(source, tmp_path / "meta", "meta", tokenizer_path=spm_path, quiet=True)
+    assert (meta / "tokenizer.model").read_bytes() == spm_path.read_bytes()
+    hf = convert(meta, tmp_path / "hf", "hf", quiet=True)
+    config = json.loads((hf / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE
+    (hf / "tokenizer_config.json").write_text(json.dumps(config))
+    file = convert(hf, tmp_path / "m.gguf", "gguf", quiet=True)
+    back = convert(file, tmp_path / "back", "meta", quiet=True)
+    for path in (hf, file, back):
+        found = Tokenizer(checkpoint.open(path).tokenizer_path)
+        assert found.chat_template == TEMPLATE and found.stop_tokens == {2} and found.add_bos
+        assert_same_ids(plain(found), theirs.encode, texts[:600])
+    peer = AutoTokenizer.from_pretrained(hf)
+    words = [text for text in texts[:600] if "<" not in text and "\u2581" not in text]
+    assert_same_ids(lambda s: peer(s, add_special_tokens=False).input_ids, theirs.encode, words)
+
+
+# --- tokenizer.json ------------------------------------------------------------------------------
+
+
+def like_llama_2(theirs: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
+    """A SentencePiece BPE as a tokenizer.json, as fine-tunes of Llama 2 have it."""
+    vocab = {theirs.id_to_piece(i): i for i in range(theirs.get_piece_size())}
+    merges = []
+    for piece, i in vocab.items():
+        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        merges += [(i, a, b) for a, b in splits if a in vocab and b in vocab and i > 258]
+    peer = tokenizers.Tokenizer(
+        models.BPE(vocab, [(a, b) for _, a, b in sorted(merges)], unk_token="<unk>",
+                   fuse_unk=True, byte_fallback=True)
+    )  # fmt: skip
+    peer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    peer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    peer.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    )
+    peer.add_special_tokens([AddedToken("<|im_end|>", normalized=False)])
+    return peer
+
+
+def metaspace_unigram(texts: List[str]) -> tokenizers.Tokenizer:
+    peer = tokenizers.Tokenizer(models.Unigram())
+    peer.pre_tokenizer = pre_tokenizers.Metaspace()
+    peer.decoder = decoders.Metaspace()
+    peer.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=3000, unk_token="<unk>", show_progress=False,
+                                       special_tokens=["<unk>", "<s>", "</s>", "<|im_end|>"])
+    )  # fmt: skip
+    return peer
+
+
+def odd_byte_level(texts: List[str]) -> tokenizers.Tokenizer:
+    """Byte-level, but cut into words by a rule that isn't known here."""
+    peer = tokenizers.Tokenizer(models.BPE())
+    peer.normalizer = normalizers.NFC()
+    peer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    peer.decoder = decoders.ByteLevel()
+    peer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=700, show_progress=False,
+                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                   special_tokens=["<s>", "</s>", "<|im_end|>"])
+    )  # fmt: skip
+    return peer
+
+
+@pytest.fixture(scope="module", params=["like Llama 2", "Unigram", "odd byte-level"])
+def packaged(request, theirs, texts, tmp_path_factory):
+    """A Tokenizer of the kind that is left to `tokenizers`, and the peer itself."""
+    make = {
+        "like Llama 2": lambda: like_llama_2(theirs),
+        "Unigram": lambda: metaspace_unigram(texts),
+        "odd byte-level": lambda: odd_byte_level(texts),
+    }
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    peer = make[request.param]()
+    peer.save(str(path))
+    peer = tokenizers.Tokenizer.from_file(str(path))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    path.with_name("tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(path)
+    assert ours.vocabulary.kind == "json"
+    peer.encode_special_tokens = True
+    return ours, peer
+
+
+def test_what_tiktoken_cannot_do_is_left_to_tokenizers(packaged, texts):
+    ours, peer = packaged
+    assert ours.n_words == peer.get_vocab_size() and ours.chat_template == TEMPLATE
+    assert ours.stop_tokens == {ours.special_tokens["</s>"], ours.special_tokens["<|im_end|>"]}
+    harmless = [text for text in texts if "<" not in text]
+    assert len(harmless) > 1500
+    assert_same_ids(plain(ours), lambda s: peer.encode(s, add_special_tokens=False).ids, harmless)
+    for text in harmless:
+        ids = plain(ours)(text)
+        if (
+            (expected := peer.decode(ids))
+            and "\ufffd" not in expected
+            and "<unk>" not in ours.decode(ids)
+        ):
+            assert ours.decode(ids) == expected, text
+
+
+def test_typed_names_are_no_control_tokens_of_tokenizers(packaged):
+    ours, _ = packaged
+    control = set(ours.special_tokens.values()) - {ours.special_tokens.get("<unk>")}
+    rng = random.Random(8)
+    parts = [*ours.special_tokens, "a", " ", "<", "|", "im_end", ">", "<s", "▁", "</"]
+    for _ in range(500):
+        text = "".join(rng.choices(parts, k=6))
+        assert control.isdisjoint(plain(ours)(text)), text
+    named = ours.encode("<s>hi<|im_end|>", bos=False, eos=False, allowed_special="all")
+    assert named == [ours.bos_id, *plain(ours)("hi"), ours.special_tokens["<|im_end|>"]]
+
+
+def test_a_sentencepiece_model_beside_tokenizer_json_is_taken(spm_path, theirs, tmp_path, texts):
+    like_llama_2(theirs).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|im_end|>", "bos_token": "<s>"}'
+    )
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.vocabulary.kind == "spm" and ours.n_words == theirs.get_piece_size() + 1
+    assert ours.eos_id == theirs.get_piece_size() == ours.special_tokens["<|im_end|>"]
+    assert ours.stop_tokens == {2, ours.eos_id}
+    assert_same_ids(plain(ours), theirs.encode, texts[:600])
+    assert plain(ours)("<|im_end|>") == theirs.encode("<|im_end|>")
+    path = write_gguf(ours, tmp_path / "v.gguf", ours.n_words)
+    again = Tokenizer(path)
+    assert again.special_tokens == ours.special_tokens and again.stop_tokens == ours.stop_tokens
+
+
+def test_a_vocabulary_that_gguf_has_no_kind_for_is_refused(packaged, tmp_path):
+    ours, _ = packaged
+    with pytest.raises(ValueError, match="GGUF knows no other kind"):
+        write_gguf(ours, tmp_path / "v.gguf", ours.n_words)
+    assert list(tmp_path.iterdir()) == []
+    path = writing.write_for_hugging_face(ours.vocabulary, tmp_path)
+    assert Tokenizer(path).encode("a b <s>", bos=True, eos=True) == ours.encode(
+        "a b <s>", bos=True, eos=True
+    )
+
+
+@pytest.mark.parametrize("which", ["smollm2_path", "llama3_tokenizer_path"])
+def test_converted_vocabularies_are_tokenizers_own(request, tmp_path, which):
+    """tokenizer.json as written by us: the same ids from `tokenizers`, and tiktoken reads it."""
+    original = Tokenizer(request.getfixturevalue(which))
+    path = writing.write_for_hugging_face(original.vocabulary, tmp_path)
+    ours, peer = Tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    assert ours.vocabulary.kind == "byte-level"
+    peer.encode_special_tokens = True
+    texts = random_texts(9, 4000) + glued_tokens(10, 1500, original)
+    assert_same_ids(plain(ours), lambda s: peer.encode(s, add_special_tokens=False).ids, texts)
+    peer.encode_special_tokens = False
+    assert_same_ids(
+        lambda s: ours.encode(s, bos=False, eos=False, allowed_special="all"),
+        lambda s: peer.encode(s, add_special_tokens=False).ids,
+        texts[:500] + [f"a{name} b{name}" for name in original.special_tokens],
+    )
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def all_kinds(spm, llama3_tokenizer_path, smollm2_path, theirs, texts, tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    found = [spm, Tokenizer(llama3_tokenizer_path), Tokenizer(smollm2_path)]
+    for i, peer in enumerate((like_llama_2(theirs), metaspace_unigram(texts))):
+        (root / str(i)).mkdir()
+        peer.save(str(root / str(i) / "tokenizer.json"))
+        (root / str(i) / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        found.append(Tokenizer(root / str(i) / "tokenizer.json"))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_stream_adds_up_to_the_whole(all_kinds, data):
+    """For any ids, sensible or not; and no piece ever takes back what came before."""
+    tokenizer = data.draw(st.sampled_from(all_kinds))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.n_words - 1), max_size=30))
+    stream = tokenizer.stream()
+    assert "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_a_stream_of_a_text_has_no_replacement_characters(all_kinds, text):
+    for tokenizer in all_kinds:
+        ids = plain(tokenizer)(text)
+        stream = tokenizer.stream()
+        pieces = [stream.feed(i) for i in ids] + [stream.finish()]
+        assert "".join(pieces) == tokenizer.decode(ids)
+        if "\ufffd" not in tokenizer.decode(ids):
+            assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_sentencepiece_text_comes_back(spm):
+    for text in random_texts(11, 500):
+        assert spm.decode(plain(spm)(text)) == text
+        stream = spm.stream()
+        assert "".join(map(stream.feed, plain(spm)(text))) + stream.finish() == text
+
+
+def test_ids_of_pairs_are_words_with_their_spaces(spm):
+    ids = plain(spm)("one two three")
+    stream = spm.stream()
+    pieces = [stream.feed(i) for i in ids]
+    assert "".join(pieces) == "one two three" and not pieces[0].startswith(" ")
+    assert all(b"".join([spm.decode_bytes([a]), spm.decode_bytes([b])]) == spm.decode_bytes([a, b])
+               for a, b in pairwise(ids))  # fmt: skip
+
+
+# --- Llama 2, whole ------------------------------------------------------------------------------
+
+
+def test_a_llama_2_directory_completes_and_chats(spm_path, theirs, tmp_path):
+    """Meta's directory with a SentencePiece model: bos before a text, turns of [INST]."""
+    args = replace(TINY, vocab_size=theirs.get_piece_size(), rope_theta=10000.0)
+    path = meta.write(InMemory(args, random_weights(args)), tmp_path / "llama-2")
+    (path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=128)
+    assert isinstance(llama.formatter, Llama2Format)
+    dialog = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hello "},
+        {"role": "assistant", "content": "Hi! "},
+        {"role": "user", "content": "<s> [in] </s>"},
+    ]
+    expected = [1, *theirs.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hello [/INST] Hi! "), 2]
+    expected += [1, *theirs.encode("[INST] <s> [in] </s> [/INST]")]
+    assert llama.formatter.encode_dialog_prompt(dialog) == expected
+    (answer,) = llama.chat_completion([dialog], temperature=0, max_gen_len=4)
+    ids, _ = llama.generate([expected], 4, temperature=0)
+    assert answer["generation"] == {"role": "assistant", "content": theirs.decode(ids[0])}
+    (text,) = llama.text_completion(["Hello"], temperature=0, max_gen_len=4)
+    ids, _ = llama.generate([[1, *theirs.encode("Hello")]], 4, temperature=0)
+    assert text["generation"] == theirs.decode(ids[0])
