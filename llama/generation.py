@@ -5,9 +5,12 @@ from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpa
 
 import torch
 
+from llama import checkpoint
 from llama.backends.build import assemble
+from llama.backends.options import ModelOptions, takes
 from llama.engine import embeddings, loop, scoring
 from llama.engine.beam import beam_search
+from llama.engine.params import SamplingParams
 from llama.engine.predictions import (
     BeamPrediction,
     ChatPrediction,
@@ -16,7 +19,7 @@ from llama.engine.predictions import (
 )
 from llama.engine.prefixes import PrefixCache
 from llama.engine.rows import Options, Row, check, constrain, make_rows
-from llama.engine.sampling import SamplingParams, sample_top_p
+from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
 from llama.engine.structured import Structures, call_format
@@ -42,74 +45,31 @@ class Llama:
     """
 
     @staticmethod
-    def build(
-        ckpt_dir: str | Path,
-        tokenizer_path: Optional[str | Path] = None,
-        max_seq_len: int = 2048,
-        max_batch_size: int = 8,
-        model_parallel_size: Optional[int] = None,
-        seed: int = 1,
-        *,
-        device: Optional[str | torch.device] = None,
-        dtype: Optional[str | torch.dtype] = None,
-        quantize: Optional[Literal["int8", "int4"]] = None,
-        kv_cache: Optional[Literal["int8"]] = None,
-        compile: bool = False,
-        draft_ckpt_dir: Optional[str | Path] = None,
-        draft_quantize: Optional[Literal["int8", "int4"]] = None,
-        prefix_cache_mb: int = 0,
-        adapter_dir: Optional[str | Path] = None,
-        offload: Optional[Literal["auto"]] = None,
-    ) -> "Llama":
+    @takes(ModelOptions)
+    def build(options: ModelOptions) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
-        Works in a plain Python process and under torchrun, whatever number of shards the
-        checkpoint has.
-
-        Args:
-            ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, with Hugging
-                Face's config.json and *.safetensors, or with a .gguf file, or the .gguf file. It
-                may be remote (https://, gs://, az://): then it is fetched once, into a cache.
-            tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or
-                not; by default what is found with the checkpoint.
-            max_seq_len: tokens of prompt and answer together.
-            max_batch_size: prompts in one call.
-            model_parallel_size: ranks that share one copy of the model; all of them by default.
-            seed: of the random numbers for sampling.
-            device: "cuda", "mps" or "cpu"; by default the first of these that there is.
-            dtype: of weights, activations and cache; by default bf16 where the hardware has it,
-                else fp32.
-            quantize: hold matrices in blocks of 8 or 4 bits (see `llama.backends.quantized`), as
-                they are where the checkpoint is a GGUF file that has them so.
-            kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
-            compile: spend some seconds, once for a machine, on code that computes faster: on a
-                CPU much (see `llama.backends.cpu`), elsewhere by torch.compile
-                (`llama.backends.compiled`).
-            draft_ckpt_dir: a smaller model with the same tokenizer, which guesses tokens for this
-                one; texts stay the same (see `llama.engine.speculative`).
-            draft_quantize: like quantize, for the draft model.
-            prefix_cache_mb: up to so many MB (10^6 bytes, on each rank) of keys and values are kept
-                for prompts that begin like earlier ones or like others of their batch, which then
-                needn't be computed again: a chat's next turn, few-shot examples
-                (`llama.engine.prefixes`).
-            adapter_dir: a LoRA adapter in PEFT's layout, added to the weights as they are read; to
-                switch between several, see `llama.training.lora`.
-            offload: "auto" brings in, for each pass, the blocks that don't fit into memory; slow,
-                but any model runs that fits on the disk (`llama.backends.offloaded`).
+        Works in a plain Python process and under torchrun, regardless of how the checkpoint is
+        sharded. Takes the fields of `ModelOptions`, which says what each means:
+        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
             ValueError: a broken or unsupported checkpoint, a tokenizer that isn't its own, a
-                number of ranks that doesn't divide the heads, or too little memory.
+                number of ranks that doesn't divide the heads, too little memory, or an option out
+                of range.
         """
-        built = assemble(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
-            device=device, dtype=dtype, quantize=quantize, kv_cache=kv_cache, compile=compile,
-            draft_ckpt_dir=draft_ckpt_dir, draft_quantize=draft_quantize,
-            prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir, offload=offload,
-        )  # fmt: skip
-        llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=seed)
-        llama.prefixes = built.prefixes
+        built = assemble(options)
+        llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=options.seed)
+        if options.prefix_cache_mb:
+            # What was computed in another precision isn't what this model would compute.
+            kinds = [str(built.model.norm.weight.dtype)[6:], options.quantize]
+            kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
+            source = built.source
+            llama.prefixes = PrefixCache(
+                options.prefix_cache_mb * 1_000_000,
+                lambda: f"{checkpoint.fingerprint(source)} {kind}",
+            )
         return llama
 
     def __init__(

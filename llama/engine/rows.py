@@ -5,8 +5,9 @@ from typing import Callable, List, Literal, Mapping, Optional, Sequence, Set, Ty
 
 import torch
 
+from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
-from llama.engine.sampling import Numbers, SamplingParams
+from llama.engine.sampling import Numbers
 from llama.engine.stopping import StopStrings
 from llama.engine.structured import Constraint, ResponseFormat, Structures
 from llama.model import Transformer
