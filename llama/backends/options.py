@@ -18,6 +18,9 @@ else:  # the command line reads these hints, and has names only
     Device = DType = str
 
 
+DEVICES = ("cuda", "mps", "cpu")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """How a model is built. The first six are Meta's, in Meta's order.
@@ -74,6 +77,8 @@ class ModelOptions:
         for name, least in (("max_seq_len", 1), ("max_batch_size", 1), ("prefix_cache_mb", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if isinstance(self.device, str) and self.device.partition(":")[0] not in DEVICES:
+            raise ValueError(f"device={self.device!r}: choose one of {', '.join(DEVICES)}")
         for name, known in (
             ("quantize", ("int8", "int4")),
             ("draft_quantize", ("int8", "int4")),
