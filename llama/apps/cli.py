@@ -7,7 +7,8 @@ import textwrap
 import time
 import traceback
 from dataclasses import is_dataclass
-from typing import Annotated, Any, List, Literal, Optional, get_type_hints
+from functools import partial
+from typing import Annotated, Any, Callable, Literal, Optional, Sequence, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -109,17 +110,21 @@ def _both_spellings(options: Any) -> None:
             options.__annotations__[name] = Annotated[hint, Parameter(alias=f"--{name}")]
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line, by default sys.argv's. Returns the exit code."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell: llama ... <&-
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            run = parse(sys.argv[1:] if arguments is None else arguments)
+        except (CycloptsError, ValueError) as error:
+            return _end(2, f"error: {' '.join(str(error).split())}")
+        run()
         sys.stdout.flush()
-        return code
+        return 0
     except KeyboardInterrupt as interrupt:
-        return _end(130, ": ".join(["interrupted", *map(str, interrupt.args)]))
+        return _end(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
@@ -132,16 +137,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 1
 
 
-def _run(words: List[str]) -> int:
-    try:
-        if words and words[0] in COMMANDS:
-            command = app[words[0]]
-            command.help = command.default_command.__doc__  # more than the line in the list
-        function, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-    except (CycloptsError, ValueError) as error:
-        return _end(2, f"error: {' '.join(str(error).split())}")
-    function(*bound.args, **bound.kwargs)
-    return 0
+def parse(words: Sequence[str]) -> Callable[[], None]:
+    """What a command line asks for. Raises CycloptsError or ValueError if it is a wrong one."""
+    if words and words[0] in COMMANDS:
+        command = app[words[0]]
+        command.help = command.default_command.__doc__  # more than the line in the list
+    function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
+    return partial(function, *bound.args, **bound.kwargs)
 
 
 def _end(code: int, message: str) -> int:

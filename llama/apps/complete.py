@@ -68,7 +68,7 @@ def complete(
     from llama.layers import parallel
     from llama.text.few_shot import TEMPLATE, FewShot, read_shots
 
-    for name, value, least in (("max_gen_len", max_gen_len, 0), ("n", n, 1), ("seed", model.seed, 0)):
+    for name, value, least in (("max_gen_len", max_gen_len, 0), ("n", n, 1)):
         if value < least:
             raise ValueError(f"--{name}={value} must be at least {least}")
     if n > model.max_batch_size:

@@ -42,7 +42,7 @@ def read_stops(given: Sequence[str]) -> List[str]:
             stops += json.loads(text) if text.startswith("[") else [text]
         except ValueError as error:
             raise ValueError(
-                f"--stop={text!r} isn't a JSON list of strings, '[\"a\", \"b\"]': {error}; a stop "
+                f'--stop={text!r} isn\'t a JSON list of strings, \'["a", "b"]\': {error}; a stop '
                 f"string that begins with [ is written {json.dumps([text])!r}"
             ) from None
     if not all(isinstance(stop, str) and stop for stop in stops):

@@ -46,7 +46,7 @@ def convert(
             quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
         )  # fmt: skip
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written under the final name") from None
+        raise KeyboardInterrupt("interrupted: nothing was written under the final name") from None
     files = path.rglob("*") if path.is_dir() else [path]
     size = memory.size(sum(file.stat().st_size for file in files if file.is_file()))
     print(f"{path}: {size}" + (", verified" if verify else ""))

@@ -1,6 +1,6 @@
 """A Llama for EleutherAI's lm-evaluation-harness, an optional dependency.
 
-Only what needs it imports this module: it takes `pip install -e '.[eval]'`.
+Only what needs it imports this module: it takes `pip install 'llama-reference[eval]'`.
 """
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -17,7 +17,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
     raise ValueError(
-        f"llama eval needs lm_eval ({error}): install it with pip install -e '.[eval]'"
+        f"llama eval needs lm_eval ({error}): pip install 'llama-reference[eval]'"
     ) from error
 
 __all__ = ["HarnessModel", "TaskManager", "lm_eval", "make_table"]

@@ -74,7 +74,9 @@ class ModelOptions:
     offload: Optional[Literal["auto"]] = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_seq_len", 1), ("max_batch_size", 1), ("prefix_cache_mb", 0)):
+        for name, least in (
+            ("max_seq_len", 1), ("max_batch_size", 1), ("seed", 0), ("prefix_cache_mb", 0),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if isinstance(self.device, str) and self.device.partition(":")[0] not in DEVICES:

@@ -192,7 +192,9 @@ def learn(
                 trainer.save(state, about)
             if stop:
                 again = "the same command" + ", without --force," * force
-                sys.exit(f"interrupted after step {trainer.step}: {again} goes on from there")
+                raise KeyboardInterrupt(
+                    f"interrupted after step {trainer.step}: {again} goes on from there"
+                )
         bar.close()
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -255,4 +257,3 @@ def _check_memory(args, method: str, low: torch.dtype, device: torch.device) -> 
             f"this can't fit: {memory.size(need)} for --method {method}, and {memory.size(have)} "
             f"available on {device}. Ways out: {way}, or more ranks on more devices"
         )
-

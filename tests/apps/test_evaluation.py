@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama
+from llama.apps import cli
 from llama.apps.evaluation import HarnessModel
-from llama.apps.measure import evaluate
 from llama.checkpoint.convert import convert
 from llama.engine.scoring import Span, score_spans
 
@@ -70,6 +70,11 @@ def own_tasks_only(monkeypatch):
     monkeypatch.setattr(
         "llama.apps.evaluation.TaskManager", partial(TaskManager, include_defaults=False)
     )
+
+
+def evaluate(ckpt, tasks, *more, **options):
+    given = [f"--{name}={value}" for name, value in options.items()]
+    cli.parse(["eval", str(ckpt), "--tasks", tasks, *more, *given])()
 
 
 def total(llama, ids, start):
@@ -185,10 +190,10 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
 
 def test_the_command_prints_a_table_or_json(tiny_dir, tasks, capsys, own_tasks_only):
     options = {"include_path": str(tasks), "max_seq_len": 64, "device": "cpu", "dtype": "fp32"}
-    evaluate(str(tiny_dir), "local_choice", limit=2, **options)
+    evaluate(tiny_dir, "local_choice", limit=2, **options)
     printed = capsys.readouterr().out
     assert "local_choice" in printed and "|acc " in printed
-    evaluate(str(tiny_dir), "local_choice", limit=2, num_fewshot=0, json=True, **options)
+    evaluate(tiny_dir, "local_choice", "--json", limit=2, num_fewshot=0, **options)
     found = json.loads(capsys.readouterr().out)
     assert found["n-samples"]["local_choice"] == {"original": 3, "effective": 2}
     assert 0 <= found["results"]["local_choice"]["acc,none"] <= 1
@@ -204,5 +209,5 @@ def test_unknown_tasks_are_named_before_weights_are_read(names, own_tasks_only):
 def test_without_the_harness_the_way_out_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama.apps.evaluation")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'llama-reference\[eval\]'"):
         import llama.apps.evaluation  # noqa: F401

@@ -16,7 +16,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from llama import Event, SamplingParams
-from llama.apps import repl
+from llama.apps import cli, repl
 from llama.apps.terminal import Rich, printable
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two "}
@@ -414,9 +414,10 @@ PROMPT = r"\?2004h"  # prompt_toolkit asks for pasted text to be marked
 def start(tmp_path, *launcher, max_gen_len=200):
     script = tmp_path / "script.py"
     script.write_text(
-        "from llama.apps.repl import chat\n"
-        f"chat({DEMO!r}, max_seq_len=256, max_gen_len={max_gen_len}, "
-        f"temperature=0.0, device='cpu', dtype='fp32', history={str(tmp_path / 'history')!r})"
+        "from llama.apps.cli import parse\n"
+        f"parse(['chat', {DEMO!r}, '--max_seq_len=256', '--max_gen_len={max_gen_len}', "
+        "'--temperature=0', '--device=cpu', '--dtype=fp32', "
+        f"'--history', {str(tmp_path / 'history')!r}])()"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
@@ -473,7 +474,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
 def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
     """Reuse of the first turn and guesses change nothing of what is said."""
     lines = "What is the capital of France?\nSay that again.\n/stats\n"
-    command = [sys.executable, "-m", "llama.apps.cli", "chat", str(smollm2_path)]
+    command = [sys.executable, "-m", "llama", "chat", str(smollm2_path)]
     command += ["--temperature", "0", "--dtype", "fp32", "--device", "cpu", "--max_gen_len", "30"]
     said = []
     for options in (["--prefix_cache_mb", "0"], ["--speculate", "lookup"]):
@@ -505,5 +506,5 @@ def test_a_conversation_on_three_ranks(tmp_path):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(repl, "is_capable", lambda: True)
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
-    with pytest.raises(ValueError, match=r"prompt_toolkit: pip install -e '\.\[chat\]'"):
-        repl.chat(DEMO)
+    with pytest.raises(ValueError, match="prompt_toolkit: pip install prompt_toolkit"):
+        cli.parse(["chat", DEMO])()

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, random_weights
 from test_model import to_hugging_face
 from transformers import AutoModelForCausalLM
 
-from llama.apps.measure import score as score_command
+from llama.apps import cli
 from llama.checkpoint.convert import convert
 from llama.engine import scoring
 from llama.engine.scoring import (
@@ -23,6 +23,12 @@ from llama.engine.scoring import (
     score_continuations,
     score_spans,
 )
+
+
+def score_command(*arguments, **options):
+    given = [f"--{name}={value}" for name, value in options.items()]
+    cli.parse(["score", *arguments, *given])()
+
 
 TEXTS = ["A tale of two cities.", "", "b", "It was the best of times, " * 4, "zzz", "naïve ⚽"]
 
