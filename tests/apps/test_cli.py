@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,20 @@ from llama.engine.params import SamplingParams
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
 
 
+def documented(options):
+    """What a docstring says of each option."""
+    about = options.__doc__.partition("    Raises:")[0]
+    found = re.findall(r"^        (\w+): (.*(?:\n            .*)*)", about, re.M)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
 def llama(*arguments, **options):
     command = [sys.executable, "-m", "llama", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def read(path) -> str:
+    return Path(path).read_text()
 
 
 def ok(*arguments) -> str:
@@ -66,12 +78,11 @@ def test_help_is_plain_text_that_fits(command, capsys):
     assert (code, err) == (0, "") and max(map(len, text.splitlines())) <= 80
     assert not re.search(r"Optional|[\x1b│╭─]|Union|NoneType", text)
     said = " ".join(text.split())
-    function = cli.app[command].default_command
-    documented = re.findall(r"^        (\w+): (.*(?:\n            .*)*)", function.__doc__, re.M)
-    assert len(documented) >= 3
-    for name, about in documented:
+    options = documented(cli.app[command].default_command)
+    assert len(options) >= 3
+    for name, about in options.items():
         assert f"-{name.replace('_', '-')}" in said or f" {name.upper()} " in said
-        assert " ".join(about.split()) in said
+        assert about in said
 
 
 def test_help_of_shared_options_is_that_of_the_dataclasses(capsys):
@@ -79,13 +90,14 @@ def test_help_of_shared_options_is_that_of_the_dataclasses(capsys):
     said = " ".join(text.split())
     assert "Model:" in text and "Sampling:" in text
     for options in (ModelOptions, SamplingParams):
-        about = dict(
-            re.findall(r"^        (\w+): (.*(?:\n            .*)*)", options.__doc__, re.M)
-        )
-        for name, words in about.items():
-            hidden = ("logit_bias", "banned_tokens", "negative_prompt", "logits_processor")
-            assert (f"--{name.replace('_', '-')}" in text) == (name not in hidden), name
-            assert (" ".join(words.split()) in said) == (name not in hidden), name
+        for name, about in documented(options).items():
+            shown = name not in (
+                "logit_bias",
+                "banned_tokens",
+                "negative_prompt",
+                "logits_processor",
+            )
+            assert (f"--{name.replace('_', '-')}" in text, about in said) == (shown, shown), name
     assert "[choices: int8, int4]" in said and "[default: 0.0]" in said
 
 
@@ -173,9 +185,8 @@ def test_bash_completes(tmp_path):
     (tmp_path / "script").write_text(ok("completion", "bash"))
     code = """
         source script
-        complete_line() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _llama; echo "${COMPREPLY[@]}"; }
-        complete_line llama compl; complete_line llama complete c --max_s
-        complete_line llama complete c --quantize int
+        try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _llama; echo "${COMPREPLY[@]}"; }
+        try llama compl; try llama complete c --max_s; try llama complete c --quantize int
     """
     done = subprocess.run(
         ["bash", "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True
@@ -190,7 +201,7 @@ def test_completion_is_installed_for_the_shell(tmp_path):
     home.pop("XDG_DATA_HOME", None)
     done = llama("--install-completion", env=home)
     path = done.stdout.partition(":")[0]
-    assert done.returncode == 0 and path.startswith(str(tmp_path)) and "_llama" in open(path).read()
+    assert done.returncode == 0 and path.startswith(str(tmp_path)) and "_llama" in read(path)
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ def test_ctrl_c_while_torch_is_imported_is_a_line(library, tiny_dir):
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while process.poll() is None and library not in open(f"/proc/{process.pid}/maps").read():
+    while process.poll() is None and library not in read(f"/proc/{process.pid}/maps"):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -405,7 +416,7 @@ def test_inspect_says_what_is_wrong(tmp_path):
 
 
 def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir):
-    """Without the editor and the extra [eval], help and a chat in a pipe work; eval names the way."""
+    """Without an editor and the extra [eval], help and a chat in a pipe work; eval names it."""
     code = (
         "import sys; sys.modules.update(lm_eval=None, prompt_toolkit=None)\n"
         "from llama.apps.cli import main; sys.exit(main())"
