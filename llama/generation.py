@@ -1,4 +1,4 @@
-"""Llama: a model, its tokenizer and its chat format, and the loop that makes text of them."""
+"""Llama: a model with its tokenizer and chat format. Meta's API, and what has been added to it."""
 
 from pathlib import Path
 from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpack
@@ -18,7 +18,7 @@ from llama.engine.predictions import (
     Event,
 )
 from llama.engine.prefixes import PrefixCache
-from llama.engine.rows import Options, Row, check, constrain, make_rows
+from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_rows
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
@@ -159,7 +159,7 @@ class Llama:
         logprobs: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Event]:
-        """What `text_completion` would return, event by event as it comes about.
+        """Like `text_completion`, but yields an event per token.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
@@ -173,26 +173,12 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
-        *,
-        tools: Optional[Sequence[Tool]] = None,
-        tool_choice: str = "auto",
-        truncate: Optional[Literal["oldest_turns"]] = None,
-        **options: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> List[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
         Nothing that a message holds, in role or content, becomes a control token. See
-        `text_completion` and `Options` for the other arguments.
-
-        Args:
-            max_gen_len: None fills the context.
-            tools: what the model may call: JSON schemas, Python functions (which aren't run), and
-                names of built-in tools. Its calls are in the message, as `tool_calls`.
-            tool_choice: "auto" leaves it to the model whether it calls; "required", or the name of
-                one of the tools, makes the answer one call that fits its schema.
-            truncate: "oldest_turns" leaves out the oldest turns of a dialog that, with max_gen_len
-                (by default a quarter of the context), doesn't fit; the system message stays. By
-                default a dialog that is longer than the context is an error.
+        `text_completion` and `ChatOptions` for the arguments.
 
         Returns:
             Per dialog and sample `generation` (the assistant's message) and `finish_reason`; with
@@ -204,9 +190,10 @@ class Llama:
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
-        options = {**options, "response_format": call_format(tools, tool_choice, options)}
-        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        rows, events = self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)
+        tools = options.get("tools")
+        rows, events, left_out = self._start_chat(
+            dialogs, temperature, top_p, max_gen_len, logprobs, **options
+        )
         predictions: List[ChatPrediction] = []
         for row, found in zip(rows, loop.collect(events, rows), strict=True):
             message: Message = {"role": "assistant", "content": found.text}
@@ -226,19 +213,13 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
-        *,
-        tools: Optional[Sequence[Tool]] = None,
-        tool_choice: str = "auto",
-        truncate: Optional[Literal["oldest_turns"]] = None,
-        **options: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> Iterator[Event]:
-        """What `chat_completion` would return, event by event; calls of tools as they are written.
+        """Like `chat_completion`, but yields an event per token; tool calls stay text.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        options = {**options, "response_format": call_format(tools, tool_choice, options)}
-        ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
+        return self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)[1]
 
     def beam_search(
         self,
@@ -345,6 +326,24 @@ class Llama:
             if parallel.is_rank_zero():
                 warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
+    def _start_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: bool,
+        *,
+        tools: Optional[Sequence[Tool]] = None,
+        tool_choice: str = "auto",
+        truncate: Optional[Literal["oldest_turns"]] = None,
+        **options: Unpack[Options],
+    ) -> Tuple[List[Row], Iterator[Event], List[List[Message]]]:
+        """`_start` for dialogs; also the messages that truncation left out of each."""
+        options["response_format"] = call_format(tools, tool_choice, options)
+        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
+        return *self._start(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
+
     def _start(
         self,
         prompts: Sequence[Sequence[int]],
@@ -355,7 +354,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Tuple[List[Row], Iterator[Event]]:
-        """The rows of a call, n for each prompt, and the events that will come of them."""
+        """The sequences of a call, n for each prompt, and the iterator that generates them."""
         shape = self.model.params
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops

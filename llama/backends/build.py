@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
@@ -59,7 +60,8 @@ def assemble(options: ModelOptions) -> Built:
             dtype=dtype, quantize=options.draft_quantize, compile=options.compile,
         )  # fmt: skip
     took = f"{time.monotonic() - start:.1f} s"
-    say(f"loaded {options.ckpt_dir} in {took}{offloaded.placement(model)}")
+    placement = getattr(model, "placement", None)  # of an offloaded one
+    say(f"loaded {options.ckpt_dir} in {took}" + (f"; {placement}" if placement else ""))
     return Built(model, tokenizer, draft, source)
 
 
@@ -135,7 +137,7 @@ def prepare(
         model = Transformer(args, device="meta")
         quantized.load(source, model, quantize, dtype=dtype, device=device)
     if kv_cache is not None:
-        model.cache_type = Int8KVCache
+        model.new_cache = partial(model.new_cache, cache_type=Int8KVCache)  # type: ignore[method-assign]
     if compile and device.type == "cpu":
         cpu.swap(model)
     elif compile:
