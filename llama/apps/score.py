@@ -1,8 +1,14 @@
 """`llama score`: perplexity of texts."""
 
-from typing import Optional
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
 
 from llama.apps.options import ScoringModel
+from llama.text.json_files import read_text
+
+if TYPE_CHECKING:
+    from llama.engine.scoring import Perplexity
 
 
 def score(
@@ -24,9 +30,7 @@ def score(
             window.
         json: print one JSON object per text: name, tokens, logprob, perplexity.
     """
-    from pathlib import Path
-
-    from llama.engine.scoring import as_json, as_line, perplexities, read_lines, read_text
+    from llama.engine.scoring import perplexities
     from llama.generation import Llama
     from llama.layers import parallel
 
@@ -44,3 +48,39 @@ def score(
         for (name, _), result in zip(named, found, strict=True):
             if parallel.is_rank_zero():
                 print((as_json if json else as_line)(name, result), flush=True)
+
+
+def read_lines(path: Path) -> List[Tuple[str, str]]:
+    """The "text" of each line of a JSONL file, with its place.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, or a line that isn't an object with a "text".
+    """
+    texts = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = jsonlib.loads(line)["text"]
+        except (ValueError, TypeError, KeyError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number}: not a JSON object with a string "text"')
+        texts.append((f"{path}:{number}", text))
+    return texts
+
+
+def as_line(name: str, found: "Perplexity") -> str:
+    """A score for people."""
+    return (
+        f"{name}: {found.tokens} tokens, log-probability {-found.nll:.4f}, "
+        f"perplexity {found.perplexity:.4f}"
+    )
+
+
+def as_json(name: str, found: "Perplexity") -> str:
+    """A score for programs: name, tokens, logprob, perplexity (null if there are no tokens)."""
+    record: Dict[str, object] = {"name": name, "tokens": found.tokens, "logprob": -found.nll}
+    record["perplexity"] = found.perplexity if found.tokens else None
+    return jsonlib.dumps(record, ensure_ascii=False)

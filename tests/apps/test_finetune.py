@@ -17,6 +17,7 @@ from test_model import gap, ids, to_hugging_face
 
 from llama import Llama, checkpoint
 from llama.apps.finetune import finetune as main
+from llama.apps.plot import plot
 from llama.backends import memory
 from llama.checkpoint.adapter import Merged, read_adapter
 from llama.training import Trainer
@@ -177,7 +178,7 @@ ERRORS = {
     "choose hf, meta or gguf, or for lora adapter": {"method": "full", "to": "adapter"},
     "--held_out=20 of 20 examples leaves none": {"held_out": 20},
     "lora rank 0": {"lora_rank": 0},
-    "some of wq, wk": {"lora_matrices": "wq,q_proj"},
+    "lora matrices 'qkv_proj': choose some of wq, wk.* q_proj": {"lora_matrices": "wq,qkv_proj"},
     "batch_size=0 must be more than 0": {"batch_size": 0},
     "--max_seq_len=1 from 2": {"max_seq_len": 1},
     "learning_rate=0 must be more than 0": {"learning_rate": 0},
@@ -245,7 +246,7 @@ def test_what_fails_after_the_last_step_costs_no_step(base, tmp_path, monkeypatc
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr("llama.training.finetune.write_adapter", full)
+        patch.setattr("llama.training.run.write_adapter", full)
         here(base, out)
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "los')
@@ -259,7 +260,7 @@ def test_what_fails_after_the_last_step_costs_no_step(base, tmp_path, monkeypatc
 def test_another_base_is_another_run(base, tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / "base", replace(TINY, max_seq_len=128))
     shutil.copy(base / "data.jsonl", tmp_path)
-    monkeypatch.setattr("llama.training.finetune.write_adapter", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("llama.training.run.write_adapter", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here(tmp_path, tmp_path / "run")
     shutil.rmtree(path)
@@ -278,11 +279,43 @@ def test_the_base_is_never_overwritten(base, tmp_path):
             )  # fmt: skip
 
 
-def test_without_matplotlib_there_is_no_plot(base, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    here(base, tmp_path / "run", epochs=1, held_out=0)
-    assert "no loss.png: pip install matplotlib" in capfd.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl"]
+def test_without_matplotlib_it_is_drawn_later(base, tmp_path, monkeypatch, capfd):
+    run = tmp_path / "run"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        here(base, run, epochs=1, held_out=0)
+        said = capfd.readouterr().err
+        assert f"no loss.png: pip install 'llama-reference[train]', then llama plot {run}" in said
+        assert sorted(path.name for path in run.iterdir()) == ["adapter", "log.jsonl"]
+        with pytest.raises(ValueError, match=r"pip install 'llama-reference\[train\]'"):
+            plot(str(run))
+        with pytest.raises(FileExistsError, match="this run is done"):
+            here(base, run)
+    plot(str(run))
+    drawn = (run / "loss.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG") and f"written: {run / 'loss.png'}" in capfd.readouterr().err
+    (run / "loss.png").unlink()
+    with pytest.raises(FileExistsError, match="this run is done"):  # nothing else is done again
+        here(base, run)
+    assert (run / "loss.png").read_bytes() == drawn
+
+
+def test_a_run_can_be_drawn_before_it_is_done(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no log.jsonl in"):
+        plot(str(tmp_path))
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "los')
+    with pytest.raises(ValueError, match="log.jsonl is empty"):
+        plot(str(tmp_path))
+    log.write_text('{"step": 0, "held_out_loss": 3.5}\n{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    plot(str(tmp_path))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_matrices_go_by_hugging_faces_names_too(base, tmp_path):
+    here(base, tmp_path / "run", epochs=1, lora_matrices="q_proj, wv")
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_help_names_every_argument():

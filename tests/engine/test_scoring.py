@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llama.apps import cli
 from llama.checkpoint.convert import convert
-from llama.engine import scoring
+from llama.engine import projection, scoring
 from llama.engine.scoring import (
     Span,
     halved_chunks,
@@ -116,7 +116,7 @@ def test_few_positions_are_projected_at_a_time_and_only_those_scored(tiny, monke
     projected, logits = [], tiny.model.logits
     monkeypatch.setattr(tiny.model, "logits", lambda h: projected.append(len(h)) or logits(h))
     score_spans(tiny.model, [Span([7] * 100, 40), Span([8] * 129, 1), Span([9], 1)])
-    assert sum(projected) == 60 + 128 and max(projected) <= scoring.PROJECTED
+    assert sum(projected) == 60 + 128 and max(projected) <= projection.PROJECTED
 
 
 def test_mistakes_are_named(tiny):

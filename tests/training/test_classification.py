@@ -380,6 +380,12 @@ def test_mistakes_are_named(tiny, tiny_dir):
         ours.predict(["a", "b" * 200])
     with pytest.raises(ValueError, match="text 0 has 0 tokens"):
         ours.predict([[]])
+    for wrong in (-1, 512):
+        named = f"has the token id {wrong}: this model knows 0 to 511"
+        with pytest.raises(ValueError, match=f"text 1 {named}"):
+            ours.classify([[1, 2], [3, wrong, 4]])
+        with pytest.raises(ValueError, match=f"row 1 {named}"):  # behind its length, too
+            ours(torch.tensor([[1, 2], [3, wrong]]), torch.tensor([2, 1]))
 
 
 def test_a_classifier_is_no_text_model(saved):

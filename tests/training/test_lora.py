@@ -290,9 +290,15 @@ def test_errors(tmp_path):
         file.write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
             read_adapter(tmp_path / "a", TINY)
-    for rank, matrices in ((0, ("wq",)), (4, ("wx",)), (4, ())):
-        with pytest.raises(ValueError, match="lora rank"):
+    for rank, matrices, named in (
+        (0, ("wq",), "lora rank 0"), (4, (), "lora matrices none"),
+        (4, ("wx",), "lora matrices 'wx': .* wq, wk, .* Hugging Face's names, q_proj, k_proj"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
             lora.fresh(random_model(TINY), rank, 8, matrices)
+    by_either = [lora.fresh(random_model(TINY), 4, 8, names).pairs
+                 for names in (("wq", "w2"), ("down_proj", "q_proj", "wq"))]  # fmt: skip
+    assert by_either[0].keys() == by_either[1].keys() and len(by_either[0]) == 2 * TINY.n_layers
     deeper = replace(TINY, n_layers=3)
     for other in (replace(TINY, dim=128), deeper):
         model = random_model(TINY)
