@@ -86,7 +86,8 @@ def download(
     if list:
         tell(meta_links.table())
         return
-    words = [word for name in names for word in re.split(r"[,\s]+", name) if word]
+    lists = [[name] if "/" in name else re.split(r"[,\s]+", name) for name in names]
+    words = [word for words in lists for word in words if word]
     if not words and (names or not meta):
         raise ValueError(
             "no model named: there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, and "

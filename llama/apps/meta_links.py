@@ -85,15 +85,15 @@ def find(name: str) -> Model:
         if name.lower() in (found.name.lower(), found.folder.lower()):
             return found
     raise ValueError(
-        f"unknown model '{name}': there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, "
-        f"and from Meta {names()}"
+        f"unknown model '{name}': there are smollm2, tokenizer, OWNER/NAME on the Hugging Face "
+        f"Hub, and from Meta {names()}"
     )
 
 
 def digest(file: Path, kind: str) -> str:
     """Of a file's contents: kind is md5 or sha256."""
     with open(file, "rb") as content:
-        return hashlib.filedigest(content, kind).hexdigest()
+        return hashlib.file_digest(content, kind).hexdigest()
 
 
 def fetch(models: List[Model], out: Path) -> None:
@@ -166,14 +166,13 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{model.folder} -> {folder}")
     source = transfer.Web()
-    weights = [f"consolidated.{shard:02d}.pth" for shard in range(int(model.shards))]
-    with_model = ["checklist.chk", "params.json", "tokenizer.model", *weights]
-    above: List[str] = []
-    if model.family == "Llama 2":  # one tokenizer for all of them, with its own checksum
-        above = ["tokenizer_checklist.chk", "tokenizer.model"]
+    # Llama 2 has one tokenizer for all of its models, with a checksum of its own.
+    above = ["tokenizer_checklist.chk", "tokenizer.model"] if model.family == "Llama 2" else []
+    names = ["checklist.chk", *above, "params.json", "tokenizer.model"]
+    names += [f"consolidated.{shard:02d}.pth" for shard in range(int(model.shards))]
     paths = model.paths.split(",")
     missing: List[Tuple[str, str, Optional[int]]] = []  # name, URL, size
-    for name in dict.fromkeys([*with_model, *above]):
+    for name in dict.fromkeys(names):
         if not (folder / name).exists():
             places = [""] if name in above else [f"{path}/" for path in paths]
             place, url, size = _locate(source, link, model, name, places)
@@ -187,6 +186,8 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
                 missing.append((name, url, size))
             except (transfer.Refused, FileNotFoundError):
                 say(f"the link serves no {name}; {model.family}'s terms are at {REQUEST_PAGE}")
+    if not missing:
+        tell(f"{folder} is already there; nothing to download.")
     parts = sum(part.stat().st_size for part in folder.glob("*.part"))
     needed = sum(size or 0 for *_, size in missing) - parts
     transfer.check_space(folder, needed, model.folder, "choose a folder on")
@@ -196,7 +197,7 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
         except (transfer.Refused, FileNotFoundError) as problem:
             _refused(problem, name, model)
     say(f"verifying {folder}")
-    return _verified(folder, [name for name in (*with_model, *above) if not name.endswith(".chk")])
+    return _verified(folder, [name for name in names if not name.endswith(".chk")])
 
 
 def _locate(
@@ -233,8 +234,8 @@ def _verified(folder: Path, names: List[str]) -> bool:
     listed = {}
     for checklist in sorted(folder.glob("*checklist.chk")):
         for line in checklist.read_text(errors="replace").splitlines():
-            digest, _, name = line.partition(" ")
-            listed[name.strip().removeprefix("*").removeprefix("./")] = digest
+            total, _, name = line.partition(" ")
+            listed[name.strip().removeprefix("*").removeprefix("./")] = total
     good = True
     for name in dict.fromkeys(names):
         expected = listed.get(name)

@@ -54,13 +54,17 @@ def cached(text: str) -> Path:
     name = parse(text)
     try:
         with _explained(name):
-            _, names = _listing(name)
+            commit, names = _listing(name)
             read = lambda file: Path(  # noqa: E731
-                hf_hub_download(name.repo, file, revision=name.revision)
+                hf_hub_download(name.repo, file, revision=commit)
             ).read_bytes()
             place, files = _choose(name, names, read)
-            allowed = [_literally(file) for file in files]
-            folder = snapshot_download(name.repo, revision=name.revision, allow_patterns=allowed)
+            folder = snapshot_download(
+                name.repo,
+                revision=name.revision,
+                allow_patterns=[_literally(file) for file in files],
+                tqdm_class=_bars(None),
+            )
             return Path(folder, place)
     except Unreachable as problem:
         try:
@@ -98,7 +102,9 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
         what["allow_patterns"] = [_literally(file) for file in files]
 
         def missing() -> List[int]:
-            found = library.snapshot_download(name.repo, **what, dry_run=True)
+            found = library.snapshot_download(
+                name.repo, **what, tqdm_class=_bars(True), dry_run=True
+            )
             return [
                 file.file_size or 0
                 for file in found
@@ -109,7 +115,7 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
             folder.mkdir(parents=True, exist_ok=True)
             check_space(folder, sum(sizes), name.repo, "choose a folder on")
             say(f"fetching {name.repo} ({sum(sizes) / 1e6:,.1f} MB)")
-            library.snapshot_download(name.repo, **what)
+            library.snapshot_download(name.repo, **what, tqdm_class=_bars(None))
             if missing():
                 raise Unreachable(f"{name.repo}: not every file came; run this again to continue")
     return folder / place, bool(sizes)
@@ -158,6 +164,17 @@ def _renamed(read: Callable[[str], bytes], names: dict[str, str]) -> Callable[[s
     return lambda file: read(names[file])
 
 
+def _bars(disable: Optional[bool]) -> Any:
+    """Progress bars; None is for on a terminal alone."""
+    from huggingface_hub.utils import tqdm
+
+    class Bars(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": disable})
+
+    return Bars
+
+
 def _literally(file: str) -> str:
     """A pattern that matches this name alone."""
     return re.sub(r"([*?[])", r"[\1]", file)
@@ -183,21 +200,22 @@ def _explained(name: Name) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{page} has no revision {name.revision}") from None
-    except errors.OfflineModeIsEnabled:
-        raise Unreachable(f"HF_HUB_OFFLINE is set, so {name.repo} can't be fetched") from None
-    except errors.HfHubHTTPError as problem:
-        status = problem.response.status_code
+    except Exception as problem:
+        if isinstance(problem, errors.LocalEntryNotFoundError):  # it was looked for there as well
+            problem = problem.__cause__ if isinstance(problem.__cause__, Exception) else problem
+        response = getattr(problem, "response", None)
+        status = response.status_code if response is not None else None
+        if isinstance(problem, errors.OfflineModeIsEnabled):
+            raise Unreachable(f"HF_HUB_OFFLINE is set, so {name.repo} isn't fetched") from None
         if status in (401, 403):
             raise ValueError(
                 f"{page}: the server refuses access (HTTP {status}). If it is gated, accept its "
                 f"licence there, and {login}"
             ) from None
-        kind = Unreachable if status == 429 or status >= 500 else ValueError
-        raise kind(f"cannot reach {page}: HTTP {status}") from None
-    except Exception as problem:
-        cause = problem.__cause__ or problem
-        if type(cause).__module__.startswith("httpx") or isinstance(
-            problem, errors.LocalEntryNotFoundError
-        ):
-            raise Unreachable(f"cannot reach {page}: {cause}") from None
+        if isinstance(problem, errors.HfHubHTTPError) and status and status != 429 and status < 500:
+            raise ValueError(f"cannot read {page}: HTTP {status}") from None
+        known = isinstance(problem, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError))
+        if known or type(problem).__module__.startswith("httpx"):
+            what = f"HTTP {status}" if status else problem
+            raise Unreachable(f"cannot reach {page}: {what}") from None
         raise

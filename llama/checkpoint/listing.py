@@ -53,7 +53,7 @@ def checkpoint_files(
     ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
     if len(ggufs) > 1:
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
-    return ggufs
+    return _those(has, *ggufs)
 
 
 def _those(has: Callable[[str], bool], *names: str) -> List[str]:
