@@ -45,6 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.release = threading.Event()
         self.html = False  # a page for everything that isn't there
         self.repo = {}
+        self.wrong = {}  # path in it -> contents sent instead of what the list promises
         self.commit = COMMIT
         self.error = None  # (status, error code) for the contents of files; the list stays public
         self.authorizations = set()
@@ -146,11 +147,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                          for r in rest.values() if "/" in r})}  # fmt: skip
         self.answer(status, json.dumps(found).encode())
 
+    def sibling(self, name, data):
+        about = {"rfilename": name, "size": len(data), "blobId": git_blob(data)}
+        if len(data) > 100_000:  # large files' contents are known by another checksum
+            sha256 = hashlib.sha256(data).hexdigest()
+            about |= {"blobId": "0" * 40,
+                      "lfs": {"sha256": sha256, "size": len(data), "pointerSize": 130}}  # fmt: skip
+        return about
+
     def hub(self, path):
         server, files = self.server, self.server.repo
         server.log.append(Request(self.command, path, None, 0))
         server.authorizations.add(self.headers.get("Authorization"))
-        blob = lambda data: hashlib.sha1(data).hexdigest()  # noqa: E731
         if "hub" in server.status:
             self.answer(server.status["hub"])
         elif match := re.fullmatch("api/models/o/n(?:/revision/(.+))?", path):
@@ -158,10 +166,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer(404, X_Error_Code="RevisionNotFound")
                 return
             about = {"id": "o/n", "sha": server.commit,
-                     "siblings": [{"rfilename": name} for name in files]}  # fmt: skip
+                     "siblings": [self.sibling(n, data) for n, data in files.items()]}  # fmt: skip
             self.answer(200, json.dumps(about).encode())
         elif path == f"api/models/o/n/tree/{server.commit}":
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": blob(data)}
+            entries = [{"type": "file", "path": name, "size": len(data), "oid": git_blob(data)}
                        for name, data in files.items()]  # fmt: skip
             self.answer(200, json.dumps(entries).encode())
         elif not path.startswith("o/n/resolve/"):
@@ -171,8 +179,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif (name := path.split("/", 4)[4]) not in files:
             self.answer(404, X_Error_Code="EntryNotFound")
         else:
-            etag = f'"{blob(files[name])}"'
-            self.answer(200, files[name], ETag=etag, X_Repo_Commit=server.commit)
+            etag = f'"{git_blob(files[name])}"'
+            data = server.wrong.get(name, files[name])
+            self.answer(200, data, ETag=etag, X_Repo_Commit=server.commit)
+
+
+def git_blob(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @contextlib.contextmanager

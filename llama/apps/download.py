@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from llama.apps import meta_links
-from llama.apps.meta_links import digest, tell
+from llama.apps.meta_links import tell
 from llama.checkpoint import hub
-from llama.checkpoint.transfer import say
+from llama.checkpoint.transfer import digest, say
 from llama.text.cache_dir import cache_dir
 
 
@@ -60,24 +60,27 @@ def download(
 ) -> None:
     """Fetch models. A second run does nothing, and one after an interruption continues.
 
+    There are these kinds of names, of which one call takes any number:
+
+    - smollm2: a small demo model, SmolLM2-135M-Instruct Q4_1 (98 MB, Apache-2.0).
+    - tokenizer: Llama 3's tokenizer.model (2 MB, Llama 3 Community License).
+    - OWNER/NAME: a repository on the Hugging Face Hub; of it the safetensors, or else the .bin
+      files, Meta's files or the only .gguf file, and the tokenizer. OWNER/NAME/original are Meta's
+      files in it, OWNER/NAME/FILE is one file, such as a .gguf. For gated repositories, log in with
+      `hf auth login` or set HF_TOKEN.
+    - 8B-instruct, Llama-3.2-1B, ...: a model from Meta, of those that --list shows.
+
     From Meta, it asks for the link in the e-mail that a request at
     https://llama.meta.com/llama-downloads/ leads to, or takes it from the environment variable
-    PRESIGNED_URL (there is no option for it: it is a secret, and command lines can be read by every
-    user of the machine). For gated repositories on the Hugging Face Hub, log in with
-    `hf auth login` or set HF_TOKEN.
+    PRESIGNED_URL. (There is no option for it: it is a secret, and command lines can be read by
+    every user of the machine.)
 
     Args:
-        names: what to fetch, any number of
-            smollm2: a small demo model, SmolLM2-135M-Instruct Q4_1 (98 MB, Apache-2.0);
-            tokenizer: Llama 3's tokenizer.model (2 MB, Llama 3 Community License);
-            OWNER/NAME: a repository on the Hugging Face Hub, its safetensors or else its .bin
-            files, Meta's files or its only .gguf file, and its tokenizer;
-            OWNER/NAME/original: Meta's files in it; OWNER/NAME/FILE: one file, such as a .gguf;
-            8B-instruct, Llama-3.2-1B, ...: a model from Meta, of those that --list shows.
+        names: what to fetch.
         meta: fetch from Meta; without names, ask which models.
         out: the directory for the models' folders.
         revision: branch, tag or commit of the repositories on the Hub.
-        list: show what can be fetched by name.
+        list: show Meta's models.
 
     Raises:
         FileNotFoundError: no such repository, revision or file.

@@ -1,7 +1,6 @@
 """Meta's own way to its models: signed links, sent by e-mail, each for one family of models."""
 
 import contextlib
-import hashlib
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from typing import List, NamedTuple, NoReturn, Optional, Tuple
 from urllib.parse import urlsplit
 
 from llama.checkpoint import transfer
-from llama.checkpoint.transfer import say
+from llama.checkpoint.transfer import digest, say
 
 REQUEST_PAGE = "https://llama.meta.com/llama-downloads/"
 tell = partial(print, flush=True)  # results; what goes on meanwhile is said on stderr
@@ -88,12 +87,6 @@ def find(name: str) -> Model:
         f"unknown model '{name}': there are smollm2, tokenizer, OWNER/NAME on the Hugging Face "
         f"Hub, and from Meta {names()}"
     )
-
-
-def digest(file: Path, kind: str) -> str:
-    """Of a file's contents: kind is md5 or sha256."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, kind).hexdigest()
 
 
 def fetch(models: List[Model], out: Path) -> None:

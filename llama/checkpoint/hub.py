@@ -4,12 +4,13 @@ It finds the token (HF_TOKEN, or what `hf auth login` stored) and the server (HF
 """
 
 import contextlib
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator, List, NamedTuple, Optional, Tuple
 
 from llama.checkpoint.listing import checkpoint_files
-from llama.checkpoint.transfer import Unreachable, check_space, say
+from llama.checkpoint.transfer import Unreachable, check_space, digest, say
 
 PART = r"[A-Za-z0-9][\w.-]*"
 NAME = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/{PART}|[^/@]+))?(?:/([^/].*))?", re.A)
@@ -48,13 +49,13 @@ def cached(text: str) -> Path:
         FileNotFoundError: no such repository, revision or file.
         ValueError: no access, no network and no earlier copy, several checkpoints.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = parse(text)
     try:
         with _explained(name):
-            commit, names = _listing(name)
+            commit, names = _listing(name, HfApi().model_info(name.repo, revision=name.revision))
             read = lambda file: Path(  # noqa: E731
                 hf_hub_download(name.repo, file, revision=commit)
             ).read_bytes()
@@ -63,7 +64,7 @@ def cached(text: str) -> Path:
                 name.repo,
                 revision=name.revision,
                 allow_patterns=[_literally(file) for file in files],
-                tqdm_class=_bars(None),
+                tqdm_class=_bars(),
             )
             return Path(folder, place)
     except Unreachable as problem:
@@ -84,12 +85,13 @@ def cached(text: str) -> Path:
 def download(name: Name, folder: Path) -> Tuple[Path, bool]:
     """Fetch a checkpoint into a folder; returns its path there and whether there was work to do.
 
-    Raises: as `cached`, but for a copy offline.
+    Raises: as `cached`, but for a copy offline; ValueError too if checksums are wrong.
     """
     import huggingface_hub as library
 
     with _explained(name):
-        commit, names = _listing(name)
+        info = library.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+        commit, names = _listing(name, info)
         # Contents may be refused where the list of files is public; and with files at hand,
         # huggingface_hub carries on without the server and calls that success.
         first = next((file for file in names if file.endswith("config.json")), names[0])
@@ -98,34 +100,43 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
             library.hf_hub_download(name.repo, file, revision=commit, local_dir=folder)
         ).read_bytes()
         place, files = _choose(name, names, read)
-        what: Any = {"revision": commit, "local_dir": folder}
-        what["allow_patterns"] = [_literally(file) for file in files]
-
-        def missing() -> List[int]:
-            found = library.snapshot_download(
-                name.repo, **what, tqdm_class=_bars(True), dry_run=True
-            )
-            return [
-                file.file_size or 0
-                for file in found
-                if file.will_download or file.commit_hash != commit
-            ]
-
-        if sizes := missing():
+        wanted = [(folder / f.rfilename, f) for f in info.siblings or () if f.rfilename in files]
+        if missing := [
+            (path, file, ok) for path, file in wanted if not (ok := _is_right(path, file))
+        ]:
+            needed = sum(file.size or 0 for _, file, _ in missing)
             folder.mkdir(parents=True, exist_ok=True)
-            check_space(folder, sum(sizes), name.repo, "choose a folder on")
-            say(f"fetching {name.repo} ({sum(sizes) / 1e6:,.1f} MB)")
-            library.snapshot_download(name.repo, **what, tqdm_class=_bars(None))
-            if missing():
-                raise Unreachable(f"{name.repo}: not every file came; run this again to continue")
-    return folder / place, bool(sizes)
+            check_space(folder, needed, name.repo, "choose a folder on")
+            for path, _, ok in missing:
+                if ok is False:  # huggingface_hub would go by its own records
+                    path.unlink(missing_ok=True)
+            say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
+            library.snapshot_download(
+                name.repo,
+                revision=commit,
+                local_dir=folder,
+                allow_patterns=[_literally(file) for file in files],
+                tqdm_class=_bars(),
+            )
+        for path, file, _ in missing:
+            if _is_right(path, file) is False:
+                raise ValueError(f"{path} isn't what {name.repo} has: run this again")
+    return folder / place, bool(missing)
 
 
-def _listing(name: Name) -> Tuple[str, List[str]]:
+def _is_right(path: Path, file: Any) -> Optional[bool]:
+    """Whether a file here is the repository's; None if the server tells no checksum."""
+    if not path.is_file() or file.size not in (None, path.stat().st_size):
+        return False
+    if file.lfs:
+        return digest(path, "sha256") == file.lfs.sha256
+    content = path.read_bytes() if file.blob_id else b""  # small: of large ones lfs tells
+    as_git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return as_git == file.blob_id if file.blob_id else None
+
+
+def _listing(name: Name, info: Any) -> Tuple[str, List[str]]:
     """The commit that a revision is, and the files in it."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(name.repo, revision=name.revision)
     names = [file.rfilename for file in info.siblings or []]
     if not info.sha or not names:
         raise FileNotFoundError(f"{name.repo} is an empty repository")
@@ -164,13 +175,13 @@ def _renamed(read: Callable[[str], bytes], names: dict[str, str]) -> Callable[[s
     return lambda file: read(names[file])
 
 
-def _bars(disable: Optional[bool]) -> Any:
-    """Progress bars; None is for on a terminal alone."""
+def _bars() -> Any:
+    """Progress bars on a terminal, nothing elsewhere."""
     from huggingface_hub.utils import tqdm
 
     class Bars(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": disable})
+            super().__init__(*args, **{**options, "disable": None})
 
     return Bars
 

@@ -5,6 +5,7 @@ the web is read with urllib.
 """
 
 import contextlib
+import hashlib
 import http.client
 import os
 import shutil
@@ -201,6 +202,12 @@ def _failure(url: str, status: Optional[int], reason: str) -> Exception:
     if status == 0 or status in (408, 425, 429) or (status or 0) >= 500:
         return Unreachable(f"cannot reach {shown(url)}: {reason}")
     return ValueError(f"cannot read {shown(url)}: {reason}")
+
+
+def digest(file: Path, kind: str) -> str:
+    """Of a file's contents: kind is md5 or sha256."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, kind).hexdigest()
 
 
 def shown(url: str) -> str:

