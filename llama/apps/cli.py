@@ -1,6 +1,7 @@
 """The `llama` command: its sub-commands, its help, and how it ends."""
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -45,7 +46,8 @@ class Help:
 
     def render_description(self, console: Any, options: Any, description: Any) -> None:
         for paragraph in str(description.primary_renderable).strip().split("\n\n"):
-            print(self.fill(paragraph), end="\n\n")
+            items = re.split(r"\n(?=- )", paragraph)
+            print("\n".join(map(self.fill, items)), end="\n\n")
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         if not panel.entries:

@@ -1,9 +1,9 @@
 """`llama complete`: a text, or each text of a file, continued plain or as shown by examples."""
 
 from pathlib import Path
-from typing import List, Literal, Optional
+from typing import Literal, Optional
 
-from llama.apps.options import GREEDY, CachingModel, GreedySampling, Text
+from llama.apps.options import GREEDY, CachingModel, GreedySampling, Text, Texts
 
 
 def complete(
@@ -17,7 +17,7 @@ def complete(
     instruction: Optional[Text] = None,
     max_gen_len: int = 64,
     n: int = 1,
-    stop: Optional[List[Text]] = None,
+    stop: Optional[Texts] = None,
     response_format: Optional[Text] = None,
     speculate: Optional[Literal["lookup", "draft", "off"]] = None,
     input: Optional[str] = None,

@@ -1,7 +1,7 @@
 """Options that sub-commands share: the two dataclasses, as cyclopts takes them."""
 
 from dataclasses import MISSING, field, fields, make_dataclass
-from typing import Annotated, Any, Callable, Collection, Type, TypeVar, get_type_hints
+from typing import Annotated, Any, Callable, Collection, List, Type, TypeVar, get_type_hints
 
 from cyclopts import Parameter
 
@@ -11,6 +11,7 @@ from llama.engine.params import SamplingParams
 T = TypeVar("T")
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # --prompt '- a list'
+Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True)]
 
 
 def flat(group: str, hidden: Collection[str] = ()) -> Callable[[Type[T]], Type[T]]:

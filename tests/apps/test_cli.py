@@ -184,7 +184,7 @@ def test_completion_knows_both_spellings(shell):
 def test_bash_completes(tmp_path):
     (tmp_path / "script").write_text(ok("completion", "bash"))
     code = """
-        source script
+        source ./script
         try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _llama; echo "${COMPREPLY[@]}"; }
         try llama compl; try llama complete c --max_s; try llama complete c --quantize int
     """
