@@ -42,8 +42,8 @@ def complete(
         template: how an example is written, {input} => {output} by default. The text after
             {output}, or else a newline, ends it.
         instruction: what stands above the examples.
-        max_gen_len: new tokens at most.
-        n: samples of each text; with --input, "generation" and "finish_reason" become lists.
+        max_gen_len: new tokens at most, 0 or more.
+        n: samples of each text, 1 to --max-batch-size; with --input, "generation" and "finish_reason" become lists.
         stop: a string at which the text ends, itself left out; may be given several times, or as a
             JSON list, '["\\n", "Q:"]'.
         response_format: structured outputs: JSON, or a file of it, that says what the text must

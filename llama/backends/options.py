@@ -31,10 +31,10 @@ class ModelOptions:
             (https://, gs://, az://): then it is downloaded once, into a cache.
         tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or not;
             by default the one found with the checkpoint.
-        max_seq_len: tokens of prompt and answer together.
-        max_batch_size: sequences computed at once.
+        max_seq_len: tokens of prompt and answer together, 1 or more.
+        max_batch_size: sequences computed at once, 1 or more.
         model_parallel_size: ranks that share one copy of the model; all of them by default.
-        seed: of the random numbers of requests that give none of their own.
+        seed: of the random numbers of requests that give none of their own, 0 or more.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: bf16, fp16 or fp32, of weights, activations and cache; by default bf16 where the
             hardware has it, else fp32.
