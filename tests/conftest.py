@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,10 @@ from typing import Callable, Dict
 
 # Two workers take turns on the cores (pyproject.toml); more threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job in a shell's background ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
