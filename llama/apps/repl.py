@@ -306,18 +306,12 @@ def _read(path: Path) -> List[Message]:
 
 
 def talk(session: Session, terminal: Plain) -> None:
-    """Read and answer until the user leaves."""
+    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
     while True:
         try:
             line = terminal.read()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            terminal.show("/exit or Ctrl-D leaves")
-            continue
-        if line is None:
-            return
-        try:
+            if line is None:
+                return
             reply = session.take(line)
             if reply.leaves:
                 return
@@ -328,6 +322,10 @@ def talk(session: Session, terminal: Plain) -> None:
                     terminal.answer(session.answer(interrupted))
                 if session.note:
                     terminal.complain(f"({session.note})")
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            terminal.show("/exit or Ctrl-D leaves")
         except ValueError as error:
             terminal.complain(str(error))
 
