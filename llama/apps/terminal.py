@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
+from llama.text.json_files import decode
+
 
 def printable(text: str) -> str:
     """The text without what a terminal would obey: control characters become U+FFFD."""
@@ -33,10 +35,17 @@ class Plain:
         """
         message = ""
         while True:
-            line = self._prompted() if sys.stdin.isatty() else sys.stdin.readline()
+            line = self._prompted() if sys.stdin.isatty() else self._piped()
             if not line.removesuffix("\n").endswith("\\"):
                 return message + line.removesuffix("\n") if message or line else None
             message += line.removesuffix("\n")[:-1] + "\n"
+
+    def _piped(self) -> str:
+        """A line from a pipe or a file; OSError, which ends the conversation, if it isn't UTF-8."""
+        try:
+            return decode(sys.stdin.buffer.readline(), "stdin")
+        except ValueError as error:
+            raise OSError(str(error)) from None
 
     def _prompted(self) -> str:
         """A line from a terminal.

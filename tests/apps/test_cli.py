@@ -317,6 +317,16 @@ def test_closed_streams(tiny_dir):
         assert (done.returncode, done.stdout, done.stderr) == (code, "", says)
 
 
+def test_what_is_not_utf_8_is_refused_by_chat_as_by_complete(tiny_dir):
+    for command in ("chat", "complete"):
+        done = subprocess.run(
+            [sys.executable, "-m", "llama", command, str(tiny_dir), "--device=cpu"], cwd=ROOT,
+            input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == b"error: stdin isn't UTF-8: byte 3 can't be read\n"
+
+
 def test_ranks_say_it_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
