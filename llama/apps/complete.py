@@ -43,7 +43,8 @@ def complete(
             {output}, or else a newline, ends it.
         instruction: what stands above the examples.
         max_gen_len: new tokens at most, 0 or more.
-        n: samples of each text, 1 to --max-batch-size; with --input, "generation" and "finish_reason" become lists.
+        n: samples of each text, 1 to --max-batch-size; with --input, "generation" and
+            "finish_reason" become lists.
         stop: a string at which the text ends, itself left out; may be given several times, or as a
             JSON list, '["\\n", "Q:"]'.
         response_format: structured outputs: JSON, or a file of it, that says what the text must
