@@ -84,8 +84,7 @@ for _name, _entry in COMMANDS.items():
 @app.command
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     """Print the completion script of a shell: `source <(llama completion bash)`."""
-    for name in COMMANDS:
-        _both_spellings(app[name].default_command)
+    _complete_both_spellings()
     print(app.generate_completion(shell=shell))
 
 
@@ -98,18 +97,19 @@ def install_completion() -> None:
         shell = detect_shell()
     except ShellDetectionError:
         raise ValueError("unknown shell: see llama completion --help") from None
-    for name in COMMANDS:
-        _both_spellings(app[name].default_command)
+    _complete_both_spellings()
     print(f"{app.install_completion(shell=shell)}: start a new {shell}")
 
 
-def _both_spellings(options: Any) -> None:
-    """Gives options names with _, which are accepted anyway, so that they are completed too."""
-    for name, hint in get_type_hints(options, include_extras=True).items():
-        if is_dataclass(hint):
-            _both_spellings(hint)
-        elif "_" in name:
-            options.__annotations__[name] = Annotated[hint, Parameter(alias=f"--{name}")]
+def _complete_both_spellings() -> None:
+    """Gives all options names with _ too: they are accepted anyway, but not completed."""
+    left = [app[name].default_command for name in COMMANDS]
+    for options in left:  # of a function or a dataclass
+        for name, hint in get_type_hints(options, include_extras=True).items():
+            if is_dataclass(hint):
+                left.append(hint)
+            elif "_" in name:
+                options.__annotations__[name] = Annotated[hint, Parameter(alias=f"--{name}")]
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
