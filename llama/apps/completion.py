@@ -46,7 +46,8 @@ def read_stops(given: Sequence[str]) -> List[str]:
                 f"string that begins with [ is written {json.dumps([text])!r}"
             ) from None
     if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(f"--stop={stops!r}: a string, or several as JSON, and none of them empty")
+        shown = ", ".join(map(repr, given))
+        raise ValueError(f"--stop={shown}: a string, or several as JSON, and none of them empty")
     return stops
 
 

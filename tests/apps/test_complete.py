@@ -385,6 +385,7 @@ def test_torn_at_any_byte(tmp_path):
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
+import llama.apps.completion  # what a command imports when it runs
 from llama.apps.cli import parse
 
 ckpt, folder, kills, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
