@@ -74,7 +74,7 @@ def cached(text: str) -> Path:
             # A repository's other files were never wanted; that they're missing is no error.
             folder = getattr(error, "snapshot_path", "")
             if not folder:
-                raise problem from None
+                raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
         copy = Path(folder)
         names = [file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()]
         place, _ = _choose(name, names, lambda file: (copy / file).read_bytes())
