@@ -89,6 +89,7 @@ def evaluate(
     compile: bool = False,
     adapter_dir: Optional[str] = None,
     offload: Optional[Literal["auto"]] = None,
+    parse_special: bool = False,
     json: bool = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness and print its table of results.
@@ -111,6 +112,8 @@ def evaluate(
         compile: compute much faster, for some seconds once (CPU).
         adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
         offload: auto brings in what doesn't fit into memory for each pass; slow.
+        parse_special: names of special tokens in a task's texts become control tokens, as in the
+            harness's own hf models; by default they are text.
         json: the harness's results as one JSON object, in place of the table.
 
     Raises:
@@ -140,8 +143,8 @@ def evaluate(
         offload=offload,
     )
     results = evaluation.lm_eval.simple_evaluate(
-        evaluation.HarnessModel(llama), tasks=names, num_fewshot=num_fewshot, limit=limit,
-        task_manager=manager, log_samples=False,
+        evaluation.HarnessModel(llama, parse_special), tasks=names, num_fewshot=num_fewshot,
+        limit=limit, task_manager=manager, log_samples=False,
     )  # fmt: skip
     if results is None or not parallel.is_rank_zero():
         return

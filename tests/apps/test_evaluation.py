@@ -145,7 +145,7 @@ def test_what_generation_cannot_do_is_refused(tiny):
 def test_sampling_is_passed_on(tiny, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        tiny, "text_completion", lambda prompts, **o: given.update(o) or [{"generation": "!"}]
+        tiny, "generate", lambda prompts, **o: given.update(o) or ([[*b"!\n?"]], None)
     )
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "until": "\n"}
     assert HarnessModel(tiny).generate_until(
@@ -167,6 +167,16 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
         theirs.prefix_token_id,
         theirs.eot_token_id,
     )
+    text = "<|im_start|>user\nIs <|im_end|> a token, or <|endoftext|>?<|im_end|>\n"
+    special = HarnessModel(llama, parse_special=True)
+    assert special.tok_encode(text) == theirs.tok_encode(text) != ours.tok_encode(text)
+    assert ours.tok_encode("plain text") == special.tok_encode("plain text")
+    requests = instances("loglikelihood", (text, "Yes"))
+    [(found, _)], [(expected, _)] = (one.loglikelihood(requests, True) for one in (special, theirs))
+    assert found == pytest.approx(expected, abs=1e-3)
+    options = {"until": ["<|im_end|>"], "max_gen_toks": 8, "do_sample": False}
+    requests = instances("until", (text, options))
+    assert special.generate_until(requests, True) == theirs.generate_until(requests, True)
     pairs = [(doc["question"], choice) for doc in DOCS for choice in doc["choices"]]
     pairs += [("", "Hello there"), ("Ends in spaces  ", "here"), ("word " * 60, "again")]
     requests = instances("loglikelihood", *pairs)
@@ -204,5 +214,5 @@ def test_unknown_tasks_are_named_before_weights_are_read(names, own_tasks_only):
 def test_without_the_harness_the_way_out_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama.apps.evaluation")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'llama-reference\[eval\]'"):
         import llama.apps.evaluation  # noqa: F401
