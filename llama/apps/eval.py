@@ -12,6 +12,7 @@ def evaluate(
     limit: Optional[int] = None,
     num_fewshot: Optional[int] = None,
     include_path: Optional[str] = None,
+    parse_special: bool = False,
     json: bool = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness and print its table of results.
@@ -24,6 +25,8 @@ def evaluate(
         limit: examples of each task; all by default. Results on a part say little.
         num_fewshot: solved examples before each question; by default what the task says.
         include_path: a directory with tasks of your own, in the harness's YAML.
+        parse_special: names of special tokens in a task's texts become control tokens, as in the
+            harness's own hf models; by default they are text.
         json: print the harness's results as one JSON object instead of the table.
 
     Raises:
@@ -44,7 +47,7 @@ def evaluate(
             "there are, and include_path adds your own"
         )
     results = evaluation.lm_eval.simple_evaluate(
-        evaluation.HarnessModel(Llama.build(**vars(model))), tasks=names,
+        evaluation.HarnessModel(Llama.build(**vars(model)), parse_special), tasks=names,
         num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
     )  # fmt: skip
     if results is None or not parallel.is_rank_zero():

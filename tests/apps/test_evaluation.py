@@ -150,7 +150,7 @@ def test_what_generation_cannot_do_is_refused(tiny):
 def test_sampling_is_passed_on(tiny, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        tiny, "text_completion", lambda prompts, **o: given.update(o) or [{"generation": "!"}]
+        tiny, "generate", lambda prompts, **o: given.update(o) or ([[*b"!\n?"]], None)
     )
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "until": "\n"}
     assert HarnessModel(tiny).generate_until(
@@ -172,6 +172,16 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
         theirs.prefix_token_id,
         theirs.eot_token_id,
     )
+    text = "<|im_start|>user\nIs <|im_end|> a token, or <|endoftext|>?<|im_end|>\n"
+    special = HarnessModel(llama, parse_special=True)
+    assert special.tok_encode(text) == theirs.tok_encode(text) != ours.tok_encode(text)
+    assert ours.tok_encode("plain text") == special.tok_encode("plain text")
+    requests = instances("loglikelihood", (text, "Yes"))
+    [(found, _)], [(expected, _)] = (one.loglikelihood(requests, True) for one in (special, theirs))
+    assert found == pytest.approx(expected, abs=1e-3)
+    options = {"until": ["<|im_end|>"], "max_gen_toks": 8, "do_sample": False}
+    requests = instances("until", (text, options))
+    assert special.generate_until(requests, True) == theirs.generate_until(requests, True)
     pairs = [(doc["question"], choice) for doc in DOCS for choice in doc["choices"]]
     pairs += [("", "Hello there"), ("Ends in spaces  ", "here"), ("word " * 60, "again")]
     requests = instances("loglikelihood", *pairs)
