@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import is_dataclass
 from functools import partial
-from typing import Annotated, Any, Callable, Literal, Optional, Sequence, get_type_hints
+from typing import Annotated, Any, Callable, List, Literal, Optional, Sequence, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -103,7 +103,7 @@ def install_completion() -> None:
 
 def _complete_both_spellings() -> None:
     """Gives all options names with _ too: they are accepted anyway, but not completed."""
-    left = [app[name].default_command for name in COMMANDS]
+    left: List[Any] = [app[name].default_command for name in COMMANDS]
     for options in left:  # of a function or a dataclass
         for name, hint in get_type_hints(options, include_extras=True).items():
             if is_dataclass(hint):

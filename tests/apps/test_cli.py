@@ -102,7 +102,13 @@ def test_help_of_shared_options_is_that_of_the_dataclasses(capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    for arguments in (["--help"], ["complete", "--help"], ["--version"], ["complete", "--promt"]):
+    for arguments in (
+        *([name, "--help"] for name in ("complete", "download", "finetune", "plot")),
+        ["--help"],
+        ["--version"],
+        ["complete", "--promt"],
+        ["completion", "bash"],
+    ):
         code = (
             "import sys; from llama.apps.cli import main\n"
             f"main({arguments}); assert not {{'torch', 'fire', 'numpy'}} & set(sys.modules)"
