@@ -190,7 +190,7 @@ def test_two_ranks(tmp_path, batch):
     ckpt = write_checkpoint(tmp_path / "ckpt", TINY)
     script, out = tmp_path / "run.py", tmp_path / "out.jsonl"
     script.write_text(
-        f"from llama.apps.complete import complete\nfrom llama.parallel import rank\n"
+        f"from llama.apps.complete import complete\nfrom llama.layers.parallel import rank\n"
         f"options = dict(max_gen_len=4, max_batch_size=4, **{CPU})\n"
         f"complete({str(ckpt)!r}, '-', **options)\n"
         f"job = dict(output={str(out)!r}, **options)\n"
