@@ -13,6 +13,8 @@ else ifneq ($(TORCH),)
 $(error TORCH=$(TORCH): choose cpu or cuda)
 endif
 
+unexport TORCH MAKEFLAGS  # tests run make, too
+
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | sort
 

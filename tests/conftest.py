@@ -13,6 +13,8 @@ from typing import Callable, Dict
 
 # Two workers take turns on the cores (pyproject.toml); more threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test has two threads after all, one that waits for the other leaves the core to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A job in a shell's background ignores Ctrl-C, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,6 +25,7 @@ import torch
 
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
+from llama.checkpoint.convert import convert
 from llama.layers import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,13 @@ DATA = Path(__file__).resolve().parent / "data"
 TINY = ModelArgs(
     dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=96, max_seq_len=128
 )
+
+
+def pytest_collection_modifyitems(items):
+    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model."""
+    for item in items:
+        if "smollm2_path" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
@@ -122,6 +132,20 @@ def llama3_tokenizer_path() -> Path:
 def smollm2(smollm2_path) -> Llama:
     """The real model, fp32 on the CPU."""
     return Llama.build(smollm2_path, max_batch_size=16, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(smollm2_path, tmp_path_factory) -> Path:
+    """The real model in Hugging Face's format, fp32."""
+    return convert(smollm2_path, tmp_path_factory.mktemp("real") / "hf", "hf", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2_hf):
+    """The real model as transformers runs it, fp32."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

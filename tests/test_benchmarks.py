@@ -131,6 +131,7 @@ def test_what_llama_cpp_was_compiled_for_is_told():
     assert "AVX" in build or "NEON" in build
 
 
+@pytest.mark.slow
 def test_flax_speed(tmp_path):
     """Each side starts, answers and is measured, on a model whose widths all sides take."""
     args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)

@@ -117,6 +117,7 @@ def test_help_does_not_wait_for_torch():
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_public_names_are_imported_when_they_are_used():
     code = (
         "import sys, llama; assert not {'torch', 'cyclopts'} & set(sys.modules)\n"
@@ -305,6 +306,7 @@ def test_ctrl_c_while_torch_is_imported_is_a_line(library, tiny_dir):
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_reads_is_no_error(tiny_dir):
     command = f"{sys.executable} -m llama inspect {tiny_dir} | head -c 20; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
@@ -319,6 +321,7 @@ def test_a_full_disk_is_a_line(capsys):
     assert done.returncode == 1 and re.fullmatch("error: .*No space left.*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_closed_streams(tiny_dir):
     run = f"{sys.executable} -m llama complete {tiny_dir} --device cpu"
     for closed, code, says in (
@@ -335,6 +338,7 @@ def test_closed_streams(tiny_dir):
         assert (done.returncode, done.stdout, done.stderr) == (code, "", says)
 
 
+@pytest.mark.slow
 def test_what_is_not_utf_8_is_refused_by_chat_as_by_complete(tiny_dir):
     for command in ("chat", "complete"):
         done = subprocess.run(
@@ -346,6 +350,7 @@ def test_what_is_not_utf_8_is_refused_by_chat_as_by_complete(tiny_dir):
         assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_say_it_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -356,6 +361,7 @@ def test_ranks_say_it_once(tmp_path):
     assert done.stderr.count(f"error: {tmp_path} holds no checkpoint") == 1
 
 
+@pytest.mark.slow
 def test_faults_of_a_plain_process_name_no_rank():
     code = (
         "import llama.layers.parallel as parallel, sys; from llama.apps import cli\n"

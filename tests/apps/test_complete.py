@@ -181,6 +181,7 @@ def test_demo_model_translates_in_one_line(smollm2, smollm2_path, capsys, monkey
     assert out.count("\n") == 1 and out.strip() and out == out.strip() + "\n", out
 
 
+@pytest.mark.slow
 def test_as_a_command(tiny_dir, tiny, batch, tmp_path):
     """Nothing but the answer on stdout; a prompt with a comma is a text."""
     options = ["--device", "cpu", "--dtype", "fp32", "--max_seq_len", 128, "--max_gen_len", 8]
@@ -191,6 +192,7 @@ def test_as_a_command(tiny_dir, tiny, batch, tmp_path):
     assert (done.returncode, done.stdout) == (0, expected["generation"] + "\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path, batch):
     """Rank 0 alone reads, prints and writes; its errors are all ranks' errors."""
     ckpt = write_checkpoint(tmp_path / "ckpt", TINY)
@@ -432,6 +434,7 @@ print(json.dumps({"killed": killed, "jobs": jobs, "lines": lines}))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tiny_dir, batch, tmp_path):
     batch(32)
     options = {**CPU, "max_batch_size": 4, "max_gen_len": 16}

@@ -10,16 +10,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import lm_eval
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llama import Llama
 from llama.apps import cli
 from llama.apps.evaluation import HarnessModel
-from llama.checkpoint.convert import convert
 from llama.engine.scoring import Span, score_spans
 
 DOCS = [
@@ -159,12 +157,11 @@ def test_sampling_is_passed_on(tiny, monkeypatch):
     assert given == {"stop": ["\n"], "max_gen_len": 5, "temperature": 0.7, "top_p": 0.5}
 
 
-def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
+def test_the_harness_own_model_gives_the_same(smollm2_path, smollm2_hf, smollm2_transformers):
     """Ours from GGUF, transformers through HFLM from the same weights; the demo model, fp32."""
-    path = convert(smollm2_path, tmp_path / "hf", "hf", quiet=True)
     theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(path), max_length=48, batch_size=2,
+        pretrained=smollm2_transformers, tokenizer=AutoTokenizer.from_pretrained(smollm2_hf),
+        max_length=48, batch_size=2,
     )  # fmt: skip
     llama = Llama.build(smollm2_path, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32")
     ours = HarnessModel(llama)

@@ -114,6 +114,7 @@ def interrupted(base, out, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_broken_off_and_resumed_is_undisturbed(number, whole, base, tmp_path):
     out = tmp_path / "run"
     code, said = interrupted(base, out, number)
@@ -143,6 +144,7 @@ def test_an_adapters_weights_in_every_format(to, base, tmp_path):
         assert torch.equal(found.read(name, 0, 0, shape[0]), expected.read(name, 0, 0, shape[0]))
 
 
+@pytest.mark.slow
 def test_all_weights_on_two_ranks(base, tmp_path):
     """What two ranks learned and wrote is what one did, and transformers reads it."""
     from transformers import AutoModelForCausalLM

@@ -525,6 +525,7 @@ def leave(child, enter="\r"):
     assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(tmp_path):
     child = start(tmp_path)
     saved = tmp_path / "dialog.json"
@@ -570,6 +571,7 @@ def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
     assert "guesses right" in said[1][-1] and "guesses" not in said[0][-1]
 
 
+@pytest.mark.slow
 def test_a_conversation_on_three_ranks(tmp_path):
     """torchrun is in the foreground: as a signal, Ctrl-C would end it and all ranks."""
     child = start(

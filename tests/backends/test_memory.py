@@ -65,6 +65,7 @@ def test_available_is_positive_and_not_more_than_the_machine_has():
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("bf16", 2), ("fp32", 4)])
+@pytest.mark.slow
 def test_loading_holds_little_more_than_the_weights(tiny_dir, tmp_path, dtype, itemsize):
     """Peak resident memory <= 1.3 x the weights, beside what imports and a warm-up took.
 

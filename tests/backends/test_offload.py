@@ -392,6 +392,7 @@ print(json.dumps([refusal, found, held("VmHWM") - before, llama.model.placement]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits of data are Linux's")
+@pytest.mark.slow
 def test_a_file_eight_times_larger_than_what_the_process_may_take(tiny_dir, tmp_path):
     """The same tokens and log-probabilities, beside what imports and a warm-up took.
 

@@ -10,7 +10,6 @@ import torch
 import xllamacpp
 from conftest import ROOT, TINY, random_weights
 from test_model import to_hugging_face
-from transformers import AutoModelForCausalLM
 
 from llama.apps import cli
 from llama.checkpoint.convert import convert
@@ -33,11 +32,9 @@ def score_command(*arguments, **options):
 TEXTS = ["A tale of two cities.", "", "b", "It was the best of times, " * 4, "zzz", "naïve ⚽"]
 
 
-@pytest.fixture(scope="module")
-def hugging_face(smollm2_path, tmp_path_factory):
-    """The demo model as transformers runs it, fp32."""
-    path = convert(smollm2_path, tmp_path_factory.mktemp("scoring") / "hf", "hf", quiet=True)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+@pytest.fixture
+def hugging_face(smollm2_transformers):
+    return smollm2_transformers
 
 
 def their_logprobs(model, ids):
