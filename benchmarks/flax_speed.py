@@ -24,8 +24,8 @@ Figures = Dict[str, float]
 
 
 def flax(path: str, dtype: str) -> Any:
+    from llama.checkpoint.flax import from_checkpoint
     from llama.families.flax_generation import generate
-    from llama.families.flax_model import from_checkpoint
 
     model = from_checkpoint(path, dtype=dtype)
 

@@ -3,20 +3,29 @@
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Callable, Dict
 
 # Two workers take turns on the cores (pyproject.toml); more threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test has two threads after all, one that waits for the other leaves the core to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A job in a shell's background ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
+from llama.checkpoint.convert import convert
 from llama.layers import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +35,13 @@ DATA = Path(__file__).resolve().parent / "data"
 TINY = ModelArgs(
     dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=96, max_seq_len=128
 )
+
+
+def pytest_collection_modifyitems(items):
+    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model."""
+    for item in items:
+        if "smollm2_path" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
@@ -62,15 +78,37 @@ def write_checkpoint(path: Path, args: ModelArgs, mp: int = 1, seed: int = 0) ->
     return path
 
 
+@cache
+def _rank_server() -> subprocess.Popen:
+    """What forks the ranks; it ends with this process, whose pipe it reads."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "ranks.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def run_ranks(world: int, task: str, out: Path, **arguments) -> dict:
-    """Run a task of tests/ranks.py under torchrun; returns what its rank 0 reports."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world), str(ROOT / "tests" / "ranks.py")]
-    command += [task, str(out), json.dumps(arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(out.read_text()) | {"stdout": done.stdout, "stderr": done.stderr}
+    """Run a task of tests/ranks.py on several ranks; returns what its rank 0 reports."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # that store, as under torchrun
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
+    job = dict(world=world, task=task, out=str(out), arguments=arguments, timeout=300)
+    server = _rank_server()
+    print(json.dumps(job | {"environment": environment}), file=server.stdin, flush=True)
+    status = server.stdout.readline().strip()
+    said = {name: Path(f"{out}.{name}").read_text() for name in ("stdout", "stderr")}
+    assert status == "0", f"{status}\n" + said["stdout"][-2000:] + said["stderr"][-6000:]
+    return json.loads(out.read_text()) | said
 
 
 def asset(name: str) -> Path:
@@ -94,6 +132,20 @@ def llama3_tokenizer_path() -> Path:
 def smollm2(smollm2_path) -> Llama:
     """The real model, fp32 on the CPU."""
     return Llama.build(smollm2_path, max_batch_size=16, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(smollm2_path, tmp_path_factory) -> Path:
+    """The real model in Hugging Face's format, fp32."""
+    return convert(smollm2_path, tmp_path_factory.mktemp("real") / "hf", "hf", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2_hf):
+    """The real model as transformers runs it, fp32."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

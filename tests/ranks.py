@@ -1,6 +1,13 @@
-"""What runs on several ranks, started by `conftest.run_ranks` under torchrun. Not a test itself."""
+"""What runs on several ranks, started by `conftest.run_ranks`. Not a test itself.
+
+A server that has imported everything reads jobs, a line of JSON each, and forks the ranks of each:
+that takes a moment, where each rank under torchrun imports torch anew. Tests of the commands and of
+the example scripts start torchrun itself.
+"""
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -267,8 +274,39 @@ def offloaded(ckpts, tokenizer, prompts, build):
     return report
 
 
-if __name__ == "__main__":
-    task, out, arguments = sys.argv[1:]
-    report = globals()[task](**json.loads(arguments))
+def be_rank(rank: int, job: dict) -> None:
+    """One of the ranks: a process of its own, with torchrun's environment."""
+    os.setsid()  # what it starts is ended with it
+    signal.alarm(job["timeout"])
+    for name, stream in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{job['out']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(job["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv[1:] = job["task"], job["out"]
+    report = globals()[job["task"]](**job["arguments"])
     if parallel.is_rank_zero():
-        Path(out).write_text(json.dumps(report))
+        Path(job["out"]).write_text(json.dumps(report))
+    sys.exit()
+
+
+def wait(ranks: set) -> int:
+    """0 when all have ended well; else the first other status, and the others are ended."""
+    while ranks:
+        pid, status = os.wait()
+        ranks.discard(pid)
+        if status:
+            for other in ranks:
+                os.killpg(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        job, ranks = json.loads(line), set()
+        for rank in range(job["world"]):
+            if (pid := os.fork()) == 0:
+                be_rank(rank, job)
+            ranks.add(pid)
+        print(wait(ranks), flush=True)

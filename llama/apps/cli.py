@@ -1,212 +1,160 @@
-"""The `llama` command."""
+"""The `llama` command: its sub-commands, its help, and how it ends."""
 
+import os
+import re
+import shutil
 import sys
-from dataclasses import replace
-from functools import wraps
-from importlib import import_module
-from inspect import signature
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, get_args, get_type_hints
+import textwrap
+import time
+import traceback
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Annotated, Any, Callable, List, Literal, Optional, Sequence, get_type_hints
 
-import fire
-import torch
+from cyclopts import App, CycloptsError, Parameter
 
-from llama import checkpoint
-from llama.backends import memory
-from llama.checkpoint import convert as conversion
-from llama.checkpoint import remote
-from llama.layers.parallel import pick_dtype
+from llama._version import __version__
 
-
-def convert(
-    src: str,
-    dst: str,
-    to: str,
-    mp: int = 1,
-    dtype: Optional[str] = None,
-    quant: Optional[str] = None,
-    tokenizer_path: Optional[str] = None,
-    adapter_dir: Optional[str] = None,
-    force: bool = False,
-    verify: bool = False,
-) -> None:
-    """Write a checkpoint, with its tokenizer and chat template, in another format.
-
-    Memory: a few blocks of one tensor. An interrupted run leaves nothing under the final name.
-
-    Args:
-        src: Meta's or Hugging Face's directory, or a .gguf file.
-        dst: the directory, or for gguf the file, to write.
-        to: meta, hf or gguf.
-        mp: number of shards, for meta.
-        dtype: bf16, fp16 or fp32; by default what the weights are stored in (fp32 if quantized).
-        quant: q8_0, q4_0 or q4_1, for gguf.
-        tokenizer_path: by default what is found with the source.
-        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights that are written.
-        force: overwrite dst, once the new checkpoint is complete.
-        verify: read everything again and compare.
-    """
-    try:
-        from llama.backends.build import open_checkpoint  # here: it isn't cheap to import
-
-        path = conversion.convert(
-            open_checkpoint(src, adapter_dir), dst, to, model_parallel_size=mp, dtype=_dtype(dtype),
-            quant=quant, tokenizer_path=tokenizer_path, force=force, verify=verify,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written under the final name")
-    print(f"{path}: {memory.size(_bytes_under(path))}" + (", verified" if verify else ""))
-
-
-def inspect(path: str, max_seq_len: int = 2048, max_batch_size: int = 8) -> None:
-    """Say what a checkpoint is, and the memory that it needs on each of 1, 2, 4, ... ranks.
-
-    Args:
-        path: Meta's or Hugging Face's directory, or a .gguf file.
-        max_seq_len: tokens of prompt and answer together, for the cache.
-        max_batch_size: rows of the cache.
-    """
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name}={value}: it's a number from 1 up")
-    source = checkpoint.open(remote.local_path(path))
-    about = conversion.describe(source)
-    args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
-    print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
-    print(f"tokenizer: {source.tokenizer_path or 'none'}")
-    for field, value in vars(args).items():
-        if field not in ("max_seq_len", "max_batch_size"):
-            print(f"  {field} = {value}")
-    checkpoint.check_shapes(source)
-    print(f"memory per rank with a cache of {max_batch_size} rows of {max_seq_len} tokens:")
-    for world in (w for w in range(1, args.n_heads + 1) if args.n_heads % w == 0):
-        for dtype in ("bf16", "fp32"):
-            need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
-            parts = f"weights {memory.size(need.weights)} + cache {memory.size(need.cache)}"
-            print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {parts}")
-
-
-def _dtype(name: Optional[str]) -> Optional[torch.dtype]:
-    return None if name is None else pick_dtype(name, torch.device("cpu"))
-
-
-def _bytes_under(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-COMMANDS: Dict[str, str] = {  # imported when asked for: not each is cheap
-    "chat": "llama.apps.repl:chat",
-    "complete": "llama.apps.complete:complete",
-    "convert": "llama.apps.cli:convert",
-    "download": "llama.apps.download:download",
-    "eval": "llama.apps.measure:evaluate",
-    "finetune": "llama.apps.finetune:main",
-    "inspect": "llama.apps.cli:inspect",
-    "score": "llama.apps.measure:score",
+COMMANDS = {  # imported when asked for: most of them need torch
+    "chat": "llama.apps.chat:chat Talk with a model.",
+    "complete": "llama.apps.complete:complete Continue a text, or each text of a file.",
+    "convert": "llama.apps.convert:convert Write a checkpoint in another format.",
+    "download": "llama.apps.download:download Download a model.",
+    "eval": "llama.apps.eval:evaluate Run tasks of lm-evaluation-harness.",
+    "finetune": "llama.apps.finetune:finetune Fine-tune a model on dialogs or texts.",
+    "inspect": "llama.apps.inspect:inspect Describe a checkpoint, and the memory that it needs.",
+    "plot": "llama.apps.plot:plot Draw the losses of a fine-tuning run.",
+    "score": "llama.apps.score:score Print the perplexity of texts.",
 }
 
+ABOUT = """\
+Run, convert and fine-tune Llama models.
 
-def _load(name: str) -> Callable:
-    module, _, function = COMMANDS[name].partition(":")
-    return getattr(import_module(module), function)
+`llama COMMAND --help` lists the options of a command. They are written with - or _, --max-seq-len
+or --max_seq_len. On several ranks: torchrun --nproc_per_node N -m llama COMMAND ...
 
-
-def _check_options(command: Callable, given: List[str]) -> None:
-    """fire would first do all the work, and then complain of an option that it doesn't know."""
-    known = {"help", *signature(command).parameters}
-    for option in given:
-        name = option[2:].partition("=")[0].replace("-", "_")
-        if option == "--":
-            break
-        if option.startswith("--") and not {name, name.removeprefix("no")} & known:
-            raise ValueError(f"no such option: --{name}; --help lists those that there are")
+Exit codes: 0 success; 1 the command failed, a line on stderr says why; 2 wrong usage; 130
+interrupted by Ctrl-C; 141 the reader of the output has gone.
+"""
 
 
-def _kind(hint: Any) -> type:
-    """The type that an option's value has when it is given: of Optional[int], int."""
-    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+class Help:
+    """Plain text, as wide as the terminal: the names of options, and beside them what they mean."""
+
+    def render_usage(self, console: Any, options: Any, usage: Any) -> None:
+        print(f"Usage: {usage}".rstrip(), end="\n\n")
+
+    def render_description(self, console: Any, options: Any, description: Any) -> None:
+        for paragraph in str(description.primary_renderable).strip().split("\n\n"):
+            items = re.split(r"\n(?=- )", paragraph)
+            print("\n".join(map(self.fill, items)), end="\n\n")
+
+    def __call__(self, console: Any, options: Any, panel: Any) -> None:
+        if not panel.entries:
+            return
+        print(f"{panel.title}:")
+        for entry in panel.entries:
+            names = ", ".join(entry.display_labels_with_metavar).replace("STR|PATH", "PATH")
+            notes = [f"choices: {', '.join(entry.choices)}"] if entry.choices else []
+            if entry.default not in (None, "False", "[]"):
+                notes.append(f"default: {entry.default}")
+            notes += ["required"] * entry.required
+            about = str(getattr(entry.description, "primary_renderable", ""))
+            text = self.fill(" ".join([about, *(f"[{note}]" for note in notes)]), " " * 26)
+            print(f"  {names:<23} {text.lstrip()}" if len(names) < 24 else f"  {names}\n{text}")
+        print()
+
+    def fill(self, text: str, indent: str = "") -> str:
+        """The text wrapped; the line breaks of docstrings mean nothing."""
+        return textwrap.fill(
+            " ".join(text.split()), min(shutil.get_terminal_size().columns, 100),
+            initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False,
+        )  # fmt: skip
 
 
-def _quoted(command: Callable, given: List[str]) -> List[str]:
-    """Arguments with those that are texts as Python strings, which fire leaves as they are.
-
-    Of --prompt='Hello, world' it would make a tuple, of --stop='["a"]' a list, of 1e3 1000.0.
-    """
-    kinds = {name: _kind(hint) for name, hint in get_type_hints(command).items()}
-    places = [kinds.get(name) for name in signature(command).parameters]
-    quoted: List[str] = []
-    place, waiting = 0, ""  # among the arguments without a name; an option whose value is next
-    for option in given:
-        name, is_there, value = option.partition("=")
-        if option.startswith("--"):
-            name = name[2:].replace("-", "_")
-            text = kinds.get(name) is str
-            quoted.append(f"--{name}={value!r}" if is_there and text else option)
-            waiting = "" if is_there or kinds.get(name) is bool else name
-        elif option.startswith("-") and not waiting:
-            quoted.append(option)
-        elif waiting:
-            quoted.append(repr(option) if kinds.get(waiting) is str else option)
-            waiting = ""
-        else:
-            kind = places[min(place, len(places) - 1)] if places else None
-            files = "files" in kinds and place > 0  # any number of them
-            quoted.append(repr(option) if kind is str or files else option)
-            place += 1
-    return quoted
+app = App(
+    name="llama", help=ABOUT, version=f"llama {__version__}", help_format="plaintext",
+    help_formatter=Help(), default_parameter=Parameter(show_env_var=False, negative_iterable=()),
+)  # fmt: skip
+for _name, _entry in COMMANDS.items():
+    _path, _, _help = _entry.partition(" ")
+    app.command(_path, name=_name, help=_help)
 
 
-def _typed(command: Callable) -> Callable:
-    """fire would make what it likes of a value: a number of the path 2024, a text of --force=no."""
-    kinds = {name: _kind(hint) for name, hint in get_type_hints(command).items()}
-    what = {bool: "a switch and takes no value", int: "a whole number", float: "a number"}
-
-    @wraps(command)
-    def checked(*args: Any, **kwargs: Any) -> None:
-        bound = signature(command).bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            kind = kinds[name]
-            if kind is str and value is True:
-                raise ValueError(f"--{name} needs a value")
-            if kind is str and value is not None:  # where it stands without an option's name
-                many = isinstance(value, tuple)
-                bound.arguments[name] = tuple(map(str, value)) if many else str(value)
-            elif kind is float and type(value) is int:
-                bound.arguments[name] = float(value)
-            elif kind in what and value is not None and type(value) is not kind:
-                raise ValueError(f"--{name}={value}: it's {what[kind]}")
-        command(*bound.args, **bound.kwargs)
-
-    return checked
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
+    """Print the completion script of a shell: `source <(llama completion bash)`."""
+    _complete_both_spellings()
+    print(app.generate_completion(shell=shell))
 
 
-def run(command: Callable, given: List[str], *names: str) -> None:
-    """A command with its arguments: mistakes are a line on stderr and exit code 1, no traceback.
+@app.command(name="--install-completion")
+def install_completion() -> None:
+    """Install completion for the shell that this is run from, and exit."""
+    from cyclopts.completion.detect import ShellDetectionError, detect_shell
 
-    Args:
-        names: of the program, and of the command if it is one of several.
-    """
     try:
-        _check_options(command, given)
-        program, *name = names
-        component = {name[0]: _typed(command)} if name else _typed(command)
-        fire.Fire(component, [*name, *_quoted(command, given)], name=program)
+        shell = detect_shell()
+    except ShellDetectionError:
+        raise ValueError("unknown shell: see llama completion --help") from None
+    _complete_both_spellings()
+    print(f"{app.install_completion(shell=shell)}: start a new {shell}")
+
+
+def _complete_both_spellings() -> None:
+    """Gives all options names with _ too: they are accepted anyway, but not completed."""
+    left: List[Any] = [app[name].default_command for name in COMMANDS]
+    for options in left:  # of a function or a dataclass
+        for name, hint in get_type_hints(options, include_extras=True).items():
+            if is_dataclass(hint):
+                left.append(hint)
+            elif "_" in name:
+                options.__annotations__[name] = Annotated[hint, Parameter(alias=f"--{name}")]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line, by default sys.argv's. Returns the exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell: llama ... <&-
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    try:
+        try:
+            run = parse(sys.argv[1:] if arguments is None else arguments)
+        except (CycloptsError, ValueError) as error:
+            return _end(2, f"error: {' '.join(str(error).split())}")
+        run()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt as interrupt:
+        return _end(130, str(interrupt) or "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        return _end(1, f"error: {error}")
+    except Exception:
+        if "RANK" in os.environ:
+            raise  # torch says which rank's it is
+        traceback.print_exc()
+        return 1
 
 
-def main() -> None:
-    """The entry point."""
-    name = "".join(sys.argv[1:2])
-    if name in COMMANDS:
-        run(_load(name), sys.argv[2:], "llama", name)
-    else:
-        fire.Fire({each: _typed(_load(each)) for each in COMMANDS}, name="llama")
+def parse(words: Sequence[str]) -> Callable[[], None]:
+    """What a command line asks for. Raises CycloptsError or ValueError if it is a wrong one."""
+    if words and words[0] in COMMANDS:
+        command = app[words[0]]
+        command.help = command.default_command.__doc__  # more than the line in the list
+    function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
+    return partial(function, *bound.args, **bound.kwargs)
+
+
+def _end(code: int, message: str) -> int:
+    """Say why the command ends: once, where several ranks have the same to say."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(5)  # when rank 0 ends, torchrun ends this one; else there's nobody to say it
+    print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

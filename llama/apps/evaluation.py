@@ -1,9 +1,9 @@
 """A Llama for EleutherAI's lm-evaluation-harness, an optional dependency.
 
-Only what needs it imports this module: it takes `pip install -e '.[eval]'`.
+Needs `pip install 'llama-reference[eval]'`.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
     raise ValueError(
-        f"llama eval needs lm_eval ({error}): install it with pip install -e '.[eval]'"
+        f"llama eval needs lm_eval ({error}): pip install 'llama-reference[eval]'"
     ) from error
 
 __all__ = ["HarnessModel", "TaskManager", "lm_eval", "make_table"]
@@ -29,12 +29,16 @@ class HarnessModel(TemplateLM):
     """A Llama as lm_eval sees a model: `lm_eval.simple_evaluate(HarnessModel(llama), ...)`.
 
     Follows the harness's own `HFLM`: a prefix of bos, or eos where there is none; what is too long
-    loses its beginning. Chat templates aren't applied.
+    is truncated on the left. Chat templates aren't applied.
+
+    Args:
+        parse_special: names of special tokens in a task's texts become control tokens, as HFLM has
+            it. By default they are text.
     """
 
-    def __init__(self, llama: Llama):
+    def __init__(self, llama: Llama, parse_special: bool = False):
         super().__init__()
-        self.llama = llama
+        self.llama, self.parse_special = llama, parse_special
         self.max_length = llama.model.params.max_seq_len
         self.batch_size = llama.model.params.max_batch_size
 
@@ -50,13 +54,11 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: Optional[bool] = None, **kwargs: Any
     ) -> List[int]:
-        """Token ids, with bos in front where the tokenizer adds it, or as add_special_tokens says.
-
-        Names of special tokens in the text are text.
-        """
+        """Token ids; bos in front where the tokenizer adds it, unless add_special_tokens=False."""
         tokenizer = self.llama.tokenizer
         bos = tokenizer.add_bos and add_special_tokens is not False
-        return tokenizer.encode(string, bos=bos, eos=False)
+        special: Literal["all"] | Set[str] = "all" if self.parse_special else set()
+        return tokenizer.encode(string, bos=bos, eos=False, allowed_special=special)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Tuple[Any, List[int], List[int]]], disable_tqdm: bool = False
@@ -112,14 +114,19 @@ class HarnessModel(TemplateLM):
                         self._fitting(requests[row].args[0], options["max_gen_len"])
                         for row in batch
                     ]
-                    done = self.llama.text_completion(prompts, **options)
-                    for row, answer in zip(batch, done, strict=True):
-                        answers[row] = answer["generation"]
+                    done, _ = self.llama.generate(prompts, **options)
+                    for row, ids in zip(batch, done, strict=True):
+                        answers[row] = _before(options["stop"], self._decode(ids))
                     progress.update(len(batch))
         return answers
 
-    def _fitting(self, prompt: str, max_gen_len: int) -> str:
-        """The end of a prompt that leaves room for its answer."""
+    def _decode(self, ids: List[int]) -> str:
+        """The text of an answer; as control tokens, special ones have none."""
+        special = self.llama.tokenizer.special_tokens.values() if self.parse_special else ()
+        return self.llama.tokenizer.decode([id for id in ids if id not in special])
+
+    def _fitting(self, prompt: str, max_gen_len: int) -> List[int]:
+        """The ids of a prompt, truncated on the left so that its answer fits."""
         room = self.max_length - max_gen_len
         if room < 2:
             raise ValueError(
@@ -129,13 +136,17 @@ class HarnessModel(TemplateLM):
         ids = self.tok_encode(prompt)
         if not ids:
             raise ValueError("an empty prompt, and the tokenizer adds no bos: nothing to continue")
-        if len(ids) <= room:
-            return prompt
-        return self.llama.tokenizer.decode(ids[len(ids) - room + self.llama.tokenizer.add_bos :])
+        bos = ids[: self.llama.tokenizer.add_bos]
+        return ids if len(ids) <= room else bos + ids[len(ids) - room + len(bos) :]
+
+
+def _before(stops: Sequence[str], text: str) -> str:
+    """A text up to the first of these strings."""
+    return text[: min(at for at in (len(text), *map(text.find, stops)) if at >= 0)]
 
 
 def _generation_options(given: Dict[str, Any]) -> Dict[str, Any]:
-    """A task's generation_kwargs as arguments of `text_completion`.
+    """A task's generation_kwargs as arguments of `Llama.generate`.
 
     Raises:
         ValueError: one that has no counterpart there.

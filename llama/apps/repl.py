@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
 
 from llama.apps.terminal import Plain, Rich, is_capable, pick_terminal
+from llama.backends.options import ModelOptions
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
 from llama.generation import Llama
@@ -305,18 +306,12 @@ def _read(path: Path) -> List[Message]:
 
 
 def talk(session: Session, terminal: Plain) -> None:
-    """Read and answer until the user leaves."""
+    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
     while True:
         try:
             line = terminal.read()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            terminal.show("/exit or Ctrl-D leaves")
-            continue
-        if line is None:
-            return
-        try:
+            if line is None:
+                return
             reply = session.take(line)
             if reply.leaves:
                 return
@@ -327,6 +322,10 @@ def talk(session: Session, terminal: Plain) -> None:
                     terminal.answer(session.answer(interrupted))
                 if session.note:
                     terminal.complain(f"({session.note})")
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            terminal.show("/exit or Ctrl-D leaves")
         except ValueError as error:
             terminal.complain(str(error))
 
@@ -341,73 +340,26 @@ def follow(llama: Llama) -> None:
             pass  # raised on all ranks alike, and shown by rank 0
 
 
-def chat(
-    ckpt_dir: str,
-    tokenizer_path: Optional[str] = None,
-    system: Optional[str] = None,
-    max_seq_len: int = 2048,
-    max_gen_len: Optional[int] = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    seed: int = 1,
-    device: Optional[str] = None,
-    dtype: Optional[str] = None,
-    quantize: Optional[Literal["int8", "int4"]] = None,
-    kv_cache: Optional[Literal["int8"]] = None,
-    compile: bool = False,
-    speculate: Optional[Literal["lookup", "draft", "off"]] = None,
-    draft_ckpt_dir: Optional[str] = None,
-    draft_quantize: Optional[Literal["int8", "int4"]] = None,
-    prefix_cache_mb: int = 500,
-    adapter_dir: Optional[str] = None,
-    offload: Optional[Literal["auto"]] = None,
-    history: Optional[str] = None,
+def converse(
+    model: ModelOptions,
+    sampling: SamplingParams,
+    system: Optional[str],
+    max_gen_len: Optional[int],
+    speculate: Optional[Literal["lookup", "draft", "off"]],
+    history: Optional[str],
 ) -> None:
-    """Talk with a model. /help lists the commands. In a pipe, each line is a message.
-
-    Args:
-        ckpt_dir: Meta's or Hugging Face's directory, or a .gguf file.
-        tokenizer_path: by default what is found with the checkpoint.
-        system: the system message.
-        max_seq_len: tokens of the whole dialog.
-        max_gen_len: tokens of an answer; by default what max_seq_len leaves room for.
-        temperature: 0 takes the most probable token each time.
-        top_p: share of probability to sample from.
-        seed: of the random numbers for sampling.
-        device: cuda, mps or cpu; by default the first of these that there is.
-        dtype: bf16, fp16 or fp32; by default bf16 where the hardware has it.
-        quantize: int8 or int4, for weights of 8 or 4 bits.
-        kv_cache: int8, for a cache of half the size.
-        compile: compute much faster, for some seconds once (CPU).
-        speculate: guess tokens, for the same answers in less time: lookup, where they repeat what
-            was said, or draft, with a draft model.
-        draft_ckpt_dir: a smaller model with the same tokenizer.
-        draft_quantize: int8 or int4, for the draft model's weights.
-        prefix_cache_mb: memory for what was said, which a next turn then needn't compute again.
-        adapter_dir: a LoRA adapter in PEFT's layout, added to the weights.
-        offload: auto brings in what doesn't fit into memory for each pass; slow.
-        history: file of the lines you typed; by default ~/.local/state/llama/history.
-
-    Raises:
-        ValueError: a missing package, a checkpoint without a chat format, or what
-            `Llama.build` raises.
-    """
+    """`llama chat`, which says what its options mean. One row is computed at a time."""
     if is_capable():  # a pipe needs neither
         try:
             import prompt_toolkit  # noqa: F401
             import rich  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"llama chat needs {error.name}: pip install -e '.[chat]'") from None
-    params = SamplingParams(temperature=temperature, top_p=top_p)
-    parallel.initialize(device=device, timeout=WEEK)
+            raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
+    parallel.initialize(device=model.device, timeout=WEEK)
     if not parallel.is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
-    llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype,
-        quantize=quantize, kv_cache=kv_cache, compile=compile, draft_ckpt_dir=draft_ckpt_dir,
-        draft_quantize=draft_quantize, prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir,
-        offload=offload,
-    )  # fmt: skip
+    llama = Llama.build(**{**vars(model), "max_batch_size": 1})
+    params = SamplingParams(**vars(sampling))
     session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
     if not parallel.is_rank_zero():
         return follow(llama)

@@ -1,12 +1,16 @@
 """Terminals to converse in: one for pipes, one with an editor and rendered markdown."""
 
 import os
+import select
 import signal
+import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
+
+from llama.text.json_files import decode
 
 
 def printable(text: str) -> str:
@@ -21,16 +25,51 @@ _CONTROLS[ord("\r")] = ""
 class Plain:
     """Lines in, text out: for pipes, files and terminals that can do no more."""
 
+    _signals: Optional[Tuple[socket.socket, socket.socket]] = None
+
     def read(self) -> Optional[str]:
-        """A message, or None at the end. A line that ends with a backslash goes on in the next."""
+        """A message, or None at the end. A line that ends with a backslash goes on in the next.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
         message = ""
         while True:
-            if sys.stdin.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
+            line = self._prompted() if sys.stdin.isatty() else self._piped()
             if not line.removesuffix("\n").endswith("\\"):
                 return message + line.removesuffix("\n") if message or line else None
             message += line.removesuffix("\n")[:-1] + "\n"
+
+    def _piped(self) -> str:
+        """A line from a pipe or a file; OSError, which ends the conversation, if it isn't UTF-8."""
+        try:
+            return decode(sys.stdin.buffer.readline(), "stdin")
+        except ValueError as error:
+            raise OSError(str(error)) from None
+
+    def _prompted(self) -> str:
+        """A line from a terminal.
+
+        Python handles signals between its own instructions. One that arrives after the last of
+        them and before the system's read() would be noticed at the end of the line only; the pair
+        of sockets, to which each signal writes a byte, makes select() return for it.
+        """
+        if sys.platform == "win32":  # where select() takes sockets only
+            print("> ", end="", file=sys.stderr, flush=True)
+            return sys.stdin.readline()
+        if self._signals is None:
+            self._signals = socket.socketpair()
+            for end in self._signals:
+                end.setblocking(False)
+        arrived, written = self._signals
+        old = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        try:
+            print("> ", end="", file=sys.stderr, flush=True)
+            while sys.stdin not in select.select([sys.stdin, arrived], [], [])[0]:
+                arrived.recv(4096)  # of some other signal, or an earlier Ctrl-C
+            return sys.stdin.readline()
+        finally:
+            signal.set_wakeup_fd(old)
 
     def show(self, text: str) -> None:
         print(self._shown(text), flush=True)

@@ -18,6 +18,9 @@ else:  # the command line reads these hints, and has names only
     Device = DType = str
 
 
+DEVICES = ("cuda", "mps", "cpu")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """How a model is built. The first six are Meta's, in Meta's order.
@@ -28,10 +31,10 @@ class ModelOptions:
             (https://, gs://, az://): then it is downloaded once, into a cache.
         tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or not;
             by default the one found with the checkpoint.
-        max_seq_len: tokens of prompt and answer together.
-        max_batch_size: sequences computed at once.
+        max_seq_len: tokens of prompt and answer together, 1 or more.
+        max_batch_size: sequences computed at once, 1 or more.
         model_parallel_size: ranks that share one copy of the model; all of them by default.
-        seed: of the random numbers of requests that give none of their own.
+        seed: of the random numbers of requests that give none of their own, 0 or more.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: bf16, fp16 or fp32, of weights, activations and cache; by default bf16 where the
             hardware has it, else fp32.
@@ -71,9 +74,13 @@ class ModelOptions:
     offload: Optional[Literal["auto"]] = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_seq_len", 1), ("max_batch_size", 1), ("prefix_cache_mb", 0)):
+        for name, least in (
+            ("max_seq_len", 1), ("max_batch_size", 1), ("seed", 0), ("prefix_cache_mb", 0),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if isinstance(self.device, str) and self.device.partition(":")[0] not in DEVICES:
+            raise ValueError(f"device={self.device!r}: choose one of {', '.join(DEVICES)}")
         for name, known in (
             ("quantize", ("int8", "int4")),
             ("draft_quantize", ("int8", "int4")),

@@ -20,21 +20,27 @@ class SamplingParams:
     """How tokens are drawn. The defaults for all but temperature and top_p change nothing.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most probable token each time.
-        top_p: share of probability to draw from, from the most probable token down (1904.09751).
-        top_k: number of most probable tokens to draw from; 0 for all.
-        min_p: tokens at least this times as probable as the most probable one (2407.01082).
-        typical_p: share of probability to draw from, from the tokens whose information is nearest
-            to the expected one (2202.00666).
+        temperature: logits are divided by it; 0 takes the most probable token each time (greedy
+            decoding).
+        top_p: nucleus sampling: draw from the most probable tokens that together have this share
+            of the probability, 0 to 1 (arXiv 1904.09751).
+        top_k: draw from this many most probable tokens; 0 for all.
+        min_p: draw from tokens at least this times as probable as the most probable one, 0 to 1
+            (arXiv 2407.01082).
+        typical_p: locally typical sampling: draw from the tokens whose information is nearest to
+            the expected one, and that together have this share of the probability, above 0 and at
+            most 1 (arXiv 2202.00666).
         repetition_penalty: positive logits of tokens in prompt and answer are divided by it,
-            negative ones multiplied (1909.05858).
-        presence_penalty: taken from the logit of each token in the answer (OpenAI's formula).
-        frequency_penalty: the same, times its count.
-        no_repeat_ngram_size: no run of so many tokens comes twice in prompt and answer; 0 for off.
+            negative ones multiplied; above 0 (arXiv 1909.05858).
+        presence_penalty: subtracted from the logit of each token that the answer has (OpenAI's
+            formula).
+        frequency_penalty: the same, times the number of times that the answer has it.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0 for off.
         logit_bias: added to the logits of these ids.
         banned_tokens: ids that are never drawn.
-        guidance_scale: above 1, what the negative prompt makes less probable becomes more so:
-            log-probabilities are negative + scale * (own - negative) (2306.17806).
+        guidance_scale: classifier-free guidance, above 1: log-probabilities are
+            negative + scale * (own - negative), those of the negative prompt and of the own one
+            (arXiv 2306.17806).
         negative_prompt: token ids in place of the prompt; its last token alone by default.
         logits_processor: called with the row's ids, prompt included, and its logits (vocab_size,);
             returns what to use in their place.

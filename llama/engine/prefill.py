@@ -4,7 +4,9 @@ from typing import Iterator, List, Sequence, Tuple
 
 import torch
 
+from llama.engine.projection import logprobs_of
 from llama.layers.cache import PASS, KVCache
+from llama.layers.ids import padded
 from llama.model import Transformer
 
 
@@ -40,18 +42,14 @@ def prefill(
             of_last[here] = h[here, ends[here] - begin]
             if score:
                 following = tokens[:, begin + 1 : begin + 1 + step]
-                of_next[:, begin + 1 : begin + 1 + step] = _score(model, h, following)
+                states = h[:, : following.shape[1]].flatten(0, 1)
+                found, _ = logprobs_of(model, states, following.flatten())
+                of_next[:, begin + 1 : begin + 1 + step] = found.view(following.shape)
         last.append(of_last)
         if score:
             scores += [row[: len(ids)] for row, ids in zip(of_next.tolist(), new, strict=True)]
     cache.lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     return torch.cat(last), scores
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Rows of ids as a tensor (B, T), the shorter ones with zeros behind them."""
-    width = max(map(len, rows))
-    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows]).to(device)
 
 
 def similar(known: Sequence[int], lengths: Sequence[int]) -> Iterator[Tuple[int, int]]:
@@ -70,16 +68,3 @@ def similar(known: Sequence[int], lengths: Sequence[int]) -> Iterator[Tuple[int,
                 continue
         yield start, stop
         start = stop
-
-
-def _score(model: Transformer, h: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """Log-probability of the token that follows each position: (B, T, dim), (B, T) -> (B, T).
-
-    The vocabulary is wide, so a few positions are projected at a time.
-    """
-    scores = torch.empty(following.shape, dtype=torch.float32, device=h.device)
-    for begin in range(0, following.shape[1], 64):
-        actual = following[:, begin : begin + 64, None]
-        predicted = model.logits(h[:, begin : begin + actual.shape[1]]).log_softmax(-1)
-        scores[:, begin : begin + 64] = predicted.gather(-1, actual)[..., 0]
-    return scores

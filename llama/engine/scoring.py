@@ -1,23 +1,21 @@
-"""How probable a model finds a text: scores of its tokens, of continuations, and perplexity.
+"""Log-probabilities of texts and of continuations, and perplexity.
 
 Log-probabilities are natural and of the model's own distribution. A text is encoded with bos in
 front where the tokenizer adds it; the first token, which nothing comes before, is never scored.
 """
 
-import json
 import math
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
+from llama.engine.projection import logprobs_of
+from llama.layers.ids import check_ids
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
 Convention = Literal["transformers", "llama.cpp"]
-
-PROJECTED = 128  # positions projected to the vocabulary at a time: 65 MB of fp32 for Llama 3's
 
 
 class TextScore(NamedTuple):
@@ -200,8 +198,8 @@ def score_spans(
 ) -> List[Tuple[List[float], List[bool]]]:
     """For each of ids[start:] its log-probability and whether it is the most probable token.
 
-    Memory: the hidden states of a batch, and the logits of `PROJECTED` positions. Under torchrun
-    all ranks call this alike, and each has the result.
+    Memory: the hidden states of a batch, and the logits of `projection.PROJECTED` positions. Under
+    torchrun all ranks call this with the same arguments, and each has the result.
 
     Raises:
         ValueError: ids outside of the vocabulary, more than max_seq_len before the last one,
@@ -224,7 +222,8 @@ def score_spans(
             wanted[i, start - 1 : len(ids) - 1] = True  # where ids[start:] are predicted
         tokens, wanted = tokens.to(device), wanted.to(device)
         h = model.hidden(tokens[:, :-1])[wanted]  # (number of scored tokens, dim), row after row
-        logprobs, greedy = _project(model, h, tokens[:, 1:][wanted])
+        found = logprobs_of(model, h, tokens[:, 1:][wanted])
+        logprobs, greedy = (part.tolist() for part in found)
         at = 0
         for row in rows:
             end = at + len(spans[row].ids) - spans[row].start
@@ -236,19 +235,6 @@ def score_spans(
                     "too narrow for them; try dtype=torch.float32"
                 )
     return results
-
-
-def _project(
-    model: Transformer, h: torch.Tensor, actual: torch.Tensor
-) -> Tuple[List[float], List[bool]]:
-    """Hidden states (N, dim) and the ids (N,) that follow: their log-probability, and if greedy."""
-    logprobs: List[float] = []
-    greedy: List[bool] = []
-    for states, ids in zip(h.split(PROJECTED), actual.split(PROJECTED), strict=True):
-        predicted = model.logits(states).log_softmax(-1)
-        logprobs += predicted.gather(-1, ids[:, None])[:, 0].tolist()
-        greedy += (predicted.argmax(-1) == ids).tolist()
-    return logprobs, greedy
 
 
 def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
@@ -263,59 +249,4 @@ def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
                 f"text {row} has {len(ids)} tokens, and {params.max_seq_len + 1} can be scored at "
                 "once: shorten it, or build with a larger max_seq_len"
             )
-        low, high = min(ids, default=0), max(ids, default=0)
-        if low < 0 or high >= params.vocab_size:
-            raise ValueError(
-                f"text {row} has the token id {low if low < 0 else high}: "
-                f"this model knows 0 to {params.vocab_size - 1}"
-            )
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: not UTF-8.
-        OSError: a file that can't be read.
-    """
-    try:
-        # newline="" keeps the ends of lines as they are: they are a part of the text.
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
-
-
-def read_lines(path: Path) -> List[Tuple[str, str]]:
-    """The "text" of each line of a JSONL file, with its place; as `read_text` raises, and
-
-    Raises:
-        ValueError: a line that isn't an object with a "text".
-    """
-    texts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}:{number}: not a JSON object with a string "text"')
-        texts.append((f"{path}:{number}", text))
-    return texts
-
-
-def as_line(name: str, found: Perplexity) -> str:
-    """A score for people."""
-    return (
-        f"{name}: {found.tokens} tokens, log-probability {-found.nll:.4f}, "
-        f"perplexity {found.perplexity:.4f}"
-    )
-
-
-def as_json(name: str, found: Perplexity) -> str:
-    """A score for programs: name, tokens, logprob, perplexity (null if there are no tokens)."""
-    record: Dict[str, object] = {"name": name, "tokens": found.tokens, "logprob": -found.nll}
-    record["perplexity"] = found.perplexity if found.tokens else None
-    return json.dumps(record, ensure_ascii=False)
+    check_ids([span.ids for span in spans], params.vocab_size, "text")

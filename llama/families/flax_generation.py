@@ -1,6 +1,11 @@
-"""Texts by `llama.families.flax_model`: prefill and the decoding loop, each one compiled function.
+"""Generation with `llama.families.flax_model`: prefill and decoding, each one compiled function.
 
-generate(model, [[1, 2, 3], [4, 5]], max_gen_len=16)
+    generate(model, [[1, 2, 3], [4, 5]], max_gen_len=16)
+
+`llama.engine` doesn't run it: that takes each token to Python, draws the next one and changes its
+batch, which XLA can't trace; it would pay for a dispatch and a copy to the host at each step. Here
+the whole loop is one `jax.lax.while_loop` on the device, with what can be compiled: greedy decoding
+or a temperature, and stop tokens.
 """
 
 import math
@@ -12,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama.families.flax_model import KVCache, Transformer, mesh_of, placed_on
+from llama.layers.ids import check_ids
 from llama.model import ModelArgs
 
-BLOCK = 256  # a cache's length is a multiple of this, so that few lengths are compiled for
+ROUND = 256  # a cache's length is a multiple of this, so that few lengths are compiled for
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -76,7 +82,7 @@ def generate(
 ) -> List[List[int]]:
     """Continue prompts of token ids, of any mixture of lengths: the new ids of each.
 
-    The loop is compiled once for a number of rows and a context rounded up to BLOCK, prefill once
+    The loop is compiled once for a number of rows and a context rounded up to ROUND, prefill once
     for a power of two.
 
     Args:
@@ -97,7 +103,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     limits = np.minimum(lengths + max_gen_len, args.max_seq_len)
     limits[len(prompt_tokens) :] = 1
-    room = min(-(-int(limits.max()) // BLOCK) * BLOCK, args.max_seq_len)
+    room = min(-(-int(limits.max()) // ROUND) * ROUND, args.max_seq_len)
     width = min(1 << int(lengths.max() - 1).bit_length(), room)
 
     ids = np.zeros((len(prompts), room), np.int32)
@@ -126,9 +132,4 @@ def _check_prompts(
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens: this model takes 1 to {args.max_seq_len}"
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= args.vocab_size:
-            raise ValueError(
-                f"prompt {row} has the token id {low if low < 0 else high}: "
-                f"this model knows 0 to {args.vocab_size - 1}"
-            )
+    check_ids(prompts, args.vocab_size)

@@ -1,11 +1,10 @@
 """The Llama network in flax.nnx: `llama/model.py` for JAX, from the same checkpoints and back.
 
-    model = from_checkpoint("checkpoints/SmolLM2-135M-Instruct", dtype="bf16")
+    model = llama.checkpoint.flax.from_checkpoint("checkpoints/SmolLM2-135M-Instruct", dtype="bf16")
     logits = model(tokens)  # (B, T) ids -> (B, T, vocab_size), differentiable
 
-Names and the layout of weights, (out, in), are Meta's, so what came in goes back bit for bit:
-`to_checkpoint(model)` is what every writer in `llama.checkpoint` takes. `flax_generation.py` makes
-texts with it; nothing else imports this file, which needs `pip install -e '.[flax]'`.
+Names and the layout of weights, (out, in), are Meta's: `llama.checkpoint.flax` reads and writes
+them bit for bit. `flax_generation.py` generates with it. Needs JAX and Flax.
 
 On several devices no code changes: weights and cache are placed on a mesh with the axes "data"
 (rows of a batch) and "model" (heads, features, words: what `parallel.SHARD_AXIS` splits), and XLA
@@ -16,12 +15,8 @@ Shapes: B rows, T new tokens, S positions that attention sees (of the cache, or 
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
-import torch
-
-from llama import checkpoint
 from llama.layers import parallel
 from llama.model import ModelArgs, rope_frequencies
 
@@ -32,7 +27,7 @@ try:
     from flax import nnx
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ImportError as error:
-    raise ImportError("llama.flax_model needs JAX and Flax: pip install -e '.[flax]'") from error
+    raise ImportError("this needs JAX and Flax: pip install 'llama-reference[flax]'") from error
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +58,15 @@ class KVCache:
         self.k[layer_id] = self.k[layer_id].at[rows, places].set(k)
         self.v[layer_id] = self.v[layer_id].at[rows, places].set(v)
         return self.k[layer_id], self.v[layer_id]
+
+
+class Context(NamedTuple):
+    """What one pass gives to every layer."""
+
+    places: jax.Array  # (1 or B, T): positions of the tokens
+    freqs_cis: jax.Array  # (1 or B, T, 1, head_dim / 2), see apply_rotary_emb
+    mask: jax.Array  # (1 or B, 1, T, S): True where a token sees a key
+    cache: Optional[KVCache]
 
 
 class Linear(nnx.Module):
@@ -115,15 +119,9 @@ class Attention(nnx.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, dtype)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, dtype)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        places: jax.Array,
-        freqs_cis: jax.Array,
-        mask: jax.Array,
-        cache: Optional[KVCache],
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         B, T, _ = x.shape
+        places, freqs_cis, mask, cache = context
         xq = apply_rotary_emb(self.wq(x).reshape(B, T, -1, self.head_dim), freqs_cis)
         xk = apply_rotary_emb(self.wk(x).reshape(B, T, -1, self.head_dim), freqs_cis)
         xv = self.wv(x).reshape(B, T, -1, self.head_dim)
@@ -153,20 +151,13 @@ class TransformerBlock(nnx.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, dtype)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, dtype)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        places: jax.Array,
-        freqs_cis: jax.Array,
-        mask: jax.Array,
-        cache: Optional[KVCache],
-    ) -> jax.Array:
-        h = x + self.attention(self.attention_norm(x), places, freqs_cis, mask, cache)
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        h = x + self.attention(self.attention_norm(x), context)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nnx.Module):
-    """The whole network. Weights are shapes without values: `from_checkpoint` fills them."""
+    """The whole network. Weights are shapes without values, until a checkpoint is loaded."""
 
     def __init__(self, params: ModelArgs, dtype: jnp.dtype = jnp.float32):
         self.params = params
@@ -236,7 +227,7 @@ class Transformer(nnx.Module):
 
         h = jnp.take(self.tok_embeddings.weight[...], tokens, axis=0).astype(self.dtype)
         for layer in self.layers:
-            h = layer(h, places, freqs_cis, mask, cache)
+            h = layer(h, Context(places, freqs_cis, mask, cache))
         return self.norm(h)
 
     def logits(self, h: jax.Array) -> jax.Array:
@@ -249,53 +240,6 @@ def weights(model: Transformer) -> Dict[str, nnx.Param]:
     """The model's parameters by Meta's names; `weights(model)[name][...]` is an array."""
     nodes = nnx.iter_graph(model)
     return {".".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}
-
-
-def from_checkpoint(
-    source: str | Path | checkpoint.Checkpoint,
-    *,
-    dtype: Optional[str | torch.dtype] = None,
-    mesh: Optional[Mesh] = None,
-) -> Transformer:
-    """A model with the weights of any checkpoint, read one at a time and strictly.
-
-    Args:
-        dtype: of the weights; None leaves each in its own (quantized ones become fp32).
-        mesh: devices to share the weights, see `make_mesh`.
-
-    Raises:
-        FileNotFoundError, ValueError: what isn't a checkpoint or lacks a weight; a mesh that
-            doesn't divide the model.
-    """
-    if isinstance(source, (str, Path)):
-        source = checkpoint.open(source)
-    checkpoint.check_shapes(source)
-    kind = None if dtype is None else parallel.pick_dtype(dtype, torch.device("cpu"))
-    model = Transformer(source.args)
-    _check_mesh(mesh, source.args)
-    for name, param in weights(model).items():
-        weight = checkpoint.read_shard(source, name, 0, 1, dtype=kind)
-        # Else it would stay where torch has it, on the CPU, and be computed with there.
-        where = placed_on(mesh, *partition_spec(name)) or jnp.zeros(()).sharding
-        # A copy: the source's memory may change, as a file that is mapped or a model in training.
-        weight = weight.clone(memory_format=torch.contiguous_format)
-        param.set_value(jax.device_put(jnp.from_dlpack(weight), where))
-    return model
-
-
-def to_checkpoint(model: Transformer) -> checkpoint.InMemory:
-    """The weights as torch tensors, by Meta's names: for `llama.checkpoint`'s writers, or `load`.
-
-    Where the model is on one CPU device they are its own memory: read them, or copy first.
-    """
-    cpu = jax.local_devices(backend="cpu")[0]
-    return checkpoint.InMemory(
-        model.params,
-        {
-            name: torch.from_dlpack(jax.device_put(param[...], cpu))
-            for name, param in weights(model).items()
-        },
-    )
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -319,13 +263,13 @@ def shard(model: Transformer, mesh: Mesh) -> Transformer:
     Raises:
         ValueError: axes of other names, or devices that can't share the model evenly.
     """
-    _check_mesh(mesh, model.params)
+    check_mesh(mesh, model.params)
     for name, param in weights(model).items():
         param.set_value(jax.device_put(param[...], placed_on(mesh, *partition_spec(name))))
     return model
 
 
-def _check_mesh(mesh: Optional[Mesh], args: ModelArgs) -> None:
+def check_mesh(mesh: Optional[Mesh], args: ModelArgs) -> None:
     if mesh is None:
         return
     if set(mesh.shape) != {"data", "model"}:

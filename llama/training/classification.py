@@ -1,11 +1,11 @@
-"""Texts put into classes, or given numbers: a head on the last real token of each row.
+"""Sequence classification and regression: a linear head on the last token of each row.
 
     classifier = SequenceClassifier.build("checkpoints/Llama-3.2-1B", labels=["no", "yes"])
     loss = classifier.loss(classifier(tokens, lengths), labels)
     classifier.write("checkpoints/yes-or-no")
 
-The head, its losses and its directories are those of transformers' LlamaForSequenceClassification,
-which reward models have, too: one label, and "regression".
+The head, the losses and the files are those of transformers' LlamaForSequenceClassification.
+Reward models are of this kind: one label, and "regression".
 """
 
 from dataclasses import replace
@@ -20,8 +20,9 @@ from llama import checkpoint
 from llama.backends.build import open_tokenizer
 from llama.checkpoint import Checkpoint, InMemory, Shape, remote, weight_shapes
 from llama.checkpoint.huggingface import CLASSIFIER, HFCheckpoint, write
-from llama.engine.prefill import padded
+from llama.engine.embeddings import batches
 from llama.layers import parallel
+from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
 from llama.text.json_files import read_object
 from llama.tokenizer import Tokenizer
@@ -33,20 +34,20 @@ SCORE = "score.weight"
 
 
 class SequenceClassifier(nn.Module):
-    """A Transformer with a linear head, dim -> labels, in the place of its output layer.
+    """A Transformer with a linear head, dim -> labels, in place of its output layer.
 
-    Make one with `SequenceClassifier.build`, or around a model that there is already.
+    Make one with `SequenceClassifier.build`, or around a model in memory.
 
     Args:
-        score: the head's weight, (len(labels), dim), alike on all ranks, which each hold all of it
-            as they do the hidden states. None draws one as transformers does, by the seed.
-        tied: tie_word_embeddings in what is written; by default that of the model's shape.
+        score: the head's weight, (len(labels), dim), the same on all ranks: each holds all of it.
+            None draws one as transformers does, by the seed.
+        tied: tie_word_embeddings in the config that `write` writes; by default the model's own.
 
     Attributes:
         labels: their names, in order.
-        problem_type: what the labels are, which decides the loss; None until the first loss.
-        pad_id: the id that transformers fills rows with, or None: what a directory says, and for a
-            new head the tokenizer's.
+        problem_type: the kind of labels, which decides the loss; None until the first loss.
+        pad_id: the padding id of transformers, or None: the config's, and for a new head the
+            tokenizer's.
 
     Raises:
         ValueError: no labels or one twice, a head of another shape, an unknown problem_type.
@@ -165,14 +166,16 @@ class SequenceClassifier(nn.Module):
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits of each row's class: (B, T) ids, (B,) lengths -> (B, num_labels), fp32.
 
-        Differentiable. Rows are padded on the right with anything: a token never sees what comes
-        after it, so padding needs no mask. transformers takes any pad_id at the end of a row for
-        padding: lengths that don't count it give its logits.
+        Differentiable. Rows are padded on the right with any id of the vocabulary: a token never
+        sees what comes after it, so padding needs no mask. transformers takes any pad_id at the
+        end of a row for padding: lengths that don't count it give its logits.
 
         Raises:
-            ValueError: lengths that aren't one of 1 to T for each row.
+            ValueError: ids outside of the vocabulary; lengths that aren't one of 1 to T for each
+                row.
         """
         B, T = tokens.shape[:2]
+        check_token_tensor(tokens, self.model.vocab_size)
         if lengths.shape != (B,) or lengths.is_floating_point():
             shape = tuple(lengths.shape)
             raise ValueError(f"lengths of {lengths.dtype} {shape}: integers, one for each of {B}")
@@ -190,8 +193,8 @@ class SequenceClassifier(nn.Module):
             single_label_classification   cross-entropy; labels (B,), indices
             multi_label_classification    binary cross-entropy of each; labels (B, num_labels), 0..1
 
-        Where problem_type is None, the first labels decide and it is kept: regression if there is
-        one label, single if they are integers, else multi.
+        Where problem_type is None, the first labels decide it for good: regression if there is one
+        label, single if they are integers, else multi.
         Source: transformers' `ForSequenceClassificationLoss`.
 
         Raises:
@@ -234,31 +237,22 @@ class SequenceClassifier(nn.Module):
         Any pad_id at the end of ids doesn't count, as in transformers.
 
         Raises:
-            ValueError: no tokenizer; a text without tokens, or longer than max_seq_len, by number.
+            ValueError: no tokenizer; ids outside of the vocabulary; a text without tokens, or
+                longer than max_seq_len, by number.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
         encoded = [self._encode(text) for text in texts]
-        most, device = self.model.params.max_seq_len, self.score.weight.device
-        for row, ids in enumerate(encoded):
-            if not 1 <= len(ids) <= most:
-                raise ValueError(
-                    f"text {row} has {len(ids)} tokens: it takes 1 to max_seq_len, {most}"
-                )
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         found = torch.empty(len(encoded), len(self.labels))
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            lengths = torch.tensor([len(encoded[i]) for i in rows])
-            found[rows] = self(padded([encoded[i] for i in rows], device), lengths).cpu()
+        args, device = self.model.params, self.score.weight.device
+        for rows, tokens, lengths in batches(encoded, args, batch_size, device):
+            found[rows] = self(tokens, lengths).cpu()
         return found
 
     def classify(
         self, texts: Sequence[str | Sequence[int]], batch_size: int = 8
     ) -> List[Dict[str, float]]:
-        """What `predict` says of each text, by label: probabilities, or a regression's values.
+        """Of each text, by label: probabilities, or the values of a regression.
 
-        They add up to 1, except for multi_label_classification.
+        Probabilities add up to 1, except for multi_label_classification. See `predict`.
         """
         logits, kind = self.predict(texts, batch_size), self.problem_type
         if kind == "multi_label_classification":
@@ -270,8 +264,8 @@ class SequenceClassifier(nn.Module):
     def _encode(self, text: str | Sequence[int]) -> List[int]:
         if not isinstance(text, str):
             ids = list(text)
-            # transformers doesn't tell padding from a token of that id at the end, in training
-            # neither: where a turn's end is also what fills rows, the token before counts.
+            # transformers doesn't tell padding from a real token of that id at the end, not in
+            # training either: where the padding is also the end of a turn, the token before counts.
             while len(ids) > 1 and ids[-1] == self.pad_id:
                 ids.pop()
             return ids

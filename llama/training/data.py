@@ -5,7 +5,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from llama.engine.prefill import padded
+from llama.layers.ids import padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
 from llama.text.json_files import objects, read_text, string
 from llama.tokenizer import Tokenizer

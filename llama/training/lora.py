@@ -9,7 +9,7 @@ adapter in the weights from the start, quantized and compiled models too, there 
 """
 
 import math
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,11 @@ from llama.layers import parallel
 from llama.layers.revision import changed
 from llama.model import Transformer, TransformerBlock
 
-# The matrices of a block, by Meta's names.
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+# The matrices of a block by Meta's names, with Hugging Face's.
+MATRICES = {
+    "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+}  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -158,20 +161,20 @@ def fresh(
     model: Transformer,
     rank: int,
     alpha: float,
-    matrices: Sequence[str] = MATRICES,
+    matrices: Iterable[str] = tuple(MATRICES),
     seed: int = 1,
 ) -> Adapter:
-    """An adapter that adds nothing yet, to be trained: A uniform as PEFT draws it, B zeros.
+    """A new adapter to be trained, which adds nothing yet: A uniform as PEFT draws it, B zeros.
+
+    Args:
+        matrices: of a block, by Meta's names or Hugging Face's.
 
     Raises:
         ValueError: a rank below 1, or matrices that a block doesn't have.
     """
-    unknown = set(matrices) - set(MATRICES)
-    if rank < 1 or unknown or not matrices:
-        raise ValueError(
-            f"lora rank {rank} of {', '.join(matrices) or 'nothing'}: a rank from 1 up, and some "
-            f"of {', '.join(MATRICES)}"
-        )
+    matrices = matrix_names(matrices)
+    if rank < 1:
+        raise ValueError(f"lora rank {rank} must be at least 1")
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(model.params).items():
         if name.split(".")[-2] in matrices:
@@ -180,6 +183,23 @@ def fresh(
             A = (2 * torch.rand(rank, inner, generator=generator) - 1) * bound
             pairs[name] = Pair(A, torch.zeros(out, rank), alpha / rank)
     return Adapter(pairs)
+
+
+def matrix_names(names: Iterable[str]) -> List[str]:
+    """Meta's names of the matrices of a block, given in these or in Hugging Face's; each once.
+
+    Raises:
+        ValueError: a name that is neither, or none at all.
+    """
+    known = {theirs: ours for ours, theirs in MATRICES.items()} | {ours: ours for ours in MATRICES}
+    given = [name.strip() for name in names]
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        raise ValueError(
+            f"lora matrices {', '.join(map(repr, unknown)) or 'none'}: choose some of "
+            f"{', '.join(MATRICES)} or, by Hugging Face's names, {', '.join(MATRICES.values())}"
+        )
+    return list(dict.fromkeys(known[name] for name in given))
 
 
 def adapter_of(model: Transformer, name: str) -> Adapter:

@@ -1,10 +1,15 @@
 """The `llama` command as a user starts it: what it prints, and what it says of mistakes."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +17,26 @@ from conftest import ROOT, TINY, random_weights, write_byte_tokenizer, write_che
 
 from llama import checkpoint
 from llama.apps import cli
+from llama.backends.options import ModelOptions
+from llama.engine.params import SamplingParams
 
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
 
 
-def llama(*arguments):
-    command = [sys.executable, "-m", "llama.apps.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def documented(options):
+    """What a docstring says of each option."""
+    about = options.__doc__.partition("    Raises:")[0]
+    found = re.findall(r"^        (\w+): (.*(?:\n            .*)*)", about, re.M)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
+def llama(*arguments, **options):
+    command = [sys.executable, "-m", "llama", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def read(path) -> str:
+    return Path(path).read_text()
 
 
 def ok(*arguments) -> str:
@@ -28,17 +46,181 @@ def ok(*arguments) -> str:
     return done.stdout
 
 
+def here(capsys, *arguments):
+    """In this process, since starting one takes seconds: exit code, stdout, stderr."""
+    code = cli.main([*map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
-def test_help_says_what_there_is():
-    assert "convert" in (text := ok()) and "inspect" in text
-    done = llama("convert", "--help")
-    text = done.stdout + done.stderr
-    assert done.returncode == 0 and "llama convert SRC DST TO <flags>" in text
-    for option in ("--mp", "--dtype", "--quant", "--tokenizer_path", "--force", "--verify"):
+def test_help_says_what_there_is(capsys):
+    text = ok("--help")
+    assert all(f"\n  {name} " in text for name in cli.COMMANDS)
+    for code in ("0 success", "1 the command failed", "2 wrong usage", "130"):
+        assert code in " ".join(text.split())
+    code, text, _ = here(capsys, "convert", "--help")
+    assert code == 0 and "llama convert [OPTIONS] SRC DST TO" in text
+    for option in ("--mp", "--dtype", "--quant", "--tokenizer-path", "--force", "--verify"):
         assert option in text
-    assert "q8_0, q4_0 or q4_1, for gguf" in text and "meta, hf or gguf" in text
+    assert "q8_0, q4_0 or q4_1, for gguf" in text and "[choices: meta, hf, gguf]" in text
+    assert here(capsys, "convert", "-h") == (0, text, "")
+
+
+HELPED = ["chat", "complete", "convert", "eval", "finetune", "inspect", "score"]
+
+
+@pytest.mark.parametrize("command", HELPED)
+def test_help_is_plain_text_that_fits(command, capsys):
+    """On stdout, 80 columns wide, each option with the whole of what the docstring says of it."""
+    code, text, err = here(capsys, command, "--help")
+    assert (code, err) == (0, "") and max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"Optional|[\x1b│╭─]|Union|NoneType", text)
+    said = " ".join(text.split())
+    options = documented(cli.app[command].default_command)
+    assert len(options) >= 3
+    for name, about in options.items():
+        assert f"-{name.replace('_', '-')}" in said or f" {name.upper()} " in said
+        assert about in said
+
+
+def test_help_of_shared_options_is_that_of_the_dataclasses(capsys):
+    _, text, _ = here(capsys, "complete", "--help")
+    said = " ".join(text.split())
+    assert "Model:" in text and "Sampling:" in text
+    for options in (ModelOptions, SamplingParams):
+        for name, about in documented(options).items():
+            shown = name not in (
+                "logit_bias",
+                "banned_tokens",
+                "negative_prompt",
+                "logits_processor",
+            )
+            assert (f"--{name.replace('_', '-')}" in text, about in said) == (shown, shown), name
+    assert "[choices: int8, int4]" in said and "[default: 0.0]" in said
+
+
+def test_help_does_not_wait_for_torch():
+    for arguments in (
+        *([name, "--help"] for name in ("complete", "download", "finetune", "plot")),
+        ["--help"],
+        ["--version"],
+        ["complete", "--promt"],
+        ["completion", "bash"],
+    ):
+        code = (
+            "import sys; from llama.apps.cli import main\n"
+            f"main({arguments}); assert not {{'torch', 'fire', 'numpy'}} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_public_names_are_imported_when_they_are_used():
+    code = (
+        "import sys, llama; assert not {'torch', 'cyclopts'} & set(sys.modules)\n"
+        "assert set(llama.__all__) <= set(dir(llama)) and not hasattr(llama, 'nothing')\n"
+        "from llama import *; from llama import checkpoint, convert, tokenizer\n"
+        "assert checkpoint.open and callable(convert) and tokenizer.Tokenizer is Tokenizer\n"
+        "assert llama.model.Transformer is Transformer and llama.Llama is Llama"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_version(capsys):
+    import llama as package
+
+    assert here(capsys, "--version") == (0, f"llama {package.__version__}\n", "")
+
+
+# --- what is an option, and what isn't -----------------------------------------------------------
+
+
+def test_options_are_written_in_either_spelling():
+    one, two = (
+        cli.parse(["complete", "ckpt", *words]).args[0]
+        for words in (["--max_seq_len", "7", "--no-compile"], ["--max-seq-len=7"])
+    )
+    assert one == two and one.max_seq_len == 7 and not one.compile
+    assert cli.parse(["score", "ckpt", "f", "--batch_size=2"]).args[0].max_batch_size == 2
+
+
+def test_texts_are_left_as_they_are():
+    for text in ("--hello", "-1", "1, 2", "['a']", "1e3", "None", "True", "a=b", "#", " x ", "@a"):
+        for words in (["--prompt", text], [f"--prompt={text}"]):
+            assert cli.parse(["complete", "ckpt", *words]).keywords["prompt"] == text
+    assert cli.parse(["complete", "2024"]).args[0].ckpt_dir == "2024"
+    stops = cli.parse(["complete", "c", "--stop", "a", "--stop", "-", "--stop", '["b"]'])
+    assert stops.keywords["stop"] == ["a", "-", '["b"]']
+
+
+USAGE = {  # exit code 2
+    "typo": ("complete c --promt x", "Unknown option: --promt. Did you mean --prompt?"),
+    "short": ("complete c -n 2", "Unknown option: -n"),
+    "short output": ("complete c -o x", "Unknown option: -o"),
+    "stray word": ("complete c stray", "Unused Tokens: ['stray']"),
+    "stray word of inspect": ("inspect c 2048", "Unused Tokens: ['2048']"),
+    "command": ("complet c", 'Unknown command "complet". Did you mean "complete"?'),
+    "no checkpoint": ("complete", "requires an argument"),
+    "no value": ("complete c --seed", "--seed requires an argument"),
+    "choice": ("complete c --quantize int9", 'Choose from: "int8", "int4"'),
+    "format": ("convert a b --to onnx", 'Choose from: "meta", "hf", "gguf"'),
+    "number": ("complete c --seed x", 'unable to convert "x" into int'),
+    "range": ("complete c --top_p 2", "top_p=2.0 must lie between 0 and 1"),
+    "device": ("complete c --device gpu", "device='gpu': choose one of cuda, mps, cpu"),
+    "hidden": ("complete c --logits_processor x", "Unknown option: --logits_processor"),
+    "switch": ("convert a b hf --force=5", "--force"),
+    "shell": ("completion tcsh", 'Choose from: "bash", "zsh", "fish"'),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage(case, capsys):
+    text, says = USAGE[case]
+    code, out, err = here(capsys, *text.split())
+    assert (code, out) == (2, "") and says in err
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+
+
+# --- completion ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_both_spellings(shell):
+    script = ok("completion", shell)
+    dashes = "" if shell == "fish" else "--"
+    for name in ("max-seq-len", "max_seq_len", "tokenizer_path", "response-format"):
+        assert re.search(rf"{dashes}\b{name}\b", script), name
+    assert all(name in script for name in (*cli.COMMANDS, "int8", "lookup"))
+    if shutil.which(shell):
+        done = subprocess.run([shell, "-n"], input=script, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bash_completes(tmp_path):
+    (tmp_path / "script").write_text(ok("completion", "bash"))
+    code = """
+        source ./script
+        try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _llama; echo "${COMPREPLY[@]}"; }
+        try llama compl; try llama complete c --max_s; try llama complete c --quantize int
+    """
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert [set(line.split()) for line in done.stdout.splitlines()] == [
+        {"complete", "completion"}, {"--max_seq_len"}, {"int8", "int4"}
+    ]  # fmt: skip
+
+
+def test_completion_is_installed_for_the_shell(tmp_path):
+    home = {**os.environ, "HOME": str(tmp_path), "BASH_VERSION": "5", "ZSH_VERSION": ""}
+    home.pop("XDG_DATA_HOME", None)
+    done = llama("--install-completion", env=home)
+    path = done.stdout.partition(":")[0]
+    assert done.returncode == 0 and path.startswith(str(tmp_path)) and "_llama" in read(path)
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -51,21 +233,14 @@ MISTAKES = {
     "source like a comment": ("inspect a#b", "no checkpoint at a#b"),
     "no checkpoint": ("convert tests OUT hf", "tests holds no checkpoint"),
     "destination exists": ("convert SRC README.md gguf", "README.md exists: choose another name"),
-    "unknown format": ("convert SRC OUT --to onnx", "format 'onnx': choose one of meta, hf, gguf"),
     "shards of gguf": ("convert SRC OUT --to gguf --mp 3", "model_parallel_size=3 is for Meta's"),
     "too many shards": ("convert SRC OUT meta --mp 5", "model_parallel_size 5 doesn't divide"),
-    "shards no number": ("convert SRC OUT meta --mp two", "--mp=two: it's a whole number"),
     "quant": ("convert SRC OUT gguf --quant q5_k", "'q5_k' can't be written; choose one of f32"),
     "quant for hf": ("convert SRC OUT hf --quant q8_0", "quant='q8_0' is for GGUF only"),
-    "no quant": ("convert SRC OUT gguf --quant", "--quant needs a value"),
-    "dtype": ("convert SRC OUT hf --dtype int8", "dtype 'int8': choose one of bf16"),
-    "dtype a number": ("convert SRC OUT hf --dtype 16", "dtype '16': choose one of bf16"),
     "tokenizer": ("convert SRC OUT hf --tokenizer_path nowhere", "no tokenizer file at nowhere"),
-    "unknown option": ("convert SRC OUT hf --verfy", "no such option: --verfy"),
-    "a value for a switch": ("convert SRC OUT hf --force=no", "--force=no: it's a switch"),
     "nothing to inspect": ("inspect nowhere", "no checkpoint at nowhere"),
     "no checkpoint to inspect": ("inspect LICENSE", "LICENSE isn't a GGUF file"),
-    "no tokens": ("inspect SRC --max_seq_len 0", "--max_seq_len=0: it's a number from 1 up"),
+    "no tokens": ("inspect SRC --max_seq_len 0", "max_seq_len=0 must be at least 1"),
 }
 
 
@@ -75,12 +250,10 @@ def test_mistakes_are_one_line(tiny_dir, tmp_path, monkeypatch, capsys, mistake)
     text, message = MISTAKES[mistake]
     replaced = {"SRC": str(tiny_dir), "OUT": str(tmp_path / "out")}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["llama", *(replaced.get(w, w) for w in text.split())])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert str(caught.value).startswith("error: ") and message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    code, out, err = here(capsys, *(replaced.get(word, word) for word in text.split()))
+    assert (code, out) == (1, "") and message in err
+    assert re.fullmatch(r"error: [^\n]+\n", err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_end_with_1_and_no_traceback(tiny_dir, tmp_path):
@@ -96,14 +269,109 @@ def test_mistakes_end_with_1_and_no_traceback(tiny_dir, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_is_a_line(tiny_dir, tmp_path, monkeypatch):
+def test_wrong_values_of_convert(tiny_dir, tmp_path, capsys):
+    for words, says in (
+        ("--to onnx", '"onnx" for TO. Choose from: "meta", "hf", "gguf"'),
+        ("meta --mp two", 'Invalid value for --mp: unable to convert "two" into int'),
+        ("gguf --quant", "--quant requires an argument"),
+        ("hf --dtype int8", 'Invalid value "int8" for --dtype. Choose from: "bf16"'),
+        ("hf --dtype 16", 'Invalid value "16" for --dtype. Choose from: "bf16"'),
+        ("hf --verfy", "Unknown option: --verfy. Did you mean --verify?"),
+    ):
+        code, out, err = here(capsys, "convert", tiny_dir, tmp_path / "out", *words.split())
+        assert (code, out) == (2, "") and says.replace("for TO", "for --to") in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_is_a_line(tiny_dir, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.conversion, "convert", interrupted)
-    monkeypatch.setattr(sys, "argv", ["llama", "convert", str(tiny_dir), str(tmp_path / "o"), "hf"])
-    with pytest.raises(SystemExit, match="^interrupted: nothing was written under the final name$"):
-        cli.main()
+    monkeypatch.setattr("llama.checkpoint.convert.convert", interrupted)
+    code, out, err = here(capsys, "convert", tiny_dir, tmp_path / "o", "hf")
+    assert (code, out) == (130, "")
+    assert err == "interrupted: nothing was written under the final name\n"
+
+
+@pytest.mark.parametrize("library", ["libtorch_cpu", "_multiarray_umath"])
+def test_ctrl_c_while_torch_is_imported_is_a_line(library, tiny_dir):
+    command = [sys.executable, "-m", "llama", "complete", str(tiny_dir), "--prompt", "a"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and library not in read(f"/proc/{process.pid}/maps"):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.slow
+def test_an_output_that_nobody_reads_is_no_error(tiny_dir):
+    command = f"{sys.executable} -m llama inspect {tiny_dir} | head -c 20; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.endswith("141\n") and done.stderr == ""
+
+
+def test_a_full_disk_is_a_line(capsys):
+    command = f"{sys.executable} -m llama --help > /dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*No space left.*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_closed_streams(tiny_dir):
+    run = f"{sys.executable} -m llama complete {tiny_dir} --device cpu"
+    for closed, code, says in (
+        (
+            "<&-",
+            1,
+            "error: the prompt is empty: give --prompt TEXT, --prompt_file FILE, or stdin\n",
+        ),
+        ("--prompt a --max_gen_len 1 >&- 2>&-", 0, ""),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{run} {closed}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", says)
+
+
+@pytest.mark.slow
+def test_what_is_not_utf_8_is_refused_by_chat_as_by_complete(tiny_dir):
+    for command in ("chat", "complete"):
+        done = subprocess.run(
+            [sys.executable, "-m", "llama", command, str(tiny_dir), "--device=cpu"], cwd=ROOT,
+            input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.splitlines()[-1] == b"error: stdin isn't UTF-8: byte 3 can't be read"
+        assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_say_it_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "llama", "inspect", str(tmp_path)], cwd=ROOT, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count(f"error: {tmp_path} holds no checkpoint") == 1
+
+
+@pytest.mark.slow
+def test_faults_of_a_plain_process_name_no_rank():
+    code = (
+        "import llama.layers.parallel as parallel, sys; from llama.apps import cli\n"
+        "parallel.initialize(device='cpu')\n"
+        "cli.parse = lambda words: lambda: 1 / 0\n"
+        "sys.exit(cli.main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert "ZeroDivisionError" in done.stderr and "rank0" not in done.stderr
 
 
 # --- what it does --------------------------------------------------------------------------------
@@ -183,10 +451,10 @@ def test_inspect_says_what_is_wrong(tmp_path):
 
 
 def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir):
-    """Without the extras [chat] and [eval], help and a chat in a pipe work; eval names the way."""
+    """Without an editor and the extra [eval], help and a chat in a pipe work; eval names it."""
     code = (
-        "import sys; sys.modules.update(lm_eval=None, prompt_toolkit=None, rich=None)\n"
-        "from llama.apps.cli import main; main()"
+        "import sys; sys.modules.update(lm_eval=None, prompt_toolkit=None)\n"
+        "from llama.apps.cli import main; sys.exit(main())"
     )
 
     def run(*arguments):
@@ -196,8 +464,8 @@ def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir):
         )
 
     helped = run("--help")
-    assert helped.returncode == 0 and "eval" in helped.stdout + helped.stderr
+    assert helped.returncode == 0 and "eval" in helped.stdout
     assert run("chat", tiny_dir, "--device", "cpu").returncode == 0
     done = run("eval", tiny_dir, "--tasks", "x")
     assert done.returncode == 1 and done.stderr.startswith("error: llama eval needs lm_eval")
-    assert "pip install -e '.[eval]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install 'llama-reference[eval]'" in done.stderr and "Traceback" not in done.stderr

@@ -11,20 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, write_checkpoint
+from cyclopts import CycloptsError
 
 from llama import Llama, Transformer
-from llama.apps.complete import complete
+from llama.apps import cli
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots
 from llama.text.json_files import Results
 
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
-# The `llama` command.
-RUN = """
-import sys
-from llama.apps.cli import main
-sys.argv.insert(1, "complete")
-main()
-"""
+
+
+def complete(ckpt, **options):
+    """The command in this process; what it raises isn't caught."""
+    cli.parse(["complete", str(ckpt), *words(options)])()
+
+
+def words(options):
+    for name, value in options.items():
+        yield (
+            f"--{name}={value}" if not isinstance(value, bool) else f"--{'no-' * (not value)}{name}"
+        )
 
 
 def start(command, text=None):
@@ -40,7 +46,7 @@ def run(tiny_dir, capsys):
     """run(...): complete with the tiny model; returns what it prints to stdout."""
 
     def run(**options):
-        complete(str(tiny_dir), **{**CPU, "max_gen_len": 8, **options})
+        complete(tiny_dir, **{**CPU, "max_gen_len": 8, **options})
         return capsys.readouterr().out
 
     return run
@@ -168,33 +174,38 @@ def test_answer_comes_as_it_is_made(run, monkeypatch):
 def test_demo_model_translates_in_one_line(smollm2, smollm2_path, capsys, monkeypatch):
     monkeypatch.setattr(Llama, "build", lambda **_: smollm2)  # it has been read already
     complete(
-        str(smollm2_path), "cheese =>", instruction="Translate English to French:",
+        smollm2_path, prompt="cheese =>", instruction="Translate English to French:",
         shots="sea => mer; bread => pain; house => maison", max_gen_len=12, **CPU,
     )  # fmt: skip
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.strip() and out == out.strip() + "\n", out
 
 
+@pytest.mark.slow
 def test_as_a_command(tiny_dir, tiny, batch, tmp_path):
-    """fire makes no tuple of a prompt with a comma; nothing but the answer on stdout."""
+    """Nothing but the answer on stdout; a prompt with a comma is a text."""
     options = ["--device", "cpu", "--dtype", "fp32", "--max_seq_len", 128, "--max_gen_len", 8]
-    done = start([sys.executable, "-c", RUN, tiny_dir, "--prompt", "1, 2", *options])
+    done = start(
+        [sys.executable, "-m", "llama", "complete", tiny_dir, "--prompt", "1, 2", *options]
+    )
     [expected] = tiny.text_completion(["1, 2"], temperature=0, max_gen_len=8)
     assert (done.returncode, done.stdout) == (0, expected["generation"] + "\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path, batch):
     """Rank 0 alone reads, prints and writes; its errors are all ranks' errors."""
     ckpt = write_checkpoint(tmp_path / "ckpt", TINY)
     script, out = tmp_path / "run.py", tmp_path / "out.jsonl"
+    options = {"max_gen_len": 4, "max_batch_size": 4, **CPU}
     script.write_text(
-        f"from llama.apps.complete import complete\nfrom llama.parallel import rank\n"
-        f"options = dict(max_gen_len=4, max_batch_size=4, **{CPU})\n"
-        f"complete({str(ckpt)!r}, '-', **options)\n"
-        f"job = dict(output={str(out)!r}, **options)\n"
-        f"complete({str(ckpt)!r}, input={str(batch())!r}, **job)\n"
+        f"from llama.apps.cli import parse\nfrom llama.layers.parallel import rank\n"
+        f"options = {['complete', str(ckpt), *words(options)]}\n"
+        f"parse([*options, '--prompt', '-'])()\n"
+        f"job = [*options, '--output', {str(out)!r}]\n"
+        f"parse([*job, '--input', {str(batch())!r}])()\n"
         "try:\n"
-        f"    complete({str(ckpt)!r}, input='nowhere', **job)\n"
+        f"    parse([*job, '--input', 'nowhere'])()\n"
         "except FileNotFoundError as error:\n"
         f"    open({str(tmp_path)!r} + f'/{{rank()}}', 'w').write(str(error))\n"
     )
@@ -376,7 +387,8 @@ def test_torn_at_any_byte(tmp_path):
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from llama.apps.complete import complete
+import llama.apps.completion  # what a command imports when it runs
+from llama.apps.cli import parse
 
 ckpt, folder, kills, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 options, rng = json.loads(options), random.Random(0)
@@ -385,8 +397,8 @@ def child(out, temperature):
     pid = os.fork()
     if pid == 0:
         try:
-            complete(ckpt, input=str(folder / "in.jsonl"), output=str(out),
-                     temperature=temperature, **options)
+            job = dict(input=folder / "in.jsonl", output=out, temperature=temperature, **options)
+            parse(["complete", ckpt, *(f"--{name}={value}" for name, value in job.items())])()
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -422,6 +434,7 @@ print(json.dumps({"killed": killed, "jobs": jobs, "lines": lines}))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tiny_dir, batch, tmp_path):
     batch(32)
     options = {**CPU, "max_batch_size": 4, "max_gen_len": 16}
@@ -504,16 +517,19 @@ MISTAKES = {
     "no file": ({"prompt_file": "nowhere"}, "no file at nowhere"),
     "empty": ({"prompt": " "}, "the prompt is empty"),
     "n": ({"prompt": "a", "n": 9}, "n=9 is more than max_batch_size=8"),
-    "seed": ({"prompt": "a", "seed": "x"}, "--seed=x: it's a whole number from 0 up"),
-    "temperature": ({"prompt": "a", "temperature": "x"}, "--temperature=x: it's a number"),
+    "seed": ({"prompt": "a", "seed": "x"}, '--seed: unable to convert "x" into int'),
+    "temperature": (
+        {"prompt": "a", "temperature": "x"},
+        '--temperature: unable to convert "x" into float',
+    ),
     "top_p": ({"prompt": "a", "top_p": 2}, "top_p=2.0 must lie between 0 and 1"),
     "stop": ({"prompt": "a", "stop": ""}, "--stop='': a string, or several as JSON"),
     "template": ({"prompt": "a", "template": TEMPLATE[:7]}, "needs {input} and then {output}"),
     "format": ({"prompt": "a", "response_format": "{"}, "isn't JSON"),
     "a text": ({"prompt": "a", "response_format": '{"type": "text"}'}, "it is one of json_object"),
     "no format": ({"prompt": "a", "response_format": "nowhere"}, "no file at nowhere"),
-    "guesses": ({"prompt": "a", "speculate": "magic"}, "choose 'lookup', 'draft' or 'off'"),
-    "prefixes": ({"prompt": "a", "prefix_cache_mb": -1}, "it's a whole number from 0 up"),
+    "guesses": ({"prompt": "a", "speculate": "magic"}, 'Choose from: "lookup", "draft", "off"'),
+    "prefixes": ({"prompt": "a", "prefix_cache_mb": -1}, "prefix_cache_mb=-1 must be at least 0"),
     "no input": ({"input": "nowhere", "output": "out"}, "no file at nowhere"),
 }
 
@@ -522,7 +538,7 @@ MISTAKES = {
 def test_mistakes(run, case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options, says = MISTAKES[case]
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, FileNotFoundError, CycloptsError)) as error:
         run(**options)
     assert says in str(error.value)
 

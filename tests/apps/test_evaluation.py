@@ -10,16 +10,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import lm_eval
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llama import Llama
+from llama.apps import cli
 from llama.apps.evaluation import HarnessModel
-from llama.apps.measure import evaluate
-from llama.checkpoint.convert import convert
 from llama.engine.scoring import Span, score_spans
 
 DOCS = [
@@ -70,6 +68,11 @@ def own_tasks_only(monkeypatch):
     monkeypatch.setattr(
         "llama.apps.evaluation.TaskManager", partial(TaskManager, include_defaults=False)
     )
+
+
+def evaluate(ckpt, tasks, *more, **options):
+    given = [f"--{name}={value}" for name, value in options.items()]
+    cli.parse(["eval", str(ckpt), "--tasks", tasks, *more, *given])()
 
 
 def total(llama, ids, start):
@@ -145,7 +148,7 @@ def test_what_generation_cannot_do_is_refused(tiny):
 def test_sampling_is_passed_on(tiny, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        tiny, "text_completion", lambda prompts, **o: given.update(o) or [{"generation": "!"}]
+        tiny, "generate", lambda prompts, **o: given.update(o) or ([[*b"!\n?"]], None)
     )
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "until": "\n"}
     assert HarnessModel(tiny).generate_until(
@@ -154,12 +157,11 @@ def test_sampling_is_passed_on(tiny, monkeypatch):
     assert given == {"stop": ["\n"], "max_gen_len": 5, "temperature": 0.7, "top_p": 0.5}
 
 
-def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
+def test_the_harness_own_model_gives_the_same(smollm2_path, smollm2_hf, smollm2_transformers):
     """Ours from GGUF, transformers through HFLM from the same weights; the demo model, fp32."""
-    path = convert(smollm2_path, tmp_path / "hf", "hf", quiet=True)
     theirs = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(path), max_length=48, batch_size=2,
+        pretrained=smollm2_transformers, tokenizer=AutoTokenizer.from_pretrained(smollm2_hf),
+        max_length=48, batch_size=2,
     )  # fmt: skip
     llama = Llama.build(smollm2_path, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32")
     ours = HarnessModel(llama)
@@ -167,6 +169,16 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
         theirs.prefix_token_id,
         theirs.eot_token_id,
     )
+    text = "<|im_start|>user\nIs <|im_end|> a token, or <|endoftext|>?<|im_end|>\n"
+    special = HarnessModel(llama, parse_special=True)
+    assert special.tok_encode(text) == theirs.tok_encode(text) != ours.tok_encode(text)
+    assert ours.tok_encode("plain text") == special.tok_encode("plain text")
+    requests = instances("loglikelihood", (text, "Yes"))
+    [(found, _)], [(expected, _)] = (one.loglikelihood(requests, True) for one in (special, theirs))
+    assert found == pytest.approx(expected, abs=1e-3)
+    options = {"until": ["<|im_end|>"], "max_gen_toks": 8, "do_sample": False}
+    requests = instances("until", (text, options))
+    assert special.generate_until(requests, True) == theirs.generate_until(requests, True)
     pairs = [(doc["question"], choice) for doc in DOCS for choice in doc["choices"]]
     pairs += [("", "Hello there"), ("Ends in spaces  ", "here"), ("word " * 60, "again")]
     requests = instances("loglikelihood", *pairs)
@@ -185,10 +197,10 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, tmp_path):
 
 def test_the_command_prints_a_table_or_json(tiny_dir, tasks, capsys, own_tasks_only):
     options = {"include_path": str(tasks), "max_seq_len": 64, "device": "cpu", "dtype": "fp32"}
-    evaluate(str(tiny_dir), "local_choice", limit=2, **options)
+    evaluate(tiny_dir, "local_choice", limit=2, **options)
     printed = capsys.readouterr().out
     assert "local_choice" in printed and "|acc " in printed
-    evaluate(str(tiny_dir), "local_choice", limit=2, num_fewshot=0, json=True, **options)
+    evaluate(tiny_dir, "local_choice", "--json", limit=2, num_fewshot=0, **options)
     found = json.loads(capsys.readouterr().out)
     assert found["n-samples"]["local_choice"] == {"original": 3, "effective": 2}
     assert 0 <= found["results"]["local_choice"]["acc,none"] <= 1
@@ -204,5 +216,5 @@ def test_unknown_tasks_are_named_before_weights_are_read(names, own_tasks_only):
 def test_without_the_harness_the_way_out_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama.apps.evaluation")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'llama-reference\[eval\]'"):
         import llama.apps.evaluation  # noqa: F401

@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pexpect
@@ -16,9 +19,10 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from llama import Event, SamplingParams
-from llama.apps import repl
-from llama.apps.terminal import Rich, printable
+from llama.apps import cli, repl
+from llama.apps.terminal import Plain, Rich, printable
 
+PATHS = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'apps'}"  # for what is run in a process
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two "}
 
 
@@ -365,13 +369,13 @@ def test_answers_are_rendered_whole(keys):
 
 def test_pipes_get_plain_text():
     code = (
-        "from test_repl import FakeLlama; from llama import repl, terminal\n"
+        "from test_repl import FakeLlama; from llama.apps import repl, terminal\n"
         "repl.talk(repl.Session(FakeLlama()), terminal.pick_terminal())"
     )
     lines = "Hi\nof two \\\nlines\n/nope\n/undo\n\nlast"
     done = subprocess.run(
         [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=60,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": PATHS},
     )  # fmt: skip
     assert done.stdout == "one two \none two \ntaken back: of two \nlines\none two \n"
     assert done.stderr.startswith("no command /nope") and done.returncode == 0
@@ -380,7 +384,7 @@ def test_pipes_get_plain_text():
 def test_a_dumb_terminal_gets_plain_text_and_ctrl_c_as_a_signal(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import time; from test_repl import FakeLlama; from llama import repl, terminal\n"
+        "import time; from test_repl import FakeLlama; from llama.apps import repl, terminal\n"
         "class Words(FakeLlama):\n"
         "    def stream_chat(self, *args, **kwargs):\n"
         "        self.words = [f'w{i}\\x1b ' for i in range(1000)]\n"
@@ -388,7 +392,7 @@ def test_a_dumb_terminal_gets_plain_text_and_ctrl_c_as_a_signal(tmp_path):
         "            time.sleep(0.02); yield event\n"
         "repl.talk(repl.Session(Words(max_seq_len=5000)), terminal.pick_terminal())"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "dumb"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "TERM": "dumb"}
     child = pexpect.spawn(
         sys.executable, [str(script)], env=environment, timeout=60, encoding="utf-8"
     )
@@ -405,6 +409,85 @@ def test_a_dumb_terminal_gets_plain_text_and_ctrl_c_as_a_signal(tmp_path):
     leave(child, "\n")
 
 
+@pytest.fixture
+def dumb(monkeypatch):
+    """(the other end of a terminal that is standard input, what reads lines from it)."""
+    keyboard, own = os.openpty()
+    with open(own) as lines, open(keyboard, "wb", buffering=0) as keys:
+        monkeypatch.setattr(sys, "stdin", lines)
+        yield keys, Plain()
+
+
+def test_ctrl_c_just_before_the_read_is_not_lost(dumb, capsys):
+    """Before the system's read(), but too late for Python to see it: read() isn't interrupted.
+
+    It is so too where another thread is the one that gets the signal.
+    """
+    keys, terminal = dumb
+    ended = threading.Event()
+
+    def press():
+        while "> " not in capsys.readouterr().err:
+            time.sleep(0.01)
+        time.sleep(0.3)  # until the main thread waits for a line
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if not ended.wait(10):
+            keys.write(b"too late\n")
+
+    for _ in range(2):  # what the first one left doesn't matter
+        ended.clear()
+        thread = threading.Thread(target=press)
+        thread.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                terminal.read()
+        finally:
+            ended.set()
+            thread.join()
+    keys.write(b"one \\\ntwo\n")
+    assert terminal.read() == "one \ntwo"
+    keys.write(b"\x04")
+    assert terminal.read() is None
+
+
+def test_other_signals_do_not_end_a_line(dumb, capsys, monkeypatch):
+    keys, terminal = dumb
+    seen = []
+    old = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+
+    def tell():
+        while "> " not in capsys.readouterr().err:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        time.sleep(0.1)
+        keys.write(b"a line\n")
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        assert terminal.read() == "a line" and seen == [1]
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_ctrl_c_anywhere_ends_no_conversation(session, dumb, capfd, monkeypatch):
+    """As a second one does that comes when the answer has just been broken off by the first."""
+    keys, terminal = dumb
+    complain = terminal.complain
+
+    def press(text):
+        monkeypatch.setattr(terminal, "complain", complain)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "complain", press)
+    session.llama.reason = "length"  # of which is complained
+    keys.write(b"Hi\n/undo\n/exit\n")
+    repl.talk(session, terminal)
+    out, _ = capfd.readouterr()
+    assert "/exit or Ctrl-D leaves\ntaken back: Hi" in out
+
+
 # --- both, with the real model -------------------------------------------------------------------
 
 DEMO = str(ROOT / "checkpoints" / "SmolLM2-135M-Instruct")
@@ -414,9 +497,10 @@ PROMPT = r"\?2004h"  # prompt_toolkit asks for pasted text to be marked
 def start(tmp_path, *launcher, max_gen_len=200):
     script = tmp_path / "script.py"
     script.write_text(
-        "from llama.apps.repl import chat\n"
-        f"chat({DEMO!r}, max_seq_len=256, max_gen_len={max_gen_len}, "
-        f"temperature=0.0, device='cpu', dtype='fp32', history={str(tmp_path / 'history')!r})"
+        "from llama.apps.cli import parse\n"
+        f"parse(['chat', {DEMO!r}, '--max_seq_len=256', '--max_gen_len={max_gen_len}', "
+        "'--temperature=0', '--device=cpu', '--dtype=fp32', "
+        f"'--history', {str(tmp_path / 'history')!r}])()"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
@@ -441,6 +525,7 @@ def leave(child, enter="\r"):
     assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(tmp_path):
     child = start(tmp_path)
     saved = tmp_path / "dialog.json"
@@ -473,7 +558,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
 def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
     """Reuse of the first turn and guesses change nothing of what is said."""
     lines = "What is the capital of France?\nSay that again.\n/stats\n"
-    command = [sys.executable, "-m", "llama.apps.cli", "chat", str(smollm2_path)]
+    command = [sys.executable, "-m", "llama", "chat", str(smollm2_path)]
     command += ["--temperature", "0", "--dtype", "fp32", "--device", "cpu", "--max_gen_len", "30"]
     said = []
     for options in (["--prefix_cache_mb", "0"], ["--speculate", "lookup"]):
@@ -486,6 +571,7 @@ def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
     assert "guesses right" in said[1][-1] and "guesses" not in said[0][-1]
 
 
+@pytest.mark.slow
 def test_a_conversation_on_three_ranks(tmp_path):
     """torchrun is in the foreground: as a signal, Ctrl-C would end it and all ranks."""
     child = start(
@@ -505,5 +591,5 @@ def test_a_conversation_on_three_ranks(tmp_path):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(repl, "is_capable", lambda: True)
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
-    with pytest.raises(ValueError, match=r"prompt_toolkit: pip install -e '\.\[chat\]'"):
-        repl.chat(DEMO)
+    with pytest.raises(ValueError, match="prompt_toolkit: pip install prompt_toolkit"):
+        cli.parse(["chat", DEMO])()

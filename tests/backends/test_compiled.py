@@ -1,5 +1,6 @@
 """Layers by torch.compile say what model.py says, and aren't compiled anew as a context grows."""
 
+import pytest
 import torch
 import torch._dynamo
 from conftest import run_ranks, write_checkpoint
@@ -14,6 +15,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_it_says_what_the_plain_layers_say(tmp_path, monkeypatch):
     """fp32: the same tokens; prompts and batches of many sizes, and no graph more for a new one."""
     path = write_checkpoint(tmp_path / "model", SMALL)
@@ -45,6 +47,7 @@ def test_it_says_what_the_plain_layers_say(tmp_path, monkeypatch):
     assert graphs() <= known + 4
 
 
+@pytest.mark.slow
 def test_its_bf16_and_its_blocks_are_close():
     for kind, dtype, bound in ((None, torch.bfloat16, 0.05), ("int8", torch.float32, 1e-5)):
         plain, _ = pair(SMALL, kind, dtype)
@@ -54,6 +57,7 @@ def test_its_bf16_and_its_blocks_are_close():
         assert difference(stepped(plain, ids(2, 40), 30), expected) < bound
 
 
+@pytest.mark.slow
 def test_ranks_say_what_one_says(tmp_path):
     path = write_checkpoint(tmp_path / "model", SMALL)
     prompts = [[1, 2, 3], [7] * 20]

@@ -65,16 +65,25 @@ def test_available_is_positive_and_not_more_than_the_machine_has():
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("bf16", 2), ("fp32", 4)])
-def test_loading_holds_little_more_than_the_weights(tmp_path, dtype, itemsize):
-    """Peak resident memory <= 1.3 x the weights + 300 MB, the interpreter and torch included."""
+@pytest.mark.slow
+def test_loading_holds_little_more_than_the_weights(tiny_dir, tmp_path, dtype, itemsize):
+    """Peak resident memory <= 1.3 x the weights, beside what imports and a warm-up took.
+
+    That is 240 MB with a torch for the CPU alone, and several times as much with CUDA's libraries.
+    """
     args = replace(
         TINY, dim=1024, n_layers=8, n_heads=16, n_kv_heads=4, hidden_dim=4096, vocab_size=16384
     )
     path = write_checkpoint(tmp_path / "big", args, mp=2)
     code = (
         "from llama import Llama\n"
+        "def held(key):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return int(next(line for line in lines if key in line).split()[1]) * 1024\n"
+        f"Llama.build({str(tiny_dir)!r}, device='cpu', dtype={dtype!r}, max_seq_len=64)\n"
+        "before = held('VmRSS')\n"
         f"Llama.build({str(path)!r}, device='cpu', dtype={dtype!r})\n"
-        "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])\n"
+        "print(before, held('VmHWM'))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -85,4 +94,6 @@ def test_loading_holds_little_more_than_the_weights(tmp_path, dtype, itemsize):
         timeout=300,
     )
     weights = memory.estimate(args, 1, torch.float32).weights // 4 * itemsize
-    assert int(done.stdout) * 1024 <= 1.3 * weights + 300e6
+    before, peak = map(int, done.stdout.split())
+    print(f"{before / 1e6:.0f} MB before, then {(peak - before) / weights:.3f} x the weights")
+    assert peak - before <= 1.3 * weights

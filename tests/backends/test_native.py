@@ -179,14 +179,20 @@ def test_bf16_is_no_further_from_exact_than_the_plain_layers(smollm2_path):
         assert error(stepped(compiled, tokens, 180)) < 1.05 * allowed
 
 
+@pytest.fixture(scope="module")
+def said(smollm2):
+    """16 unlike prompts, and what the plain layers make of them: tokens and log-probabilities."""
+    prompts = [ids(n, seed=n).tolist() for n in range(1, 160, 10)]
+    return prompts, *smollm2.generate(prompts, 24, temperature=0, logprobs=True)
+
+
 @pytest.mark.parametrize("options", [{}, {"quantize": "int4"}, {"quantize": "int8"}])
-def test_the_real_model_says_the_same(smollm2, smollm2_path, options):
+def test_the_real_model_says_the_same(said, smollm2_path, options):
     """Its weights are of 4 and 8 bits already. One prompt, 16 unlike ones, greedy, fp32."""
     compiled = Llama.build(
         smollm2_path, device="cpu", dtype="fp32", max_batch_size=16, compile=True, **options
     )
-    prompts = [ids(n, seed=n).tolist() for n in range(1, 160, 10)]
-    expected, logprobs = smollm2.generate(prompts, 24, temperature=0, logprobs=True)
+    prompts, expected, logprobs = said
     found, compiled_logprobs = compiled.generate(prompts, 24, temperature=0, logprobs=True)
     assert found == expected
     for a, b in zip(logprobs, compiled_logprobs, strict=True):
@@ -237,6 +243,7 @@ def in_a_process(tmp_path, code: str, **environment: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiled_once(tmp_path):
     code = "from llama.backends.cpu import kernels; kernels.library()"
     first, second = (in_a_process(tmp_path, code) for _ in range(2))
@@ -264,10 +271,11 @@ def test_without_a_compiler_there_is_a_way_out(tmp_path, environment, message):
 
 
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64-v3"])
+@pytest.mark.slow
 def test_other_processors_compute_the_same(tmp_path, flags):
     """The code that isn't written for AVX-512, on this processor, if it is one that knows it."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/backends']\n"
         "import torch\n"
         "from test_native import SMALL, difference, ids, pair, stepped\n"
         "for kind in (None, 'int8', 'int4'):\n"

@@ -367,28 +367,37 @@ def test_the_expected_speed_is_about_right(paths, squeeze, monkeypatch):
     )
 
 
-LIMIT = 450 << 20
+ROOM = 160 << 20
 
 LIMITED = """
 import json, resource, sys
-resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))
 from llama import Llama
+
+def held(key):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[key].split()[0]) * 1024
+
 build = dict(device="cpu", dtype="fp32", max_seq_len=64, max_batch_size=1)
+Llama.build({tiny!r}, **build).generate([[1, 2, 3]], 5, temperature=0)
+before, limit = held("VmRSS"), held("VmData") + {room}
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     Llama.build({path!r}, **build)
 except ValueError as error:
     refusal = str(error)
 llama = Llama.build({path!r}, **build, offload="auto")
 found = llama.generate([[1, 2, 3]], 5, temperature=0, logprobs=True)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-peak = int(status["VmHWM"].split()[0]) * 1024
-print(json.dumps([refusal, found, peak, llama.model.placement]))
+print(json.dumps([refusal, found, held("VmHWM") - before, llama.model.placement]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits of data are Linux's")
-def test_a_file_three_times_larger_than_the_limit_of_the_process(tmp_path):
-    """The same tokens and log-probabilities; everything else of the process is in the limit too."""
+@pytest.mark.slow
+def test_a_file_eight_times_larger_than_what_the_process_may_take(tiny_dir, tmp_path):
+    """The same tokens and log-probabilities, beside what imports and a warm-up took.
+
+    With a torch for the CPU alone, that and the room together are a third of the file.
+    """
     args = replace(
         TINY, dim=768, n_layers=70, n_heads=12, n_kv_heads=4, head_dim=64, hidden_dim=1536
     )
@@ -401,8 +410,8 @@ def test_a_file_three_times_larger_than_the_limit_of_the_process(tmp_path):
     write_byte_tokenizer(path / "tokenizer.model")
     file = path / "consolidated.00.pth"
     try:
-        assert file.stat().st_size >= 3 * LIMIT
-        code = LIMITED.format(limit=LIMIT, path=str(path))
+        assert file.stat().st_size >= 8 * ROOM
+        code = LIMITED.format(room=ROOM, tiny=str(tiny_dir), path=str(path))
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -422,7 +431,7 @@ def test_a_file_three_times_larger_than_the_limit_of_the_process(tmp_path):
     finally:
         file.unlink()
     assert "can't fit" in refusal and 'offload="auto"' in refusal
-    assert peak < LIMIT  # resident pages of files included
+    assert peak < ROOM  # resident pages of files included
     assert "brought in" in placement
     assert found == [tokens, logprobs]
 
@@ -467,18 +476,19 @@ def test_a_group_of_another_name_outside_of_the_container(tmp_path, monkeypatch)
     assert memory.available(CPU) > 40000000
 
 
-@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_limits_of_the_process_count(limit):
+@pytest.mark.parametrize("used, limit", [("vms", "RLIMIT_AS"), ("data", "RLIMIT_DATA")])
+def test_limits_of_the_process_count(used, limit):
     code = (
-        "import resource, torch\nfrom llama import memory\n"
-        "cpu, kind = torch.device('cpu'), resource.%s\n"
-        "resource.setrlimit(kind, (2 << 30, 2 << 30))\n"
+        "import psutil, resource, torch\nfrom llama.backends import memory\n"
+        "cpu, info = torch.device('cpu'), psutil.Process().memory_info()\n"
+        "limit = info.%s + (1 << 30)  # beside what imports took\n"
+        "resource.setrlimit(resource.%s, (limit, limit))\n"
         "before = memory.available(cpu)\n"
         "kept = torch.empty(1 << 28, dtype=torch.uint8)\n"
         "print(before, before - memory.available(cpu))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code % limit],
+        [sys.executable, "-c", code % (used, limit)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -486,7 +496,7 @@ def test_limits_of_the_process_count(limit):
         timeout=60,
     )
     before, taken = map(int, done.stdout.split())
-    assert 0 < before < 2 << 30
+    assert 1 << 29 < before <= 1 << 30
     assert abs(taken - (1 << 28)) < 1 << 24
 
 

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from llama import SamplingParams
-from llama.checkpoint.convert import convert
 from llama.engine.beam import beam_search
 
 TEXTS = [
@@ -22,10 +20,9 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def peer(smollm2_path, tmp_path_factory) -> LlamaForCausalLM:
-    path = convert(smollm2_path, tmp_path_factory.mktemp("peer") / "hf", "hf", quiet=True)
-    return LlamaForCausalLM.from_pretrained(path)
+@pytest.fixture
+def peer(smollm2_transformers):
+    return smollm2_transformers
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ import torch
 import xllamacpp
 from conftest import ROOT, TINY, random_weights
 from test_model import to_hugging_face
-from transformers import AutoModelForCausalLM
 
-from llama.apps.measure import score as score_command
+from llama.apps import cli
 from llama.checkpoint.convert import convert
-from llama.engine import scoring
+from llama.engine import projection, scoring
 from llama.engine.scoring import (
     Span,
     halved_chunks,
@@ -24,14 +23,18 @@ from llama.engine.scoring import (
     score_spans,
 )
 
+
+def score_command(*arguments, **options):
+    given = [f"--{name}={value}" for name, value in options.items()]
+    cli.parse(["score", *arguments, *given])()
+
+
 TEXTS = ["A tale of two cities.", "", "b", "It was the best of times, " * 4, "zzz", "naïve ⚽"]
 
 
-@pytest.fixture(scope="module")
-def hugging_face(smollm2_path, tmp_path_factory):
-    """The demo model as transformers runs it, fp32."""
-    path = convert(smollm2_path, tmp_path_factory.mktemp("scoring") / "hf", "hf", quiet=True)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+@pytest.fixture
+def hugging_face(smollm2_transformers):
+    return smollm2_transformers
 
 
 def their_logprobs(model, ids):
@@ -110,7 +113,7 @@ def test_few_positions_are_projected_at_a_time_and_only_those_scored(tiny, monke
     projected, logits = [], tiny.model.logits
     monkeypatch.setattr(tiny.model, "logits", lambda h: projected.append(len(h)) or logits(h))
     score_spans(tiny.model, [Span([7] * 100, 40), Span([8] * 129, 1), Span([9], 1)])
-    assert sum(projected) == 60 + 128 and max(projected) <= scoring.PROJECTED
+    assert sum(projected) == 60 + 128 and max(projected) <= projection.PROJECTED
 
 
 def test_mistakes_are_named(tiny):

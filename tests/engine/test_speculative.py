@@ -92,6 +92,7 @@ def test_any_guesses_leave_the_tokens_as_they_are(tiny, monkeypatch, params, see
 @pytest.mark.parametrize("speculate", ["lookup", "draft"])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED], ids=["greedy", "drawn", "barred"])
 @pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.slow
 def test_texts_are_those_of_plain_decoding(drafted, self_drafted, speculate, params, size):
     for llama in (drafted, self_drafted):
         for begin in range(0, 16, size):
@@ -179,6 +180,7 @@ SEEDS = range(20)  # fixed before the first run
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "draft"])
+@pytest.mark.slow
 def test_draws_follow_the_models_distribution(make_model, tiny, speculate, monkeypatch):
     """Chi-squared of the third token after two that are free, against exact probabilities.
 

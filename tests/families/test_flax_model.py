@@ -16,9 +16,10 @@ from test_model import SHAPES, TOLERANCE, ids
 
 from llama import checkpoint
 from llama.checkpoint import InMemory
+from llama.checkpoint.flax import from_checkpoint, to_checkpoint
 from llama.families import flax_generation
 from llama.families.flax_generation import generate
-from llama.families.flax_model import from_checkpoint, to_checkpoint, weights
+from llama.families.flax_model import weights
 
 VARIANTS = SHAPES | {"positions divided": {"rope_linear_factor": 4.0}}
 
@@ -202,7 +203,8 @@ sys.path.insert(0, "tests")
 from conftest import TINY, random_weights
 from llama.checkpoint import InMemory
 from llama.families.flax_generation import generate
-from llama.families.flax_model import from_checkpoint, make_mesh, shard, weights
+from llama.checkpoint.flax import from_checkpoint
+from llama.families.flax_model import make_mesh, shard, weights
 
 def twin(**options):
     return from_checkpoint(InMemory(TINY, random_weights(TINY)), **options)
@@ -287,4 +289,4 @@ def test_errors_name_the_value_and_the_limit():
 def test_without_flax_it_says_what_to_install():
     code = "import sys; sys.modules['flax'] = None; import llama.families.flax_model"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "pip install -e '.[flax]'" in done.stderr.splitlines()[-1]
+    assert done.returncode and "pip install 'llama-reference[flax]'" in done.stderr.splitlines()[-1]

@@ -63,7 +63,7 @@ def test_it_starts_in_a_plain_process_quietly_and_without_environment(tiny_dir, 
     """A notebook has no RANK, no MASTER_ADDR (llama issue 391), and stdout is the user's."""
     code = (
         "import sys; out = sys.stdout\n"
-        "from llama import Llama, parallel\n"
+        "from llama import Llama\nfrom llama.layers import parallel\n"
         f"for _ in range(2): llama = Llama.build({str(tiny_dir)!r}, device='cpu')\n"
         "assert sys.stdout is out and parallel.world_size() == 1\n"
         "print(len(llama.generate([[1, 2]], 5, temperature=0)[0][0]))"

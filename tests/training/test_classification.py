@@ -380,6 +380,12 @@ def test_mistakes_are_named(tiny, tiny_dir):
         ours.predict(["a", "b" * 200])
     with pytest.raises(ValueError, match="text 0 has 0 tokens"):
         ours.predict([[]])
+    for wrong in (-1, 512):
+        named = f"has the token id {wrong}: this model knows 0 to 511"
+        with pytest.raises(ValueError, match=f"text 1 {named}"):
+            ours.classify([[1, 2], [3, wrong, 4]])
+        with pytest.raises(ValueError, match=f"row 1 {named}"):  # behind its length, too
+            ours(torch.tensor([[1, 2], [3, wrong]]), torch.tensor([2, 1]))
 
 
 def test_a_classifier_is_no_text_model(saved):
@@ -441,3 +447,23 @@ def test_weights_that_are_missing_or_too_many(saved):
     edit(saved / "config.json", architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
     with pytest.raises(ValueError, match="no place for: score.weight"):
         checkpoint.check_shapes(checkpoint.open(saved))
+
+
+def test_a_loop_learns_to_tell_texts_apart(tiny_dir, tmp_path):
+    """The example of the documentation, on a random model: all weights learn, and come back."""
+    texts = [f"{word} {i}" for i in range(4) for word in ("calm", "rough")]
+    classifier = build(tiny_dir, labels=["calm", "rough"])
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    answers, tokenizer = torch.tensor([0, 1] * 4), classifier.tokenizer
+    for _ in range(25):
+        ids = [tokenizer.encode(text, bos=tokenizer.add_bos, eos=False) for text in texts]
+        lengths = torch.tensor([len(row) for row in ids])
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], True)
+        loss = classifier.loss(classifier(tokens, lengths), answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    path = classifier.write(tmp_path / "calm-or-rough")
+    for found in (classifier.classify(["rough 9"]), build(path).classify(["rough 9"])):
+        assert found[0]["rough"] > 0.8

@@ -13,7 +13,6 @@ from test_model import TOLERANCE, gap, ids, to_hugging_face
 
 from llama import Llama, checkpoint
 from llama.apps import cli
-from llama.apps.complete import complete
 from llama.backends import cpu as native
 from llama.checkpoint import InMemory, convert, gguf
 from llama.checkpoint.adapter import (
@@ -291,9 +290,15 @@ def test_errors(tmp_path):
         file.write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
             read_adapter(tmp_path / "a", TINY)
-    for rank, matrices in ((0, ("wq",)), (4, ("wx",)), (4, ())):
-        with pytest.raises(ValueError, match="lora rank"):
+    for rank, matrices, named in (
+        (0, ("wq",), "lora rank 0"), (4, (), "lora matrices none"),
+        (4, ("wx",), "lora matrices 'wx': .* wq, wk, .* Hugging Face's names, q_proj, k_proj"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
             lora.fresh(random_model(TINY), rank, 8, matrices)
+    by_either = [lora.fresh(random_model(TINY), 4, 8, names).pairs
+                 for names in (("wq", "w2"), ("down_proj", "q_proj", "wq"))]  # fmt: skip
+    assert by_either[0].keys() == by_either[1].keys() and len(by_either[0]) == 2 * TINY.n_layers
     deeper = replace(TINY, n_layers=3)
     for other in (replace(TINY, dim=128), deeper):
         model = random_model(TINY)
@@ -308,16 +313,16 @@ def test_errors(tmp_path):
 def test_by_the_command_line(tmp_path, capfd, tiny_dir):
     """complete and convert take an adapter; what is converted answers as what is added."""
     write_adapter(adapter(), tmp_path / "adapter", TINY)
-    options = {"prompt": "abc", "max_gen_len": 8, "device": "cpu", "dtype": "fp32"}
-    options |= {"max_seq_len": 64, "tokenizer_path": str(tiny_dir / "tokenizer.model")}
-    cli.convert(str(tiny_dir), str(tmp_path / "hf"), "hf", adapter_dir=str(tmp_path / "adapter"))
+    options = ["--prompt", "abc", "--max_gen_len=8", "--device=cpu", "--dtype=fp32"]
+    options += ["--max_seq_len=64", "--tokenizer_path", str(tiny_dir / "tokenizer.model")]
+    merged = ["--adapter_dir", str(tmp_path / "adapter")]
+    cli.parse(["convert", str(tiny_dir), str(tmp_path / "hf"), "hf", *merged])()
     capfd.readouterr()
     said = []
     for ckpt, more in (
-        (tiny_dir, {}), (tiny_dir, {"adapter_dir": str(tmp_path / "adapter")}),
-        (tmp_path / "hf", {}),
+        (tiny_dir, []), (tiny_dir, merged), (tmp_path / "hf", []),
     ):  # fmt: skip
-        complete(str(ckpt), **options, **more)
+        cli.parse(["complete", str(ckpt), *options, *more])()
         said.append(capfd.readouterr().out)
     assert said[0] != said[1] == said[2]
 

@@ -102,3 +102,13 @@ def test_labels_that_cannot_be():
         next_token_loss(model, tokens, labels.masked_fill(labels == IGNORED, 512))
     with pytest.raises(ValueError, match="all labels are ignored"):
         next_token_loss(model, tokens, torch.full_like(labels, IGNORED))
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 512])
+def test_tokens_outside_of_the_vocabulary_are_refused(wrong):
+    """Padding with -1 or another tokenizer's ids, even where nothing is learned of them."""
+    model, given = random_model(TINY), example()
+    given["tokens"][1, 12] = wrong
+    given["labels"][1, 12] = IGNORED
+    with pytest.raises(ValueError, match=f"row 1 has the token id {wrong}: .* knows 0 to 511"):
+        next_token_loss(model, given["tokens"], given["labels"])

@@ -1,0 +1,38 @@
+"""`llama inspect`: what a checkpoint is, and the memory that it needs."""
+
+
+def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> None:
+    """Describe a checkpoint, and the memory that it needs on each of 1, 2, 4, ... ranks.
+
+    Args:
+        path: a directory in Meta's or Hugging Face's format, or a .gguf file.
+        max_seq_len: tokens of prompt and answer together, for the cache.
+        max_batch_size: sequences computed at once, for the cache.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from llama import checkpoint
+    from llama.backends import memory
+    from llama.backends.options import ModelOptions
+    from llama.checkpoint import convert, remote
+    from llama.layers.parallel import pick_dtype
+
+    ModelOptions(path, max_seq_len=max_seq_len, max_batch_size=max_batch_size)  # checks them
+    source = checkpoint.open(remote.local_path(path))
+    about = convert.describe(source)
+    args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
+    print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
+    print(f"tokenizer: {source.tokenizer_path or 'none'}")
+    for field, value in vars(args).items():
+        if field not in ("max_seq_len", "max_batch_size"):
+            print(f"  {field} = {value}")
+    checkpoint.check_shapes(source)
+    print(f"memory per rank with a cache of {max_batch_size} rows of {max_seq_len} tokens:")
+    for world in (w for w in range(1, args.n_heads + 1) if args.n_heads % w == 0):
+        for dtype in ("bf16", "fp32"):
+            need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
+            parts = f"weights {memory.size(need.weights)} + cache {memory.size(need.cache)}"
+            print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {parts}")

@@ -1,0 +1,64 @@
+"""Options that sub-commands share: the two dataclasses, as cyclopts takes them."""
+
+from dataclasses import MISSING, field, fields, make_dataclass
+from typing import Annotated, Any, Callable, Collection, List, Type, TypeVar, get_type_hints
+
+from cyclopts import Parameter
+
+from llama.backends.options import ModelOptions
+from llama.engine.params import SamplingParams
+
+T = TypeVar("T")
+
+Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # --prompt '- a list'
+Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True)]
+
+
+def flat(group: str, hidden: Collection[str] = ()) -> Callable[[Type[T]], Type[T]]:
+    """Makes options of a dataclass' subclass, which may have other defaults and aliases.
+
+    Only what is required may be given without its name.
+    """
+
+    def decorate(cls: Type[T]) -> Type[T]:
+        hints, own = get_type_hints(cls, include_extras=True), []
+        for old in fields(cls):  # type: ignore[arg-type]
+            default: Any = vars(cls).get(old.name, old.default)
+            required = default is MISSING and old.default_factory is MISSING
+            new = field(default=default, default_factory=old.default_factory, kw_only=not required)  # type: ignore[call-overload]
+            parse = Parameter(parse=None if old.name not in hidden else False)
+            own.append((old.name, Annotated[hints[old.name], parse], new))
+        names = {"__module__": __name__, "__doc__": cls.__mro__[1].__doc__}
+        made = make_dataclass(cls.__name__, own, bases=(cls,), frozen=True, namespace=names)
+        return Parameter(name="*", group=group)(made)
+
+    return decorate
+
+
+@flat("Model")
+class Model(ModelOptions): ...
+
+
+@flat("Model")
+class CachingModel(ModelOptions):
+    prefix_cache_mb: int = 500
+
+
+@flat("Model")
+class ScoringModel(ModelOptions):
+    max_batch_size: Annotated[int, Parameter(alias="--batch_size")] = 8
+
+
+NO_OPTIONS = ("logit_bias", "banned_tokens", "negative_prompt", "logits_processor")
+
+
+@flat("Sampling", NO_OPTIONS)
+class Sampling(SamplingParams): ...
+
+
+@flat("Sampling", NO_OPTIONS)
+class GreedySampling(SamplingParams):
+    temperature: float = 0.0
+
+
+SAMPLING, GREEDY = Sampling(), GreedySampling()  # as defaults

@@ -1,0 +1,234 @@
+"""A fine-tuning run in a directory: the checks before it, its steps, log and state, its result.
+
+The directory holds log.jsonl and the state of the last save, which the result takes the place of.
+So a run that was interrupted or killed continues from there when it is started again.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+
+from llama import checkpoint
+from llama.backends import memory
+from llama.backends.build import prepare
+from llama.checkpoint import Checkpoint, convert
+from llama.checkpoint.adapter import Merged, write_adapter
+from llama.checkpoint.writing import beside, check_plain, recovered
+from llama.layers import parallel
+from llama.model import ModelArgs, Transformer
+from llama.training import lora
+from llama.training.data import Example
+from llama.training.trainer import Step, Trainer, recompute_blocks
+
+RESULTS = {"adapter": "adapter", "hf": "model", "meta": "model", "gguf": "model.gguf"}
+
+
+def check_options(
+    method: str, to: Optional[str], max_seq_len: int, save_every: int, held_out: int
+) -> str:
+    """The format of the result, by the method if `to` is None.
+
+    Raises:
+        ValueError: an unknown method or format, or a number out of range.
+    """
+    if method not in ("lora", "full"):
+        raise ValueError(f"--method={method!r}: choose lora or full")
+    to = to or ("adapter" if method == "lora" else "hf")
+    if to not in RESULTS or (to == "adapter" and method == "full"):
+        raise ValueError(
+            f"--to={to!r} with --method={method}: choose hf, meta or gguf, or for lora adapter"
+        )
+    if max_seq_len < 2 or save_every < 1 or held_out < 0:
+        raise ValueError(
+            f"--max_seq_len={max_seq_len} from 2, --save_every={save_every} from 1, "
+            f"--held_out={held_out} from 0 up"
+        )
+    return to
+
+
+def check_folder(folder: Path, to: str, source: Path, force: bool) -> Path:
+    """The path of the result, where it will be possible to write it in the end.
+
+    Raises:
+        FileExistsError: there is a result, without `force`.
+        ValueError: the base model is there.
+    """
+    if parallel.is_rank_zero():
+        recovered(folder / "state")
+    parallel.barrier()
+    done = finished(folder)
+    if done and not force:
+        raise FileExistsError(f"{done} exists, this run is done: another --out, or --force")
+    result, here = folder / RESULTS[to], source.resolve()
+    check_plain(result)
+    if result.exists() and result.resolve() in (here, *here.parents):
+        raise ValueError(f"{result} holds the model itself that is to be learned: another --out")
+    return result
+
+
+def finished(folder: Path) -> Optional[Path]:
+    """The result of a finished run. With a state beside it, it's that of the run before."""
+    results = (folder / name for name in sorted(set(RESULTS.values())))
+    if (folder / "state").exists():
+        return None
+    return next((path for path in results if path.exists()), None)
+
+
+def check_memory(args: ModelArgs, method: str, low: torch.dtype, device: torch.device) -> None:
+    """Weights, and for all that is learned a gradient and two moments, in fp32.
+
+    Raises:
+        ValueError: more than there is.
+    """
+    world = parallel.world_size()
+    dtype, copies = (low, 1) if method == "lora" else (torch.float32, 4)
+    need = copies * memory.estimate(args, world, dtype).weights
+    have = memory.available(device) // memory.sharers(device)
+    if need > have:
+        way = "--dtype bf16" if method == "lora" else "--method lora"
+        raise ValueError(
+            f"this can't fit: {memory.size(need)} for --method {method}, and {memory.size(have)} "
+            f"available on {device}. Ways out: {way}, or more ranks on more devices"
+        )
+
+
+def split(rows: List[Example], held_out: int) -> Tuple[List[Example], List[Example]]:
+    """Examples to learn from, and the last ones, which are held out.
+
+    Raises:
+        ValueError: none left to learn from.
+    """
+    if held_out >= len(rows):
+        raise ValueError(f"--held_out={held_out} of {len(rows)} examples leaves none")
+    return rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+
+
+def load_model(
+    source: Checkpoint,
+    args: ModelArgs,
+    low: torch.dtype,
+    device: torch.device,
+    adapter: Optional[Dict[str, Any]],
+    recompute: bool,
+) -> Transformer:
+    """The model to be learned: all of it in fp32, or frozen in `low` with a new adapter.
+
+    Args:
+        adapter: arguments of `lora.fresh`, or None to learn all weights.
+    """
+    check_memory(args, "lora" if adapter else "full", low, device)
+    model = prepare(source, args, device=device, dtype=low if adapter else torch.float32)
+    if adapter:
+        model.requires_grad_(False)
+        lora.attach(model, lora.fresh(model, **adapter))
+    if recompute:
+        recompute_blocks(model)
+    return model
+
+
+def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -> None:
+    """Load the state that an interrupted run left; with `force`, remove it.
+
+    Raises:
+        ValueError: it is of another run, by what differs.
+    """
+    state = folder / "state"
+    if force and parallel.is_rank_zero():
+        shutil.rmtree(state, ignore_errors=True)
+    parallel.barrier()
+    if state.exists():
+        trainer.load(state, about)
+
+
+def learn(
+    trainer: Trainer,
+    held_out: Sequence[Example],
+    folder: Path,
+    about: Dict[str, Any],
+    save_every: int,
+    should_stop: Callable[[], bool],
+) -> Iterator[Dict[str, Any]]:
+    """Take the steps that are left; yields each line of log.jsonl: of a step, or a held-out loss.
+
+    Args:
+        about: see `Trainer.save`.
+        should_stop: asked after each step, on all ranks; True on rank 0 saves and ends.
+    """
+    log = Log(folder / "log.jsonl", trainer.step)
+    if held_out and not trainer.step:
+        yield log.write({"step": 0, "held_out_loss": trainer.loss(held_out)})
+    for step in trainer.run():
+        yield log.write(described(step))
+        if held_out and trainer.step % trainer.per_epoch == 0:
+            yield log.write({"step": step.step, "held_out_loss": trainer.loss(held_out)})
+        stop = parallel.broadcast_object(should_stop())
+        if stop or trainer.step % save_every == 0 or trainer.step == trainer.steps:
+            trainer.save(folder / "state", about)
+        if stop:
+            return
+
+
+def described(step: Step) -> Dict[str, Any]:
+    """A line of the log."""
+    rounded = {name: float(f"{value:.6g}") for name, value in step._asdict().items()}
+    return {**rounded, "step": step.step, "tokens": step.tokens}
+
+
+class Log:
+    """log.jsonl, one line for each step or held-out loss. Lines later than `step` are removed."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if parallel.is_rank_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(path) if line["step"] <= step] if step else []
+            with beside(path, force=True) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: Dict[str, Any]) -> Dict[str, Any]:
+        if parallel.is_rank_zero():
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+
+def read_log(path: Path) -> List[Dict[str, Any]]:
+    """The lines of a log, which may be missing; a killed run may have left half of the last one."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+
+
+def write_result(
+    model: Transformer,
+    source: Checkpoint,
+    to: str,
+    path: Path,
+    *,
+    base: str,
+    dtype: torch.dtype,
+    tokenizer_path: Optional[Path],
+) -> None:
+    """Write what was learned of `source`, as an adapter or a whole model; called on all ranks."""
+    if not lora.names(model):  # with the base's own max_seq_len
+        source = replace(checkpoint.gather(model), args=source.args)
+    else:
+        adapter = lora.adapter_of(model, "default")
+        source = Merged(source, adapter)
+    if not parallel.is_rank_zero():
+        return
+    if to == "adapter":
+        write_adapter(adapter, path, source.args, base, force=True)
+    else:
+        convert.convert(source, path, to, dtype=dtype, tokenizer_path=tokenizer_path, force=True)
+
+
+def remove_state(folder: Path) -> None:
+    """The run is done: rename its state at once, as half of one couldn't be read, and remove it."""
+    done = folder / ".state.done"
+    shutil.rmtree(done, ignore_errors=True)
+    (folder / "state").rename(done)
+    shutil.rmtree(done)
