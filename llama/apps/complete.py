@@ -15,7 +15,7 @@ from llama.engine.sampling import SamplingParams
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots
-from llama.text.json_files import Results, decode, objects, read_text, string
+from llama.text.files import Results, decode, objects, read_text, string
 
 
 def complete(

@@ -21,8 +21,8 @@ from llama.backends import memory
 from llama.backends.build import open_checkpoint, open_tokenizer, prepare, say
 from llama.checkpoint import convert, remote
 from llama.checkpoint.adapter import Merged, write_adapter
-from llama.checkpoint.writing import beside, check_plain, recovered
 from llama.layers import parallel
+from llama.text.files import beside, check_plain, recovered
 from llama.text.templates import chat_format
 from llama.training import (
     Example,

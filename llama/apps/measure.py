@@ -4,9 +4,10 @@ import json as jsonlib
 from pathlib import Path
 from typing import Literal, Optional
 
-from llama.engine.scoring import as_json, as_line, perplexities, read_lines, read_text
+from llama.engine.scoring import as_json, as_line, perplexities, read_lines
 from llama.generation import Llama
 from llama.layers import parallel
+from llama.text.files import read_text
 
 
 def score(
@@ -49,7 +50,7 @@ def score(
     if not files and jsonl is None:
         raise ValueError("no files: llama score CKPT_DIR FILE... or --jsonl FILE")
     # A mistake shows before weights are read.
-    texts = [[(file, read_text(Path(file)))] for file in files]
+    texts = [[(file, read_text(Path(file), exact=True))] for file in files]
     texts += [read_lines(Path(jsonl))] if jsonl is not None else []
     llama = Llama.build(
         ckpt_dir,

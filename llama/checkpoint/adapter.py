@@ -28,7 +28,7 @@ from llama.checkpoint.safetensors import (
 )
 from llama.checkpoint.writing import beside, no_progress
 from llama.model import ModelArgs
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 
 PREFIX = "base_model.model."
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows PEFT has in another order

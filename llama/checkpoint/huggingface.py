@@ -32,7 +32,7 @@ from llama.checkpoint.safetensors import (
 )
 from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
 from llama.model import ModelArgs
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 

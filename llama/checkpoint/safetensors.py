@@ -25,7 +25,7 @@ from llama.checkpoint import (
     weight_shapes,
 )
 from llama.checkpoint.writing import Progress, rows, write_tensor
-from llama.text.json_files import unique_keys
+from llama.text.files import unique_keys
 
 TO_META = {
     "model.embed_tokens": "tok_embeddings",

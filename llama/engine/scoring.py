@@ -13,6 +13,7 @@ from typing import Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence
 import torch
 
 from llama.model import Transformer
+from llama.text.files import read_text
 from llama.tokenizer import Tokenizer
 
 Convention = Literal["transformers", "llama.cpp"]
@@ -269,21 +270,6 @@ def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
                 f"text {row} has the token id {low if low < 0 else high}: "
                 f"this model knows 0 to {params.vocab_size - 1}"
             )
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: not UTF-8.
-        OSError: a file that can't be read.
-    """
-    try:
-        # newline="" keeps the ends of lines as they are: they are a part of the text.
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None
 
 
 def read_lines(path: Path) -> List[Tuple[str, str]]:

@@ -23,7 +23,7 @@ from llama.checkpoint.huggingface import CLASSIFIER, HFCheckpoint, write
 from llama.engine.prefill import padded
 from llama.layers import parallel
 from llama.model import Transformer
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 from llama.tokenizer import Tokenizer
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]

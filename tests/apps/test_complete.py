@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, write_checkpoint
 from llama import Llama, Transformer
 from llama.apps.complete import complete
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots
-from llama.text.json_files import Results
+from llama.text.files import Results
 
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
 # The `llama` command.

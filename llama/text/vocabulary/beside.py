@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional
 
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 
 
 class Beside:

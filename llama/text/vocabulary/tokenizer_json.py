@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 
 import tokenizers
 
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 from llama.text.vocabulary import (
     CONTROL,
     NORMAL,
