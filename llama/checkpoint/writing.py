@@ -4,7 +4,8 @@ from typing import BinaryIO, Callable, Iterator, Optional
 
 import torch
 
-from llama.checkpoint import Checkpoint, blocks, weight_shapes
+from llama.checkpoint.shapes import chunks, weight_shapes
+from llama.checkpoint.source import Checkpoint
 
 # Called with the number of bytes written since the last call.
 Progress = Callable[[int], object]
@@ -17,11 +18,11 @@ def no_progress(_: int) -> None:
 def rows(
     source: Checkpoint, name: str, dtype: Optional[torch.dtype] = None
 ) -> Iterator[torch.Tensor]:
-    """A whole weight, as consecutive blocks of its rows (whole heads of q, k and v)."""
+    """A whole weight, a few rows (whole heads of q, k and v) at a time, in order."""
     shape = weight_shapes(source.args)[name]
-    for start, stop in blocks(shape, 0, 0, shape[0], source.args.head_dim):
-        block = source.read(name, 0, start, stop)
-        yield block if dtype is None else block.to(dtype)
+    for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
+        part = source.read(name, 0, start, stop)
+        yield part if dtype is None else part.to(dtype)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""Files: text, JSON and JSONL read strictly, and written so that a stop leaves nothing half-done."""
+"""Text, JSON and JSONL files, read strictly; files and directories replaced atomically."""
 
 import json
 import os

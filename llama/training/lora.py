@@ -21,11 +21,11 @@ from torch import nn
 
 from llama.checkpoint import weight_shapes
 from llama.checkpoint.adapter import Adapter, Pair
+from llama.checkpoint.shapes import MATRICES
 from llama.layers import parallel
 from llama.model import Transformer, TransformerBlock
 
 # The matrices of a block, by Meta's names.
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class LoRALinear(nn.Module):

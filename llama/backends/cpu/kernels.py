@@ -18,15 +18,14 @@ from typing import List
 
 import torch
 
+from llama.checkpoint.shapes import MATRICES
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
 KINDS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}  # enum Kind
-
-
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class Weight(ctypes.Structure):

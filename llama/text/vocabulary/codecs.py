@@ -23,7 +23,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from llama.text.vocabulary.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
 
