@@ -35,12 +35,12 @@ class Tokenizer:
         stop_tokens: the ids at which generation ends.
         add_bos: whether text to be completed begins with bos.
         chat_template: the Jinja2 template that came with the vocabulary, or None.
-        model: who encodes: a tiktoken.Encoding, SentencePieceProcessor or tokenizers.Tokenizer.
-        vocabulary: all that the file says.
+        model: what encodes: a tiktoken.Encoding, SentencePieceProcessor or tokenizers.Tokenizer.
+        vocabulary: everything that was read from the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a vocabulary that is read here; says what it is.
+        ValueError: not a tokenizer file, or of an unsupported kind, which is named.
     """
 
     def __init__(self, model_path: str | Path):

@@ -188,7 +188,7 @@ def _targets(modules: List[str], n_layers: int) -> List[str]:
 class Merged:
     """A checkpoint with an adapter added to it, slice by slice as it is read.
 
-    A weight in blocks becomes fp32; any other keeps its dtype, rounded once, after the sum in fp32.
+    A quantized weight becomes fp32; any other keeps its dtype, rounded once, after the sum in fp32.
     """
 
     def __init__(self, source: Checkpoint, adapter: Adapter):
@@ -212,6 +212,6 @@ class Merged:
         return torch.addmm(weight.float(), B, A, alpha=scale).to(weight.dtype)
 
     def read_blocks(self, *of: Any) -> torch.Tensor:
-        """The blocks of a GGUF file, of a weight that nothing is added to."""
+        """The stored bytes of a quantized weight that the adapter leaves as it is."""
         source: Any = self.source
         return source.read_blocks(*of)

@@ -1,4 +1,4 @@
-"""Any format to any other, one block of a tensor at a time; and a look at what one is."""
+"""Conversion of any format to any other, a few rows of a tensor at a time; what a checkpoint is."""
 
 import math
 from pathlib import Path
@@ -102,7 +102,7 @@ def _widest(source: Checkpoint) -> torch.dtype:
 
 
 def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) -> None:
-    """Compare every weight of a checkpoint with what was written of it, block by block.
+    """Compare every weight of a checkpoint with what was written of it, a few rows at a time.
 
     Raises:
         ValueError: a difference beyond what the written dtype or quantization makes.

@@ -36,15 +36,15 @@ WRITABLE = {
 
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
 
-# Llama 3.1's other values, from which the factors follow. No GGUF of llama.cpp's says them, and it
-# looks at the factors alone; ours says those that aren't Llama 3.1's.
+# Llama 3.1's other values, from which the factors follow. llama.cpp neither writes nor reads them:
+# it has the factors. They are written here where they differ from Llama 3.1's.
 ROPE_BOUNDS = {
     "rope_original_max_seq_len": "llama.rope.scaling.original_context_length",
     "rope_low_freq_factor": "llama.rope.scaling.low_freq_factor",
     "rope_high_freq_factor": "llama.rope.scaling.high_freq_factor",
 }
 
-PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # what isn't in blocks
+PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
 
 
 class GGUFCheckpoint:

@@ -28,7 +28,7 @@ ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 # One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
-# Config keys by what they do to us. Those that say nothing about the network's function:
+# Keys of config.json that don't change what the network computes:
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
@@ -72,7 +72,7 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
-            hint = ". It is a classifier: llama.classification.SequenceClassifier.build reads it"
+            hint = ". It is a classifier: llama.training.classification.SequenceClassifier reads it"
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
         )
@@ -204,7 +204,7 @@ class HFCheckpoint:
                 for name in names:
                     if Path(name).name != name or not name.endswith("." + suffix):
                         raise ValueError(
-                            f"{index}: weight_map points to {name!r}: not a .{suffix} file in its directory"
+                            f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
                         )
                     if name not in here:
                         raise ValueError(f"{index} names {name}, which is missing; fetch it")

@@ -72,7 +72,7 @@ def load(
 ) -> Transformer:
     """Fill a model (built on the meta device) with this rank's part of the weights, strictly.
 
-    Warns of weights that are NaN or infinite, of which no answer can come.
+    Warns of weights that hold NaN or infinity, which would spoil every output.
 
     Args:
         replace: asked with each weight's name for a module to stand in place of the one that
@@ -117,7 +117,7 @@ def gather(model: Transformer) -> InMemory:
             part = model.get_parameter(name).detach()
         except AttributeError:
             raise ValueError(
-                f"{name} isn't there as it is written: build without quantize, compile, offload"
+                f"{name} isn't a dense tensor in memory: build without quantize, compile, offload"
             ) from None
         axis = parallel.shard_axis(name) or 0
         whole = parallel.whole(name, part, shape[axis], args.n_heads, args.n_kv_heads)
@@ -127,7 +127,7 @@ def gather(model: Transformer) -> InMemory:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells models apart, and not the formats that they are in: a hash of some of each weight."""
+    """A hash of a model's shape and of a row of each weight: the same in every file format."""
     args, shapes = checkpoint.args, weight_shapes(checkpoint.args)
     about = {**shapes, "heads": args.n_heads, "norm_eps": f"{args.norm_eps:.4g}"}
     digest = hashlib.sha256(repr([about, rope_frequencies(args).tolist()]).encode())

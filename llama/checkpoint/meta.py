@@ -31,8 +31,8 @@ from llama.tokenizer import Tokenizer
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 
-# params.json of Llama 3.2 says only that RoPE is scaled; these two, told by (dim, n_layers), by 32
-# and not by the 8 of all others (their Hugging Face configurations say so).
+# params.json of Llama 3.2 says only that RoPE is scaled; these two, which their
+# (dim, n_layers) identify, by 32 and not by the 8 of all others (their config.json say so).
 SCALED_BY_32 = [(2048, 16), (3072, 28)]
 
 
@@ -61,8 +61,8 @@ def read_params(path: Path) -> dict:
 def trained_context(args: ModelArgs) -> int:
     """The context that a released model was trained for, which params.json doesn't say.
 
-    Told by what changed with it: Llama 1 2048, Llama 2 4096, Code Llama 16384, Llama 3 8192, 3.1
-    and later 131072 (the model cards). Nothing computes with it; other formats' files state it.
+    Inferred from what changed with it: Llama 1 2048, Llama 2 4096, Code Llama 16384, Llama 3 8192,
+    3.1 and later 131072 (the model cards). Nothing computes with it; other formats' files state it.
     """
     if args.use_scaled_rope:
         return 131072
@@ -72,7 +72,7 @@ def trained_context(args: ModelArgs) -> int:
 
 
 class MetaCheckpoint:
-    """A directory in Meta's format, whatever number of shards it has."""
+    """A directory in Meta's format, with any number of shards."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -140,7 +140,7 @@ class MetaCheckpoint:
     ) -> Optional[Tuple[int, List[Tuple[int, int]]]]:
         """How a weight is spread over the shards: the axis, and each shard's range along it.
 
-        The axis is told by the shapes, since Llama 1 and 2 split the embedding along dim and
+        The axis is inferred from the shapes, since Llama 1 and 2 split the embedding along dim and
         Llama 3 along the vocabulary. None if the shapes can't belong together.
         """
         n = len(self._files)

@@ -94,19 +94,19 @@ def write_safetensors(
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, block by block.
+    """Write weights under their Hugging Face names, in its order of rows, a few at a time.
 
-    Behind them `extra` ones, which have such names already, as they are.
+    `extra` weights, which have such names already, follow as they are.
     """
     tensors = [(HF.theirs(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
         file.write(_header(tensors))
         for name in names:
-            for block in rows(source, name, dtypes[name]):
+            for part in rows(source, name, dtypes[name]):
                 if name.endswith(ROTATED):
-                    block = split_halves(block.contiguous(), source.args.head_dim)
-                write_tensor(file, block, progress)
+                    part = split_halves(part.contiguous(), source.args.head_dim)
+                write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
 

@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 19
 
 
 def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> ModelArgs:
-    """The shape that a file describes, by the fields of ModelArgs, whose values may be anything.
+    """ModelArgs of fields that were read from a file, whose values may be of any type.
 
     Raises:
         ValueError: a value of another type, one out of range, or more layers than tensors.
@@ -51,7 +51,7 @@ def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> Model
 def weight_shapes(args: ModelArgs) -> Mapping[str, Shape]:
     """Meta's name and whole shape of every weight that a model of this shape has."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    block: Dict[str, Shape] = {
+    layer: Dict[str, Shape] = {
         "attention.wq.weight": (q_dim, args.dim),
         "attention.wk.weight": (kv_dim, args.dim),
         "attention.wv.weight": (kv_dim, args.dim),
@@ -64,7 +64,7 @@ def weight_shapes(args: ModelArgs) -> Mapping[str, Shape]:
     }
     shapes: Dict[str, Shape] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     for i in range(args.n_layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in block.items()})
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     shapes["norm.weight"] = (args.dim,)
     if not args.tied_embeddings:
         shapes["output.weight"] = (args.vocab_size, args.dim)

@@ -71,6 +71,6 @@ class InMemory:
 
 
 def find_tokenizer(directory: Path) -> Optional[Path]:
-    """The tokenizer that lies beside weights: tokenizer.json, which says most, or Meta's."""
+    """The tokenizer file beside weights: tokenizer.json, which says most, else tokenizer.model."""
     places = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
     return next((path for path in places if path.exists()), None)

@@ -113,10 +113,10 @@ def _json_line(value: Dict[str, Any]) -> bytes:
 
 @contextmanager
 def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """A path to write to, renamed to `path` once the block ends; removed if it doesn't end well.
+    """Write a file or directory atomically: yields a path beside it, renamed to `path` at the end.
 
-    So whatever interrupts the writing, nothing half-written ever has the final name, and with
-    `force` the old file or directory stays until the new one is complete.
+    Whatever interrupts the writing, nothing incomplete ever has the final name, and with `force`
+    the old file or directory stays until the new one is complete.
 
     Raises:
         FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no

@@ -2,7 +2,8 @@
 
 Format: github.com/ggml-org/ggml, docs/gguf.md. The `gguf` package reads it too, and takes four
 seconds to build its view of a 49,152-word vocabulary where this takes a fifth of one; that package
-still does the dequantizing. A leaf of this project, since both weights and tokenizers begin here.
+still does the dequantizing. Weights and tokenizers both begin here, so nothing else of this project
+is imported.
 """
 
 import mmap

@@ -1,10 +1,12 @@
 """Opening and loading, whatever the format: strictness, and resharding as arithmetic on slices."""
 
+import ast
 from dataclasses import replace
+from graphlib import TopologicalSorter
 
 import pytest
 import torch
-from conftest import TINY, random_weights, write_checkpoint
+from conftest import ROOT, TINY, random_weights, write_checkpoint
 
 from llama import Llama, Transformer, checkpoint
 from llama.checkpoint import InMemory, local_shape, read_shard, shapes, weight_shapes
@@ -81,6 +83,27 @@ def test_dtype_is_converted_on_the_way():
     model = checkpoint.load(source, Transformer(TINY, device="meta"), dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, source.weights[name].bfloat16())
+
+
+def test_files_import_each_other_in_no_circle():
+    """Checkpoints and text: at the top of a file only, and in an order."""
+    files = [ROOT / "llama" / "tokenizer.py", *(ROOT / "llama" / "checkpoint").rglob("*.py")]
+    files += (ROOT / "llama" / "text").rglob("*.py")
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    graph = {}
+    for name, file in names.items():
+        tree = ast.parse(file.read_text())
+        imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        for node in imports:
+            module = getattr(node, "module", None) or node.names[0].name
+            if module.split(".")[0] == "llama":
+                assert node in tree.body, f"{name} imports {module} late"
+                found = {module, f"{module}.__init__", *(f"{module}.{n.name}" for n in node.names)}
+                found &= names.keys()
+                if len(found) > 1:  # a module of a package, not what the package hands on
+                    found.discard(f"{module}.__init__")
+                graph.setdefault(name, set()).update(found)
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_what_is_not_a_checkpoint_is_named(tmp_path, tiny_dir):

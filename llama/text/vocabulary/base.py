@@ -18,7 +18,7 @@ class Vocabulary(NamedTuple):
     """What a tokenizer file says."""
 
     name: str
-    kind: Literal["byte-level", "spm", "json"]  # who encodes: tiktoken, sentencepiece, tokenizers
+    kind: Literal["byte-level", "spm", "json"]  # encoded by tiktoken, sentencepiece, tokenizers
     special_tokens: Dict[str, int]
     user_defined: AbstractSet[str]  # of the special ones, those that text may contain
     n_words: int

@@ -1,4 +1,4 @@
-"""Who encodes with a vocabulary: tiktoken, sentencepiece or tokenizers, behind one interface."""
+"""Encodes with tiktoken, sentencepiece or tokenizers, behind one interface."""
 
 import json
 import os
@@ -144,7 +144,7 @@ def names_in(special: Dict[str, int], allowed: Names) -> Pattern[str]:
 
 
 class _Pieces(ABC):
-    """What the codecs share that leave special tokens to us: a text is cut at their names first."""
+    """Shared by codecs of libraries without special tokens: text is split at their names first."""
 
     def __init__(self, vocabulary: Vocabulary):
         self._special = vocabulary.special_tokens

@@ -12,7 +12,7 @@ def read(path: str | Path) -> Vocabulary:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a vocabulary that is read here; says what it is.
+        ValueError: not a tokenizer file, or of an unsupported kind, which is named.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,7 +1,7 @@
 """SentencePiece vocabularies: Llama 1's and 2's tokenizer.model, and the kind `llama` in GGUF.
 
 A GGUF file lists pieces, scores and types: all that a SentencePiece model of the kind BPE consists
-of. So it is put together to one again, and the `sentencepiece` package encodes with it.
+of. So such a model is built from them, and the `sentencepiece` package encodes with it.
 """
 
 import re

@@ -40,8 +40,10 @@ def merges_of(vocabulary: Vocabulary) -> List[Tuple[str, str]]:
 
 
 def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
-    """Write a tokenizer beside weights in Meta's format: tokenizer.model where there is one that
-    says it all, else a tokenizer.json; returns the file."""
+    """Write a tokenizer beside weights in Meta's format; returns the file.
+
+    That is Meta's tokenizer.model where it can express the whole vocabulary, else tokenizer.json.
+    """
     if vocabulary.kind != "byte-level":
         return write_for_hugging_face(vocabulary, directory)
     ordinary = vocabulary.n_words - 256
