@@ -72,7 +72,8 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
-            hint = ". It is a classifier: llama.training.classification.SequenceClassifier reads it"
+            reader = "llama.training.classification.SequenceClassifier.build"
+            hint = f". It is a classifier: {reader} reads it"
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
         )

@@ -194,18 +194,16 @@ class MetaCheckpoint:
 def params_of(args: ModelArgs) -> dict:
     """What params.json says of a shape, so that Meta's own code derives the same one from it."""
     base = int(2 * 4 * args.dim / 3)
-    params = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads,
-        "vocab_size": args.vocab_size,
-        "multiple_of": args.multiple_of,
-        "ffn_dim_multiplier": args.ffn_dim_multiplier,
-        "norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "use_scaled_rope": args.use_scaled_rope,
-    }
+    names = [
+        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
+        "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope",
+    ]  # fmt: skip
+    if args.use_scaled_rope:
+        names += [
+            "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+            "rope_original_max_seq_len",
+        ]  # fmt: skip
+    params = {name: getattr(args, name) for name in names}
     derived = ModelArgs(
         dim=args.dim,
         n_heads=args.n_heads,
@@ -217,14 +215,6 @@ def params_of(args: ModelArgs) -> dict:
         # Meta's formula reaches any width when it is rounded up to a multiple of itself.
         params["multiple_of"] = args.hidden_dim
         params["ffn_dim_multiplier"] = args.hidden_dim / base
-    if args.use_scaled_rope:
-        for key in (
-            "rope_scaling_factor",
-            "rope_low_freq_factor",
-            "rope_high_freq_factor",
-            "rope_original_max_seq_len",
-        ):
-            params[key] = getattr(args, key)
     if args.rope_linear_factor != 1.0:
         params["rope_linear_factor"] = args.rope_linear_factor
     if args.head_dim * args.n_heads != args.dim:
