@@ -61,7 +61,9 @@ def read(path: Path) -> Vocabulary:
         except _NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is JSON, but no known tokenizer.json: {error!r}") from None
+        raise ValueError(
+            f"{path}: model or added_tokens is of no known tokenizer.json: {error!r}"
+        ) from None
 
     original = path.with_name("tokenizer.model")
     if original.is_file() and original.read_bytes()[:1] == b"\n":
@@ -96,44 +98,21 @@ _NULLABLE = (
 
 
 def _checked(path: Path) -> Dict[str, Any]:
-    """The file's object, with the types checked on which all that follows relies."""
-    data = {"added_tokens": [], **dict.fromkeys(_NULLABLE)} | read_object(path)
-
-    def wrong(key: str, value: Any, what: str) -> ValueError:
-        return ValueError(f"{path}: {key}={value!r:.80} isn't {what}: no known tokenizer.json")
-
-    for key in ("model", *_NULLABLE):
-        nothing = key in _NULLABLE and data[key] is None
-        if not nothing and not isinstance(data.get(key), dict):
-            raise wrong(key, data.get(key), "an object")
-    added = data["added_tokens"] = [] if data["added_tokens"] is None else data["added_tokens"]
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict)
-        and type(token.get("id")) is int
-        and isinstance(token.get("content"), str)
-        for token in added
-    ):
-        raise wrong("added_tokens", added, 'a list of {"id": number, "content": text}')
-    vocab = data["model"].get("vocab")
-    if isinstance(vocab, list):  # Unigram's
-        good = all(isinstance(pair, list) and pair and isinstance(pair[0], str) for pair in vocab)
-    else:
-        good = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
-    if not good or not vocab:
-        raise wrong("model.vocab", vocab, "ids by token, nor pairs of token and score")
-    merges = data["model"].get("merges", [])
-    if not isinstance(merges, list) or not all(
-        isinstance(one, str) or (isinstance(one, list) and all(isinstance(s, str) for s in one))
-        for one in merges
-    ):
-        raise wrong("model.merges", merges, "a list of pairs of tokens")
-    return data
+    """The file's object, with the types of its values checked and null where there is none."""
+    kinds = {"model": dict, "added_tokens": list, **dict.fromkeys(_NULLABLE, dict)}
+    data = dict.fromkeys(kinds) | read_object(path)
+    for key, kind in kinds.items():
+        value = data[key]
+        if not isinstance(value, kind) and (value is not None or key == "model"):
+            what = "array" if kind is list else "object"
+            raise ValueError(f"{path}: {key}={value!r:.80} isn't a JSON {what}")
+    return data | {"added_tokens": data["added_tokens"] or []}
 
 
 def _refusal(data: Dict[str, Any]) -> str:
     """What the `tokenizers` package has against a tokenizer.json; nothing if it reads it."""
     try:
-        tokenizers.Tokenizer.from_str(json.dumps(data))
+        tokenizers.Tokenizer.from_str(json.dumps(data)).encode("\ufffe")  # no vocabulary has it
     except Exception as error:  # the package raises no type of its own
         return str(error) or repr(error)
     return ""
@@ -147,7 +126,7 @@ def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     by_id: Dict[int, str] = {i: token for token, i in vocab.items()}
     added = {token["id"]: token for token in data["added_tokens"]}
     by_id |= {i: token["content"] for i, token in added.items()}
-    if not all(0 <= i < MAX_WORDS for i in by_id):
+    if not vocab or not all(type(i) is int and 0 <= i < MAX_WORDS for i in by_id):
         raise ValueError(f"{path}: ids in model.vocab or added_tokens aren't numbers from 0 up")
     types = dict.fromkeys(by_id, NORMAL)
     types |= {i: CONTROL if t.get("special") else USER_DEFINED for i, t in added.items()}
