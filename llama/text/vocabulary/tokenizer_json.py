@@ -73,11 +73,11 @@ def read(path: Path) -> Vocabulary:
         vocabulary = spm.from_model(original, original.read_bytes(), config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
-    if error := _refusal(data):
+    if refusal := _refusal(data):
         # The package doesn't say where: it's the key without whose value it is content.
-        neutral = {"version": "1.0", **dict.fromkeys(_NULLABLE), "added_tokens": []}
+        neutral: Dict[str, Any] = {"version": "1.0", **dict.fromkeys(_NULLABLE), "added_tokens": []}
         keys = [key for key in neutral if not _refusal(data | {key: neutral[key]})]
-        raise ValueError(f"{path}: {(keys or ['model'])[0]} isn't usable: {error}")
+        raise ValueError(f"{path}: {(keys or ['model'])[0]} isn't usable: {refusal}")
     special = {by_id[i]: i for i, kind in types.items() if kind != NORMAL}
     check_ids(path, [bos_id, common["pad_id"], *stop], max(by_id) + 1)
     return Vocabulary(
