@@ -37,6 +37,7 @@ IGNORED = {
 }  # fmt: skip
 # Those that have to have one of these values. Any other must be off: it would change the output.
 REQUIRED: Dict[str, tuple] = {
+    "peft_type": ("LORA",),
     "bias": ("none", None),
     "use_rslora": (True, False, None),
     # What others begin with is taken out of the model's own weights.
@@ -75,10 +76,8 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
         if not needed.is_file():
             raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there")
     config = read_object(config_file)
-    kind = config.pop("peft_type", "LORA")
-    if kind != "LORA":  # first, as every other key depends on it
-        raise ValueError(f"{config_file}: peft_type={kind!r} isn't read here: plain LoRA is")
-    for key, value in config.items():
+    for key in sorted(config, key=lambda key: key != "peft_type"):  # the others depend on it
+        value = config[key]
         if key not in IGNORED and value not in REQUIRED.get(key, (None, False, [], {}, "")):
             raise ValueError(
                 f"{config_file}: {key}={value!r}, which isn't computed here: plain LoRA is"
