@@ -8,19 +8,12 @@ characters it consists of.
 
 import codecs
 from pathlib import Path
-from typing import (
-    AbstractSet,
-    Collection,
-    Dict,
-    List,
-    Literal,
-    Sequence,
-    Set,
-)
+from typing import Collection, Dict, List, Literal, Sequence, Set
 
 from llama.text.chat import ROLES, ChatFormat, Dialog, Message, Role
-from llama.text.vocabulary import read
+from llama.text.vocabulary.base import Names
 from llama.text.vocabulary.codecs import codec
+from llama.text.vocabulary.reading import read
 
 __all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "StreamDecoder", "Tokenizer"]
 
@@ -64,7 +57,7 @@ class Tokenizer:
         *,
         bos: bool,
         eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        allowed_special: Names = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> List[int]:
         """Token ids of a text of any length.

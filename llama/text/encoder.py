@@ -1,8 +1,8 @@
 """What chat formats need of a tokenizer."""
 
-from typing import AbstractSet, Dict, List, Literal, Optional, Protocol
+from typing import Dict, List, Optional, Protocol
 
-from llama.text.vocabulary.base import Vocabulary
+from llama.text.vocabulary.base import Names, Vocabulary
 
 
 class Encoder(Protocol):
@@ -15,11 +15,6 @@ class Encoder(Protocol):
     vocabulary: Vocabulary
 
     def encode(
-        self,
-        s: str,
-        *,
-        bos: bool,
-        eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        self, s: str, *, bos: bool, eos: bool, allowed_special: Names = frozenset()
     ) -> List[int]:
         """Token ids of a text; names of special tokens in it stay text unless they are allowed."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import AbstractSet, Dict, List, Literal, NamedTuple, Optional, Set, Tuple
 
+Names = Literal["all"] | AbstractSet[str]  # of special tokens
+
 # Kinds of tokens, numbered alike by SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import (
-    AbstractSet,
     Any,
     Collection,
     Dict,
@@ -23,11 +22,9 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from llama.text.vocabulary.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Names, Vocabulary
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
-
-Names = Literal["all"] | AbstractSet[str]
 
 
 class Codec(Protocol):
