@@ -117,7 +117,7 @@ def gather(model: Transformer) -> InMemory:
             part = model.get_parameter(name).detach()
         except AttributeError:
             raise ValueError(
-                f"{name} isn't a dense tensor in memory: build without quantize, compile, offload"
+                f"{name} isn't there as a dense tensor: build without quantize, compile, offload"
             ) from None
         axis = parallel.shard_axis(name) or 0
         whole = parallel.whole(name, part, shape[axis], args.n_heads, args.n_kv_heads)

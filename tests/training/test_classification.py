@@ -276,7 +276,7 @@ def test_nothing_half_written_is_left(saved, tmp_path, monkeypatch):
         raise OSError("full")
 
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    monkeypatch.setattr(huggingface, "_write_json", fail)
+    monkeypatch.setattr(huggingface, "write_json", fail)
     for target in (path, saved):
         with pytest.raises(OSError, match="full"):
             ours.write(target, force=True)
