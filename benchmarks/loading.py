@@ -160,7 +160,7 @@ def first(kind: str, path: Path) -> Dict[str, float]:
 
     start, threads = time.perf_counter(), len(os.sched_getaffinity(0))
     modules = {
-        "int4": ["llama.generation", "llama.checkpoint.gguf"],
+        "int4": ["llama.generation", "gguf"],
         "transformers": ["torch", "transformers.models.llama"],
     }
     for name in modules.get(kind, ["llama_cpp" if "compiled" in kind else "xllamacpp", "numpy"]):

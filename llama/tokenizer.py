@@ -8,19 +8,12 @@ characters it consists of.
 
 import codecs
 from pathlib import Path
-from typing import (
-    AbstractSet,
-    Collection,
-    Dict,
-    List,
-    Literal,
-    Sequence,
-    Set,
-)
+from typing import Collection, Dict, List, Literal, Sequence, Set
 
 from llama.text.chat import ROLES, ChatFormat, Dialog, Message, Role
-from llama.text.vocabulary import read
+from llama.text.vocabulary.base import Names
 from llama.text.vocabulary.codecs import codec
+from llama.text.vocabulary.reading import read
 
 __all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "StreamDecoder", "Tokenizer"]
 
@@ -35,12 +28,12 @@ class Tokenizer:
         stop_tokens: the ids at which generation ends.
         add_bos: whether text to be completed begins with bos.
         chat_template: the Jinja2 template that came with the vocabulary, or None.
-        model: who encodes: a tiktoken.Encoding, SentencePieceProcessor or tokenizers.Tokenizer.
-        vocabulary: all that the file says.
+        model: what encodes: a tiktoken.Encoding, SentencePieceProcessor or tokenizers.Tokenizer.
+        vocabulary: everything that was read from the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a vocabulary that is read here; says what it is.
+        ValueError: not a tokenizer file, or of an unsupported kind, which is named.
     """
 
     def __init__(self, model_path: str | Path):
@@ -64,7 +57,7 @@ class Tokenizer:
         *,
         bos: bool,
         eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        allowed_special: Names = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> List[int]:
         """Token ids of a text of any length.

@@ -13,7 +13,7 @@ from llama.checkpoint import remote
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.few_shot import FewShot
-from llama.text.json_files import Results, decode, objects, read_text, string
+from llama.text.files import Results, decode, objects, read_text, string
 
 
 def on_rank_zero(work: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
 
 from llama.apps.options import ScoringModel
-from llama.text.json_files import read_text
+from llama.text.files import read_text
 
 if TYPE_CHECKING:
     from llama.engine.scoring import Perplexity
@@ -37,7 +37,7 @@ def score(
     if not files and jsonl is None:
         raise ValueError("no files: llama score CKPT_DIR FILE... or --jsonl FILE")
     # A mistake shows before weights are read.
-    texts = [[(file, read_text(Path(file)))] for file in files]
+    texts = [[(file, read_text(Path(file), exact=True))] for file in files]
     texts += [read_lines(Path(jsonl))] if jsonl is not None else []
     llama = Llama.build(**vars(model))
     for named in texts:

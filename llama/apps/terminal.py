@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-from llama.text.json_files import decode
+from llama.text.files import decode
 
 
 def printable(text: str) -> str:

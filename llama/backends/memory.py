@@ -70,7 +70,7 @@ def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
     of_token = 4 * (6 * args.dim + 4 * q_dim) + 3 * args.hidden_dim // world * dtype.itemsize
     mask = args.max_seq_len * (1 + dtype.itemsize)
     scored = min(64 * args.max_batch_size, tokens)  # positions of which there are logits
-    # Where ranks share columns, these are dequantized in one piece (see `checkpoint.blocks`).
+    # Where ranks share columns, these are dequantized in one piece (see `shapes.chunks`).
     columns = args.dim * args.hidden_dim // world * 4 if world > 1 else 0
     return tokens * (of_token + mask) + scored * args.vocab_size * 8 + columns + (1 << 26)
 

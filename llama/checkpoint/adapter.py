@@ -6,7 +6,6 @@ of ranks, quantized or converted, takes adapters too.
 Format: github.com/huggingface/peft, `LoraConfig` and `get_peft_model_state_dict`.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,23 +14,17 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 
-from llama.checkpoint import DTYPES, Checkpoint, InMemory, Shape, weight_shapes
+from llama.checkpoint.huggingface import index_tensors
 from llama.checkpoint.mapped import read_slice
-from llama.checkpoint.meta import index_pth
-from llama.checkpoint.safetensors import (
-    hf_name,
-    index_safetensors,
-    interleave,
-    meta_name,
-    split_halves,
-    write_safetensors,
-)
-from llama.checkpoint.writing import beside, no_progress
+from llama.checkpoint.names import HF
+from llama.checkpoint.safetensors import ROTATED, interleave, split_halves, write_safetensors
+from llama.checkpoint.shapes import weight_shapes
+from llama.checkpoint.source import DTYPES, Checkpoint, InMemory, Shape
+from llama.checkpoint.writing import no_progress
 from llama.model import ModelArgs
-from llama.text.json_files import read_object
+from llama.text.files import beside, read_object, write_json
 
 PREFIX = "base_model.model."
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows PEFT has in another order
 
 # Settings that say how an adapter was trained, or that are read below.
 IGNORED = {
@@ -40,12 +33,13 @@ IGNORED = {
     "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 # Those that have to have one of these values. Any other must be off: it would change the output.
 REQUIRED: Dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
+    "use_rslora": (True, False, None),
     # What others begin with is taken out of the model's own weights.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
@@ -82,17 +76,17 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
         if not needed.is_file():
             raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there")
     config = read_object(config_file)
-    for key, value in config.items():
+    for key in sorted(config, key=lambda key: key != "peft_type"):  # the others depend on it
+        value = config[key]
         if key not in IGNORED and value not in REQUIRED.get(key, (None, False, [], {}, "")):
             raise ValueError(
                 f"{config_file}: {key}={value!r}, which isn't computed here: plain LoRA is"
             )
-    index = index_safetensors if file.suffix == ".safetensors" else index_pth
-    stored, shapes = index(file), weight_shapes(args)
+    stored, shapes = index_tensors(file), weight_shapes(args)
     halves: Dict[str, Dict[str, torch.Tensor]] = {}
     for key, where in stored.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        name = meta_name(match[1] + ".weight") if match else key
+        name = HF.meta(match[1] + ".weight") if match else key
         if match is None or len(shapes.get(name, ())) != 2 or "layers." not in name:
             raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
         tensor = read_slice(file, where.offset, where.shape, where.dtype, 0, 0, where.shape[0])
@@ -118,15 +112,23 @@ def _scale(path: Path, config: Dict[str, Any], name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732), by the patterns that a name matches."""
 
     def setting(key: str, pattern: str) -> Any:
-        module = hf_name(name).removesuffix(".weight")
-        for name_pattern, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({name_pattern})$", module):  # as peft matches them
-                return value
+        module, values = HF.theirs(name).removesuffix(".weight"), config.get(pattern) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {pattern}={values!r} isn't an object of values by name")
+        for name_pattern, value in values.items():
+            try:
+                if re.match(rf"(.*\.)?({name_pattern})$", module):  # as peft matches them
+                    return value
+            except re.error as error:
+                raise ValueError(f"{path}: {pattern}: {name_pattern!r}: {error}") from None
         return config.get(key, 8)
 
     r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
-    if r != rank or type(alpha) not in (int, float):
-        raise ValueError(f"{path}: r={r!r} and lora_alpha={alpha!r} for {name}, of rank {rank}")
+    if r != rank or type(alpha) not in (int, float) or not abs(alpha) < 1 << 31:
+        raise ValueError(
+            f"{path}: r={r!r} and lora_alpha={alpha!r} for {name} (by rank_pattern and "
+            f"alpha_pattern, where they name it), whose rank is {rank}"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -143,7 +145,7 @@ def write_adapter(
     """
     ranks = {name: len(pair.A) for name, pair in adapter.pairs.items()}
     alphas = {name: pair.scale * ranks[name] for name, pair in adapter.pairs.items()}
-    modules = {name: hf_name(name).removesuffix(".weight") for name in adapter.pairs}
+    modules = {name: HF.theirs(name).removesuffix(".weight") for name in adapter.pairs}
     r, alpha = max(ranks.values()), max(alphas.values())
     tensors = {}
     for name, (A, B, _) in adapter.pairs.items():
@@ -172,8 +174,7 @@ def write_adapter(
         partial.mkdir()
         file = partial / "adapter_model.safetensors"
         write_safetensors(InMemory(args, {}), file, [], {}, no_progress, tensors)
-        text = json.dumps(config, indent=2) + "\n"
-        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+        write_json(partial / "adapter_config.json", config)
     return Path(path)
 
 
@@ -186,7 +187,7 @@ def _targets(modules: List[str], n_layers: int) -> List[str]:
 class Merged:
     """A checkpoint with an adapter added to it, slice by slice as it is read.
 
-    A weight in blocks becomes fp32; any other keeps its dtype, rounded once, after the sum in fp32.
+    A quantized weight becomes fp32; any other keeps its dtype, rounded once, after the sum in fp32.
     """
 
     def __init__(self, source: Checkpoint, adapter: Adapter):
@@ -210,6 +211,6 @@ class Merged:
         return torch.addmm(weight.float(), B, A, alpha=scale).to(weight.dtype)
 
     def read_blocks(self, *of: Any) -> torch.Tensor:
-        """The blocks of a GGUF file, of a weight that nothing is added to."""
+        """The stored bytes of a quantized weight that the adapter leaves as it is."""
         source: Any = self.source
         return source.read_blocks(*of)

@@ -1,4 +1,4 @@
-"""Any format to any other, one block of a tensor at a time; and a look at what one is."""
+"""Conversion of any format to any other, a few rows of a tensor at a time; what a checkpoint is."""
 
 import math
 from pathlib import Path
@@ -7,9 +7,12 @@ from typing import Dict, NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint
-from llama.checkpoint import Checkpoint, gguf, huggingface, meta, weight_shapes
-from llama.checkpoint.writing import beside, bytes_of, dtype_of
+from llama.checkpoint import ggml, gguf, huggingface, meta
+from llama.checkpoint.opening import open as open_checkpoint
+from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
+from llama.checkpoint.source import Checkpoint, Shape, dtype_name
+from llama.checkpoint.writing import bytes_of, dtype_of
+from llama.text.files import beside
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
@@ -53,8 +56,8 @@ def convert(
         raise ValueError(f"model_parallel_size={model_parallel_size} is for Meta's format only")
     if quant is not None and (to != "gguf" or dtype is not None):
         raise ValueError(f"quant={quant!r} is for GGUF only, and takes the place of dtype")
-    opened = checkpoint.open(source) if isinstance(source, (str, Path)) else source
-    checkpoint.check_shapes(opened)
+    opened = open_checkpoint(source) if isinstance(source, (str, Path)) else source
+    check_shapes(opened)
     tokenizer_path = tokenizer_path or opened.tokenizer_path
     tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
     path = Path(path)
@@ -81,13 +84,13 @@ def convert(
                     tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, progress=bar.update,
                 )  # fmt: skip
             else:
-                kind = quant or checkpoint.dtype_name(dtype or _widest(opened)).lower()
+                kind = quant or dtype_name(dtype or _widest(opened)).lower()
                 gguf.write(
                     opened, partial, kind,
                     name=path.stem, tokenizer=tokenizer, progress=bar.update,
                 )  # fmt: skip
         if verify:
-            check_equal(opened, checkpoint.open(partial), quiet=quiet)
+            check_equal(opened, open_checkpoint(partial), quiet=quiet)
     return path
 
 
@@ -99,7 +102,7 @@ def _widest(source: Checkpoint) -> torch.dtype:
 
 
 def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) -> None:
-    """Compare every weight of a checkpoint with what was written of it, block by block.
+    """Compare every weight of a checkpoint with what was written of it, a few rows at a time.
 
     Raises:
         ValueError: a difference beyond what the written dtype or quantization makes.
@@ -109,7 +112,7 @@ def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) ->
         raise ValueError(f"{written.path} doesn't have the shape of {source.path}")
     for name, shape in tqdm(shapes.items(), desc="verifying", disable=quiet or None):
         stored = written.stored_as(name)
-        for start, stop in checkpoint.blocks(shape, 0, 0, shape[0], source.args.head_dim):
+        for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
             ours = source.read(name, 0, start, stop)
             theirs = written.read(name, 0, start, stop)
             ours = gguf.as_stored(ours, stored)
@@ -135,11 +138,11 @@ def describe(source: Checkpoint) -> Description:
         huggingface.HFCheckpoint: "Hugging Face",
         gguf.GGUFCheckpoint: "GGUF",
     }
-    shapes: Dict[str, checkpoint.Shape] = source.shapes()
+    shapes: Dict[str, Shape] = source.shapes()
     by_dtype: Dict[str, int] = {}
     for name, shape in shapes.items():
         kind = source.stored_as(name)
-        by_dtype[kind] = by_dtype.get(kind, 0) + gguf.stored_bytes(shape, kind)
+        by_dtype[kind] = by_dtype.get(kind, 0) + ggml.stored_bytes(shape, kind)
     return Description(
         next(text for kind, text in names.items() if isinstance(source, kind)),
         sum(math.prod(shape) for shape in shapes.values()),

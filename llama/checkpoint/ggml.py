@@ -1,7 +1,8 @@
-"""ggml's block types: 32 neighbours in a row share a scale. Values to blocks and back.
+"""ggml's quantization types: blocks of 32 neighbours in a row share a scale. Quantize, dequantize.
 
 Three of them are done here with torch, on all cores and any device; any other goes through the
-`gguf` package. Layouts: github.com/ggml-org/ggml, ggml-common.h. Every scale is fp16 and first.
+`gguf` package, which is imported where it is needed, since it takes 0.2 s.
+Layouts: github.com/ggml-org/ggml, ggml-common.h. Every scale is fp16 and first.
 
     Q8_0    value = scale · q, q a signed byte
     Q4_0    value = scale · (q - 8), q four bits: value i in the low half of byte i, and value
@@ -9,12 +10,35 @@ Three of them are done here with torch, on all cores and any device; any other g
     Q4_1    value = scale · q + least, least being fp16 too
 """
 
+import math
 from typing import Dict, Tuple
 
 import torch
 
 VALUES = 32  # of a block
 BYTES: Dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+
+
+def type_name(number: int) -> str:
+    """The name of a type by its number in files: F32, Q4_0, ...; ValueError for an unknown one."""
+    import gguf
+
+    return gguf.GGMLQuantizationType(number).name
+
+
+def block(kind: str) -> Tuple[int, int]:
+    """How many values a block of a type has, and how many bytes; dtypes have blocks of one."""
+    if kind in BYTES:
+        return VALUES, BYTES[kind]
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+
+
+def stored_bytes(shape: Tuple[int, ...], kind: str) -> int:
+    """Bytes that a weight takes when it is stored as a dtype or quantization type."""
+    values, size = block(kind)
+    return math.prod(shape) // values * size
 
 
 def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:

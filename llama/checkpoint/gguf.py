@@ -6,37 +6,23 @@ q and k into the interleaved rotary layout that Meta's weights have, so they are
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-import gguf
 import numpy as np
 import torch
 
-from llama.checkpoint import Checkpoint, Shape, checked_args, foreign_name, ggml, weight_shapes
+from llama.checkpoint import ggml
 from llama.checkpoint.mapped import read_slice
-from llama.checkpoint.writing import Progress, beside, bytes_of, no_progress, rows
+from llama.checkpoint.names import GGUF
+from llama.checkpoint.shapes import checked_args, weight_shapes
+from llama.checkpoint.source import DTYPES, Checkpoint, Shape
+from llama.checkpoint.writing import Progress, bytes_of, no_progress, rows
 from llama.model import ModelArgs, rope_frequencies
+from llama.text.files import beside
 from llama.text.gguf_header import Header, read_header
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
-
-TO_META = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "attn_norm": "attention_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
-    "ffn_norm": "ffn_norm",
-}
-FROM_META = {ours: theirs for theirs, ours in TO_META.items()}
 
 # What can be written, and what llama.cpp calls a file that is mostly so.
 WRITABLE = {
@@ -50,28 +36,15 @@ WRITABLE = {
 
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
 
-# Llama 3.1's other values, from which the factors follow. No GGUF of llama.cpp's says them, and it
-# looks at the factors alone; ours says those that aren't Llama 3.1's.
+# Llama 3.1's other values, from which the factors follow. llama.cpp neither writes nor reads them:
+# it has the factors. They are written here where they differ from Llama 3.1's.
 ROPE_BOUNDS = {
     "rope_original_max_seq_len": "llama.rope.scaling.original_context_length",
     "rope_low_freq_factor": "llama.rope.scaling.low_freq_factor",
     "rope_high_freq_factor": "llama.rope.scaling.high_freq_factor",
 }
 
-_PLAIN = {
-    gguf.GGMLQuantizationType.F32: torch.float32,
-    gguf.GGMLQuantizationType.F16: torch.float16,
-    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
-}
-
-
-def meta_name(name: str) -> str:
-    """Meta's name of a GGUF tensor; one that Llama doesn't have stays as it is."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-    if match is None or match[2] not in TO_META:
-        stem = re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
-        return f"{name} (Meta's name)" if stem in FROM_META else name
-    return (f"layers.{match[1]}." if match[1] else "") + TO_META[match[2]] + ".weight"
+PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
 
 
 class GGUFCheckpoint:
@@ -82,7 +55,7 @@ class GGUFCheckpoint:
         header = read_header(self.path)
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        self._tensors = {meta_name(name): info for name, info in header.tensors.items()}
+        self._tensors = {GGUF.meta(name): info for name, info in header.tensors.items()}
         self.args = self._args(header)
         self._tensors.pop(ROPE_FACTORS, None)
 
@@ -160,36 +133,33 @@ class GGUFCheckpoint:
         return {name: info.shape for name, info in self._tensors.items()}
 
     def stored_as(self, name: str) -> str:
-        return self._kind(name).name
-
-    def _kind(self, name: str) -> gguf.GGMLQuantizationType:
         info = self._tensors[name]
         try:
-            kind = gguf.GGMLQuantizationType(info.type)
+            kind = ggml.type_name(info.type)
         except ValueError:
             raise ValueError(
                 f"{self.path}: {name} has the unknown quantization type {info.type}"
             ) from None
-        if info.shape and info.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            raise ValueError(f"{self.path}: {name} of shape {info.shape} can't be {kind.name}")
+        if info.shape and info.shape[-1] % ggml.block(kind)[0]:
+            raise ValueError(f"{self.path}: {name} of shape {info.shape} can't be {kind}")
         return kind
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        info, kind = self._tensors[name], self._kind(name)
-        if kind in _PLAIN:
-            return read_slice(self.path, info.offset, info.shape, _PLAIN[kind], axis, start, stop)
+        info, kind = self._tensors[name], self.stored_as(name)
+        if kind in PLAIN:
+            return read_slice(self.path, info.offset, info.shape, PLAIN[kind], axis, start, stop)
         # Quantized in blocks along the last axis: the rows, or of each row the blocks, asked for.
-        values, skip = gguf.GGML_QUANT_SIZES[kind][0], 0
+        values, skip = ggml.block(kind)[0], 0
         if axis == 1:
             skip = start % values
             raw = self.read_blocks(name, axis, start - skip, -(-stop // values) * values)
         else:
             raw = self.read_blocks(name, axis, start, stop)
         try:
-            whole = ggml.dequantize(raw, kind.name)
+            whole = ggml.dequantize(raw, kind)
         except NotImplementedError:
             raise ValueError(
-                f"{self.path}: {name} is quantized as {kind.name}, which can't be read: "
+                f"{self.path}: {name} is quantized as {kind}, which can't be read: "
                 "requantize the model, to Q8_0 for instance"
             ) from None
         return whole if axis == 0 else whole[:, skip : skip + stop - start]
@@ -200,16 +170,11 @@ class GGUFCheckpoint:
         Along axis 1 start and stop are whole blocks.
         """
         info = self._tensors[name]
-        values, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        values, size = ggml.block(self.stored_as(name))
         shape = (math.prod(info.shape[:-1]), info.shape[-1] // values * size)
         if axis == 1:
             start, stop = start // values * size, stop // values * size
         return read_slice(self.path, info.offset, shape, torch.uint8, axis, start, stop)
-
-
-def gguf_name(name: str) -> str:
-    """The inverse of `meta_name`."""
-    return foreign_name(name, FROM_META, "blk")
 
 
 def write(
@@ -237,31 +202,35 @@ def write(
     """
     if kind.upper() not in WRITABLE:
         raise ValueError(f"{kind!r} can't be written; choose one of {', '.join(WRITABLE).lower()}")
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
-    args, path = source.args, Path(path)
+    import gguf  # it takes 0.2 s, which only those who use the format should wait
 
-    def kind_of(shape: Shape) -> gguf.GGMLQuantizationType:
+    wanted, args, path = kind.upper(), source.args, Path(path)
+
+    def kind_of(shape: Shape) -> str:
         if len(shape) == 1:
-            return gguf.GGMLQuantizationType.F32
-        whole_blocks = shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
-        return wanted if whole_blocks else gguf.GGMLQuantizationType.F16
+            return "F32"
+        return "F16" if shape[-1] % ggml.block(wanted)[0] else wanted
 
     with beside(path, force) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         writer.add_name(name or path.stem)
-        writer.add_file_type(gguf.LlamaFileType[WRITABLE[kind.upper()]])
-        writer.add_block_count(args.n_layers)
-        writer.add_context_length(args.max_seq_len)
-        writer.add_embedding_length(args.dim)
-        writer.add_feed_forward_length(args.hidden_dim)
-        writer.add_head_count(args.n_heads)
-        writer.add_head_count_kv(args.n_kv_heads)
-        writer.add_key_length(args.head_dim)
-        writer.add_value_length(args.head_dim)
-        writer.add_rope_dimension_count(args.head_dim)
-        writer.add_rope_freq_base(args.rope_theta)
-        writer.add_layer_norm_rms_eps(args.norm_eps)
-        writer.add_vocab_size(args.vocab_size)
+        writer.add_file_type(gguf.LlamaFileType[WRITABLE[wanted]])
+        numbers = {
+            "block_count": args.n_layers,
+            "context_length": args.max_seq_len,
+            "embedding_length": args.dim,
+            "feed_forward_length": args.hidden_dim,
+            "head_count": args.n_heads,
+            "head_count_kv": args.n_kv_heads,
+            "key_length": args.head_dim,
+            "value_length": args.head_dim,
+            "rope_dimension_count": args.head_dim,
+            "rope_freq_base": args.rope_theta,
+            "layer_norm_rms_eps": args.norm_eps,
+            "vocab_size": args.vocab_size,
+        }
+        for key, number in numbers.items():
+            getattr(writer, f"add_{key}")(number)
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(args.rope_linear_factor)
@@ -270,7 +239,7 @@ def write(
                 if (value := getattr(args, field)) != getattr(ModelArgs, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
                     add(key, value)
-        if kind.upper().startswith("Q"):
+        if wanted.startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:
             writing_vocabulary.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
@@ -283,10 +252,10 @@ def write(
                 ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=None
             )
         for name, shape in shapes.items():
-            target = kind_of(shape)
+            target = gguf.GGMLQuantizationType[kind_of(shape)]
             row = gguf.quant_shape_to_byte_shape(shape, target)
             writer.add_tensor_info(
-                gguf_name(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
+                GGUF.theirs(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -302,30 +271,21 @@ def write(
             out.write(factors.tobytes())
             align()
         for name, shape in shapes.items():
-            for block in rows(source, name):
-                out.write(_encoded(block, kind_of(shape)))
-                progress(block.numel() * block.itemsize)
+            for part in rows(source, name):
+                out.write(_encoded(part, kind_of(shape)))
+                progress(part.numel() * part.itemsize)
             align()
         writer.close()
     return path
 
 
-def as_stored(block: torch.Tensor, kind: str) -> torch.Tensor:
-    """What is read back of a block once it has been stored as a dtype or quantization type."""
-    target = gguf.GGMLQuantizationType[kind]
-    if target in _PLAIN:
-        return block.to(_PLAIN[target])
-    raw = torch.frombuffer(bytearray(_encoded(block, target)), dtype=torch.uint8)
-    return ggml.dequantize(raw.view(len(block), -1), kind)
+def as_stored(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """What is read back of values once they have been stored as a dtype or quantization type."""
+    if kind in PLAIN:
+        return values.to(PLAIN[kind])
+    raw = torch.frombuffer(bytearray(_encoded(values, kind)), dtype=torch.uint8)
+    return ggml.dequantize(raw.view(len(values), -1), kind)
 
 
-def stored_bytes(shape: Shape, kind: str) -> int:
-    """Bytes that a weight takes when it is stored as a dtype or quantization type."""
-    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return math.prod(shape) // values * size
-
-
-def _encoded(block: torch.Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
-    if kind in _PLAIN:
-        return bytes_of(block.to(_PLAIN[kind]))
-    return bytes_of(ggml.quantize(block, kind.name))
+def _encoded(values: torch.Tensor, kind: str) -> memoryview:
+    return bytes_of(values.to(PLAIN[kind]) if kind in PLAIN else ggml.quantize(values, kind))

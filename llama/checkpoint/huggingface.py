@@ -3,7 +3,6 @@
 Formats: transformers' LlamaConfig and LlamaForCausalLM; the weights are in `safetensors.py`.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,27 +11,15 @@ from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, 
 
 import torch
 
-from llama.checkpoint import (
-    Checkpoint,
-    Shape,
-    Stored,
-    checked_args,
-    dtype_name,
-    find_tokenizer,
-    weight_shapes,
-)
 from llama.checkpoint.mapped import read_slice
-from llama.checkpoint.meta import index_pth
-from llama.checkpoint.safetensors import (
-    hf_name,
-    index_safetensors,
-    interleave,
-    meta_name,
-    write_safetensors,
-)
-from llama.checkpoint.writing import Progress, beside, dtype_of, no_progress
+from llama.checkpoint.names import HF
+from llama.checkpoint.pth import index_pth
+from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
+from llama.checkpoint.shapes import checked_args, weight_shapes
+from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.writing import Progress, dtype_of, no_progress
 from llama.model import ModelArgs
-from llama.text.json_files import read_object
+from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
@@ -41,7 +28,7 @@ ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 # One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
-# Config keys by what they do to us. Those that say nothing about the network's function:
+# Keys of config.json that don't change what the network computes:
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
@@ -85,7 +72,8 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
-            hint = ". It is a classifier: llama.classification.SequenceClassifier.build reads it"
+            reader = "llama.training.classification.SequenceClassifier.build"
+            hint = f". It is a classifier: {reader} reads it"
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
         )
@@ -152,7 +140,7 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     elif kind == "linear":
         names |= {"factor": "rope_linear_factor"}
     elif kind != "default":
-        raise ValueError(f"{path}: RoPE of the type {kind!r}; known are default, llama3 and linear")
+        raise ValueError(f"{path}: rope_type={kind!r}; known are default, llama3 and linear")
     args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
     for theirs, ours in names.items():
         value = rope.pop(theirs, None)
@@ -164,6 +152,15 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     if rope:
         raise ValueError(f"{path}: RoPE has unknown settings: {', '.join(sorted(rope))}")
     return args
+
+
+def index_tensors(file: Path) -> Dict[str, Stored]:
+    """Where each tensor of a .safetensors or .bin file lies.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    return (index_safetensors if file.suffix == ".safetensors" else index_pth)(file)
 
 
 class _Placed(NamedTuple):
@@ -181,9 +178,8 @@ class HFCheckpoint:
         fields = read_config(self.path / "config.json", known)
         self._placed: Dict[str, _Placed] = {}
         for file in self._files():
-            index = index_safetensors if file.suffix == ".safetensors" else index_pth
-            for name, stored in index(file).items():
-                name = meta_name(name)
+            for name, stored in index_tensors(file).items():
+                name = HF.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in self._placed:
@@ -209,7 +205,7 @@ class HFCheckpoint:
                 for name in names:
                     if Path(name).name != name or not name.endswith("." + suffix):
                         raise ValueError(
-                            f"{index} points to {name!r}: not a .{suffix} file in its directory"
+                            f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
                         )
                     if name not in here:
                         raise ValueError(f"{index} names {name}, which is missing; fetch it")
@@ -233,7 +229,7 @@ class HFCheckpoint:
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         file, stored = self._placed[name]
-        if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        if not name.endswith(ROTATED):
             return read_slice(file, stored.offset, stored.shape, stored.dtype, axis, start, stop)
         if axis != 0:
             whole = self.read(name, 0, 0, stored.shape[0])
@@ -328,23 +324,19 @@ def write(
             write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                hf_name(name): file
+                HF.theirs(name): file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])
             total = sum(math.prod(weight_shapes(args)[n]) * dtypes[n].itemsize for n in names)
             total += sum(weight.nbytes for weight in head.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(partial / "model.safetensors.index.json", index)
+            write_json(partial / "model.safetensors.index.json", index)
         bos_id: Optional[int] = None
         eos: List[int] = []
         if tokenizer is not None:
             bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
             writing_vocabulary.write_for_hugging_face(tokenizer.vocabulary, partial)
         config = config_of(args, dtypes[names[0]], bos_id, eos)
-        _write_json(partial / "config.json", {**config, **settings})
+        write_json(partial / "config.json", {**config, **settings})
     return path
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

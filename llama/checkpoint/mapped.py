@@ -1,4 +1,4 @@
-"""One slice of one tensor, out of a file: the bottom of every reader."""
+"""Reads a slice of one tensor from a file; every format's reader ends here."""
 
 import mmap
 from pathlib import Path

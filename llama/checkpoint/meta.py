@@ -4,31 +4,19 @@ Format: the directories that llama.com hands out; what splits how is in `paralle
 """
 
 import dataclasses
-import json
-import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from llama.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    Shape,
-    Stored,
-    checked_args,
-    dtype_name,
-    find_tokenizer,
-    local_shape,
-    read_shard,
-    weight_shapes,
-)
+from llama.checkpoint.loading import read_shard
 from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.pth import index_pth, mend_checksums
+from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
+from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import (
     Progress,
-    beside,
     bytes_of,
     dtype_of,
     no_progress,
@@ -36,16 +24,16 @@ from llama.checkpoint.writing import (
 )
 from llama.layers import parallel
 from llama.model import ModelArgs
+from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
-IGNORED_WEIGHTS = {"rope.freqs"}  # Llama 1 and 2 stored what follows from rope_theta
 
-# params.json of Llama 3.2 says only that RoPE is scaled; these two, told by (dim, n_layers), by 32
-# and not by the 8 of all others (their Hugging Face configurations say so).
-SCALED_BY_32 = {(2048, 16), (3072, 28)}
+# params.json of Llama 3.2 says only that RoPE is scaled; these two, which their
+# (dim, n_layers) identify, by 32 and not by the 8 of all others (their config.json say so).
+SCALED_BY_32 = [(2048, 16), (3072, 28)]
 
 
 def read_params(path: Path) -> dict:
@@ -54,12 +42,7 @@ def read_params(path: Path) -> dict:
     Raises:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
-    try:
-        params = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} isn't JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds a {type(params).__name__}, not settings by name")
+    params = read_object(path)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:
@@ -75,51 +58,21 @@ def read_params(path: Path) -> dict:
     return params
 
 
-def trained_context(params: dict) -> int:
+def trained_context(args: ModelArgs) -> int:
     """The context that a released model was trained for, which params.json doesn't say.
 
-    Told by what changed with it: Llama 1 2048, Llama 2 4096, Code Llama 16384, Llama 3 8192, 3.1
-    and later 131072 (the model cards). Nothing computes with it; other formats' files state it.
+    Inferred from what changed with it: Llama 1 2048, Llama 2 4096, Code Llama 16384, Llama 3 8192,
+    3.1 and later 131072 (the model cards). Nothing computes with it; other formats' files state it.
     """
-    if params.get("use_scaled_rope"):
+    if args.use_scaled_rope:
         return 131072
     by_theta = {500000.0: 8192, 1000000.0: 16384}
-    llama_1_or_2 = 2048 if params.get("norm_eps") == 1e-6 else 4096
-    return by_theta.get(params["rope_theta"], llama_1_or_2)
-
-
-def index_pth(path: Path) -> Dict[str, Stored]:
-    """Where each tensor of a .pth file lies, without reading one.
-
-    The pickle is read with weights_only=True, which builds tensors and runs no code.
-    """
-    try:
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # damaged bytes lead an unpickler anywhere
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        raise ValueError(f"{path} isn't a readable checkpoint shard: {reason}") from None
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}, not weights by name")
-    stored = {}
-    for name, tensor in tensors.items():
-        if name in IGNORED_WEIGHTS:
-            continue
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(
-                f"{path}: {name} has the dtype {tensor.dtype}: not a float; unsupported"
-            )
-        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if start is None or not tensor.is_contiguous():
-            raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
-        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
-        stored[name] = Stored(offset, tuple(tensor.shape), tensor.dtype)
-    return stored
+    llama_1_or_2 = 2048 if args.norm_eps == 1e-6 else 4096
+    return by_theta.get(args.rope_theta, llama_1_or_2)
 
 
 class MetaCheckpoint:
-    """A directory in Meta's format, whatever number of shards it has."""
+    """A directory in Meta's format, with any number of shards."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -139,8 +92,8 @@ class MetaCheckpoint:
                 shard.pop("output.weight", None)
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
-        params["max_seq_len"] = trained_context(params)
-        self.args = checked_args(self.path / "params.json", params, len(self._shards[0]))
+        args = checked_args(self.path / "params.json", params, len(self._shards[0]))
+        self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
@@ -187,7 +140,7 @@ class MetaCheckpoint:
     ) -> Optional[Tuple[int, List[Tuple[int, int]]]]:
         """How a weight is spread over the shards: the axis, and each shard's range along it.
 
-        The axis is told by the shapes, since Llama 1 and 2 split the embedding along dim and
+        The axis is inferred from the shapes, since Llama 1 and 2 split the embedding along dim and
         Llama 3 along the vocabulary. None if the shapes can't belong together.
         """
         n = len(self._files)
@@ -241,18 +194,16 @@ class MetaCheckpoint:
 def params_of(args: ModelArgs) -> dict:
     """What params.json says of a shape, so that Meta's own code derives the same one from it."""
     base = int(2 * 4 * args.dim / 3)
-    params = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads,
-        "vocab_size": args.vocab_size,
-        "multiple_of": args.multiple_of,
-        "ffn_dim_multiplier": args.ffn_dim_multiplier,
-        "norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "use_scaled_rope": args.use_scaled_rope,
-    }
+    names = [
+        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
+        "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope",
+    ]  # fmt: skip
+    if args.use_scaled_rope:
+        names += [
+            "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+            "rope_original_max_seq_len",
+        ]  # fmt: skip
+    params = {name: getattr(args, name) for name in names}
     derived = ModelArgs(
         dim=args.dim,
         n_heads=args.n_heads,
@@ -264,14 +215,6 @@ def params_of(args: ModelArgs) -> dict:
         # Meta's formula reaches any width when it is rounded up to a multiple of itself.
         params["multiple_of"] = args.hidden_dim
         params["ffn_dim_multiplier"] = args.hidden_dim / base
-    if args.use_scaled_rope:
-        for key in (
-            "rope_scaling_factor",
-            "rope_low_freq_factor",
-            "rope_high_freq_factor",
-            "rope_original_max_seq_len",
-        ):
-            params[key] = getattr(args, key)
     if args.rope_linear_factor != 1.0:
         params["rope_linear_factor"] = args.rope_linear_factor
     if args.head_dim * args.n_heads != args.dim:
@@ -313,7 +256,7 @@ def write(
             _write_shard(
                 source, partial / f"consolidated.{rank:02d}.pth", rank, world, dtype, progress
             )
-        (partial / "params.json").write_text(json.dumps(params_of(args), indent=2) + "\n")
+        write_json(partial / "params.json", params_of(args))
         if tokenizer is not None:
             writing_vocabulary.write_tokenizer(tokenizer.vocabulary, partial)
     return path
@@ -352,28 +295,4 @@ def _write_shard(
             out.seek(place.offset)
             write_tensor(out, tensor, progress)
             checksums[place.offset] = zlib.crc32(bytes_of(tensor))
-    _mend_checksums(file, checksums)
-
-
-def _mend_checksums(path: Path, checksums: Dict[int, int]) -> None:
-    """Enter CRC-32s, by the offset of the data, where torch.save has put those of empty room.
-
-    torch.load doesn't look at them; whatever else reads a .zip does. Format: APPNOTE.TXT, 4.3.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries, at = archive.infolist(), archive.start_dir
-    with path.open("r+b") as file:
-        for entry in entries:
-            file.seek(entry.header_offset + 26)
-            begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            if begin in checksums:
-                crc = struct.pack("<I", checksums[begin])
-                file.seek(at + 16)
-                file.write(crc)
-                descriptor = begin + entry.compress_size  # follows the data if flag 3 says so
-                file.seek(descriptor)
-                if entry.flag_bits & 8 and file.read(4) == b"PK\x07\x08":
-                    file.seek(descriptor + 4)
-                    file.write(crc)
-            file.seek(at + 28)
-            at += 46 + sum(struct.unpack("<HHH", file.read(6)))
+    mend_checksums(file, checksums)

@@ -7,7 +7,6 @@ rotates neighbouring pairs.
 
 import json
 import math
-import re
 import struct
 from pathlib import Path
 from types import MappingProxyType
@@ -15,33 +14,13 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
-from llama.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    Shape,
-    Stored,
-    dtype_name,
-    foreign_name,
-    weight_shapes,
-)
+from llama.checkpoint.names import HF
+from llama.checkpoint.shapes import weight_shapes
+from llama.checkpoint.source import DTYPES, Checkpoint, Shape, Stored, dtype_name
 from llama.checkpoint.writing import Progress, rows, write_tensor
-from llama.text.json_files import unique_keys
+from llama.text.files import unique_keys
 
-TO_META = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-FROM_META = {ours: theirs for theirs, ours in TO_META.items()}
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows are in another order
 
 MAX_HEADER = 100_000_000  # the format's own bound: weights must not be taken for text
 
@@ -59,20 +38,6 @@ def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The inverse of `interleave`: from Meta's order to transformers'."""
     pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def meta_name(name: str) -> str:
-    """Meta's name of a weight; one that Llama doesn't have stays as it is."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
-    if match is None or match[2] not in TO_META:
-        stem = re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight")
-        return f"{name} (Meta's name)" if stem in FROM_META else name
-    return (f"layers.{match[1]}." if match[1] else "") + TO_META[match[2]] + ".weight"
-
-
-def hf_name(name: str) -> str:
-    """The inverse of `meta_name`."""
-    return foreign_name(name, FROM_META, "model.layers")
 
 
 def index_safetensors(path: Path) -> Dict[str, Stored]:
@@ -129,19 +94,19 @@ def write_safetensors(
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, block by block.
+    """Write weights under their Hugging Face names, in its order of rows, a few at a time.
 
-    Behind them `extra` ones, which have such names already, as they are.
+    `extra` weights, which have such names already, follow as they are.
     """
-    tensors = [(hf_name(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
+    tensors = [(HF.theirs(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
         file.write(_header(tensors))
         for name in names:
-            for block in rows(source, name, dtypes[name]):
-                if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-                    block = split_halves(block.contiguous(), source.args.head_dim)
-                write_tensor(file, block, progress)
+            for part in rows(source, name, dtypes[name]):
+                if name.endswith(ROTATED):
+                    part = split_halves(part.contiguous(), source.args.head_dim)
+                write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
 

@@ -13,12 +13,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 
-from llama.checkpoint.writing import beside
 from llama.engine.prefill import prefill
 from llama.layers import parallel
 from llama.layers.cache import KVCache
 from llama.layers.revision import revision
 from llama.model import Transformer
+from llama.text.files import beside
 
 # Tokens that a batch has in common are worth a pass of their own from here on.
 SHARED = 32

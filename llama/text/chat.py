@@ -5,6 +5,7 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any, List, Literal, Optional, Protocol, Sequence, TypedDict
 
+from llama.text.encoder import Encoder
 from llama.text.tools import (
     BUILTINS,
     PYTHON_TAG,
@@ -17,8 +18,6 @@ from llama.text.tools import (
 
 if TYPE_CHECKING:
     import torch
-
-    from llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
 ROLES = ("system", "user", "assistant", "ipython", "tool")
@@ -168,7 +167,7 @@ class ChatFormat:
     encoded as ordinary text, so that the only control tokens are those put here.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Encoder):
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> List[int]:
@@ -250,7 +249,7 @@ class Llama31Format(ChatFormat):
 
     def __init__(
         self,
-        tokenizer: "Tokenizer",
+        tokenizer: Encoder,
         *,
         call_format: CallFormat = "json",
         tools_in_system: bool = False,
@@ -384,7 +383,7 @@ class Llama2Format:
     a message can't be told from the format's own: such a message is refused.
     """
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Encoder):
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from llama.text.json_files import objects, string
+from llama.text.files import objects, string
 
 TEMPLATE = "{input} => {output}"
 

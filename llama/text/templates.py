@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import secrets
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import jinja2
 from jinja2 import nodes
@@ -22,13 +22,11 @@ from llama.text.chat import (
     content_of,
     tool_calls,
 )
+from llama.text.encoder import Encoder
 from llama.text.tools import BUILTINS, Tool, split_tools
 
-if TYPE_CHECKING:
-    from llama.tokenizer import Tokenizer
 
-
-def chat_format(tokenizer: "Tokenizer", scaled_rope: bool = False) -> Optional[Format]:
+def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Format]:
     """The format of a checkpoint's dialogs: its template, else its family's, else None.
 
     Args:
@@ -39,7 +37,7 @@ def chat_format(tokenizer: "Tokenizer", scaled_rope: bool = False) -> Optional[F
         return TemplateFormat(tokenizer, tokenizer.chat_template)
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return Llama31Format(tokenizer) if scaled_rope else ChatFormat(tokenizer)
-    if getattr(tokenizer.vocabulary, "kind", None) == "spm":
+    if tokenizer.vocabulary.kind == "spm":
         return Llama2Format(tokenizer)
     return None
 
@@ -62,7 +60,7 @@ class TemplateFormat:
     messages, tools and calls stay text rests on the marks alone.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", template: str):
+    def __init__(self, tokenizer: Encoder, template: str):
         self.tokenizer = tokenizer
         self._nonce = secrets.token_hex(16)
         self._mark = re.compile(f"<{self._nonce}:([0-9]+)>")

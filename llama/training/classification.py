@@ -24,7 +24,7 @@ from llama.engine.embeddings import batches
 from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
-from llama.text.json_files import read_object
+from llama.text.files import read_object
 from llama.tokenizer import Tokenizer
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]

@@ -7,7 +7,7 @@ import torch
 
 from llama.layers.ids import padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
-from llama.text.json_files import objects, read_text, string
+from llama.text.files import objects, read_text, string
 from llama.tokenizer import Tokenizer
 from llama.training.losses import IGNORED
 

@@ -17,9 +17,9 @@ from llama.backends import memory
 from llama.backends.build import prepare
 from llama.checkpoint import Checkpoint, convert
 from llama.checkpoint.adapter import Merged, write_adapter
-from llama.checkpoint.writing import beside, check_plain, recovered
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
+from llama.text.files import beside, check_plain, recovered
 from llama.training import lora
 from llama.training.data import Example
 from llama.training.trainer import Step, Trainer, recompute_blocks

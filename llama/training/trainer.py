@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from llama.checkpoint.writing import beside
 from llama.layers import parallel
 from llama.layers.ids import check_ids
 from llama.layers.revision import changed
 from llama.model import Transformer
+from llama.text.files import beside
 from llama.training.data import Example, batch, order
 from llama.training.losses import summed_loss
 
@@ -299,7 +299,7 @@ def _file() -> str:
 
 @contextmanager
 def _together(path: Path) -> Iterator[Path]:
-    """`writing.beside` for a directory into which all ranks write."""
+    """`beside` for a directory into which all ranks write."""
     with beside(path, force=True) if parallel.is_rank_zero() else nullcontext(path) as partial:
         if parallel.is_rank_zero():
             partial.mkdir()

@@ -16,7 +16,7 @@ from cyclopts import CycloptsError
 from llama import Llama, Transformer
 from llama.apps import cli
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots
-from llama.text.json_files import Results
+from llama.text.files import Results
 
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
 

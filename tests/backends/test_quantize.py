@@ -13,8 +13,8 @@ from llama.backends import memory
 from llama.backends import quantized as quantize
 from llama.backends.quantized import EDGES, QuantizedEmbedding, QuantizedLinear
 from llama.checkpoint import InMemory, convert, ggml, meta, read_shard, weight_shapes
-from llama.checkpoint.gguf import gguf_name
 from llama.checkpoint.gguf import write as write_gguf
+from llama.checkpoint.names import GGUF
 from llama.layers import parallel
 
 TIED = replace(TINY, tied_embeddings=True)
@@ -141,7 +141,7 @@ def test_a_file_s_blocks_are_taken_and_the_rest_is_rounded(tmp_path, stored, kin
         assert weight.kind == (edges if name in EDGES else matrices)
         assert weight.shape == weight_shapes(TINY)[name]
         if weight.kind == source.stored_as(name):
-            expected = torch.from_numpy(in_file[gguf_name(name)].copy())
+            expected = torch.from_numpy(in_file[GGUF.theirs(name)].copy())
         else:
             expected = ggml.quantize(read_shard(source, name, 0, 1), weight.kind)
         assert torch.equal(weight.data, expected), name
@@ -170,7 +170,7 @@ def test_the_demo_model_is_held_as_its_file_has_it(int4_smollm2, smollm2, smollm
     for name, weight in blocks(model).items():
         if name == "output.weight":
             name = "tok_embeddings.weight"  # tied
-        tensor = tensors[gguf_name(name)]
+        tensor = tensors[GGUF.theirs(name)]
         assert weight.kind == tensor.tensor_type.name
         assert torch.equal(weight.data, torch.from_numpy(tensor.data.copy())), name
         assert mapped_file(weight.data) == str(smollm2_path.resolve())

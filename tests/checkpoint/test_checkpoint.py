@@ -1,13 +1,15 @@
 """Opening and loading, whatever the format: strictness, and resharding as arithmetic on slices."""
 
+import ast
 from dataclasses import replace
+from graphlib import TopologicalSorter
 
 import pytest
 import torch
-from conftest import TINY, random_weights, write_checkpoint
+from conftest import ROOT, TINY, random_weights, write_checkpoint
 
 from llama import Llama, Transformer, checkpoint
-from llama.checkpoint import InMemory, local_shape, read_shard, weight_shapes
+from llama.checkpoint import InMemory, local_shape, read_shard, shapes, weight_shapes
 from llama.layers import parallel
 
 ODD = replace(TINY, dim=72, n_heads=9, n_kv_heads=3, hidden_dim=100, vocab_size=500)
@@ -37,7 +39,7 @@ def assemble(args, name, world):
 
 @pytest.mark.parametrize("args, worlds", [(TINY, (1, 2, 4, 8)), (ODD, (1, 3, 9))])
 def test_ranks_together_hold_each_weight_bit_for_bit(args, worlds, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK", 1000)  # several blocks a weight
+    monkeypatch.setattr(shapes, "CHUNK_ELEMENTS", 1000)  # several reads a weight
     for world in worlds:
         for name in weight_shapes(args):
             joined, whole = assemble(args, name, world)
@@ -83,8 +85,29 @@ def test_dtype_is_converted_on_the_way():
         assert torch.equal(weight, source.weights[name].bfloat16())
 
 
+def test_files_import_each_other_in_no_circle():
+    """Checkpoints and text: at the top of a file only, and in an order."""
+    files = [ROOT / "llama" / "tokenizer.py", *(ROOT / "llama" / "checkpoint").rglob("*.py")]
+    files += (ROOT / "llama" / "text").rglob("*.py")
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    graph = {}
+    for name, file in names.items():
+        tree = ast.parse(file.read_text())
+        imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        for node in imports:
+            module = getattr(node, "module", None) or node.names[0].name
+            if module.split(".")[0] == "llama":
+                assert node in tree.body, f"{name} imports {module} late"
+                found = {module, f"{module}.__init__", *(f"{module}.{n.name}" for n in node.names)}
+                found &= names.keys()
+                if len(found) > 1:  # a module of a package, not what the package hands on
+                    found.discard(f"{module}.__init__")
+                graph.setdefault(name, set()).update(found)
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
 def test_what_is_not_a_checkpoint_is_named(tmp_path, tiny_dir):
-    with pytest.raises(FileNotFoundError, match=r"download\.sh"):
+    with pytest.raises(FileNotFoundError, match="llama download smollm2"):
         Llama.build(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected params\.json"):
         checkpoint.open(tmp_path)

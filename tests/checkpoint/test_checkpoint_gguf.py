@@ -9,7 +9,8 @@ import torch
 from conftest import TINY, random_model, random_weights
 
 from llama import Transformer, checkpoint
-from llama.checkpoint.gguf import TO_META, GGUFCheckpoint
+from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.checkpoint.names import GGUF
 from llama.layers import parallel
 from llama.model import rope_frequencies
 
@@ -37,7 +38,7 @@ def write(path, args=ARGS, quantization=Type.F32, metadata=(), rope=None, drop=(
             writer.add_float32(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
-    names = {ours: theirs for theirs, ours in TO_META.items()}
+    names = {ours: theirs for theirs, ours in GGUF.to_meta.items()}
     for name, weight in random_weights(args).items():
         layer, stem = "", name.removesuffix(".weight")
         if stem.startswith("layers."):
@@ -181,10 +182,8 @@ def test_the_demo_model_is_read_as_gguf_itself_reads_it(smollm2_path):
     source = GGUFCheckpoint(smollm2_path)
     reader = gguf.GGUFReader(smollm2_path)
     for tensor in reader.tensors[:12]:
-        from llama.checkpoint.gguf import meta_name
-
         expected = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
-        assert torch.equal(source.read(meta_name(tensor.name), 0, 0, len(expected)), expected)
+        assert torch.equal(source.read(GGUF.meta(tensor.name), 0, 0, len(expected)), expected)
 
 
 def test_written_as_metas_shards_it_gives_the_same_logits(smollm2, smollm2_path, tmp_path):

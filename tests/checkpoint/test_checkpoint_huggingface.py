@@ -26,7 +26,8 @@ from transformers import (
 
 from llama import Llama, Tokenizer, Transformer, checkpoint
 from llama.checkpoint import InMemory, gguf, huggingface, mapped, weight_shapes
-from llama.checkpoint.safetensors import hf_name, interleave, meta_name, split_halves
+from llama.checkpoint.names import HF
+from llama.checkpoint.safetensors import interleave, split_halves
 from llama.layers import parallel
 
 LINEAR = {"rope_linear_factor": 4.0}
@@ -238,10 +239,10 @@ def test_parts_of_a_head_are_read_as_of_the_whole(tmp_path, name):
 
 def test_names_are_translated_both_ways():
     for name in weight_shapes(TINY):
-        assert meta_name(hf_name(name)) == name != hf_name(name)
+        assert HF.meta(HF.theirs(name)) == name != HF.theirs(name)
     for name in ("model.layers.0.self_attn.q_proj.bias", "model.rotary.weight", "x"):
-        assert meta_name(name) == name
-    assert meta_name("layers.0.attention.wq.weight") not in weight_shapes(TINY)
+        assert HF.meta(name) == name
+    assert HF.meta("layers.0.attention.wq.weight") not in weight_shapes(TINY)
 
 
 @pytest.mark.parametrize(

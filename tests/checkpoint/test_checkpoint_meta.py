@@ -219,7 +219,7 @@ def broken(path):
         "unknown key": (lambda: edit(moe_args={}), "moe_args"),
         "params don't fit": (lambda: edit(n_layers=3), "lacks layers.2"),
         "wrong dim": (lambda: edit(dim=128), "shape"),
-        "no JSON": (lambda: params.write_text("{"), "isn't JSON"),
+        "no JSON": (lambda: params.write_text("{"), "isn't usable JSON"),
         "a list of no tensors": (lambda: torch.save([1, 2], one), "consolidated.01.pth"),
         "values that aren't tensors": (lambda: torch.save({"a": 1}, one), "consolidated.01.pth"),
     }

@@ -26,6 +26,7 @@ from llama import Llama, ModelArgs, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint import convert as conversion
 from llama.checkpoint.convert import check_equal, convert, describe
+from llama.checkpoint.names import GGUF
 from llama.model import rope_frequencies
 from llama.text.vocabulary.writing import write_for_hugging_face
 
@@ -314,7 +315,7 @@ def test_quantized_files_are_ggmls_and_llama_cpp_reads_them(ring, tmp_path, pari
     assert len(tensors) == len(weight_shapes(source.args))
     for name in ("token_embd", "blk.0.attn_q", "blk.29.ffn_down", "blk.7.attn_output"):
         tensor = tensors[f"{name}.weight"]
-        weight = source.read(conversion.gguf.meta_name(tensor.name), 0, 0, len(tensor.data))
+        weight = source.read(GGUF.meta(tensor.name), 0, 0, len(tensor.data))
         ours = gguf.quantize(weight.numpy(), kind)
         assert tensor.tensor_type == kind and (tensor.data == ours).all()
     assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32

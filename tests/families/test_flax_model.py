@@ -20,6 +20,7 @@ from llama.checkpoint.flax import from_checkpoint, to_checkpoint
 from llama.families import flax_generation
 from llama.families.flax_generation import generate
 from llama.families.flax_model import weights
+from llama.layers import parallel
 
 VARIANTS = SHAPES | {"positions divided": {"rope_linear_factor": 4.0}}
 
@@ -255,7 +256,7 @@ def test_sharded_equals_whole():
         assert one["gap"] <= TOLERANCE and one["same"] and one["drawn"], how
         assert one["cache"] == [4 // data, 64, TINY.n_kv_heads // model, TINY.head_dim]
         for name, shape in checkpoint.weight_shapes(TINY).items():
-            expected, axis = list(shape), checkpoint.parallel.shard_axis(name)
+            expected, axis = list(shape), parallel.shard_axis(name)
             if axis is not None:
                 expected[axis] //= model
             assert one["shards"][name] == [expected, data * model], name

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from llama import Llama, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, gguf, huggingface
-from llama.checkpoint.safetensors import interleave, meta_name
+from llama.checkpoint.names import HF
+from llama.checkpoint.safetensors import interleave
 from llama.engine.prefill import padded
 from llama.training.classification import SequenceClassifier
 
@@ -109,7 +110,7 @@ def test_logits_losses_and_gradients_equal_transformers(tmp_path, problem):
     our_loss.backward()
     found = dict(ours.model.named_parameters()) | {"score.weight": ours.score.weight}
     for name, weight in theirs.named_parameters():
-        name, expected = meta_name(name), weight.grad
+        name, expected = HF.meta(name), weight.grad
         if name.endswith((".wq.weight", ".wk.weight")):
             expected = interleave(expected, ARGS.head_dim)
         assert gap(found.pop(name).grad, expected) < 1e-4
@@ -275,7 +276,7 @@ def test_nothing_half_written_is_left(saved, tmp_path, monkeypatch):
         raise OSError("full")
 
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    monkeypatch.setattr(huggingface, "_write_json", fail)
+    monkeypatch.setattr(huggingface, "write_json", fail)
     for target in (path, saved):
         with pytest.raises(OSError, match="full"):
             ours.write(target, force=True)

@@ -10,8 +10,8 @@ from test_lora import adapter, theirs
 from test_model import TOLERANCE, gap, to_hugging_face
 
 from llama.checkpoint.adapter import Adapter, Pair, write_adapter
-from llama.checkpoint.writing import recovered
 from llama.layers.revision import revision
+from llama.text.files import recovered
 from llama.training import (
     IGNORED,
     Recipe,

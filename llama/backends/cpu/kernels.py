@@ -18,6 +18,7 @@ from typing import List
 
 import torch
 
+from llama.checkpoint.shapes import MATRICES
 from llama.text.cache_dir import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -26,9 +27,6 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
 KINDS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}  # enum Kind
-
-
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 class Weight(ctypes.Structure):

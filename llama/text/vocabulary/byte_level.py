@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import AbstractSet, Any, Dict, List, Optional
 
-from llama.text.vocabulary import (
+from llama.text.vocabulary.base import (
     CONTROL,
     NORMAL,
     STOP_NAMES,
@@ -44,7 +44,7 @@ def read_llama3(path: Path) -> Vocabulary:
     if data[:1] == b"<" or data[:7] == b"version":
         raise ValueError(
             f"{path} begins with {data[:20]!r}: not a tokenizer.model (a web page or a "
-            "Git LFS pointer?); take the file from the checkpoint's directory or ./download.sh"
+            "Git LFS pointer?); take the file from the checkpoint's directory, or fetch it again"
         )
     ranks: Dict[bytes, int] = {}
     try:
@@ -233,6 +233,8 @@ def pre_of(pre_tokenizer: Dict[str, Any]) -> Optional[str]:
     """The name of the rule by which a tokenizer.json cuts text into words, if it is known."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return None
     parts = [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
     gpt2 = byte_level | {"use_regex": True}
     parts = [gpt2 if part == byte_level else part for part in parts]  # True is its default

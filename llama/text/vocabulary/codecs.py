@@ -1,4 +1,4 @@
-"""Who encodes with a vocabulary: tiktoken, sentencepiece or tokenizers, behind one interface."""
+"""Encodes with tiktoken, sentencepiece or tokenizers, behind one interface."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import (
-    AbstractSet,
     Any,
     Collection,
     Dict,
@@ -23,11 +22,9 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from llama.text.vocabulary.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Names, Vocabulary
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
-
-Names = Literal["all"] | AbstractSet[str]
 
 
 class Codec(Protocol):
@@ -144,7 +141,7 @@ def names_in(special: Dict[str, int], allowed: Names) -> Pattern[str]:
 
 
 class _Pieces(ABC):
-    """What the codecs share that leave special tokens to us: a text is cut at their names first."""
+    """Shared by codecs of libraries without special tokens: text is split at their names first."""
 
     def __init__(self, vocabulary: Vocabulary):
         self._special = vocabulary.special_tokens

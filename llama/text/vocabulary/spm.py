@@ -1,7 +1,7 @@
 """SentencePiece vocabularies: Llama 1's and 2's tokenizer.model, and the kind `llama` in GGUF.
 
 A GGUF file lists pieces, scores and types: all that a SentencePiece model of the kind BPE consists
-of. So it is put together to one again, and the `sentencepiece` package encodes with it.
+of. So such a model is built from them, and the `sentencepiece` package encodes with it.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from llama.text.vocabulary import (
+from llama.text.vocabulary.base import (
     BYTE,
     CONTROL,
     STOP_NAMES,
@@ -19,7 +19,7 @@ from llama.text.vocabulary import (
     Vocabulary,
     check_ids,
 )
-from llama.text.vocabulary.beside import Beside
+from llama.text.vocabulary.config import TokenizerConfig
 
 proto: Any = sentencepiece_model_pb2  # its classes are made as it is imported
 SPACE = "\u2581"  # how pieces write a space
@@ -27,10 +27,10 @@ SPACE = "\u2581"  # how pieces write a space
 
 def read(path: Path) -> Vocabulary:
     """A SentencePiece model, with what Hugging Face's files beside it say of it."""
-    return from_model(path, path.read_bytes(), Beside(path))
+    return from_model(path, path.read_bytes(), TokenizerConfig(path))
 
 
-def from_model(path: Path, data: bytes, beside: Beside) -> Vocabulary:
+def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
     """The vocabulary of a serialized SentencePiece model.
 
     Raises:
@@ -40,30 +40,30 @@ def from_model(path: Path, data: bytes, beside: Beside) -> Vocabulary:
     pieces = proto.ModelProto.FromString(data).pieces
     special = {p.piece: i for i, p in enumerate(pieces) if p.type in (UNKNOWN, CONTROL)}
     user_defined = {p.piece: i for i, p in enumerate(pieces) if p.type == USER_DEFINED}
-    added = {name: i for name, i in beside.added.items() if i >= len(pieces)}
+    added = {name: i for name, i in config.added.items() if i >= len(pieces)}
     special |= user_defined | added
     n_words = max(len(pieces) - 1, *added.values(), 0) + 1
-    bos_id = beside.named("bos_token", special)
+    bos_id = config.named("bos_token", special)
     bos_id = (model.bos_id() if model.bos_id() >= 0 else None) if bos_id is None else bos_id
-    eos_id = beside.named("eos_token", special)
+    eos_id = config.named("eos_token", special)
     eos_id = model.eos_id() if eos_id is None else eos_id
     if eos_id < 0:
         raise ValueError(f"{path} has no end-of-text token")
-    pad_id = beside.named("pad_token", special)
-    stop = {eos_id, *beside.stop, *(special[name] for name in STOP_NAMES if name in special)}
+    pad_id = config.named("pad_token", special)
+    stop = {eos_id, *config.stop, *(special[name] for name in STOP_NAMES if name in special)}
     stop |= {i for i in (model.eos_id(), special.get("</s>", -1)) if i >= 0}
     vocabulary = Vocabulary(
         name=path.name,
         kind="spm",
         special_tokens=special,
-        user_defined=frozenset(user_defined) | (beside.user_defined & added.keys()),
+        user_defined=frozenset(user_defined) | (config.user_defined & added.keys()),
         n_words=n_words,
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=eos_id if pad_id is None else pad_id,
         stop_tokens=stop,
-        add_bos=beside.add_bos(bos_id, default=bos_id is not None),
-        chat_template=beside.chat_template,
+        add_bos=config.add_bos(bos_id, default=bos_id is not None),
+        chat_template=config.chat_template,
         model=data,
     )
     check_ids(path, [bos_id, eos_id, vocabulary.pad_id, *stop], n_words)
@@ -130,7 +130,7 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
         setattr(model.trainer_spec, f"{key}_id", i)
         if i >= 0:
             setattr(model.trainer_spec, f"{key}_piece", model.pieces[i].piece)
-    vocabulary = from_model(path, model.SerializeToString(), Beside(None))
+    vocabulary = from_model(path, model.SerializeToString(), TokenizerConfig(None))
     bos_id, eos_id = model.trainer_spec.bos_id, model.trainer_spec.eos_id
     pad_id = model.trainer_spec.pad_id
     also = {optional(f"{key}_token_id", eos_id) for key in ("eot", "eom")}

@@ -11,18 +11,19 @@ from typing import Any, Dict, List
 
 import tokenizers
 
-from llama.text.json_files import read_object
-from llama.text.vocabulary import (
+from llama.text.files import read_object
+from llama.text.vocabulary import spm
+from llama.text.vocabulary.base import (
     CONTROL,
+    MAX_WORDS,
     NORMAL,
     STOP_NAMES,
     USER_DEFINED,
     Vocabulary,
     check_ids,
-    spm,
 )
-from llama.text.vocabulary.beside import Beside
 from llama.text.vocabulary.byte_level import build, pre_of
+from llama.text.vocabulary.config import TokenizerConfig
 
 
 class _NotByteLevelError(ValueError):
@@ -31,13 +32,13 @@ class _NotByteLevelError(ValueError):
 
 def read(path: Path) -> Vocabulary:
     """Raises ValueError for what is no tokenizer.json, or one without an end of text."""
-    beside, data = Beside(path), read_object(path)
+    config, data = TokenizerConfig(path), _checked(path)
     try:
         by_id, types = _tokens(path, data)
         ids = {token: i for i, token in by_id.items()}
-        eos_id = beside.named("eos_token", ids)
-        eos_id = beside.stop[0] if eos_id is None and beside.stop else eos_id
-        bos_id, pad_id = (beside.named(f"{key}_token", ids) for key in ("bos", "pad"))
+        eos_id = config.named("eos_token", ids)
+        eos_id = config.stop[0] if eos_id is None and config.stop else eos_id
+        bos_id, pad_id = (config.named(f"{key}_token", ids) for key in ("bos", "pad"))
         if eos_id is None:
             raise ValueError(
                 f"no eos token in tokenizer_config.json or generation_config.json by {path}"
@@ -48,32 +49,35 @@ def read(path: Path) -> Vocabulary:
             bos_id=bos_id,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            add_bos=processed or beside.add_bos(bos_id, default=False),
-            chat_template=beside.chat_template,
+            add_bos=processed or config.add_bos(bos_id, default=False),
+            chat_template=config.chat_template,
         )
-        stop = {eos_id, *beside.stop}
+        stop = {eos_id, *config.stop}
         try:
-            pre, merges = _byte_level(data, by_id)
+            pre, merges = _byte_level(path, data, by_id)
             tokens = [by_id[i] for i in range(len(by_id))]
             kinds = [types[i] for i in range(len(by_id))]
             return build(path, pre, tokens, kinds, merges, stop=stop, **common)
         except _NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is JSON, but no known tokenizer.json: {error!r}") from None
+        raise ValueError(
+            f"{path}: model or added_tokens is of no known tokenizer.json: {error!r}"
+        ) from None
 
     original = path.with_name("tokenizer.model")
     if original.is_file() and original.read_bytes()[:1] == b"\n":
-        names = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-        beside.added = names | beside.added
-        beside.user_defined |= {by_id[i] for i, kind in types.items() if kind == USER_DEFINED}
-        vocabulary = spm.from_model(original, original.read_bytes(), beside)
+        names = {token["content"]: token["id"] for token in data["added_tokens"]}
+        config.added = names | config.added
+        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == USER_DEFINED}
+        vocabulary = spm.from_model(original, original.read_bytes(), config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
-    try:
-        tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the package raises no type of its own
-        raise ValueError(f"{path} isn't usable: {error}") from None
+    if refusal := _refusal(data):
+        # The package doesn't say where: it's the key without whose value it is content.
+        neutral: Dict[str, Any] = {"version": "1.0", **dict.fromkeys(_NULLABLE), "added_tokens": []}
+        keys = [key for key in neutral if not _refusal(data | {key: neutral[key]})]
+        raise ValueError(f"{path}: {(keys or ['model'])[0]} isn't usable: {refusal}")
     special = {by_id[i]: i for i, kind in types.items() if kind != NORMAL}
     check_ids(path, [bos_id, common["pad_id"], *stop], max(by_id) + 1)
     return Vocabulary(
@@ -88,22 +92,48 @@ def read(path: Path) -> Vocabulary:
     )
 
 
+_NULLABLE = (
+    "truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"
+)  # fmt: skip
+
+
+def _checked(path: Path) -> Dict[str, Any]:
+    """The file's object, with the types of its values checked and null where there is none."""
+    kinds = {"model": dict, "added_tokens": list, **dict.fromkeys(_NULLABLE, dict)}
+    data = dict.fromkeys(kinds) | read_object(path)
+    for key, kind in kinds.items():
+        value = data[key]
+        if not isinstance(value, kind) and (value is not None or key == "model"):
+            what = "array" if kind is list else "object"
+            raise ValueError(f"{path}: {key}={value!r:.80} isn't a JSON {what}")
+    return data | {"added_tokens": data["added_tokens"] or []}
+
+
+def _refusal(data: Dict[str, Any]) -> str:
+    """What the `tokenizers` package has against a tokenizer.json; nothing if it reads it."""
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(data)).encode("\ufffe")  # no vocabulary has it
+    except Exception as error:  # the package raises no type of its own
+        return str(error) or repr(error)
+    return ""
+
+
 def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     """All tokens by id, and the type of each."""
     vocab = data["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pairs of token and score
         vocab = {pair[0]: i for i, pair in enumerate(vocab)}
     by_id: Dict[int, str] = {i: token for token, i in vocab.items()}
-    added = {token["id"]: token for token in data.get("added_tokens", [])}
+    added = {token["id"]: token for token in data["added_tokens"]}
     by_id |= {i: token["content"] for i, token in added.items()}
-    if not by_id or not all(type(i) is int and 0 <= i < 1 << 31 for i in by_id):
-        raise ValueError(f"{path}: its ids aren't numbers from 0 up")
+    if not vocab or not all(type(i) is int and 0 <= i < MAX_WORDS for i in by_id):
+        raise ValueError(f"{path}: ids in model.vocab or added_tokens aren't numbers from 0 up")
     types = dict.fromkeys(by_id, NORMAL)
     types |= {i: CONTROL if t.get("special") else USER_DEFINED for i, t in added.items()}
     return by_id, types
 
 
-def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
+def _byte_level(path: Path, data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
     """The rule for words and the merges, of byte-level BPE that tiktoken does exactly.
 
     Raises:
@@ -115,12 +145,12 @@ def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
     plain = not any(model.get(key) for key in ("byte_fallback", "dropout", "fuse_unk", *affixes))
     if kind != "BPE" or not plain or data.get("normalizer"):
         raise _NotByteLevelError
-    pre = pre_of(data["pre_tokenizer"])
+    pre = pre_of(data["pre_tokenizer"] or {})
     if pre is None or (pre != "llama-bpe" and model.get("ignore_merges")):
         raise _NotByteLevelError
     if pre == "llama-bpe" and not model.get("ignore_merges"):
         raise _NotByteLevelError
-    for token in data.get("added_tokens", []):
+    for token in data["added_tokens"]:
         odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
         if odd and not token.get("special"):
             raise _NotByteLevelError
@@ -134,7 +164,7 @@ def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
     seen = set()
     for merge in merges:  # tiktoken merges in the order of ids
         if merge not in ids:
-            raise ValueError(f"a merge makes {merge!r}, which isn't a token")
+            raise ValueError(f"{path}: model.merges makes {merge!r}, which isn't a token")
         if merge not in seen:
             if ids[merge] < last:
                 raise _NotByteLevelError

@@ -1,12 +1,12 @@
 """A vocabulary written into other files: tokenizer.model, tokenizer.json, metadata of GGUF."""
 
 import base64
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from llama.text.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from llama.text.files import write_json
+from llama.text.vocabulary.base import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
 from llama.text.vocabulary.byte_level import byte_alphabet, llama3_special_tokens, split_rule
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -40,8 +40,10 @@ def merges_of(vocabulary: Vocabulary) -> List[Tuple[str, str]]:
 
 
 def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
-    """Write a tokenizer beside weights in Meta's format: tokenizer.model where there is one that
-    says it all, else a tokenizer.json; returns the file."""
+    """Write a tokenizer beside weights in Meta's format; returns the file.
+
+    That is Meta's tokenizer.model where it can express the whole vocabulary, else tokenizer.json.
+    """
     if vocabulary.kind != "byte-level":
         return write_for_hugging_face(vocabulary, directory)
     ordinary = vocabulary.n_words - 256
@@ -74,7 +76,7 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
         if (twin := _pieces_json(vocabulary)) is None:
             config["tokenizer_class"] = "LlamaTokenizer"
         else:
-            _write_json(directory / "tokenizer.json", twin)
+            write_json(directory / "tokenizer.json", twin)
         config["added_tokens_decoder"] = {
             str(token.pop("id")): token for token in _added_tokens(vocabulary)
         }
@@ -83,21 +85,17 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
         if vocabulary.kind == "json":
             path.write_bytes(vocabulary.model)
         else:
-            _write_json(path, _tokenizer_json(vocabulary))
+            write_json(path, _tokenizer_json(vocabulary))
     if vocabulary.chat_template:
         config["chat_template"] = vocabulary.chat_template
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config)
     generation = {
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": sorted(vocabulary.stop_tokens),
         "pad_token_id": vocabulary.pad_id,
     }
-    _write_json(directory / "generation_config.json", generation)
+    write_json(directory / "generation_config.json", generation)
     return path
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _added_tokens(vocabulary: Vocabulary) -> List[Dict[str, Any]]:

@@ -1,7 +1,9 @@
-"""JSON: objects read strictly; JSONL by its lines, written so that a stop costs one at most."""
+"""Text, JSON and JSONL files, read strictly; files and directories replaced atomically."""
 
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -38,18 +40,37 @@ def read_object(path: Path) -> Dict[str, Any]:
     return value
 
 
-def read_text(path: Path) -> str:
-    """A file of UTF-8; ValueError for what isn't."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people to read, too."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_text(path: Path, *, exact: bool = False) -> str:
+    """The text of a UTF-8 file; `exact` is as in `decode`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8.
+    """
     try:
-        return decode(path.read_bytes(), str(path))
+        return decode(path.read_bytes(), str(path), exact=exact)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file at {path}") from None
 
 
-def decode(raw: bytes, name: str) -> str:
-    """UTF-8 with any newlines; ValueError names what isn't."""
+def decode(raw: bytes, name: str, *, exact: bool = False) -> str:
+    """UTF-8 as text, without a byte order mark and with \\n for \\r\\n, which editors put there.
+
+    Args:
+        name: of the file, for errors.
+        exact: keep both. Perplexity is of each character of a file, compared with what other
+            programs give for the same bytes; in a prompt or a training text they are accidents.
+
+    Raises:
+        ValueError: not UTF-8.
+    """
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8") if exact else raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} isn't UTF-8: byte {error.start} can't be read") from None
 
@@ -88,6 +109,64 @@ def string(path: Path, number: int, value: Dict[str, Any], key: str) -> str:
 
 def _json_line(value: Dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+@contextmanager
+def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """Write a file or directory atomically: yields a path beside it, renamed to `path` at the end.
+
+    Whatever interrupts the writing, nothing incomplete ever has the final name, and with `force`
+    the old file or directory stays until the new one is complete.
+
+    Raises:
+        FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no
+            checkpoint but perhaps the place of all of them.
+    """
+    path = recovered(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
+    check_plain(path)
+    partial, old = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        if path.exists():
+            _remove(old)
+            path.rename(old)
+        partial.rename(path)
+        _remove(old)
+    finally:
+        _remove(partial)
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
+
+
+def check_plain(path: Path) -> None:
+    """Raises FileExistsError for a directory with directories in it."""
+    if path.is_dir() and any(inner.is_dir() for inner in path.iterdir()):
+        raise FileExistsError(f"{path} has directories in it: not overwritten, even with force")
+
+
+def recovered(path: str | Path) -> Path:
+    """The path; what it held is back there if a process was killed as it was being replaced."""
+    path = Path(path)
+    old = _beside(path)[1]
+    if old.exists() and not path.exists():
+        old.rename(path)
+    return path
+
+
+def _beside(path: Path) -> Tuple[Path, Path]:
+    """Where the new is written, and where the old is put."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Results:

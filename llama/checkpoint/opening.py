@@ -1,0 +1,39 @@
+"""Opens a checkpoint: the format is detected from the files that are there."""
+
+from pathlib import Path
+
+from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.checkpoint.huggingface import HFCheckpoint
+from llama.checkpoint.meta import MetaCheckpoint
+from llama.checkpoint.source import Checkpoint
+
+
+def open(path: str | Path) -> Checkpoint:
+    """Open a directory in Meta's or Hugging Face's format, a .gguf file, or one's directory.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: something there that isn't a checkpoint, or a broken one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: `llama download smollm2` fetches a small one, "
+            "`llama download OWNER/REPO` any of Hugging Face's"
+        )
+    if (path / "params.json").exists():
+        return MetaCheckpoint(path)
+    if (path / "config.json").exists():
+        return HFCheckpoint(path)
+    if path.is_file():
+        return GGUFCheckpoint(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return GGUFCheckpoint(ggufs[0])
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise ValueError(f"{path} holds several checkpoints, name one of them: {names}")
+    raise ValueError(
+        f"{path} holds no checkpoint: expected params.json with consolidated.*.pth, config.json "
+        "with *.safetensors, or a .gguf file"
+    )

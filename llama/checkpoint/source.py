@@ -1,0 +1,76 @@
+"""What a checkpoint is to the rest of the package: weights by Meta's names, read slice by slice."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
+
+import torch
+
+from llama.model import ModelArgs
+
+Shape = Tuple[int, ...]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name that safetensors and GGUF have for a dtype."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in a file, row-major."""
+
+    offset: int  # of its first byte
+    shape: Shape
+    dtype: torch.dtype
+
+
+class Checkpoint(Protocol):
+    """What a reader offers. Names are Meta's; shapes are those of whole, unsharded weights."""
+
+    path: Path
+    args: ModelArgs
+    tokenizer_path: Optional[Path]  # a tokenizer that comes with the weights
+
+    def shapes(self) -> Dict[str, Shape]:
+        """Every weight in the files."""
+
+    def stored_as(self, name: str) -> str:
+        """The dtype or quantization type in the file: BF16, Q4_0, ..."""
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) of a weight along an axis, in the file's dtype (dequantized: fp32).
+
+        The result may be a view of the mapped file, copied on write.
+        """
+
+
+@dataclass
+class InMemory:
+    """Weights that are already in memory, by Meta's names, whole: a checkpoint to read or write."""
+
+    args: ModelArgs
+    weights: Mapping[str, torch.Tensor]
+    path: Path = Path("(memory)")
+    tokenizer_path: Optional[Path] = None
+
+    def shapes(self) -> Dict[str, Shape]:
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self.weights[name].dtype)
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name].detach().narrow(axis, start, stop - start)
+
+
+def find_tokenizer(directory: Path) -> Optional[Path]:
+    """The tokenizer file beside weights: tokenizer.json, which says most, else tokenizer.model."""
+    places = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((path for path in places if path.exists()), None)

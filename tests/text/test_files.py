@@ -1,0 +1,39 @@
+"""Files: one rule for text, atomic replacement."""
+
+import pytest
+
+from llama.engine.scoring import read_lines
+from llama.text.files import beside, read_object, read_text, write_json
+
+
+def test_text_is_read_without_what_editors_add_unless_it_is_to_be_exact(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert read_text(path) == "a\nb\n"
+    assert read_text(path, exact=True) == "\ufeffa\r\nb\n"
+    path.write_bytes(b"na\xefve")
+    for exact in (False, True):
+        with pytest.raises(ValueError, match=r"a\.txt isn't UTF-8: byte 2"):
+            read_text(path, exact=exact)
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        read_text(tmp_path / "none")
+
+
+def test_lines_to_score_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\n"}\r\n')
+    assert read_lines(path) == [(f"{path}:1", "a\r\n")]
+
+
+def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"é": 1})
+    with pytest.raises(FileExistsError, match="exists: choose another name"), beside(path):
+        pass
+    with pytest.raises(RuntimeError), beside(path, force=True) as partial:
+        write_json(partial, {"é": 2})
+        raise RuntimeError
+    assert read_object(path) == {"é": 1} and [*tmp_path.iterdir()] == [path]
+    with beside(path, force=True) as partial:
+        write_json(partial, {"é": 2})
+    assert read_object(path) == {"é": 2} and [*tmp_path.iterdir()] == [path]
