@@ -380,7 +380,7 @@ def test_start_pos_errors(make_model):
         model(ids(2, 3), 1)
     with pytest.raises(ValueError, match="from 0 to 0"):
         model(ids(2, 3), 4, cache)
-    with pytest.raises(ValueError, match="room for 10"):
+    with pytest.raises(ValueError, match="space for 10"):
         model(ids(2, 11), 0, cache)
     with pytest.raises(ValueError, match="each of 2 rows"):
         model(ids(2, 3), [0], cache)
