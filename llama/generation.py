@@ -22,7 +22,7 @@ from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
-from llama.engine.structured import Structures, call_format
+from llama.engine.structured import GrammarCompiler, call_format
 from llama.layers import parallel
 from llama.model import Transformer
 from llama.text.chat import ChatFormat, Format, read_calls, warn_of_base_model
@@ -85,7 +85,7 @@ class Llama:
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self._speculators = Speculators(model, draft)
         self.prefixes: Optional[PrefixCache] = None
-        self._structures: Optional[Structures] = None
+        self._compiler: Optional[GrammarCompiler] = None
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
 
@@ -366,9 +366,9 @@ class Llama:
         rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
         formats = options.get("response_format")
         if formats is not None:
-            if self._structures is None:
-                self._structures = Structures(self.tokenizer, shape.vocab_size)
-            constrain(rows, self._structures, formats, stops)
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.tokenizer, shape.vocab_size)
+            constrain(rows, self._compiler, formats, stops)
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
             top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),

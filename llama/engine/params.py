@@ -17,7 +17,7 @@ else:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults for all but temperature and top_p change nothing.
+    """How tokens are sampled. The defaults for all but temperature and top_p change nothing.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token each time.
@@ -32,7 +32,7 @@ class SamplingParams:
         frequency_penalty: the same, times its count.
         no_repeat_ngram_size: no run of so many tokens comes twice in prompt and answer; 0 for off.
         logit_bias: added to the logits of these ids.
-        banned_tokens: ids that are never drawn.
+        banned_tokens: ids that are never sampled.
         guidance_scale: above 1, what the negative prompt makes less probable becomes more so:
             log-probabilities are negative + scale * (own - negative) (2306.17806).
         negative_prompt: token ids in place of the prompt; its last token alone by default.
@@ -60,10 +60,10 @@ class SamplingParams:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the most probable token is drawn each time, and nothing rules any out."""
-        # The others only matter where there is a draw.
+        """Whether it is greedy decoding, with nothing that changes or bans single tokens."""
+        # Filters don't matter without sampling; guidance is applied to the logits before.
         plain = replace(self, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
-        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)  # done before
+        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)
         return plain == _ARGMAX
 
     def __post_init__(self) -> None:
