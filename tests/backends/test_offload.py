@@ -362,7 +362,7 @@ def test_the_expected_speed_is_about_right(paths, squeeze, monkeypatch):
             part.model(torch.tensor([[1]]), position, cache)
         measured = 8 / (time.perf_counter() - start)
     assert measured / 2.5 <= expected <= measured * 2.5
-    assert "in memory: 1 of 6 blocks and the output layer; for each pass 0.58 MB" in (
+    assert "in memory: 1 of 6 blocks and the output layer; each pass streams 0.58 MB" in (
         part.model.placement
     )
 
