@@ -27,13 +27,13 @@ def main(
 
     Args:
         ckpt_dir: Meta's params.json and consolidated.*.pth, a directory with a .gguf file, or
-            the .gguf file; any number of ranks reads it, whatever number of shards it has.
-        tokenizer_path: found with the checkpoint by default.
-        temperature: 0 takes the most probable token each time.
-        top_p: share of probability to sample from.
+            the .gguf file; for any number of ranks, regardless of how the checkpoint is sharded.
+        tokenizer_path: by default the one found with the checkpoint.
+        temperature: logits are divided by it; 0 is greedy decoding.
+        top_p: sample from the most probable tokens that together have this probability.
         max_seq_len: tokens of dialog and answer together.
         max_batch_size: dialogs answered at once.
-        max_gen_len: tokens of an answer; by default what max_seq_len leaves room for.
+        max_gen_len: tokens of an answer at most; by default up to max_seq_len.
     """
     llama = Llama.build(
         ckpt_dir=ckpt_dir,
@@ -58,7 +58,7 @@ def main(
         ],
         [{"role": "user", "content": "Write a haiku about a lighthouse."}],
     ]
-    # max_batch_size bounds what is answered at once, not what can be asked
+    # max_batch_size limits a call, not the number of dialogs
     results = [
         result
         for begin in range(0, len(dialogs), max_batch_size)

@@ -27,12 +27,12 @@ def main(
 
     Args:
         ckpt_dir: Meta's params.json and consolidated.*.pth, a directory with a .gguf file, or
-            the .gguf file; any number of ranks reads it, whatever number of shards it has.
-        tokenizer_path: found with the checkpoint by default.
-        temperature: 0 takes the most probable token each time.
-        top_p: share of probability to sample from.
+            the .gguf file; for any number of ranks, regardless of how the checkpoint is sharded.
+        tokenizer_path: by default the one found with the checkpoint.
+        temperature: logits are divided by it; 0 is greedy decoding.
+        top_p: sample from the most probable tokens that together have this probability.
         max_seq_len: tokens of text and continuation together.
-        max_gen_len: tokens of a continuation.
+        max_gen_len: tokens of a continuation at most.
         max_batch_size: texts continued at once.
     """
     llama = Llama.build(
@@ -42,15 +42,15 @@ def main(
         max_batch_size=max_batch_size,
     )
     prompts: List[str] = [
-        # a sentence to go on with
+        # a sentence to complete
         "The capital of France is",
         "Simply put, the tides of the sea are caused by",
         # code
         'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n',
-        # few-shot: the pattern shows what to do
+        # few-shot: examples show the task
         "Translate English to French:\n\nsea => mer\nbread => pain\nhouse => maison\ncheese =>",
     ]
-    # max_batch_size bounds what is continued at once, not what can be asked
+    # max_batch_size limits a call, not the number of prompts
     results = [
         result
         for begin in range(0, len(prompts), max_batch_size)

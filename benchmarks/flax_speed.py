@@ -1,12 +1,12 @@
-"""Decoding with the twin in Flax against the model in torch, plain and compiled, on the CPU.
+"""Speed of the Flax model against the torch model, plain and compiled, on the CPU.
 
     python -m benchmarks.flax_speed [CHECKPOINT] [--turns 5] [--prompt 128] [--n 64] [--threads N]
 
-Batch 1, bf16 and fp32. Each side is a process of its own and the sides take turns; medians are
-reported, of prefill (seconds until the first token) and decoding (tokens a second after it). Each
-side's start is that of its process up to the end of a first run, with imports, loading and what is
-compiled (torch keeps that on disk, so a second start is faster). XLA takes as many threads
-as the process may run on, so processes are pinned to that many. The last line of stdout is JSON.
+Batch 1, bf16 and fp32. Each side runs in its own process and the sides take turns. Reported are
+medians of prefill (seconds to the first token) and decoding (tokens per second after it). "start"
+is the time from starting the process to the end of a first run, with imports, loading and
+compilation (torch caches compiled code on disk, so a second start is faster). XLA uses as many
+threads as the process has cores, so processes are pinned to cores. The last line of stdout is JSON.
 """
 
 import json
@@ -31,7 +31,7 @@ def flax(path: str, dtype: str) -> Any:
 
     def run(prompt: List[int], n: int) -> Tuple[float, float]:
         times = []
-        for length in (1, n):  # all steps are one compiled loop, so what they take is a difference
+        for length in (1, n):  # all steps are one compiled loop: decoding is the difference
             start = time.perf_counter()
             generate(model, [prompt], length)
             times.append(time.perf_counter() - start)
@@ -50,7 +50,7 @@ def torch(path: str, dtype: str, compile: bool) -> Any:
     def run(prompt: List[int], n: int) -> Tuple[float, float]:
         times = [time.perf_counter()]
 
-        def tick() -> bool:  # called as a token has been drawn
+        def tick() -> bool:  # called after each sampled token
             times.append(time.perf_counter())
             return False
 
@@ -68,8 +68,8 @@ SIDES: Dict[str, Any] = {
 
 
 def serve(side: str, path: str, dtype: str) -> None:
-    """One line of JSON with the seconds of (prefill, decoding) for each line with a task."""
-    answers = os.fdopen(os.dup(1), "w")  # what a library prints must not get in between
+    """Answer each task, a line of stdin, by a line of JSON: the seconds of (prefill, decoding)."""
+    answers = os.fdopen(os.dup(1), "w")  # keeps libraries' prints out of the answers
     os.dup2(2, 1)
     run = SIDES[side](path, dtype)
     for line in sys.stdin:
@@ -134,7 +134,7 @@ def main(
 
     Args:
         prompt, n: tokens of the prompt, and new ones.
-        side, dtype: be this one side, with tasks on stdin.
+        side, dtype: run this side alone, with tasks from stdin.
     """
     if side:
         serve(side, checkpoint, dtype)

@@ -1,4 +1,4 @@
-"""One load in a process of its own, so that its memory's high-water mark is that load's alone.
+"""Time and peak memory of loading a checkpoint, each load in its own process.
 
     python -m benchmarks.loading KIND PATH DTYPE      prints one line of JSON
 
@@ -25,7 +25,7 @@ SHAPE = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, v
 
 
 def measure(kind: str, path: Path, dtype: str) -> Dict[str, float]:
-    """Run one of the KINDs in a fresh process; what it printed."""
+    """Run one of the KINDs in a new process; returns the figures it printed."""
     command = [sys.executable, "-m", "benchmarks.loading", kind, str(path), dtype]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(command, env=quiet, capture_output=True, text=True)
@@ -42,7 +42,7 @@ def compare(path: Path, peer: str, rounds: int, quick: bool) -> Dict[str, Dict[s
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         row["mb_s"] = row["weights_mb"] / row["load_s"]
         row["allowed_mb"] = 1.3 * row["weights_mb"] + 300
-        row["own_mb"] = row["rss_peak_mb"] - row["rss_before_mb"]  # without what imports took
+        row["own_mb"] = row["rss_peak_mb"] - row["rss_before_mb"]  # without imports
         figures[name] = row
         print(
             f"{name:<34}{dtype:>5}{row['import_s']:>9.2f}{row['load_s']:>9.2f}{row['mb_s']:>8.0f}"
@@ -81,7 +81,7 @@ def compare(path: Path, peer: str, rounds: int, quick: bool) -> Dict[str, Dict[s
 
 
 def _compare_converting(path: Path, rounds: int) -> Dict[str, float]:
-    """MB/s of converting a checkpoint in Meta's format, and of `cp`, which does nothing else."""
+    """MB/s of converting a checkpoint in Meta's format, and of copying it with `cp`."""
     from llama.checkpoint.convert import convert
 
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
@@ -107,9 +107,9 @@ def _compare_converting(path: Path, rounds: int) -> Dict[str, float]:
 
 
 def resident(key: str) -> float:
-    """This process's memory in MB: VmRSS now, VmHWM at its highest.
+    """This process's resident memory in MB: VmRSS (current) or VmHWM (peak).
 
-    Not getrusage's ru_maxrss, which on Linux starts at what the parent process had.
+    Not getrusage's ru_maxrss, which on Linux is inherited from the parent process.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):

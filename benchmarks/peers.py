@@ -1,4 +1,4 @@
-"""This code, `transformers` and llama.cpp, side by side: the same weights and tokens, one machine.
+"""Compares this code with `transformers` and llama.cpp, on the same weights, tokens and machine.
 
     make bench
     python -m benchmarks.peers --quick
@@ -6,31 +6,30 @@
 
 What is measured:
 
-    first     From a prompt to its first token: bound by arithmetic.
-    decode    The tokens after it, one prompt at a time. Each step reads every weight, and what the
-              cache holds, to make one token, so it is bound by memory bandwidth.
-    batch     1, 4 and 16 prompts of equal lengths; 16 of unlike lengths (`ragged`); and 16 of which
-              most are short and some are long, as questions are (`longer`): tokens per second from
-              the prompts to the last token. transformers gets the batch as it wants it, padded on
-              the left, with a mask; llama.cpp as parallel sequences.
-    load      In a process of its own each (benchmarks/loading.py): seconds from a .gguf file to the
-              first token, imports apart, and the highest resident memory. Files have been read
-              before, so it isn't the disk that is measured. Then from safetensors and Meta's .pth,
-              and how fast 2 GB are converted, beside `cp`.
+    first     Prefill: from a prompt to its first token. Compute-bound.
+    decode    The tokens after the first, of one prompt. Each step reads every weight and the cache
+              to compute one token, so it is bound by memory bandwidth.
+    batch     1, 4 and 16 prompts of equal lengths; 16 of different lengths (`ragged`); 16 of which
+              most are short and a few long (`longer`): tokens per second, from the prompts to the
+              last token. transformers gets a batch padded on the left, with an attention mask;
+              llama.cpp parallel sequences.
+    load      Each in its own process (benchmarks/loading.py): seconds from a .gguf file to the
+              first token, without imports, and peak resident memory. Files are in the page cache,
+              so the disk isn't measured. Then loading safetensors and Meta's .pth, and converting
+              2 GB, compared with `cp`.
 
-Each side is a process that sleeps unless it is its turn (benchmarks/sides.py); all have as many
-threads. They take turns, A B C A B C, each turn in a new process, and medians of the rounds are
-compared: a machine differs from hour to hour with heat and neighbours, and a process from the next
-with where in memory it lies, so only ratios within one run mean something. One of those that take
-turns is the machine itself: how fast it reads memory and multiplies matrices, of which `limit` is
-the share.
+Each side is a process that sleeps between its turns (benchmarks/sides.py); all use the same number
+of threads. They take turns, A B C A B C, each turn in a new process, and medians of the rounds are
+compared: machines vary from hour to hour (temperature, other load) and processes with their place
+in memory, so only ratios within one run are meaningful. One of the sides measures the machine: how
+fast it reads memory and multiplies matrices; `limit` is the share of that a side reaches.
 Ours runs with compile=True; `eager` is without.
 
 llama.cpp is llama-cpp-python if it is installed (CMAKE_ARGS=-DGGML_NATIVE=ON pip install
-llama-cpp-python compiles it for this machine: some minutes), else the ready wheel of xllamacpp,
-which knows no AVX-512. What it was compiled for is printed.
+llama-cpp-python compiles it for this machine, in some minutes), otherwise xllamacpp's wheel, which
+is built without AVX-512. The build's features are printed.
 
-Tables go to stdout, whose last line is JSON; with --out they are kept, with plots.
+Tables go to stdout, whose last line is JSON; with --out they are saved, with plots.
 """
 
 import json
@@ -59,7 +58,7 @@ from llama.checkpoint.convert import convert
 
 @dataclass(frozen=True)
 class Case:
-    """What each side does in its turn."""
+    """A task, the same for all sides."""
 
     group: str  # first, decode or batch
     name: str
@@ -67,12 +66,12 @@ class Case:
     n: int  # new tokens of each
 
     def is_for(self, label: str) -> bool:
-        """Not all that is slow and no peer's best is asked everything: a run would take an hour."""
+        """Whether a side runs this case: slow ones skip some, or a run would take an hour."""
         slow = label.endswith(("eager", "fp32"))
         return not slow or (self.group != "batch" and "2048" not in self.name)
 
     def rate(self, answer: Dict[str, float]) -> float:
-        """Tokens per second: of the prompt, after the first, or all new ones."""
+        """Tokens per second, by group: of the prompt, after the first, or all new ones."""
         if self.group == "first":
             return len(self.prompts[0]) / answer["first"]
         if self.group == "decode":
@@ -80,15 +79,15 @@ class Case:
         return len(self.prompts) * self.n / (answer["first"] + answer["rest"])
 
     def best(self, args: ModelArgs, weights: float, limit: Dict[str, float]) -> float:
-        """The rate of a machine that does nothing but read memory and multiply, at its limit.
+        """The rate of this machine if it did nothing but read memory and multiply.
 
-        weights: bytes of all matrices, as the side holds them. The cache is counted as bf16.
+        weights: bytes of all matrices, in the side's dtype. The cache is counted as bf16.
         """
         matrices = sum(a * b for a, b in (s for s in weight_shapes(args).values() if len(s) == 2))
         width = args.n_heads * args.head_dim
         per_key = 2 * args.n_kv_heads * args.head_dim * 2 * args.n_layers  # bytes
 
-        def flop(length: int) -> float:  # of a prompt; its last token alone is projected
+        def flop(length: int) -> float:  # of a prompt; only its last token's logits are computed
             inner = matrices - args.vocab_size * args.dim
             return length * (2 * inner + 2 * length * width * args.n_layers)
 
@@ -135,7 +134,7 @@ VARIANTS: List[Variant] = [
 ]
 LIMIT: Variant = ("limit", "limit", "q4_1", "bf16")
 
-# What the README compares: (title, group or case, ours, theirs).
+# The comparisons in the documentation: (title, case, ours, theirs).
 RATIOS = [
     ("decode, bf16", "decode at 128", ["llama bf16"], ["transformers bf16"]),
     ("decode, bf16", "decode at 128", ["llama bf16"], ["llama.cpp BF16"]),
@@ -152,10 +151,10 @@ RATIOS = [
 def take_turns(
     start: Callable[[str], Any], labels: Sequence[str], chosen: Sequence[Case], rounds: int
 ) -> Dict[str, Dict[str, List[Any]]]:
-    """What each side answers to each case, by case and label.
+    """The sides' answers, by case and label.
 
-    In a round, every side in turn is started, warmed up, asked all cases, and ended: where in the
-    machine's memory a process happens to lie can be worth half of its speed, and is drawn anew.
+    In each round, every side in turn is started, warmed up, runs all cases, and ends: a process's
+    place in memory can cost half of its speed, so each round uses new processes.
     """
     answers: Dict[str, Dict[str, List[Any]]] = {case.name: {} for case in chosen}
     for turn in range(rounds):
@@ -179,7 +178,7 @@ def take_turns(
 def summary(
     case: Case, answers: Dict[str, List[Any]], args: ModelArgs, sizes: Dict[str, float]
 ) -> Dict[str, Any]:
-    """One case, all sides: rates, and shares of the limit that was measured among them."""
+    """One case, all sides: rates, and shares of the machine's measured limit."""
     limit = {
         key: statistics.median(answer[key] for answer in answers["limit"])
         for key in ("bytes_per_s", "flop_per_s")
@@ -226,7 +225,7 @@ def table(figures: Dict[str, Any]) -> str:
 
 
 def ratios(figures: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The comparisons that the README makes, as far as they were measured."""
+    """The comparisons of RATIOS, as far as they were measured."""
     found = []
     for title, case, ours, theirs in RATIOS:
         rows = figures.get(case, {"sides": {}})["sides"]
@@ -244,7 +243,7 @@ def ratios(figures: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 
 def table_of_ratios(found: List[Dict[str, Any]]) -> str:
-    """Markdown: tokens per second of both, their ratio, and how near ours is to the limit."""
+    """Markdown: tokens per second of both, their ratio, and our share of the limit."""
     rows = ["| tok/s | ours | theirs | ratio | share of the limit |", "|---|---|---|---|---|"]
     for r in found:
         rows.append(
@@ -255,7 +254,7 @@ def table_of_ratios(found: List[Dict[str, Any]]) -> str:
 
 
 def equal_rows(path: Path, threads: int, case: Case) -> int:
-    """How many rows of a case are the same tokens, in fp32, by us and by transformers."""
+    """The number of rows of a case for which we and transformers give the same tokens, in fp32."""
     sides = [Side(kind, path, "fp32", threads) for kind in ("llama", "transformers")]
     mine, theirs = (side.run(case.prompts, case.n)["tokens"] for side in sides)
     for side in sides:
@@ -264,7 +263,7 @@ def equal_rows(path: Path, threads: int, case: Case) -> int:
 
 
 def files(path: Path, directory: Path) -> Dict[str, Path]:
-    """The demo model's weights as llama.cpp's kinds of file, written once."""
+    """The demo model's weights as .gguf files of each type, written once."""
     found = {"q4_1": path}
     for kind in ("bf16", "q8_0", "q4_0"):
         found[kind] = directory / f"{path.stem}.{kind}.gguf"
@@ -275,7 +274,7 @@ def files(path: Path, directory: Path) -> Dict[str, Path]:
 
 
 def weights_bytes(path: Path, dtype: str) -> float:
-    """Of the matrices that a step reads."""
+    """Bytes of the matrices that a decoding step reads."""
     source = checkpoint.open(path)
     dense = {"fp32": 4, "bf16": 2}.get(dtype.removeprefix("eager-"))
     total = 0.0
@@ -294,7 +293,7 @@ def processor() -> str:
 
 
 def llama_cpp() -> Tuple[str, str]:
-    """The side that llama.cpp is measured by, and what it is and was compiled for."""
+    """The side that measures llama.cpp, and its package, version and build features."""
     if find_spec("llama_cpp"):
         import llama_cpp as library
 
@@ -316,15 +315,15 @@ def main(
     quick: bool = False,
     out: Optional[str] = None,
 ):
-    """Measure, print tables and one line of JSON, and keep them with their plots.
+    """Measure, print tables and one line of JSON, and save them with plots.
 
     Args:
         ckpt: a .gguf file of Q4_1 weights, or a directory with one, which all sides can read.
-        rounds: counted turns of each side.
+        rounds: turns of each side.
         threads: of each side; by default one per core.
         only: first, decode, batch or load; by default all of them.
         quick: 2 rounds, no prompt of 2048 tokens and no model of 2 GB.
-        out: a directory to keep the tables, the figures and the plots in.
+        out: a directory for the tables, figures and plots.
     """
     if only not in (None, "first", "decode", "batch", "load"):
         raise ValueError(f"only={only!r}: choose first, decode, batch or load")

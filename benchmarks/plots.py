@@ -1,4 +1,4 @@
-"""The plots of a run of benchmarks.peers: what each side reaches, and what the machine could."""
+"""Plots of a run of benchmarks.peers: the speed of each side, and the machine's limit."""
 
 from pathlib import Path
 from typing import Any, Dict
@@ -7,7 +7,7 @@ COLOURS = {"llama": "#2a6f97", "transformers": "#e09f3e", "llama.cpp": "#9e9e9e"
 
 
 def draw(results: Dict[str, Any], out: Path) -> None:
-    """One PNG for each group of cases: a bar for each side, a mark at the limit above it."""
+    """One PNG per group of cases, with a bar for each side and a mark at its limit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,7 +19,7 @@ def draw(results: Dict[str, Any], out: Path) -> None:
             continue
         known = dict.fromkeys(name for case in cases.values() for name in case["sides"])
         labels = list(known)[::-1]
-        nothing = {"tok_s": 0.0, "limit": 1.0}  # not every side is asked everything
+        nothing = {"tok_s": 0.0, "limit": 1.0}  # some sides skip some cases
         figure, axes = pyplot.subplots(
             1, len(cases), figsize=(2 + 3 * len(cases), 4), squeeze=False, sharey=True
         )

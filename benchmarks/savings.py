@@ -1,9 +1,9 @@
-"""What doing less work per token saves: guesses, prefixes, and what a given form costs.
+"""Speedups of speculative decoding and prefix caching, and the overhead of structured outputs.
 
     python -m benchmarks.savings [CHECKPOINT] [--rounds 3] [--quick] [--out DIRECTORY]
 
-Each round is a process of its own, in which with and without take turns; the medians of all rounds
-are reported. bf16 on the CPU, compile=True. The last line of stdout is JSON.
+Each round is its own process, in which runs with and without a feature take turns; medians of all
+rounds are reported. bf16 on the CPU, compile=True. The last line of stdout is JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ from llama.tokenizer import Dialog, Message
 
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
 PROMPTS = Path(__file__).with_name("prompts.json")
-TURNS = 3  # of with and without, in a round
+TURNS = 3  # of runs with and without the feature, per round
 
 WORDS = [
     "river", "stone", "bread", "lamp", "winter", "harbour", "teacher", "music", "garden", "letter",
@@ -54,7 +54,7 @@ def build(path: str, **options: Any) -> Llama:
 
 
 def decode(llama: Llama, prompt: str, temperature: float, **options: Any) -> Dict[str, Any]:
-    """Tokens a second after the first, and the text."""
+    """Tokens per second after the first, and the text."""
     dialog: Dialog = [{"role": "user", "content": prompt}]
     first, n, text = 0.0, 0, ""
     for event in llama.stream_chat([dialog], temperature, max_gen_len=200, seed=5, **options):
@@ -64,8 +64,8 @@ def decode(llama: Llama, prompt: str, temperature: float, **options: Any) -> Dic
     return {"speed": (n - 1) / (time.perf_counter() - first), "text": text}
 
 
-def guesses(llama: Llama, speculate: str, temperature: float, prompts: List[str]) -> List[float]:
-    """How many times as fast as plain decoding, for each of some prompts."""
+def speedups(llama: Llama, speculate: str, temperature: float, prompts: List[str]) -> List[float]:
+    """Of speculative over plain decoding, for each prompt."""
     ratios = []
     for prompt in prompts:
         turns = [
@@ -73,11 +73,11 @@ def guesses(llama: Llama, speculate: str, temperature: float, prompts: List[str]
             for _ in range(TURNS)
         ]
         if len({run["text"] for turn in turns for run in turn}) != 1:
-            raise AssertionError(f"guesses changed the text after {prompt!r}")
-        plain, guessed = (
+            raise AssertionError(f"speculative decoding changed the text after {prompt!r}")
+        plain, speculative = (
             statistics.median(run["speed"] for run in side) for side in zip(*turns, strict=True)
         )
-        ratios.append(guessed / plain)
+        ratios.append(speculative / plain)
     return ratios
 
 
@@ -86,7 +86,7 @@ def speculation(path: str) -> Figures:
     llama = build(path, draft_ckpt_dir=path, draft_quantize="int4")
     repeating: List[float] = []
     for kind in ("quote", "summarise", "edit"):
-        ratios = guesses(llama, "lookup", 0, prompts[kind])
+        ratios = speedups(llama, "lookup", 0, prompts[kind])
         found[f"lookup, {kind}: x plain"] = statistics.median(ratios)
         repeating += ratios
     found["lookup, these twelve prompts: x plain"] = statistics.median(repeating)
@@ -95,7 +95,7 @@ def speculation(path: str) -> Figures:
         ("lookup, free, drawn at 1.0", "lookup", 1.0),
         ("draft of 4 bits, free, greedy", "draft", 0.0),
     ):
-        ratios = guesses(llama, speculate, temperature, prompts["free"])
+        ratios = speedups(llama, speculate, temperature, prompts["free"])
         found[f"{how}: x plain"] = statistics.median(ratios)
         found[f"{how}, the worst prompt: x plain"] = min(ratios)
     return found
@@ -106,12 +106,12 @@ def first_token(llama: Llama, dialog: Dialog) -> float:
     events = llama.stream_chat([dialog], 0, max_gen_len=32)
     next(events)
     took = time.perf_counter() - began
-    list(events)  # to its end, as a chat would
+    list(events)  # to its end, which adds it to the prefix cache
     return took
 
 
 def text_of(llama: Llama, tokens: int, seed: int = 0) -> str:
-    """Words that are about so many tokens."""
+    """A text of about this many tokens."""
     found, n = "", seed
     while len(llama.tokenizer.encode(found, bos=False, eos=False)) < tokens - 1:
         found, n = f"{found} {WORDS[n * n % 19]} {WORDS[n % 20]} {n},", n + 1
@@ -165,7 +165,7 @@ def prefixes(path: str) -> Figures:
 
 
 def forms(path: str) -> Figures:
-    """The seconds that a token takes in a text of a given form, to those in a free one."""
+    """Seconds per token with structured outputs, relative to those without."""
     llama, found = build(path), {}
     row = closed(name={"type": "string"}, n={"type": "integer"})
     form = {"type": "json_schema", "schema": {"type": "array", "items": row, "minItems": 99}}
@@ -195,7 +195,7 @@ def per_token(
 
 
 def validity(path: str, prompts: int) -> Figures:
-    """The share of texts that are what was asked for, of prompts x SCHEMAS."""
+    """The share of answers that are valid, of prompts x SCHEMAS."""
     import jsonschema
 
     llama, valid, ended, texts = build(path), 0, 0, 0
@@ -243,9 +243,9 @@ def main(
 
     Args:
         rounds: processes for each part.
-        quick: one round, and few texts to be valid.
+        quick: one round, and fewer answers to validate.
         out: a directory for savings.json.
-        part: only this one, in this process.
+        part: only this part, in this process.
     """
     if part == "validity":
         print(json.dumps(validity(checkpoint, 10 if quick else 300)))

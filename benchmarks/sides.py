@@ -1,15 +1,14 @@
-"""Who is compared: this code, transformers, llama.cpp, each in a process of its own.
+"""The sides that benchmarks.peers compares: this code, transformers, llama.cpp, each a process.
 
     python -m benchmarks.sides KIND PATH DTYPE THREADS      (benchmarks.peers starts these)
 
 A side reads one line of JSON per task, {"prompts": [[id, ...], ...], "n": new tokens of each}, and
 answers with one: {"first": seconds until the first token of all, "rest": seconds from there to the
-last, "tokens": the new ids}. It sleeps in between, so that no two sides compute at a time, and all
+last, "tokens": the new ids}. It sleeps between tasks, so that only one side computes at a time; all
 have the same number of threads.
 
-DTYPE is what the side computes with: fp32 or bf16; for this code also int8 or int4, with
-activations of bf16, and each of them with `compile=True` unless it begins with "eager-". For
-llama.cpp the file says it.
+DTYPE is fp32 or bf16; for this code also int8 or int4, with activations in bf16, and all with
+`compile=True` unless it begins with "eager-". For llama.cpp the file determines it.
 """
 
 import http.client
@@ -47,7 +46,7 @@ class Ours:
     def run(self, prompts: Tokens, n: int) -> Answer:
         times = [time.perf_counter()]
 
-        def tick() -> bool:  # called as a token of each row has been drawn
+        def tick() -> bool:  # called after each step, which samples a token of each row
             times.append(time.perf_counter())
             return False
 
@@ -91,10 +90,11 @@ class Transformers:
 
 
 class LlamaCpp:
-    """Its server, from the wheel of xllamacpp, in this process; timings of one prompt are its own.
+    """llama.cpp's server, from xllamacpp's wheel, in this process. For one prompt, it measures the
+    times itself.
 
-    Each number of parallel sequences that is asked for gets a server, with as much context for
-    each as the others have; all but the one in use are idle.
+    Each number of parallel sequences gets its own server, with the same context per sequence; only
+    one of them is in use at a time.
     """
 
     def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
@@ -133,12 +133,12 @@ class LlamaCpp:
         first = answers[0]["timings"]["prompt_ms"] / 1e3
         rest = answers[0]["timings"]["predicted_ms"] / 1e3
         if len(prompts) > 1:
-            first, rest = whole, 0.0  # sequences begin and end as they come
+            first, rest = whole, 0.0  # sequences begin and end at different times
         return {"first": first, "rest": rest, "tokens": [answer["tokens"] for answer in answers]}
 
 
 class CompiledLlamaCpp:
-    """The library, by way of llama-cpp-python, so that it can be compiled for the machine."""
+    """The library through llama-cpp-python, which can be compiled for the machine."""
 
     BATCH = 2048
 
@@ -166,7 +166,8 @@ class CompiledLlamaCpp:
         return self._contexts[rows]
 
     def _decode(self, context: Any, fed: List[Tuple[int, int, int, bool]]) -> List[int]:
-        """(row, position, token, whether to go on from it) of each; the next tokens of those."""
+        """Takes (row, position, token, whether it is the row's last); returns the tokens after the
+        last ones."""
         import numpy as np
 
         found = []
@@ -202,13 +203,13 @@ class CompiledLlamaCpp:
 
 
 class Limit:
-    """What the machine can do at best: bytes read, and products of bf16 (fp32) matrices."""
+    """The machine's limits: bytes read, and FLOPs of bf16 (or fp32) matrix products, per second."""
 
     def __init__(self, path: Path, dtype: str, threads: int, rows: int = ROWS):
         import torch
 
         torch.set_num_threads(threads)
-        self._large = torch.ones(1 << 27)  # 512 MB: no cache holds it
+        self._large = torch.ones(1 << 27)  # 512 MB: larger than any processor cache
         kind = torch.float32 if dtype == "fp32" else torch.bfloat16
         self._square = torch.ones(2048, 2048, dtype=kind)
 
@@ -237,7 +238,7 @@ SIDES: Dict[str, Any] = {
 
 
 class Side:
-    """A side's process, from the one that compares."""
+    """A handle to a side's process."""
 
     def __init__(self, kind: str, path: Path, dtype: str, threads: int):
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -261,7 +262,7 @@ class Side:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # what a library prints must not get in between
+    answers = os.fdopen(os.dup(1), "w")  # keeps libraries' prints out of the answers
     os.dup2(2, 1)
     kind, path, dtype, threads = sys.argv[1:]
     side = SIDES[kind](Path(path), dtype, int(threads))

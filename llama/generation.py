@@ -1,4 +1,4 @@
-"""Llama: a model with its tokenizer and chat format. Meta's API, and what has been added to it."""
+"""Llama: a model with its tokenizer and chat format. Meta's API, and additions to it."""
 
 from pathlib import Path
 from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpack
@@ -22,7 +22,7 @@ from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
-from llama.engine.structured import Structures, call_format
+from llama.engine.structured import GrammarCompiler, call_format
 from llama.layers import parallel
 from llama.model import Transformer
 from llama.text.chat import ChatFormat, Format, read_calls, warn_of_base_model
@@ -40,8 +40,8 @@ class Llama:
     Attributes:
         model: the Transformer.
         tokenizer: the Tokenizer.
-        formatter: the Format of its dialogs, or None where the checkpoint has none.
-        prefixes: the PrefixCache of keys and values of earlier texts, or None.
+        formatter: the chat format of the checkpoint, or None if it has none.
+        prefixes: the PrefixCache (keys and values of earlier texts), or None.
     """
 
     @staticmethod
@@ -55,14 +55,14 @@ class Llama:
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
-            ValueError: a broken or unsupported checkpoint, a tokenizer that isn't its own, a
-                number of ranks that doesn't divide the heads, too little memory, or an option out
+            ValueError: a broken or unsupported checkpoint, another model's tokenizer, a number of
+                ranks that doesn't divide the number of heads, too little memory, or an option out
                 of range.
         """
         built = assemble(options)
         llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=options.seed)
         if options.prefix_cache_mb:
-            # What was computed in another precision isn't what this model would compute.
+            # Saved prefixes can't be shared between precisions: their keys and values differ.
             kinds = [str(built.model.norm.weight.dtype)[6:], options.quantize]
             kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
             source = built.source
@@ -85,9 +85,9 @@ class Llama:
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
         self._speculators = Speculators(model, draft)
         self.prefixes: Optional[PrefixCache] = None
-        self._structures: Optional[Structures] = None
+        self._compiler: Optional[GrammarCompiler] = None
         self.device = model.norm.weight.device
-        self.generator = torch.Generator().manual_seed(seed)  # of the rows' seeds
+        self.generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
 
     def generate(
         self,
@@ -99,15 +99,15 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Tuple[List[List[int]], Optional[List[List[float]]]]:
-        """Continue prompts of token ids, of any mixture of lengths.
+        """Continue prompts of token ids, which may differ in length.
 
         Args:
             max_gen_len: new tokens at most; 0 with echo and logprobs scores the prompts.
-            temperature: 0 takes the most probable token each time.
-            top_p: share of probability to sample from, from the most probable token down.
+            temperature: logits are divided by it; 0 is greedy decoding.
+            top_p: sample from the most probable tokens that together have this probability.
             logprobs: also return each token's log-probability (natural, of the model's own
                 distribution, before temperature and top_p).
-            echo: put the prompt before the answer; its first token's log-probability is 0.0.
+            echo: return the prompt too, before the answer; its first log-probability is 0.0.
             options: see `Options`.
 
         Returns:
@@ -177,17 +177,17 @@ class Llama:
     ) -> List[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
-        Nothing that a message holds, in role or content, becomes a control token. See
+        Roles and contents are encoded as ordinary text: they can't contain control tokens. See
         `text_completion` and `ChatOptions` for the arguments.
 
         Returns:
             Per dialog and sample `generation` (the assistant's message) and `finish_reason`; with
-            logprobs also `tokens` and `logprobs`; with tools, and a call that is malformed and was
-            left in the text, also `tool_call_error`; with turns left out also those, `truncated`.
+            logprobs also `tokens` and `logprobs`; with tools, if a call is malformed and so left
+            in the text, `tool_call_error`; with truncate, the messages dropped, `truncated`.
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
-                model without a chat format, or tools and a format without them; and what
+                model without a chat format, or tools with a format that has none; and what
                 `generate` raises.
         """
         tools = options.get("tools")
@@ -250,7 +250,7 @@ class Llama:
         return found
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
-        """The log-probability of each token of texts; see `llama.engine.scoring.score`."""
+        """The log-probability of each token of some texts; see `llama.engine.scoring.score`."""
         return scoring.score(self.model, self.tokenizer, texts, batch_size)
 
     def perplexity(self, text: str, stride: Optional[int] = None) -> Perplexity:
@@ -265,11 +265,11 @@ class Llama:
         return embeddings.embed(self.model, self.tokenizer, texts, pooling, **options)
 
     def save_prefix(self, path: str | Path, prefix: str | Dialog) -> None:
-        """Keep what a text or a dialog begins with in a file, for `load_prefix`, in any process.
+        """Save the keys and values of a text or dialog to a file, for `load_prefix`.
 
         Raises:
             ValueError: a Llama built without prefix_cache_mb; more tokens than the context has.
-            FileExistsError: something that is no prefix is there.
+            FileExistsError: the file exists and isn't a saved prefix.
         """
         if isinstance(prefix, str):
             [ids] = self._encode([prefix])
@@ -279,11 +279,11 @@ class Llama:
         self._prefixes.save(path, self.model, ids)
 
     def load_prefix(self, path: str | Path) -> int:
-        """Take in what `save_prefix` wrote, on any number of ranks; the number of its tokens.
+        """Add a saved prefix, on any number of ranks, to the prefix cache; returns its length.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file of something else or of another model, or a Llama built without
+            ValueError: not a saved prefix, or one of another model, or a Llama built without
                 prefix_cache_mb.
         """
         return self._prefixes.load(path, self.model)
@@ -307,7 +307,7 @@ class Llama:
         truncate: Optional[str],
         max_gen_len: Optional[int],
     ) -> Tuple[List[List[int]], List[List[Message]]]:
-        """The ids of each dialog, and the messages that were left out of it."""
+        """The ids of each dialog, and the messages dropped from it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
         found = encode_dialogs(
@@ -317,7 +317,7 @@ class Llama:
         return found
 
     def _check_trained(self) -> None:
-        """Warn of a base model, on all ranks alike: each has a part of the embeddings."""
+        """Warn of a base model; on all ranks, since each holds some of the embeddings."""
         if isinstance(self.formatter, ChatFormat):
             turns = self.formatter.turn_ids()
             ids = torch.tensor([[*turns, *range(256)]], device=self.device)
@@ -339,7 +339,7 @@ class Llama:
         truncate: Optional[Literal["oldest_turns"]] = None,
         **options: Unpack[Options],
     ) -> Tuple[List[Row], Iterator[Event], List[List[Message]]]:
-        """`_start` for dialogs; also the messages that truncation left out of each."""
+        """`_start` for dialogs; also the messages that truncation dropped from each."""
         options["response_format"] = call_format(tools, tool_choice, options)
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
         return *self._start(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
@@ -366,9 +366,9 @@ class Llama:
         rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
         formats = options.get("response_format")
         if formats is not None:
-            if self._structures is None:
-                self._structures = Structures(self.tokenizer, shape.vocab_size)
-            constrain(rows, self._structures, formats, stops)
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self.tokenizer, shape.vocab_size)
+            constrain(rows, self._compiler, formats, stops)
         return rows, loop.run(
             self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
             top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),

@@ -1,14 +1,23 @@
 """The Llama network, from token ids to logits.
 
-Weights carry Meta's names, so a checkpoint is the specification. The linear layers are fairscale's
-model-parallel ones; one word tells how a weight is split over the ranks of a group:
+A decoder-only transformer. Attention lets each token read from itself and the tokens before it;
+the feed-forward network works on each token alone; both add to a residual stream `h`:
+
+    h = tok_embeddings(tokens)
+    for layer in layers:
+        h = h + attention(attention_norm(h))
+        h = h + feed_forward(ffn_norm(h))
+    logits = output(norm(h))
+
+Weights carry Meta's names: the checkpoint is the specification. The class of a linear layer says
+how its weight is sharded over the ranks of a tensor-parallel group (one rank holds it whole):
 
     ColumnParallelLinear    each rank computes some of the outputs     (wq, wk, wv, w1, w3, output)
-    RowParallelLinear       each rank sums over some of the inputs,
-                            then all ranks add up their sums           (wo, w2)
-    VocabParallelEmbedding  each rank knows some of the words
+    RowParallelLinear       each rank reads some of the inputs, and
+                            an all-reduce sums the ranks' outputs      (wo, w2)
+    VocabParallelEmbedding  each rank holds the rows of some token ids
 
-Shapes: B rows, T new tokens, S tokens that attention sees (cached and new).
+Shapes: B rows (the sequences of a batch), T new tokens of each, S keys: those cached and the new.
 Papers: Llama, arXiv 2302.13971; Llama 2 (grouped-query attention), 2307.09288; Llama 3, 2407.21783.
 """
 
@@ -36,7 +45,7 @@ class ModelArgs:
     """The shape of a model. Names and defaults are those of Meta's params.json.
 
     Raises:
-        ValueError: head counts that don't divide.
+        ValueError: a number of heads that isn't a multiple of n_kv_heads, or doesn't divide dim.
     """
 
     dim: int = 4096
@@ -48,17 +57,17 @@ class ModelArgs:
     ffn_dim_multiplier: Optional[float] = None
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    # Llama 3.1 and later stretch RoPE to contexts longer than they were pre-trained on.
+    # Llama 3.1 and later slow RoPE down, for contexts longer than that of pre-training.
     use_scaled_rope: bool = False
     rope_scaling_factor: float = 8.0  # 3.1: 8; 3.2 1B and 3B: 32
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
     rope_linear_factor: float = 1.0  # positions divided by this (arXiv 2306.15595); not Meta's
-    # Where the shape doesn't follow from the fields above. None: derived as Meta does.
+    # Not in params.json. None: derived from the fields above, as Meta's code does.
     head_dim: int = None  # type: ignore[assignment]
     hidden_dim: int = None  # type: ignore[assignment]
-    tied_embeddings: bool = False  # the output layer is the embedding
+    tied_embeddings: bool = False  # the output layer shares the embedding's weight
 
     max_batch_size: int = 32
     max_seq_len: int = 2048
@@ -78,14 +87,14 @@ class ModelArgs:
         if self.head_dim is None:
             check_multiple("dim", "n_heads")
         derive("head_dim", self.dim // self.n_heads)
-        hidden = int(2 * 4 * self.dim / 3)  # so that SwiGLU's three matrices cost what two would
+        hidden = int(2 * 4 * self.dim / 3)  # 3 matrices of it have as many weights as 2 of 4 · dim
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         derive("hidden_dim", self.multiple_of * -(-hidden // self.multiple_of))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """y = x / sqrt(mean(x²) + eps) · weight, the norm in fp32. arXiv 1910.07467."""
+    """x / sqrt(mean(x²) + eps) · weight, normalized in fp32. arXiv 1910.07467."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return normed.type_as(x) * weight
@@ -102,47 +111,46 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(args: ModelArgs) -> torch.Tensor:
-    """Angle in radians by which one position turns each pair of dimensions: (head_dim / 2,), fp32.
+    """RoPE's angular frequencies, in radians per position: (head_dim / 2,), fp32.
 
-    Pair i turns by theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864). Llama 3.1 slows down the
-    pairs whose wavelength is long against the context of pre-training: beyond
-    original / low_freq_factor by the whole factor, below original / high_freq_factor not at all,
-    in between by a linear blend in 1 / wavelength (Meta's llama-models, `apply_scaling`).
+    Pair i of a head's dimensions rotates by theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864).
+    Llama 3.1 slows down the pairs with long wavelengths: above original_max_seq_len /
+    low_freq_factor by scaling_factor, below original_max_seq_len / high_freq_factor not at all, in
+    between by a blend that is linear in 1 / wavelength (Meta's llama-models, `apply_scaling`).
     """
-    head_dim = args.head_dim
-    freqs = 1.0 / (args.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    freqs = freqs / args.rope_linear_factor
+    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+    freqs = 1.0 / args.rope_theta**exponents / args.rope_linear_factor
     if not args.use_scaled_rope:
         return freqs
     low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
     wavelen = 2 * math.pi / freqs
     blend = (args.rope_original_max_seq_len / wavelen - low) / (high - low)
-    slow = freqs / args.rope_scaling_factor
-    return torch.where(
-        blend <= 0, slow, torch.where(blend >= 1, freqs, (1 - blend) * slow + blend * freqs)
-    )
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * (freqs / args.rope_scaling_factor) + blend * freqs
 
 
 def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of dimensions (x0, x1), read as x0 + i·x1, by its position's angle, in fp32.
+    """RoPE: rotate each pair (x0, x1), as the complex number x0 + i·x1, by its angle, in fp32.
 
-    x: (B, T, n_heads, head_dim); freqs_cis = e^(i·angle): (1 or B, T, 1, head_dim / 2).
+    x: (B, T, n_heads, head_dim); freqs_cis = e^(i·angle): (1 or B, T, 1, head_dim / 2). The dot
+    product of a rotated query and a rotated key depends on the distance between them alone.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
 
 
-# Without the identity as init_method fairscale would draw random numbers that loading overwrites.
+# The identity as init_method: fairscale's default fills weights with noise before they are loaded.
 _Column = partial(ColumnParallelLinear, bias=False, gather_output=False, init_method=lambda w: w)
 _Row = partial(RowParallelLinear, bias=False, input_is_parallel=True, init_method=lambda w: w)
+_Embedding = partial(VocabParallelEmbedding, init_method=lambda w: w)
 
 
 class Step(NamedTuple):
-    """What one forward pass has in common for all layers."""
+    """One forward pass: what all layers share. A leading 1 stands for all rows alike."""
 
-    positions: torch.Tensor  # (1 or B, T): where the tokens stand in their rows
-    freqs_cis: torch.Tensor  # (1 or B, T, 1, head_dim / 2): by what RoPE rotates them
-    mask: Optional[torch.Tensor]  # (1 or B, 1, T, S), added to the scores; None: causal, from 0 on
+    positions: torch.Tensor  # (1 or B, T), of the tokens in their rows
+    freqs_cis: torch.Tensor  # (1 or B, T, 1, head_dim / 2), RoPE's rotations
+    mask: Optional[torch.Tensor]  # (1 or B, 1, T, S), added to the scores; None: plain causal
     cache: Optional[KVCache]
 
 
@@ -157,7 +165,7 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // world
         self.n_local_kv_heads = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
 
-        kv_dim = self.n_local_kv_heads * world * args.head_dim  # replicated if world > n_kv_heads
+        kv_dim = self.n_local_kv_heads * world * args.head_dim  # some twice if world > n_kv_heads
         self.wq = _Column(args.dim, args.n_heads * args.head_dim)
         self.wk = _Column(args.dim, kv_dim)
         self.wv = _Column(args.dim, kv_dim)
@@ -168,16 +176,14 @@ class Attention(nn.Module):
         xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
         xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-
         xq = apply_rotary_emb(xq, step.freqs_cis)
         xk = apply_rotary_emb(xk, step.freqs_cis)
-
         return self.wo(self.attend(xq, xk, xv, step))
 
     def attend(
         self, xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, step: Step
     ) -> torch.Tensor:
-        """softmax(q kᵀ / sqrt(head_dim)) v; the new keys and values are stored in the cache.
+        """softmax(q kᵀ / sqrt(head_dim) + mask) v, over the cached keys and values and the new.
 
         xq, xk, xv: (B, T, heads, head_dim), rotated. Returns (B, T, n_local_heads · head_dim).
         """
@@ -189,7 +195,7 @@ class Attention(nn.Module):
         # keys, values: (B, n_local_kv_heads, S, head_dim)
 
         if T == 1:
-            # The queries that share a key/value head become the rows of one small matrix.
+            # One token sees all keys: its queries that share a key/value head form one matrix.
             xq = xq.view(B, self.n_local_kv_heads, -1, self.head_dim)
             out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=step.mask)
         else:
@@ -205,11 +211,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) · w3 x). arXiv 2002.05202."""
+    """SwiGLU: w2(silu(w1 x) · w3 x), computed for each token on its own. arXiv 2002.05202."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        hidden_dim = parallel.padded(hidden_dim, parallel.world_size())  # zeros change nothing
+        hidden_dim = parallel.padded(hidden_dim, parallel.world_size())  # with zeros, which add 0
         self.w1 = _Column(dim, hidden_dim)
         self.w2 = _Row(hidden_dim, dim)
         self.w3 = _Column(dim, hidden_dim)
@@ -219,6 +225,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """One layer: attention and feed-forward, each on normalized input (pre-norm), each added."""
+
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
         self.attention = Attention(layer_id, args)
@@ -232,14 +240,12 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole network. Weights are uninitialised: `checkpoint.load` fills them.
+    """The whole network. Weights are uninitialized: `checkpoint.load` fills them.
 
-    Args:
-        params: the shape.
-        device, dtype: of the weights. "meta" allocates nothing that lasts, for loading.
+    device and dtype are those of the weights; on "meta" they take no memory until loaded.
 
     Raises:
-        ValueError: a number of ranks that doesn't divide the heads.
+        ValueError: the number of ranks doesn't divide the number of heads.
     """
 
     def __init__(
@@ -252,32 +258,25 @@ class Transformer(nn.Module):
         parallel.ensure_initialized(device)
         world = parallel.world_size()
         parallel.check_world(world, params.n_heads)
-        self.params = params
-        self.vocab_size = params.vocab_size
-        self.n_layers = params.n_layers
+        self.params, self.vocab_size, self.n_layers = params, params.vocab_size, params.n_layers
 
-        # fairscale allocates fp32 on the CPU whatever one asks for; moving each block at once
-        # keeps that down to one block.
-        def place(module):
+        def place(module):  # at once: fairscale allocates on the CPU, in fp32
             return module.to(device=device, dtype=dtype)
 
         padded_vocab = parallel.padded(params.vocab_size, world)
-        self.tok_embeddings = place(
-            VocabParallelEmbedding(padded_vocab, params.dim, init_method=lambda w: w)
-        )
-        self.layers = nn.ModuleList(
-            place(TransformerBlock(i, params)) for i in range(params.n_layers)
-        )
+        self.tok_embeddings = place(_Embedding(padded_vocab, params.dim))
+        layers = (place(TransformerBlock(i, params)) for i in range(params.n_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = place(RMSNorm(params.dim, eps=params.norm_eps))
         self.output = place(_Column(params.dim, padded_vocab, gather_output=True))
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
+        self.freqs = rope_frequencies(params)  # no buffer, or model.to(bfloat16) would round it
 
     def new_cache(
         self, rows: int, max_len: Optional[int] = None, cache_type: Type[KVCache] = KVCache
     ) -> KVCache:
-        """An empty cache for this rank's key/value heads, of max_seq_len positions by default."""
+        """An empty cache for this rank's key/value heads; max_len defaults to max_seq_len."""
         args, world = self.params, parallel.world_size()
         return cache_type(
             args.n_layers,
@@ -298,29 +297,28 @@ class Transformer(nn.Module):
         positions: Optional[torch.Tensor] = None,
         mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Logits of every given token: (B, T) ids -> (B, T, vocab_size), fp32.
+        """Logits of the token after each one: (B, T) ids -> (B, T, vocab_size), fp32.
 
-        Without a cache a plain differentiable causal forward. With one, the tokens stand at
-        positions start_pos, start_pos + 1, ... (an int, or one per row) and see what the cache
-        holds before them. Rows of different lengths are padded on the right: a token never sees
-        what comes after it, so padding needs no mask, only `cache.truncate` to the true lengths.
+        Without a cache: a causal, differentiable forward. With one: the tokens continue what it
+        holds, from position start_pos on (an int, or one per row), and are stored in it. Rows of
+        unequal lengths are padded on the right, where no token of the row attends to the padding;
+        `cache.truncate` to the true lengths drops it afterwards.
 
         Args:
             tokens: ids, or embeddings (B, T, dim) in their place, for soft prompts.
-            positions: (T,) or (B, T), by which RoPE turns; for sequences packed into a row they
-                begin again. By default where the tokens stand.
-            mask: True where a token sees a key, (T, S) or (B, 1, T, S), in place of the rule that
-                it sees all up to itself.
+            positions: RoPE's, (T,) or (B, T), by default start_pos, start_pos + 1, ...; sequences
+                packed into one row each begin at 0.
+            mask: True where a token attends to a key, (T, S) or (B, 1, T, S). By default it attends
+                to itself and to all before it.
 
         Raises:
-            ValueError: ids outside of the vocabulary; positions that the cache has no room for or
-                that would leave a gap; a mask of another shape, with a token that sees nothing, or
-                for layers that take none.
+            ValueError: ids outside of the vocabulary; positions beyond the cache's max_len, or with
+                a gap before them; a mask of another shape, with a token that attends to nothing, or
+                for a backend that takes none.
         """
         if not tokens.is_floating_point():
             check_token_tensor(tokens, self.vocab_size)
-        h = self.hidden(tokens, start_pos, cache, positions=positions, mask=mask)
-        return self.logits(h)
+        return self.logits(self.hidden(tokens, start_pos, cache, positions=positions, mask=mask))
 
     def hidden(
         self,
@@ -331,7 +329,7 @@ class Transformer(nn.Module):
         positions: Optional[torch.Tensor] = None,
         mask: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """`forward` up to the last norm: (B, T, dim), for projecting only the rows one needs."""
+        """`forward` without the output layer: (B, T, dim). `logits` projects those one needs."""
         B, T = tokens.shape[:2]
         if not B * T:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: (B, T), at least one of each")
@@ -360,11 +358,11 @@ class Transformer(nn.Module):
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
     ) -> Optional[torch.Tensor]:
-        """What is added to the scores of a pass: 0 or -inf, (1 or B, 1, T, S); None: plain causal.
+        """What is added to the attention scores: 0 or -inf, (1 or B, 1, T, S).
 
-        One rule hides the future, the padding and what a row has forgotten: a query sees the keys
-        whose position is not beyond its own. None leaves it to the attention kernel: causal from
-        position 0 on, or one token that sees everything.
+        One rule masks the future, padding and truncated entries: a query attends to the keys at
+        positions up to its own. None needs no mask: plain causal attention from position 0 on, or
+        one token that attends to every key.
         """
         alike, T = len(places) == 1, places.shape[1]
         if mask is not None:
@@ -381,7 +379,7 @@ class Transformer(nn.Module):
 
 
 def _checked(mask: torch.Tensor, B: int, T: int, S: int) -> torch.Tensor:
-    """A caller's mask as (1 or B, 1, T, S)."""
+    """The caller's mask as (1 or B, 1, T, S)."""
     shapes = [(T, S), (1, 1, T, S), (B, 1, T, S)]
     if mask.dtype != torch.bool or mask.shape not in shapes:
         raise ValueError(

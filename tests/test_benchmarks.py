@@ -117,7 +117,7 @@ def test_savings_are_of_equal_texts_and_answers_fit(smollm2_path, monkeypatch):
     monkeypatch.setattr(savings, "TURNS", 1)
     llama = savings.build(str(smollm2_path))
     prompts = json.loads(savings.PROMPTS.read_text())
-    assert savings.guesses(llama, "lookup", 0, prompts["quote"][:1])[0] > 0
+    assert savings.speedups(llama, "lookup", 0, prompts["quote"][:1])[0] > 0
     assert savings.per_token(llama, 2, 0, {"type": "regex", "regex": "[a-z ]{200}"}) > 0
     found = savings.validity(str(smollm2_path), 1)
     assert found["texts of 5 schemas"] == 5 and found["valid of those"] == 1

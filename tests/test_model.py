@@ -369,7 +369,7 @@ def test_masks_that_cannot_be(make_model):
     with pytest.raises(ValueError, match="sees nothing"):
         model(tokens, mask=causal & (torch.arange(4) > 0))
     model = native.swap(make_model(dim=128, n_heads=2, n_kv_heads=1, head_dim=64))
-    with pytest.raises(ValueError, match="take no mask of your own: build with compile=False"):
+    with pytest.raises(ValueError, match="take no custom mask: build with compile=False"):
         model(tokens, mask=causal)
 
 
@@ -380,7 +380,7 @@ def test_start_pos_errors(make_model):
         model(ids(2, 3), 1)
     with pytest.raises(ValueError, match="from 0 to 0"):
         model(ids(2, 3), 4, cache)
-    with pytest.raises(ValueError, match="room for 10"):
+    with pytest.raises(ValueError, match="space for 10"):
         model(ids(2, 11), 0, cache)
     with pytest.raises(ValueError, match="each of 2 rows"):
         model(ids(2, 3), [0], cache)

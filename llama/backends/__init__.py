@@ -1,1 +1,1 @@
-"""How a loaded network computes: CPU kernels, torch.compile, quantized, offloaded."""
+"""Ways to run a model: CPU kernels, torch.compile, quantized, offloaded."""

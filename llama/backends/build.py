@@ -1,4 +1,4 @@
-"""A model as it was asked for: dense or in blocks, plain or compiled, with an adapter, a draft."""
+"""Builds a model: dtype, quantization, compilation, offloading, adapters, draft model."""
 
 import sys
 import time
@@ -66,10 +66,10 @@ def assemble(options: ModelOptions) -> Built:
 
 
 def open_checkpoint(ckpt_dir: str | Path, adapter_dir: Optional[str | Path] = None) -> Checkpoint:
-    """A checkpoint, with an adapter in its weights if there is to be one; each remote or not.
+    """Open a checkpoint, with an adapter merged into its weights if given; either may be remote.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no checkpoint or adapter there.
         ValueError: a broken checkpoint, or an adapter of another model.
     """
     source = checkpoint.open(remote.local_path(ckpt_dir))
@@ -79,11 +79,11 @@ def open_checkpoint(ckpt_dir: str | Path, adapter_dir: Optional[str | Path] = No
 
 
 def open_tokenizer(source: Checkpoint, tokenizer_path: Optional[str | Path] = None) -> Tokenizer:
-    """The tokenizer at a path, or the one that is found with a checkpoint.
+    """The tokenizer at a path, by default the one found with the checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: one with more tokens than the model knows.
+        ValueError: it has more tokens than the model's vocabulary.
     """
     path = tokenizer_path or source.tokenizer_path
     if path is None:
@@ -114,14 +114,14 @@ def prepare(
     """Load this rank's part of a checkpoint; the arguments are those of `Llama.build`.
 
     Args:
-        reserve: bytes that offload leaves to others (prefixes, a draft).
+        reserve: bytes that offload leaves free (for the prefix cache and a draft model).
 
     Raises:
-        ValueError: an unknown quantize, kv_cache or offload, what can't be compiled, or what can't
-            fit even so; and what `checkpoint.load` raises.
+        ValueError: an unknown quantize, kv_cache or offload, a model that can't be compiled, or one
+            that doesn't fit even with offload; and what `checkpoint.load` raises.
     """
     if compile and device.type == "cpu":
-        cpu.check(args, device, dtype)  # before what may take minutes
+        cpu.check(args, device, dtype)  # before loading, which may take minutes
     plan = None
     if offload is not None:
         plan = offloaded.plan(
@@ -150,7 +150,7 @@ def prepare(
 def draft_bytes(
     path: Path, args: ModelArgs, dtype: torch.dtype, quantize: Optional[Literal["int8", "int4"]]
 ) -> int:
-    """What `prepare_draft` is going to take on each rank."""
+    """Bytes that `prepare_draft` will take on each rank."""
     args = _draft_args(checkpoint.open(path), args)
     return memory.estimate(args, parallel.world_size(), dtype, quantize).total
 
@@ -169,10 +169,10 @@ def prepare_draft(
     quantize: Optional[Literal["int8", "int4"]] = None,
     compile: bool = False,
 ) -> Transformer:
-    """Load the model that guesses for one with these arguments and this tokenizer.
+    """Load the draft model for a model with these arguments and this tokenizer.
 
     Raises:
-        ValueError: one with another vocabulary, or too little memory; and what `prepare` raises.
+        ValueError: it has another vocabulary, or too little memory; and what `prepare` raises.
     """
     source = checkpoint.open(path)
     if source.args.vocab_size != args.vocab_size or (
@@ -180,7 +180,7 @@ def prepare_draft(
     ):
         raise ValueError(
             f"{path} has another vocabulary ({source.args.vocab_size} tokens) than the model "
-            f"({args.vocab_size}): a draft is a smaller model with the same tokenizer"
+            f"({args.vocab_size}): a draft model must have the same tokenizer"
         )
     args = _draft_args(source, args)
     world = parallel.world_size()
@@ -190,6 +190,6 @@ def prepare_draft(
 
 
 def say(text: str) -> None:
-    """A line about progress, on stderr, from one rank."""
+    """Print a line about progress to stderr, on rank 0."""
     if parallel.is_rank_zero():
         print(text, file=sys.stderr, flush=True)

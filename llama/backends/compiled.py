@@ -1,9 +1,9 @@
-"""Blocks of a Transformer by torch.compile, for GPUs (a CPU has `llama.backends.cpu`).
+"""Transformer blocks compiled with torch.compile, for GPUs (for CPUs see `llama.backends.cpu`).
 
-What stands before and after the cache is compiled, each once for all layers; the cache itself and
-attention, whose shapes change with every token, are called as `model.py` calls them. So nothing is
-compiled anew while the context grows. What the compiler made is kept on disk (torch's own cache),
-and weights that are used together are laid together: wq, wk, wv, and w1, w3.
+The parts before and after the cache are compiled, once for all layers. The cache and attention,
+whose shapes change with every token, run uncompiled, so that a growing context causes no
+recompilation. torch caches compiled code on disk. Weights with the same input are concatenated:
+wq, wk, wv, and w1, w3.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ Matrix = torch.Tensor | Blocks
 
 
 def swap(model: Transformer) -> Transformer:
-    """Put compiled blocks in place of a loaded model's own. It is for inference from then on."""
+    """Replace a loaded model's blocks by compiled ones, in place. For inference only."""
     model.requires_grad_(False)
     for i, block in enumerate(model.layers):
         model.layers[i] = CompiledBlock(block)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def _linear(x: torch.Tensor, weights: Sequence[Matrix]) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, cis: torch.Tensor) -> torch.Tensor:
-    """`apply_rotary_emb` in real numbers: complex ones aren't compiled. cis: (..., 2)."""
+    """`apply_rotary_emb` in real numbers, as complex ones can't be compiled. cis: (..., 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     c, s = cis.unbind(-1)
     return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).type_as(x)
@@ -75,7 +75,7 @@ def _after(
     w2: Sequence[Matrix],
     group: Any,
 ) -> torch.Tensor:
-    """The block's output, from its input and what attention found: (B, T, ...) -> (B, T, dim)."""
+    """The block's output, from its input and attention's output: (B, T, ...) -> (B, T, dim)."""
 
     def summed(y: torch.Tensor) -> torch.Tensor:
         return y if group is None else collectives.all_reduce(y, "sum", group)
@@ -86,7 +86,8 @@ def _after(
 
 
 def _together(*linears: nn.Module) -> List[Matrix]:
-    """The weights of layers that have the same input; dense ones as one: theirs become views."""
+    """The weights of layers with the same input. Dense ones are concatenated; the layers keep
+    views."""
     if isinstance(linears[0], QuantizedLinear):
         return [linear.blocks for linear in linears]  # type: ignore[misc]
     weights: List[torch.Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
@@ -100,7 +101,7 @@ def _together(*linears: nn.Module) -> List[Matrix]:
 
 
 class CompiledBlock(nn.Module):
-    """A TransformerBlock."""
+    """A TransformerBlock, compiled."""
 
     def __init__(self, block: TransformerBlock):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Does it fit? An estimate from the shape alone, before anything is loaded."""
+"""Estimates of the memory that a model needs, from its shape alone, and what is available."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def estimate(
     quantize: Optional[str] = None,
     kv_cache: Optional[str] = None,
 ) -> Estimate:
-    """What a model of this shape needs on each of `world` ranks."""
+    """The memory that a model of this shape needs on each of `world` ranks."""
 
     def per_value(name: str) -> float:
         if quantize is None or "norm" in name:
@@ -61,7 +61,7 @@ def estimate(
 
 
 def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
-    """Bytes that a rank takes beside weights and cache, roughly, and rather too many.
+    """A rough upper bound of a rank's memory besides weights and cache, in bytes.
 
     Activations of a pass, a mask, logits, and 64 MB for the allocator and threads.
     """
@@ -76,15 +76,15 @@ def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
 
 
 def sharers(device: torch.device) -> int:
-    """Ranks that take from the same memory."""
+    """Number of ranks that share the device's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
 
 
 def available(device: torch.device) -> int:
-    """Bytes that all `sharers` of a device's memory could still take, limits considered.
+    """Bytes of a device's memory still available to all its `sharers` together.
 
-    Limits are those of containers and other control groups, and the process's own (`ulimit -v` and
-    `-d`), of which each of the sharers has one.
+    It respects the limits of containers and other control groups, and those of the process
+    (`ulimit -v` and `-d`), which apply to each of the sharers.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -103,10 +103,10 @@ def available(device: torch.device) -> int:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """What the memory limits of this process's control groups leave, and of those they lie in.
+    """Bytes left by the memory limits of this process's control groups and their parents.
 
-    The kernel's Documentation: admin-guide/cgroup-v2.rst, admin-guide/cgroup-v1/memory.rst. In a
-    container the group may be the root, whatever its name outside: so the root is looked at too.
+    See admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst in the kernel's documentation. In a
+    container the group may be mounted as the root under another name, so the root is read too.
     """
     for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
         _, controllers, name = line.split(":", 2)
@@ -125,7 +125,7 @@ def _left_in_cgroups() -> Iterator[int]:
             except OSError:  # no limit here, or a group outside of this container
                 continue
             stat = {key: int(value) for key, value in map(str.split, rows)}
-            # Pages of files are given back when there is need.
+            # Cached file pages are reclaimed on demand.
             files = sum(
                 stat.get(f"total_{kind}", stat.get(kind, 0))
                 for kind in ("active_file", "inactive_file")
@@ -144,10 +144,10 @@ def preflight(
     prefix_cache: int = 0,
     offload: Optional[str] = None,
 ) -> str:
-    """Compare what is needed with what there is, the bytes for prefixes included; a line to print.
+    """Compare needed and available memory, the prefix cache included; returns a line to print.
 
     Raises:
-        ValueError: it can't fit, and must (offload is None).
+        ValueError: it doesn't fit, and offload is None.
     """
     need, have = estimate(args, world, dtype, quantize, kv_cache), available(device)
     held = " and ".join(filter(None, (quantize, str(dtype)[6:])))
@@ -170,5 +170,5 @@ def preflight(
 
 
 def size(n: int) -> str:
-    """Bytes for people."""
+    """A human-readable number of bytes."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"

@@ -1,14 +1,14 @@
-"""Models larger than memory: what doesn't fit is brought in, block by block, for each pass.
+"""Offloading, for models larger than memory: blocks that don't fit are streamed in for each pass.
 
-Some blocks stay, as many as fit; of the others two are there at a time, one that computes and the
-next one, which a thread reads meanwhile. The first one for the next pass is read while the last
-one of this pass computes. The embedding isn't brought in at all: only the rows of a pass's
-tokens are read. The output layer stays if it fits, else it takes its turn in pieces.
+As many transformer blocks as fit stay in memory. Of the others, two are in memory at any time: the
+one that computes and the next, which a thread reads meanwhile; the first of the next pass is read
+while the last of this pass computes. Of the embedding, only the rows of a pass's tokens are read.
+The output layer stays if it fits, otherwise it is streamed in pieces.
 
-On a CPU weights come from the checkpoint through `read_shard`, as on loading: any format, any
-number of ranks. On a GPU they come from pinned memory of the host, where that has enough, or else
-from the checkpoint too, on a stream of their own. Each rank decides for itself: what the ranks
-tell each other is the same with and without.
+On a CPU, weights are read from the checkpoint by `read_shard`, as on loading: any format, any
+number of ranks. On a GPU, they are copied on a separate CUDA stream from pinned host memory, if
+there is enough, otherwise from the checkpoint. Each rank decides for itself: communication between
+ranks is the same with and without offloading.
 """
 
 import copy
@@ -37,10 +37,10 @@ from llama.layers import parallel
 from llama.model import ModelArgs, Step, Transformer, TransformerBlock
 
 PAGE = 4096
-ALIGNED = 256  # bytes, as a GPU's kernels want their weights
+ALIGNED = 256  # bytes: the alignment of weights that GPU kernels expect
 
 Weights = List[torch.Tensor]
-Piece = Callable[[], Weights]  # reads some weights that are used together
+Piece = Callable[[], Weights]  # reads weights that are used together
 
 
 class Plan(NamedTuple):
@@ -50,7 +50,8 @@ class Plan(NamedTuple):
     output: bool
 
     def streams(self, layer: int, n_layers: int) -> bool:
-        """Whether a block is brought in. Those that are stand apart: one is read during several."""
+        """Whether a block is streamed. Streamed ones are spread evenly among the others, during
+        which they are read."""
         n = n_layers - self.resident
         return layer * n // n_layers != (layer + 1) * n // n_layers
 
@@ -67,13 +68,14 @@ def plan(
     compile: bool = False,
     reserve: int = 0,
 ) -> Optional[Plan]:
-    """What can stay if not everything can, by the estimate and by what is available; else None.
+    """What stays in memory, by the estimate and the memory available; None if everything fits.
 
     Args:
-        reserve: bytes to leave to others.
+        reserve: bytes to leave free for other uses.
 
     Raises:
-        ValueError: not even two blocks fit, or it takes layers that can't be brought in.
+        ValueError: not even two blocks fit, or quantized or compiled layers, which can't be
+            streamed.
     """
     need, have = memory.estimate(args, world, dtype, quantize, kv_cache), memory.available(device)
     have //= memory.sharers(device)
@@ -83,7 +85,7 @@ def plan(
         asked = "compile=True" if quantize is None else f"quantize={quantize!r}"
         raise ValueError(
             f"this can't fit: weights {size(need.weights)} + cache {size(need.cache)}, "
-            f'{size(have)} available on {device}; and offload="auto" brings in plain weights: '
+            f'{size(have)} available on {device}; and offload="auto" streams plain weights only: '
             f"leave out {asked}" + ("" if quantize else ", or quantize with it until it fits")
         )
     block, output = _nbytes(args, world, dtype)
@@ -91,7 +93,7 @@ def plan(
     left, stays = have - around, True
     if output + 2 * block > left:
         stays, output = False, 0
-    # What is dequantized into memory leaves holes there between what stays (measured: a third).
+    # Dequantizing into memory fragments it, by a third of what stays (measured).
     quantized = source.stored_as(_block_names(args, 0)[0]) not in checkpoint.DTYPES
     each = block * 7 // 5 if quantized and device.type == "cpu" else block
     resident, left = args.n_layers, left - output
@@ -111,9 +113,9 @@ def plan(
 def load(
     source: Checkpoint, args: ModelArgs, plan: Plan, *, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """A model of what stays, loaded, and of layers that bring in the rest. For inference only.
+    """Load what stays in memory, with layers that stream the rest. For inference only.
 
-    Weights that are brought in aren't looked at for NaN.
+    Streamed weights aren't checked for NaN.
 
     Raises:
         ValueError: what `checkpoint.load` raises.
@@ -156,39 +158,39 @@ def load(
 
 
 class OffloadedTransformer(Transformer):
-    """A Transformer of which some layers are streamed from disk or from the host's memory.
+    """A Transformer with some layers streamed from disk or host memory.
 
     Attributes:
-        placement: a line on what stays in memory, what is streamed, and how fast.
+        placement: a line of text: what stays in memory, what is streamed, and how fast.
     """
 
     placement: str
 
 
 class Ring:
-    """Pieces of a model that take turns: one is in use, the next one is on its way.
+    """Streams the pieces of a model in turn: while one is in use, the next is being read.
 
-    Layers that use them hold the `lock` for as long as they do: models may be shared by threads.
+    Layers hold the `lock` while they use a piece: threads may share a model.
     """
 
     def __init__(self, loader: "_Loader"):
         self.lock, self.loader = threading.RLock(), loader
-        # It doesn't know of the ring, and its thread ends when the ring is gone.
+        # It holds no reference to the ring, so that its thread ends when the ring is deleted.
         self._reader = ThreadPoolExecutor(1, "llama-offload")
         self._here: Optional[Tuple[int, Weights]] = None
         self._next: Optional[Tuple[int, Future[Weights]]] = None
 
     def take(self, index: int) -> Weights:
-        """A piece's weights, there until another one is taken.
+        """A piece's weights, valid until another piece is taken.
 
         Raises:
             OSError, ValueError: what reading it raised.
         """
         if self._here is not None and self._here[0] == index:
             return self._here[1]
-        self._here = None  # first, so that there are never three
+        self._here = None  # first, so that there are never three in memory
         if self._next is not None and self._next[0] != index:
-            wait([self._next[1]])  # another pass was broken off, or asked for no logits
+            wait([self._next[1]])  # the last pass was interrupted, or computed no logits
             self._next = None
         (_, coming), self._next = self._next or self._begin(index), None
         weights = self.loader.arrive(coming.result())
@@ -203,28 +205,28 @@ class Ring:
 
 
 class _Loader:
-    """Weights from the checkpoint into memory."""
+    """Loads weights from the checkpoint into memory."""
 
     def __init__(self, pieces: Sequence[Piece]):
         self.pieces = pieces
 
     def mark(self) -> Any:
-        """Called when a load is asked for, for `load`."""
+        """Called when a load is requested; its result is passed to `load`."""
 
     def load(self, index: int, mark: Any) -> Weights:
         """Called in the reading thread."""
         weights = self.pieces[index]()
         for weight in weights:
-            weight.flatten()[:: PAGE // weight.itemsize].sum()  # a mapped file is read when touched
+            weight.flatten()[:: PAGE // weight.itemsize].sum()  # mapped pages are read on access
         return [nn.Parameter(weight, requires_grad=False) for weight in weights]
 
     def arrive(self, weights: Weights) -> Weights:
-        """Called when they are to be used."""
+        """Called before the weights are used, by the thread that uses them."""
         return weights
 
 
 class _CudaLoader(_Loader):
-    """Weights into one of two buffers on a GPU, while it computes with the other one."""
+    """Copies weights to one of two buffers on a GPU, while it computes with the other."""
 
     def __init__(self, pieces: Sequence[Piece], nbytes: Sequence[int], device: torch.device):
         super().__init__(pieces)
@@ -233,19 +235,19 @@ class _CudaLoader(_Loader):
         self._device, self._stream, self._loads = device, torch.cuda.Stream(device), 0
         nbytes = [n + ALIGNED * 9 for n in nbytes]  # of the 9 weights of a block
         host, total = torch.device("cpu"), sum(nbytes)
-        # Twice: pinned memory is handed out in powers of two.
+        # Twice: pinned memory is allocated in powers of two.
         if 2 * total * memory.sharers(host) < memory.available(host):
-            with suppress(RuntimeError):  # a system may allow less: then from the files
+            with suppress(RuntimeError):  # the system may allow less: then read the files
                 pinned = [[weight.pin_memory() for weight in piece()] for piece in pieces]
                 self.pieces = [partial(list, weights) for weights in pinned]
         most = max(nbytes)
         self._buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
-        for buffer in self._buffers:  # a copy may be on its way when the model goes
+        for buffer in self._buffers:  # a copy may still be running when the model is deleted
             buffer.record_stream(self._stream)
 
     def mark(self) -> Any:
-        """What has to be computed before a buffer is overwritten: all that was asked for so far,
-        on the current stream, which has to be the same one for all that use a model."""
+        """An event after which a buffer may be overwritten: the end of the work queued so far on
+        the current stream, which all users of a model must share."""
         return torch.cuda.current_stream(self._device).record_event()
 
     def load(self, index: int, mark: Any) -> Weights:
@@ -265,7 +267,7 @@ class _CudaLoader(_Loader):
 
 
 class StreamedBlock(TransformerBlock):
-    """A block whose weights are there while it computes; otherwise they are on "meta"."""
+    """A TransformerBlock whose weights are in memory only while it computes; otherwise "meta"."""
 
     def __init__(self, block: TransformerBlock, ring: Ring, index: int):
         nn.Module.__init__(self)
@@ -290,7 +292,7 @@ class StreamedBlock(TransformerBlock):
 
 
 class StreamedOutput(nn.Module):
-    """The output layer in pieces of some rows. Each rank has `rows`, padding included."""
+    """The output layer, streamed in pieces of some rows. Each rank has `rows`, padding included."""
 
     def __init__(self, ring: Ring, first: int, rows: int):
         super().__init__()
@@ -306,7 +308,8 @@ class StreamedOutput(nn.Module):
 
 
 class RowsOfFile(nn.Module):
-    """An embedding of which only the rows that are asked for are ever read, by the rank's part."""
+    """An embedding that reads only the rows of the given tokens from the checkpoint; each rank
+    reads those of its shard."""
 
     def __init__(self, source: Checkpoint, name: str, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -325,10 +328,10 @@ class RowsOfFile(nn.Module):
 
 
 def _empty(args: ModelArgs) -> Transformer:
-    """Transformer(args, device="meta"), of copies of one block.
+    """Transformer(args, device="meta"), made of copies of one block.
 
-    fairscale allocates each block that is built, and these would leave holes of the model's size,
-    never touched, but counted where a process has limits.
+    fairscale allocates memory for each block that is built: never written to, but counted against
+    the limits of the process.
     """
     model = Transformer(replace(args, n_layers=1), device="meta")
     for i in range(1, args.n_layers):
@@ -347,7 +350,7 @@ def _output_name(args: ModelArgs) -> str:
 
 
 def _nbytes(args: ModelArgs, world: int, dtype: torch.dtype) -> Tuple[int, int]:
-    """Of a block and of the output layer, on one rank."""
+    """Bytes of a block and of the output layer, on one rank."""
 
     def total(names: List[str]) -> int:
         return sum(math.prod(local_shape(args, name, 0, world)) for name in names) * dtype.itemsize
@@ -372,7 +375,7 @@ def _read_all(
 def _output_pieces(
     source: Checkpoint, dtype: torch.dtype, device: Optional[torch.device]
 ) -> List[Piece]:
-    """This rank's rows of the output layer, as many at a time as leave room for dequantizing."""
+    """This rank's rows of the output layer, in pieces small enough to be dequantized in memory."""
     args, name = source.args, _output_name(source.args)
     begin, end = _rows_of_rank(args, name)
     step = _output_step(args)
@@ -384,15 +387,15 @@ def _output_pieces(
 
 
 def _output_step(args: ModelArgs) -> int:
-    """Rows of a piece of the output layer: some of what kernels compute at a time."""
+    """Rows of a piece of the output layer, a multiple of 64."""
     block, _ = _nbytes(args, parallel.world_size(), torch.float32)
     return max(block // (32 * args.dim) // 64, 1) * 64
 
 
 def _report(ring: Ring, args: ModelArgs, plan: Plan, n_blocks: int) -> str:
-    """A line on what stays and what comes, from the times of loads and of a block's products.
+    """A line: what stays, what is streamed, and how fast, from timed loads and matrix products.
 
-    The products are timed without what the ranks do together: not all of them may be here.
+    Products are timed without communication between ranks, of which some may not be streaming.
     """
     line = f"{plan.resident} of {args.n_layers} blocks" + " and the output layer" * plan.output
     loader = ring.loader
@@ -415,8 +418,8 @@ def _report(ring: Ring, args: ModelArgs, plan: Plan, n_blocks: int) -> str:
     nbytes = n_blocks * block + (0 if plan.output else output)
     seconds = max(nbytes / bandwidth, args.n_layers * compute)
     return (
-        f"in memory: {line}; for each pass {size(nbytes)} are brought in, at "
-        f"{bandwidth / 1e9:.2f} GB/s: expect up to {1 / seconds:.3g} passes (tokens) per second"
+        f"in memory: {line}; each pass streams {size(nbytes)}, at {bandwidth / 1e9:.2f} GB/s: "
+        f"expect up to {1 / seconds:.3g} passes (tokens) per second"
     )
 
 

@@ -98,7 +98,7 @@ T = TypeVar("T")
 
 
 def takes(options: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
-    """Lets a function of one options object be called with the fields of that object."""
+    """Decorator: a function of one options object is called with that object's fields instead."""
 
     def decorate(function: Callable[[Options], T]) -> Callable[P, T]:
         @wraps(function)

@@ -1,11 +1,11 @@
-"""Weights of 8 or 4 bits: the matrices of a model in ggml's blocks instead of dense ones.
+"""Weight quantization to 8 or 4 bits, in ggml's blocks: 32 values with a common scale.
 
-A weight that the file already has in such blocks is taken as it is, from the mapped file where it
-can be; any other is rounded to them as it is loaded. So `llama convert SRC DST gguf --quant q8_0`
-(or q4_1) saves what would otherwise be rounded at each start, and llama.cpp reads it too.
+A weight that the file stores in such blocks is kept as it is, mapped from the file if possible; any
+other is quantized as it is loaded. `llama convert SRC DST gguf --quant q8_0` (or q4_1) quantizes
+once instead of at each start; llama.cpp reads the result too.
 
-The layers here compute on any device by making a weight dense for as long as it is used: they save
-memory, not time. On a CPU `llama.backends.cpu` computes with the blocks themselves.
+The layers here run on any device: they dequantize a weight for each use, which saves memory, not
+time. On a CPU, `llama.backends.cpu` computes with the blocks directly.
 """
 
 import warnings
@@ -27,19 +27,19 @@ from llama.model import Transformer
 
 Kind = Literal["int8", "int4"]
 
-# The block types that each kind makes, and those of a file that it takes as they are.
+# For each kind, the block type that it quantizes to, and those that it keeps as stored.
 KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "int8": ("Q8_0", ("Q8_0", "Q4_0", "Q4_1")),
     "int4": ("Q4_1", ("Q4_0", "Q4_1")),
 }
-# The embedding and the output, on which quality hangs most, get 8 bits in any case.
+# The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
 
-ROWS = 1 << 14  # that are rounded at a time
+ROWS = 1 << 14  # quantized at a time, of 32 values each
 
 
 class Blocks(NamedTuple):
-    """A weight (rows, cols) in blocks: (rows, bytes of a row), of a kind of `checkpoint.ggml`."""
+    """A quantized weight (rows, cols): bytes (rows, bytes per row), and the ggml block type."""
 
     data: torch.Tensor
     kind: str
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
         return rows, row // ggml.BYTES[self.kind] * ggml.VALUES
 
     def finite(self) -> bool:
-        """Whether all scales are numbers: a weight that wasn't one becomes its block's scale."""
+        """Whether all scales are finite: quantizing NaN or infinity gives such a scale."""
         halves = self.data.view(torch.float16).view(-1, ggml.BYTES[self.kind] // 2)
         return bool(halves[:, 0].isfinite().all())
 
@@ -59,11 +59,11 @@ class Blocks(NamedTuple):
 
 
 class QuantizedLinear(nn.Module):
-    """y = x wᵀ, w in blocks; its ranks split it as fairscale's linears would (see model.py).
+    """y = x wᵀ with a quantized w, sharded over ranks like fairscale's linear layers (model.py).
 
     Args:
-        gather: put the ranks' outputs side by side.
-        reduce: add them up.
+        gather: concatenate the ranks' outputs.
+        reduce: sum them.
     """
 
     def __init__(self, weight: Blocks, gather: bool = False, reduce: bool = False):
@@ -77,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.reduce:
-            x = copy_to_model_parallel_region(x)  # so that its gradient is that of all ranks
+            x = copy_to_model_parallel_region(x)  # sums its gradient over the ranks
         y = F.linear(x, self.blocks.dense(x.dtype))
         if self.gather:
             return gather_from_model_parallel_region(y)
@@ -85,7 +85,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """The rows of a weight in blocks, of which each rank holds some."""
+    """A quantized embedding, of which each rank holds some rows."""
 
     def __init__(self, weight: Blocks, dtype: torch.dtype):
         super().__init__()
@@ -114,15 +114,15 @@ def load(
     dtype: torch.dtype,
     device: Optional[torch.device] = None,
 ) -> Transformer:
-    """`checkpoint.load`, with the model's matrices in blocks.
+    """`checkpoint.load` with quantized matrices.
 
     Args:
         kind: "int8" (Q8_0) or "int4" (Q4_1, and Q8_0 for the embedding and the output).
-        dtype: of what isn't a matrix, and of activations.
+        dtype: of the norms and of activations.
 
     Raises:
-        ValueError: an unknown kind, or a rank's part of a weight that isn't whole blocks; and what
-            `checkpoint.load` raises.
+        ValueError: an unknown kind, or a shard whose width isn't a multiple of the block size; and
+            what `checkpoint.load` raises.
     """
     tied = source.args.tied_embeddings
 
@@ -142,7 +142,7 @@ def load(
 
 
 def block_bytes(name: str, kind: Kind | str) -> int:
-    """Bytes of the blocks that a weight is rounded to.
+    """Bytes per block of the type that a weight is quantized to.
 
     Raises:
         ValueError: an unknown kind.
@@ -158,7 +158,7 @@ def _types(name: str, kind: Kind | str) -> Tuple[str, Tuple[str, ...]]:
 
 
 def read(source: Checkpoint, name: str, kind: Kind) -> Blocks:
-    """This rank's part of a weight, in blocks."""
+    """This rank's shard of a weight, quantized."""
     target, kept = _types(name, kind)
     rank, world = parallel.rank(), parallel.world_size()
     rows, cols = checkpoint.local_shape(source.args, name, rank, world)
@@ -171,7 +171,7 @@ def read(source: Checkpoint, name: str, kind: Kind) -> Blocks:
     data = _stored_blocks(source, name, rank, world, stored) if stored in kept else None
     if data is not None:
         missing = rows - data.shape[0], cols // ggml.VALUES * ggml.BYTES[stored] - data.shape[1]
-        if any(missing):  # blocks of zeros, as in any padded weight
+        if any(missing):  # pad with blocks of zeros, like any sharded weight
             data = F.pad(data, (0, missing[1], 0, missing[0]))
         found = Blocks(data, stored)
     else:
@@ -187,7 +187,7 @@ def read(source: Checkpoint, name: str, kind: Kind) -> Blocks:
 def _stored_blocks(
     source: Checkpoint, name: str, rank: int, world: int, stored: str
 ) -> Optional[torch.Tensor]:
-    """What the file holds of this rank's part; None if that can't be cut between blocks."""
+    """The blocks of this rank's shard in the file; None if its boundaries fall within blocks."""
     args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
     axis = parallel.shard_axis(name) or 0
     ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)

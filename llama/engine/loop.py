@@ -1,7 +1,7 @@
 """The generation loop: prompts in, an event per token out.
 
-Completion, chat, streaming and sampling run on it. Beam search (`llama.engine.beam`) and the JAX
-network (`llama.families.flax_generation`) have loops of their own.
+Completion, chat, streaming and sampling use it. Beam search (`llama.engine.beam`) and the JAX
+network (`llama.families.flax_generation`) have their own.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from llama.engine.predictions import Event, FinishReason, Prediction, Speculatio
 from llama.engine.prefill import padded, prefill
 from llama.engine.prefixes import PrefixCache
 from llama.engine.rows import Options, Row
-from llama.engine.sampling import draw
-from llama.engine.speculative import MOST, Speculator
+from llama.engine.sampling import sample_token
+from llama.engine.speculative import MAX_DRAFT, Speculator
 from llama.layers import parallel
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -35,32 +35,32 @@ def run(
     speculator: Optional[Speculator] = None,
     prefixes: Optional[PrefixCache] = None,
 ) -> Iterator[Event]:
-    """Generate all rows together: an event per token, in the order in which they are sampled.
+    """Generate all rows (sequences) together: an event per token, in the order of sampling.
 
-    Prompts go through the model whole, those of similar lengths together, and a prompt that has
-    several samples once. Then each pass feeds every unfinished row's last token, and what the
-    speculator guesses to follow it, at that row's own position; finished rows leave the batch and
-    the cache. All ranks run this in step; rank 0 alone draws the tokens and asks `should_stop`,
-    which ends every row.
+    Prompts are prefilled in groups of similar lengths, a prompt with several samples once. Then
+    each pass takes every unfinished row's last token, and the draft tokens that the speculator
+    proposes after it, at the row's own position. Finished rows are removed from batch and cache.
+    All ranks run this in lockstep; rank 0 alone samples, and calls `should_stop`, which ends all
+    rows.
     """
     device = model.norm.weight.device
     for row in rows:
         row.begin(tokenizer, device)
         if speculator is not None:
             row.speculation = Speculation(proposed=0, accepted=0, passes=0)
-    score = echo and logprobs  # takes all positions of the prompts
+    score = echo and logprobs  # this needs the logits of all prompt tokens, cached or not
     prefixes = None if score else prefixes
-    new = {row.index: len(row.prompt) for row in rows}  # tokens that aren't known from before
+    new = {row.index: len(row.prompt) for row in rows}  # prompt tokens that aren't cached
     if prefixes is not None:
-        prefixes.follow(model)
+        prefixes.sync(model)
         if prefixes.grows:
             prefixes.share(model, [row.prompt for row in rows if row.sample == 0])
-        new = {row.index: len(row.prompt) - prefixes.known(row.prompt) for row in rows}
-    # In the batch and the cache, rows stand by how much of them is new, samples side by side.
+        new = {row.index: len(row.prompt) - prefixes.cached(row.prompt) for row in rows}
+    # The order of rows in batch and cache: by number of new tokens, a prompt's samples adjacent.
     order = sorted(rows, key=lambda row: (new[row.index], row.index, row.sample))
     firsts = [row for row in order if row.sample == 0]
     place = {row.index: i for i, row in enumerate(firsts)}
-    spare = 0 if speculator is None else MOST  # positions for guesses beyond the end
+    spare = 0 if speculator is None else MAX_DRAFT  # positions for draft tokens beyond max_len
     cache = model.new_cache(len(rows), max(row.max_len for row in rows) + spare)
     if prefixes is not None:
         cache.reserve(max(len(row.prompt) for row in rows))
@@ -82,33 +82,32 @@ def run(
     batch, h = [order[i] for i in unfinished], h[[sources[i] for i in unfinished]]
     guided_rows = any(row.params.guidance_scale != 1 for row in batch)
     guidance = Guidance(model, batch, spare) if guided_rows else None
-    guesses: List[List[int]] = [[] for _ in batch]
-    width = 1  # positions that the last pass computed of each row; of prompts, the last one counts
+    drafts: List[List[int]] = [[] for _ in batch]
+    width = 1  # positions of each row that the last pass computed and that tokens are sampled from
     while batch:
-        # h: the positions after which tokens are drawn, of one row after the other: that of its
-        # last token, and those of its guesses.
+        # h: the hidden states to sample from, row after row: that of its last token, and those of
+        # its draft tokens.
         logits = model.logits(h)
         guided = logits if guidance is None else guidance(logits)
-        drawn, stopped = _draw(guided, batch, guesses, stop_tokens, should_stop)
-        used = [min(len(d), len(g) + 1) for d, g in zip(drawn, guesses, strict=True)]
-        details = _details(logits, drawn, guesses, logprobs, top_logprobs)
+        sampled, stopped = _sample(guided, batch, drafts, stop_tokens, should_stop)
+        used = [min(len(s), len(d) + 1) for s, d in zip(sampled, drafts, strict=True)]
+        details = _details(logits, sampled, drafts, logprobs, top_logprobs)
         if speculator is not None:
-            speculator.learn(drawn)
+            speculator.learn(sampled)
         unfinished, step = [], []
         for i, row in enumerate(batch):
             if row.speculation is not None:
-                row.speculation["proposed"] += len(guesses[i])
+                row.speculation["proposed"] += len(drafts[i])
                 row.speculation["accepted"] += used[i] - 1
                 row.speculation["passes"] += 1
-            events = _events(row, drawn[i], details[i], stop_tokens, stopped)
+            events = _events(row, sampled[i], details[i], stop_tokens, stopped)
             if events[-1].finish_reason is None:
                 unfinished.append(i)
             step += events
-        # What follows from guesses that weren't drawn is forgotten.
-        beyond = [width - n for n in used]
-        cache.truncate([n - gone for n, gone in zip(cache.lengths, beyond, strict=True)])
+        rejected = [width - n for n in used]  # with the padding after shorter drafts
+        cache.truncate([n - gone for n, gone in zip(cache.lengths, rejected, strict=True)])
         if guidance is not None:
-            guidance.forget(beyond)
+            guidance.truncate(rejected)
         if len(unfinished) < len(batch):
             if prefixes is not None and prefixes.grows:
                 for i in sorted({*range(len(batch))} - {*unfinished}):
@@ -120,9 +119,9 @@ def run(
             batch = [batch[i] for i in unfinished]
         yield from step
         if batch:
-            guesses = [[] for _ in batch] if speculator is None else speculator.guess(batch)
-            width = 1 + max(map(len, guesses))
-            fed = [[row.answer[-1], *g] for row, g in zip(batch, guesses, strict=True)]
+            drafts = [[] for _ in batch] if speculator is None else speculator.propose(batch)
+            width = 1 + max(map(len, drafts))
+            fed = [[row.answer[-1], *draft] for row, draft in zip(batch, drafts, strict=True)]
             tokens = padded(fed, device)
             at = (
                 [i for i, ids in enumerate(fed) for _ in ids],
@@ -134,14 +133,15 @@ def run(
 
 
 class Guidance:
-    """Classifier-free guidance (2306.17806): each row a second time, after its negative prompt."""
+    """Classifier-free guidance (arXiv 2306.17806): generates each row a second time, after its
+    negative prompt."""
 
     def __init__(self, model: Transformer, batch: List[Row], spare: int):
         self._model = model
         prompts = [row.params.negative_prompt or row.prompt[-1:] for row in batch]
         lengths = [len(prompt) for prompt in prompts]
-        room = max(n + row.max_len - len(row.prompt) for n, row in zip(lengths, batch, strict=True))
-        self._cache, last = model.new_cache(len(batch), room + spare), []
+        ends = [n + row.max_len - len(row.prompt) for n, row in zip(lengths, batch, strict=True)]
+        self._cache, last = model.new_cache(len(batch), max(ends) + spare), []
         self._cache.reserve(max(lengths))
         for i, prompt in enumerate(prompts):
             h, _ = prefill(model, [prompt], self._cache.part(i, i + 1))
@@ -151,18 +151,18 @@ class Guidance:
         self._row = torch.arange(len(batch), device=self._h.device)  # of each of h's positions
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """The guided log-probabilities: (positions, vocab_size), as `run` has them, to the same."""
+        """Logits to guided log-probabilities: (positions, vocab_size), positions as in `run`."""
         own, negative = logits.log_softmax(-1), self._model.logits(self._h).log_softmax(-1)
         return negative + self._scales[self._row, None] * (own - negative)
 
     def feed(self, tokens: torch.Tensor, at: Tuple[List[int], List[int]]) -> None:
-        """Go on with the rows' new tokens, (B, T); those at (rows, columns) count."""
+        """Compute the rows' new tokens, (B, T); those at (rows, columns) aren't padding."""
         self._h = self._model.hidden(tokens, self._cache.lengths, self._cache)[at]
         self._row = torch.tensor(at[0], device=self._h.device)
 
-    def forget(self, beyond: List[int]) -> None:
-        """So many of each row's last tokens."""
-        pairs = zip(self._cache.lengths, beyond, strict=True)
+    def truncate(self, rejected: List[int]) -> None:
+        """Drop this many of each row's last tokens."""
+        pairs = zip(self._cache.lengths, rejected, strict=True)
         self._cache.truncate([length - gone for length, gone in pairs])
 
     def keep(self, rows: List[int]) -> None:
@@ -172,7 +172,7 @@ class Guidance:
 
 @dataclass
 class Collected:
-    """The events of a row, put together."""
+    """The events of a row, collected."""
 
     text: str = ""
     tokens: List[int] = field(default_factory=list)
@@ -183,7 +183,7 @@ class Collected:
 
 
 def collect(events: Iterator[Event], rows: Sequence[Row]) -> List[Collected]:
-    """Take all events; what came of each row, in the rows' order."""
+    """Run the generation to its end and collect the events of each row, in the rows' order."""
     found = {(row.index, row.sample): Collected() for row in rows}
     for event in events:
         row = found[event.row, event.sample]
@@ -202,7 +202,7 @@ def collect(events: Iterator[Event], rows: Sequence[Row]) -> List[Collected]:
 def prediction(
     row: Collected, tokenizer: Tokenizer, logprobs: bool, options: Options
 ) -> Prediction:
-    """What a prediction says beside its generation."""
+    """A prediction's fields other than its generation."""
     decode = tokenizer.decode
     details: Prediction = {"finish_reason": row.finish_reason}
     if logprobs:
@@ -217,72 +217,72 @@ def prediction(
     return details
 
 
-def _draw(
+def _sample(
     logits: torch.Tensor,
     batch: List[Row],
-    guesses: List[List[int]],
+    drafts: List[List[int]],
     stop_tokens: Set[int],
     should_stop: Optional[Callable[[], bool]],
 ) -> Tuple[List[List[int]], bool]:
-    """The next tokens of each row, at least one, and whether all rows shall stop.
+    """The next tokens of each row, at least one, and whether to stop all rows.
 
-    logits: (positions, vocab_size), of a row's last token and its guesses, row after row. Rank 0
-    decides for all.
+    logits: (positions, vocab_size), of each row's last token and its draft tokens, row after row.
+    Rank 0 decides for all.
     """
-    largest, likeliest = (part.tolist() for part in logits.max(-1))  # NaN is the largest
-    owners = [row for row, guess in zip(batch, guesses, strict=True) for _ in range(len(guess) + 1)]
+    largest, likeliest = (part.tolist() for part in logits.max(-1))  # max() returns NaN if any
+    owners = [row for row, draft in zip(batch, drafts, strict=True) for _ in range(len(draft) + 1)]
     bad = [row for row, most in zip(owners, largest, strict=True) if not isfinite(most)]
-    if bad:  # on all ranks alike: none waits for another
+    if bad:  # on all ranks alike, so that none waits for another
         prompts = sorted({row.index for row in bad})
         raise ValueError(
             f"the model's logits for prompt {prompts[0]} aren't finite at its token "
             f"{len(bad[0].prompt) + len(bad[0].answer)} (prompts {prompts}): broken weights, or a "
             "dtype too narrow for them; try dtype=torch.float32"
         )
-    drawn: List[List[int]] = [[] for _ in range(len(batch) + 1)]  # and what comes of the step
+    sampled: List[List[int]] = [[] for _ in range(len(batch) + 1)]  # the last one: the outcome
     failed: Optional[ValueError] = None
     if parallel.rank() == 0:
         try:
-            drawn[-1] = [int(should_stop is not None and should_stop())]
+            sampled[-1] = [int(should_stop is not None and should_stop())]
             at = 0
-            for row, guess, tokens in zip(batch, guesses, drawn, strict=False):
-                _draw_row(row, guess, logits[at:], likeliest[at:], stop_tokens, tokens)
-                at += len(guess) + 1
-        except ValueError as error:  # the others would wait
-            failed, drawn = error, [[] for _ in batch] + [[FAILED]]
-    *drawn, [outcome] = parallel.share_lists(drawn, MOST + 2)
+            for row, draft, tokens in zip(batch, drafts, sampled, strict=False):
+                _sample_row(row, draft, logits[at:], likeliest[at:], stop_tokens, tokens)
+                at += len(draft) + 1
+        except ValueError as error:  # tell the other ranks, which would wait for tokens
+            failed, sampled = error, [[] for _ in batch] + [[FAILED]]
+    *sampled, [outcome] = parallel.share_lists(sampled, MAX_DRAFT + 2)
     if outcome == FAILED:
-        raise failed or ValueError("rank 0 could draw no token; it says why")
-    return drawn, bool(outcome)
+        raise failed or ValueError("sampling failed on rank 0: see its error")
+    return sampled, bool(outcome)
 
 
-FAILED = 2
+FAILED = 2  # an outcome beside 0 and 1, should_stop's
 
 
-def _draw_row(
+def _sample_row(
     row: Row,
-    guess: List[int],
+    draft: List[int],
     logits: torch.Tensor,
     likeliest: List[int],
     stop_tokens: Set[int],
     tokens: List[int],
 ) -> None:
-    """Draw a row's tokens one after the other, up to the first that isn't what was guessed."""
+    """Sample a row's tokens one by one, up to the first that isn't the draft's."""
     constraint = row.constraint
-    for i, guessed in enumerate([*guess, None]):
+    for i, proposed in enumerate([*draft, None]):
         if row.is_argmax and (constraint is None or constraint.allows(likeliest[i])):
             token = likeliest[i]
         else:
             allow = None if constraint is None else constraint.mask
             answer = [*row.answer, *tokens]
-            token = draw(logits[i], row.params, row.prompt, answer, row.numbers, allow)
+            token = sample_token(logits[i], row.params, row.prompt, answer, row.numbers, allow)
         tokens.append(token)
         if constraint is not None:
             constraint.accept(token)
-        if token != guessed or token in stop_tokens:
+        if token != proposed or token in stop_tokens:
             break
     if constraint is not None and constraint.finished and token not in stop_tokens:
-        tokens.append(min(stop_tokens))  # all that could follow; it needs no pass
+        tokens.append(min(stop_tokens))  # only a stop token can follow: no pass is needed
 
 
 Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, top_logprobs
@@ -290,17 +290,17 @@ Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, 
 
 def _details(
     logits: torch.Tensor,
-    drawn: List[List[int]],
-    guesses: List[List[int]],
+    sampled: List[List[int]],
+    drafts: List[List[int]],
     logprobs: bool,
     top_logprobs: int,
 ) -> List[List[Details]]:
-    """For each token drawn its log-probability, and the most probable tokens with theirs."""
+    """For each sampled token its log-probability, and the most probable tokens with theirs."""
     if not logprobs and not top_logprobs:
-        return [[(None, None)] * len(tokens) for tokens in drawn]
+        return [[(None, None)] * len(tokens) for tokens in sampled]
     found, at = [], 0
-    for tokens, guess in zip(drawn, guesses, strict=True):
-        distribution = logits[at : at + min(len(tokens), len(guess) + 1)].log_softmax(-1)
+    for tokens, draft in zip(sampled, drafts, strict=True):
+        distribution = logits[at : at + min(len(tokens), len(draft) + 1)].log_softmax(-1)
         ids = torch.tensor(tokens[: len(distribution)], device=logits.device)[:, None]
         chosen = distribution.gather(-1, ids)[:, 0].tolist()
         best: List[Optional[List[Tuple[int, float]]]] = [None] * len(chosen)
@@ -309,16 +309,16 @@ def _details(
             best = [list(zip(*pair, strict=True)) for pair in zip(places, values, strict=True)]
         of_row: List[Details] = list(zip(chosen, best, strict=True))
         found.append(of_row + [(None, None)] * (len(tokens) - len(of_row)))
-        at += len(guess) + 1
+        at += len(draft) + 1
     return found
 
 
 def _events(
-    row: Row, drawn: List[int], details: List[Details], stop_tokens: Set[int], stopped: bool
+    row: Row, sampled: List[int], details: List[Details], stop_tokens: Set[int], stopped: bool
 ) -> List[Event]:
-    """Add tokens to a row, up to what ends it: the last event has a finish_reason then."""
+    """Append sampled tokens to a row, until it ends: then the last event has a finish_reason."""
     events = []
-    for n, (token, (logprob, best)) in enumerate(zip(drawn, details, strict=True), 1):
+    for n, (token, (logprob, best)) in enumerate(zip(sampled, details, strict=True), 1):
         reason: Optional[FinishReason] = None
         text = ""
         if token in stop_tokens:
@@ -326,14 +326,14 @@ def _events(
         else:
             row.answer.append(token)
             text, place = row.stops.feed(row.decoder.feed(token)), token
-            if row.stops.stopped or (stopped and n == len(drawn)):
+            if row.stops.stopped or (stopped and n == len(sampled)):
                 reason = "stop"
-            elif row.full and n == len(drawn):  # a stop token may still follow
+            elif row.full and n == len(sampled):  # a stop token may still follow
                 reason = "length"
         if reason is not None:
             text += row.stops.feed(row.decoder.finish()) + row.stops.finish()
-        guessed = row.speculation if reason else None
-        events.append(Event(row.index, row.sample, place, text, logprob, best, reason, guessed))
+        counts = row.speculation if reason else None
+        events.append(Event(row.index, row.sample, place, text, logprob, best, reason, counts))
         if reason is not None:
             break
     return events

@@ -17,7 +17,7 @@ else:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults for all but temperature and top_p change nothing.
+    """How tokens are sampled. The defaults for all but temperature and top_p change nothing.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token each time (greedy
@@ -37,7 +37,7 @@ class SamplingParams:
         frequency_penalty: the same, times the number of times that the answer has it.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0 for off.
         logit_bias: added to the logits of these ids.
-        banned_tokens: ids that are never drawn.
+        banned_tokens: ids that are never sampled.
         guidance_scale: classifier-free guidance, above 1: log-probabilities are
             negative + scale * (own - negative), those of the negative prompt and of the own one
             (arXiv 2306.17806).
@@ -66,10 +66,10 @@ class SamplingParams:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether the most probable token is drawn each time, and nothing rules any out."""
-        # The others only matter where there is a draw.
+        """Whether it is greedy decoding, with nothing that changes or bans single tokens."""
+        # Filters don't matter without sampling; guidance is applied to the logits before.
         plain = replace(self, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
-        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)  # done before
+        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)
         return plain == _ARGMAX
 
     def __post_init__(self) -> None:

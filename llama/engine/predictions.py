@@ -1,4 +1,4 @@
-"""What `Llama` returns, and the events that it is made of."""
+"""What `Llama` returns: predictions, and the events of a stream."""
 
 from typing import List, Literal, NamedTuple, Optional, Required, Tuple, TypedDict
 
@@ -8,15 +8,15 @@ FinishReason = Literal["stop", "length"]
 
 
 class Speculation(TypedDict):
-    """What came of guessing a row's tokens; see `llama.engine.speculative`."""
+    """Counts of a row's speculative decoding; accepted / proposed is the acceptance rate."""
 
-    proposed: int  # guesses that the model looked at
-    accepted: int  # those that were drawn
-    passes: int  # of the model, for the row's tokens
+    proposed: int  # draft tokens that the model verified
+    accepted: int  # those of them that became part of the answer
+    passes: int  # forward passes of the model
 
 
 class Prediction(TypedDict, total=False):
-    """What predictions of text and of messages have in common."""
+    """The fields that predictions of text and of messages share."""
 
     # "stop": a stop token, a stop string or should_stop; "length": max_gen_len or the context's end
     finish_reason: FinishReason
@@ -37,22 +37,22 @@ class BeamPrediction(Prediction):
 
 class ChatPrediction(Prediction, total=False):
     generation: Required[Message]
-    truncated: List[Message]  # with truncate only: what was left out of the dialog
+    truncated: List[Message]  # with truncate only: the messages dropped from the dialog
     tool_call_error: str  # with tools only: why a call in the generation is left as text
 
 
 class Event(NamedTuple):
-    """One token of one row, as it comes about.
+    """One token of one row, when it has been sampled.
 
-    The texts of a row's events add up to its generation: whole characters only, and nothing of a
-    stop string or a stop token.
+    The texts of a row's events add up to its generation: complete characters only, without the stop
+    string or stop token.
     """
 
     row: int  # index of the prompt
     sample: int  # which of its samples, from 0
     token: Optional[int]  # None: the row ended without a further token
-    text: str  # what it adds to the generation, often nothing
-    logprob: Optional[float] = None  # natural, of the model's own distribution; if asked for
-    top_logprobs: Optional[List[Tuple[int, float]]] = None  # the most probable ids, if asked for
-    finish_reason: Optional[FinishReason] = None  # set in the last event of a row
-    speculation: Optional[Speculation] = None  # the same, with speculate only
+    text: str  # appended to the generation; often empty
+    logprob: Optional[float] = None  # natural, of the model's own distribution; with logprobs only
+    top_logprobs: Optional[List[Tuple[int, float]]] = None  # most probable ids; if requested
+    finish_reason: Optional[FinishReason] = None  # in the last event of a row only
+    speculation: Optional[Speculation] = None  # likewise, with speculate only

@@ -1,9 +1,10 @@
-"""Prefix reuse: keys and values of texts that were computed before, for texts that begin alike.
+"""Prefix caching: keys and values of earlier texts, for texts that begin with the same tokens.
 
-A tree over tokens. Each node holds a run of them with their keys and values, and below it the runs
-that came after; texts that begin alike share nodes. It is bounded in bytes, and what was used least
-recently goes first. (RadixAttention, 2312.07104, has such a tree over pages of a GPU's cache; here
-what is known is copied, which takes milliseconds where computing takes seconds.)
+A radix tree over tokens: each node holds a run of tokens with their keys and values, its children
+the runs that followed; texts share the nodes of their common prefix. Its size is bounded in bytes,
+and least recently used entries are evicted first. (RadixAttention, arXiv 2312.07104, has such a
+tree over pages of a GPU's cache. Here cached tokens are copied, which takes milliseconds where
+computing them takes seconds.)
 """
 
 import pickle
@@ -20,12 +21,11 @@ from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.text.files import beside
 
-# Tokens that a batch has in common are worth a pass of their own from here on.
-SHARED = 32
+MIN_SHARED = 32  # tokens that prompts of a batch must share to be computed separately, once
 
 
 class Node:
-    """A run of tokens: ids, and parts (n_layers, n_kv_heads, len(ids), ...) by name."""
+    """A run of tokens: ids, and keys and values by name, (n_layers, n_kv_heads, len(ids), ...)."""
 
     def __init__(self, ids: List[int], parts: Dict[str, torch.Tensor], parent: Optional["Node"]):
         self.ids, self.parts, self.parent = ids, parts, parent
@@ -38,20 +38,21 @@ class Node:
 
 
 class PrefixCache:
-    """What a model computed of earlier texts. Threads may share it.
+    """A model's keys and values of earlier texts. Threads may share it.
 
     Args:
-        limit: bytes that it takes at most, on each rank.
-        fingerprint: tells models apart, for files.
+        limit: its largest size in bytes, on each rank.
+        fingerprint: identifies the model, in files.
 
     Attributes:
-        grows: whether what is generated is added; else there is what was added by hand.
+        grows: whether prompts and answers are added; otherwise only calls of `add`, `share`,
+            `compute` and `load` add to it.
     """
 
     def __init__(self, limit: int, fingerprint: Callable[[], str]):
         self.limit, self.fingerprint, self.grows = limit, fingerprint, True
         self._root = Node([], {}, None)
-        self._revision = 0  # of the model that this is of
+        self._revision = 0  # of the model's weights
         self._clock = 0
         self._lock = threading.RLock()
 
@@ -59,19 +60,19 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(node.nbytes for node in self._nodes())
 
-    def follow(self, model: Transformer) -> None:
-        """Forget everything if the model's weights have changed since."""
+    def sync(self, model: Transformer) -> None:
+        """Clear the cache if the model's weights have changed."""
         with self._lock:
             if revision(model) != self._revision:
                 self._root, self._revision = Node([], {}, None), revision(model)
 
-    def known(self, ids: Sequence[int]) -> int:
-        """How many of a prompt's tokens needn't be computed; its last one always is."""
+    def cached(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens are cached; its last one always has to be computed."""
         with self._lock:
             return min(sum(n for _, n in self._path(ids)), len(ids) - 1)
 
     def fill(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Put what is known of a prompt into an empty row."""
+        """Copy a prompt's cached keys and values to an empty row."""
         with self._lock:
             left = len(ids) - 1
             for node, n in self._path(ids):
@@ -80,7 +81,7 @@ class PrefixCache:
                 left -= n
 
     def add(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Keep what a row holds of a text, as far as there is memory for it."""
+        """Add a row's keys and values of a text, unless the new ones alone exceed the limit."""
         with self._lock:
             path = self._path(ids)
             at, node = sum(n for _, n in path), path[-1][0] if path else self._root
@@ -95,16 +96,16 @@ class PrefixCache:
                 self._evict()
 
     def share(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
-        """Compute once what several of the prompts begin with."""
-        self.follow(model)
+        """Compute the common prefixes of prompts once, and add them."""
+        self.sync(model)
         per_token = model.new_cache(1, 1).nbytes
-        for ids in common_beginnings(prompts):
-            if self.known([*ids, -1]) < len(ids) <= self.limit // per_token:
+        for ids in common_prefixes(prompts):
+            if self.cached([*ids, -1]) < len(ids) <= self.limit // per_token:
                 self.compute(model, ids)
 
     @torch.inference_mode()
     def compute(self, model: Transformer, ids: Sequence[int]) -> KVCache:
-        """Keep a text's keys and values; a cache of one row that holds them."""
+        """Compute and add a text's keys and values; returns a KVCache of one row with them."""
         cache = model.new_cache(1, len(ids))
         cache.reserve(len(ids))
         self.fill(ids, cache, 0)
@@ -113,11 +114,11 @@ class PrefixCache:
         return cache
 
     def _path(self, ids: Sequence[int]) -> List[Tuple[Node, int]]:
-        """The nodes along a text, and how many of each one's tokens are the text's."""
+        """The nodes along a text, and how many tokens of each match it."""
         node, at, path = self._root, 0, []
         self._clock += 1
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
-            n = _alike(child.ids, ids[at : at + len(child.ids)])
+            n = _common_length(child.ids, ids[at : at + len(child.ids)])
             path.append((child, n))
             child.used, at, node = self._clock, at + n, child
             if n < len(child.ids):
@@ -125,7 +126,8 @@ class PrefixCache:
         return path
 
     def _split(self, node: Node, n: int) -> Node:
-        """Cut a node after n tokens; the new node with those. Copies, so that each can go alone."""
+        """Split a node after n tokens; returns the new node, of those. Both own their tensors, so
+        that each can be evicted alone."""
         parts = {name: part[:, :, :n].clone() for name, part in node.parts.items()}
         head = Node(node.ids[:n], parts, node.parent)
         assert node.parent is not None
@@ -153,15 +155,15 @@ class PrefixCache:
     # --- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path, model: Transformer, ids: Sequence[int]) -> None:
-        """Write a text's keys and values, of all ranks, into a file that any number can load.
+        """Write a text's keys and values, of all ranks, to a file for any number of ranks.
 
         Raises:
-            FileExistsError: something else is there.
-            ValueError: a model that changed since it was built.
+            FileExistsError: the file exists and isn't a saved prefix.
+            ValueError: the model's weights changed after it was built.
         """
         self._check_for_files(model)
         if parallel.broadcast_object(_is_taken(Path(path))):  # as rank 0 sees it
-            raise FileExistsError(f"{path} exists and holds no prefix: choose another name")
+            raise FileExistsError(f"{path} exists and isn't a saved prefix: choose another name")
         cache = self.compute(model, ids)
         args, world = model.params, parallel.world_size()
         whole: Dict[str, torch.Tensor] = {}
@@ -177,19 +179,19 @@ class PrefixCache:
                 torch.save(content, partial)
 
     def load(self, path: str | Path, model: Transformer) -> int:
-        """Take in a file that `save` wrote; the number of its tokens.
+        """Add the prefix in a file that `save` wrote; returns the number of its tokens.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file of something else, or of another model.
+            ValueError: not a saved prefix, or one of another model.
         """
         self._check_for_files(model)
         content = _read(path)
         fingerprint, ids = content.pop("fingerprint"), content.pop("tokens")
         if fingerprint != self.fingerprint():
             raise ValueError(
-                f"{path} was made by another model, or one with another dtype or quantization "
-                f"({fingerprint}; this is {self.fingerprint()}): make it again with save_prefix"
+                f"{path} was saved with another model, dtype or quantization ({fingerprint}; this "
+                f"is {self.fingerprint()}): save it again with save_prefix"
             )
         args, device = model.params, model.norm.weight.device
         heads = parallel.kv_heads(
@@ -204,13 +206,13 @@ class PrefixCache:
     def _check_for_files(self, model: Transformer) -> None:
         if revision(model):
             raise ValueError(
-                "prefix files are of a model as it was built, and this one has changed since: "
-                "build with adapter_dir"
+                "prefix files need the weights that the model was built with, and they have been "
+                "changed (by training or an added adapter): build with adapter_dir instead"
             )
 
 
 def _read(path: str | Path) -> Dict[str, Any]:
-    """What `PrefixCache.save` wrote. Raises what `PrefixCache.load` does of a file of another."""
+    """The content of a file that `PrefixCache.save` wrote; raises as `PrefixCache.load` does."""
     try:
         content = torch.load(path, weights_only=True, mmap=True)
         if content.pop("prefix") == 1 and {"fingerprint", "tokens"} <= content.keys():
@@ -220,7 +222,7 @@ def _read(path: str | Path) -> Dict[str, Any]:
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, OSError,
             pickle.UnpicklingError):  # fmt: skip
         pass
-    raise ValueError(f"{path} holds no prefix: save_prefix writes what is read")
+    raise ValueError(f"{path} isn't a saved prefix: write one with save_prefix")
 
 
 def _is_taken(path: Path) -> bool:
@@ -233,17 +235,17 @@ def _is_taken(path: Path) -> bool:
     return False
 
 
-def common_beginnings(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
-    """What two or more of the prompts begin with, SHARED tokens or more beyond the one before.
+def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
+    """The prefixes that two or more prompts share, without the last token of any.
 
-    Shorter ones come before longer ones that begin with them. A prompt's last token isn't among it.
+    Shorter ones come before the longer ones that extend them, by MIN_SHARED tokens or more.
     """
     todo = [(sorted(map(list, prompts)), 0)]
     while todo:
         texts, known = todo.pop()
-        # What the first and the last of sorted texts begin with, all between begin with.
-        n = min(_alike(texts[0], texts[-1]), len(texts[0]) - 1)
-        if len(texts) > 1 and n >= known + SHARED:
+        # Sorted texts all share the prefix that the first and the last share.
+        n = min(_common_length(texts[0], texts[-1]), len(texts[0]) - 1)
+        if len(texts) > 1 and n >= known + MIN_SHARED:
             yield texts[0][:n]
             known = n
         groups: Dict[int, List[List[int]]] = {}
@@ -252,8 +254,8 @@ def common_beginnings(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
         todo += [(g, known) for g in groups.values() if 1 < len(g) < len(texts)]
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix."""
     if list(a) == list(b):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

@@ -1,10 +1,10 @@
-"""From logits to a token: pure functions of one row's logits, in fp32, in a fixed order.
+"""Sampling: pure functions from one row's logits to a token, in fp32, in a fixed order.
 
     guidance, logit_bias, repetition_penalty, presence and frequency penalty, no_repeat_ngram_size,
-    banned_tokens, a processor of one's own; then, unless the temperature is 0,
-    temperature, top_k, top_p, min_p, typical_p, and the draw
+    banned_tokens, logits_processor; then, unless the temperature is 0,
+    temperature, top_k, top_p, min_p, typical_p, and sampling
 
-This is the order of transformers' `generate` (what it doesn't have stands with its like). A token
+This is the order of transformers' `generate`, with what it lacks beside the most similar. A token
 that is ruled out has the logit -inf.
 """
 
@@ -16,14 +16,14 @@ import torch
 
 from llama.engine.params import SamplingParams
 
-HEAD = 1024  # tokens among which top_p mostly falls
+HEAD = 1024  # most probable tokens, which mostly suffice for top_p
 
 
-class Numbers:
-    """A row's random numbers, uniform in [0, 1): the n-th is for the answer's n-th token.
+class RandomNumbers:
+    """A row's random numbers, uniform in [0, 1): the n-th samples the answer's n-th token.
 
-    It is the same whoever asks for it, and however often: a draft model that draws with the number
-    with which the model itself will draw mostly draws the same.
+    Each can be read any number of times: a draft model uses the one that the model itself will use,
+    and so mostly samples the same token.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -39,19 +39,19 @@ class Numbers:
         return self._known[n]
 
 
-def draw(
+def sample_token(
     logits: torch.Tensor,
     params: SamplingParams,
     prompt: Sequence[int],
     answer: Sequence[int],
-    numbers: Numbers,
+    numbers: RandomNumbers,
     allow: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
 ) -> int:
-    """The next token of a row with these logits (vocab_size,).
+    """Sample the next token of a row from its logits (vocab_size,).
 
     Args:
-        allow: makes -inf of the logits of tokens that can't come. Where params rule out all that
-            could, it alone counts.
+        allow: sets the logits of the tokens that a constraint rules out to -inf. If params rule out
+            all that it allows, it alone is applied.
     """
     own, logits = logits.float(), constrained(logits, params, prompt, answer)
     if allow is not None:
@@ -60,23 +60,23 @@ def draw(
             logits = allow(own)
     if params.temperature == 0:
         return int(logits.argmax())
-    return draw_from(torch.softmax(warped(logits, params), -1), numbers[len(answer)])
+    return sample_from(torch.softmax(warped(logits, params), -1), numbers[len(answer)])
 
 
-def draw_from(probs: torch.Tensor, number: torch.Tensor) -> int:
-    """A token of a distribution (vocab_size,): where a random number falls in the running sum.
+def sample_from(probs: torch.Tensor, number: torch.Tensor) -> int:
+    """Sample from a distribution (vocab_size,) by inverting its cumulative sum at a random number.
 
-    So a row uses up one number per token, whatever the vocabulary and the other rows.
+    One number per token, regardless of the size of the vocabulary and of the other rows.
     """
-    running = probs.double().cumsum(-1)
-    # Strictly beyond the number, where no token of probability 0 can be.
-    return int(torch.searchsorted(running, number * running[-1], right=True))
+    cumulative = probs.double().cumsum(-1)
+    # The first strictly greater: never a token of probability 0.
+    return int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
 
 
 def constrained(
     logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
 ) -> torch.Tensor:
-    """What depends on the tokens so far and on single ids: (vocab_size,) -> (vocab_size,)."""
+    """Biases, penalties, bans and the logits processor: (vocab_size,) -> (vocab_size,)."""
     logits = logits.float()
     if params.logit_bias:
         logits = logits.clone()
@@ -100,7 +100,7 @@ def constrained(
 
 
 def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Temperature, and what leaves the less probable tokens out: (vocab_size,) each."""
+    """Temperature, then the filters of less probable tokens: (vocab_size,) -> (vocab_size,)."""
     logits = logits / params.temperature
     if params.top_k:
         logits = keep_top_k(logits, params.top_k)
@@ -114,7 +114,7 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def penalize_repetition(logits: torch.Tensor, penalty: float, ids: Sequence[int]) -> torch.Tensor:
-    """Logits of tokens that were there before are divided by the penalty; negative ones, times."""
+    """Divide the logits of tokens in ids by the penalty; multiply them if they are negative."""
     if not ids:
         return logits
     seen = torch.tensor(sorted(set(ids)), device=logits.device)
@@ -123,7 +123,7 @@ def penalize_repetition(logits: torch.Tensor, penalty: float, ids: Sequence[int]
 
 
 def would_repeat(ids: Sequence[int], n: int) -> List[int]:
-    """The tokens that would complete a run of n that is there already."""
+    """The tokens that would complete an n-gram that ids already contain."""
     start = list(ids[len(ids) - n + 1 :]) if n > 1 else []
     if len(ids) < n:
         return []
@@ -131,18 +131,18 @@ def would_repeat(ids: Sequence[int], n: int) -> List[int]:
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The k most probable tokens, and what ties with the last of them."""
+    """Keep the k most probable tokens, and all as probable as the last of them."""
     last = logits.topk(min(k, len(logits))).values[-1]
     return logits.masked_fill(logits < last, -math.inf)
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """The smallest set of most probable tokens that together reach p; at least one.
+    """Keep the smallest set of most probable tokens that together reach p; at least one.
 
-    Of tokens as probable as the last of them, those with the smaller ids.
+    Of tokens as probable as the last of them, it keeps those with the smallest ids.
     """
     probs = torch.softmax(logits, -1)
-    ordered = probs.topk(min(HEAD, len(probs))).values  # sorting all would take ten times as long
+    ordered = probs.topk(min(HEAD, len(probs))).values  # sorting all takes ten times as long
     kept = int((ordered.cumsum(-1) - ordered <= p).sum())  # those more probable don't exceed p
     if kept == len(ordered) < len(probs):
         ordered = probs.sort(descending=True).values
@@ -154,13 +154,13 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Tokens at least p times as probable as the most probable one."""
+    """Keep the tokens at least p times as probable as the most probable one."""
     probs = torch.softmax(logits, -1)
     return logits.masked_fill(probs < p * probs.max(), -math.inf)
 
 
 def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Those tokens that together reach p, whose information is nearest to the entropy."""
+    """Keep the tokens whose information is nearest to the entropy, until they reach p together."""
     logprobs = torch.log_softmax(logits, -1)
     probs = logprobs.exp()
     entropy = -(logprobs * probs).nansum()
@@ -172,7 +172,7 @@ def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
 def sample_top_p(
     probs: torch.Tensor, p: float, generator: Optional[torch.Generator] = None
 ) -> torch.Tensor:
-    """Meta's function of this name, draw for draw; generation itself uses `draw`.
+    """Meta's function of this name, with the same results; generation uses `sample_token`.
 
     Args:
         probs: (..., vocab_size), summing to 1.
@@ -183,5 +183,4 @@ def sample_top_p(
     ordered, ids = torch.sort(probs, dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
     ordered = ordered.masked_fill(before > p, 0.0)  # multinomial doesn't ask for a sum of 1
-    drawn = torch.multinomial(ordered, num_samples=1, generator=generator)
-    return ids.gather(-1, drawn)
+    return ids.gather(-1, torch.multinomial(ordered, num_samples=1, generator=generator))

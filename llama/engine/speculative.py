@@ -1,205 +1,204 @@
-"""Speculative decoding (2211.17192): tokens that may follow are guessed cheaply, and one pass of
-the model looks at all of them.
+"""Speculative decoding (arXiv 2211.17192): tokens are proposed cheaply, and one forward pass of the
+model verifies all of them.
 
-A guess changes the speed and nothing else. At each position a row draws its token from the model's
-own logits with the random number that is that token's in any case (`sampling.Numbers`); where it
-is the token that was guessed, the next position was computed in the same pass. So texts are those
-of plain decoding, drawn ones too. A draft model draws with the same numbers, and therefore mostly
-the same tokens, where rejection sampling would have to draw anew.
+Proposed (draft) tokens change the speed only, not the text, sampled or greedy. At each position a
+row samples its token from the model's own logits, with the random number that belongs to that
+position (`sampling.RandomNumbers`). If that is the proposed token, it is accepted, and the same
+pass has computed the next position. This replaces the rejection sampling of the paper. A draft
+model samples with the same random numbers, so that it mostly proposes the same tokens.
 """
 
 import time
-from bisect import bisect_left
 from collections import defaultdict, deque
+from itertools import accumulate
+from operator import mul
 from typing import Deque, Dict, Hashable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
+import numpy as np
 import torch
 
 from llama.engine.prefill import prefill
 from llama.engine.rows import Row
-from llama.engine.sampling import draw
+from llama.engine.sampling import sample_token
 from llama.layers import parallel
 from llama.model import Transformer
 
-WIDTHS = (0, 1, 3, 7, 15, 31)  # tokens guessed at a time
-MOST = WIDTHS[-1]
+DRAFT_LENGTHS = (0, 1, 3, 7, 15, 31)  # tokens proposed per pass
+MAX_DRAFT = DRAFT_LENGTHS[-1]
 
 
 class Speculator(Protocol):
-    """Where guesses come from. Made for one call; all ranks call it alike."""
+    """A source of draft tokens. Made for one call; all ranks make the same calls to it."""
 
-    def guess(self, batch: List[Row]) -> List[List[int]]:
-        """What may follow each row's text: at most MOST tokens, the same on all ranks."""
+    def propose(self, batch: List[Row]) -> List[List[int]]:
+        """Draft tokens for each row, at most MAX_DRAFT, the same on all ranks."""
 
-    def learn(self, drawn: List[List[int]]) -> None:
-        """What did follow, up to the first wrong guess and with what was drawn in its place."""
+    def learn(self, sampled: List[List[int]]) -> None:
+        """The tokens sampled since: those accepted, and the one after the last of them."""
 
 
-class Guess(NamedTuple):
+class Proposal(NamedTuple):
+    """A row's draft tokens."""
+
     tokens: List[int]
-    kinds: List[Hashable]  # of each: how often those of a kind are right is counted
+    kinds: List[Hashable]  # of each token: acceptance rates are counted by kind
 
 
-class Pace:
-    """How many tokens to guess at a time: as many as promise the most tokens a second, or none.
+class DraftLength:
+    """Decides how many tokens to propose per pass: as many as promise the most tokens per second.
 
-    Made once for a model: what was learned in a call is of use in the next.
-
-    That takes the chance of a guess to be right, which is counted (of guesses that weren't put
-    before the model too), and the seconds that a pass takes, which are measured by its number of
-    tokens. What isn't known yet is approached by doubling.
+    That keeps speculative decoding from being slower than plain decoding, which is proposing none:
+    verifying more tokens takes longer, by how much depends on the machine, and how many of them are
+    accepted depends on the text. So both are observed: seconds per pass by its number of tokens,
+    and acceptance rates, of tokens proposed but not verified too. Lengths not tried yet are
+    approached by doubling. Made once for a model: calls learn from those before.
     """
 
     def __init__(self, limit: Optional[int] = None) -> None:
-        self._limit = limit  # tokens in a pass: so many give the bits of single ones
-        self._chances: Dict[Hashable, float] = {}
+        self._limit = limit  # tokens of a pass up to which results are bit-identical to single ones
+        self._rates: Dict[Hashable, float] = {}  # of acceptance, by kind
         self._seconds: Dict[int, Deque[Tuple[int, float]]] = {}  # by tokens: (step, seconds)
-        self._step = self._widest = 0
-        self.drafting = 0.0  # seconds that each token of a guess takes to make
-        self._idle, self._patience = 0, 16  # steps without guesses, and how many there may be
+        self._step = self._longest = 0
+        self.drafting = 0.0  # seconds to make one draft token of each row
+        self._idle, self._patience = 0, 16  # steps without proposals, and the limit to these
 
-    def width(self, guesses: Sequence[Guess]) -> int:
-        """How many tokens of each guess to look at."""
-        most = min(self._most(guesses), 2 * self._widest + 1)
-        # What was measured once may have been slow for another reason.
+    def choose(self, proposals: Sequence[Proposal]) -> int:
+        """How many tokens of each proposal to verify."""
+        most = min(self._most(proposals), 2 * self._longest + 1)
+        # A single measurement may be an outlier.
         known = sorted(
             (n, min(s for _, s in times))
             for n, times in list(self._seconds.items())  # threads may share a model
-            if len(times) > 1 or n <= len(guesses)
+            if len(times) > 1 or n <= len(proposals)
         )
-        if most < 1 or not known or known[0][0] > len(guesses):  # plain decoding is the measure
+        if most < 1 or not known or known[0][0] > len(proposals):  # measure plain decoding first
             return 0
-        chances = [self._right(guess.kinds[:most]) for guess in guesses]
+        accepted = [self._expected(proposal.kinds[:most]) for proposal in proposals]
 
-        def speed(width: int) -> float:
-            tokens = len(guesses) + sum(sum(right[:width]) for right in chances)
-            passing = _between(known, len(guesses) * (1 + width))
-            return tokens / (passing + width * self.drafting)
+        def speed(length: int) -> float:
+            tokens = len(proposals) + sum(sum(rates[:length]) for rates in accepted)
+            verifying = _interpolate(known, len(proposals) * (1 + length))
+            return tokens / (verifying + length * self.drafting)
 
-        best = max((width for width in WIDTHS if width <= most), key=speed)
-        self._widest = max(self._widest, best)
+        best = max((length for length in DRAFT_LENGTHS if length <= most), key=speed)
+        self._longest = max(self._longest, best)
         return best
 
-    def width_or_trial(self, guesses: Sequence[Guess]) -> int:
-        """The same, for guesses that aren't made unless they pay, of which nothing is learned
-        otherwise: now and then, ever more rarely, one is tried."""
-        width = self.width(guesses)
-        if width:
+    def choose_or_probe(self, proposals: Sequence[Proposal]) -> int:
+        """`choose` for proposals that are made only once their length is chosen. While that is 0,
+        no acceptance is observed, so one token is tried now and then, ever more rarely."""
+        length = self.choose(proposals)
+        if length:
             self._idle, self._patience = 0, 16
-        elif self._idle >= self._patience and self._most(guesses) > 0:
-            self._idle, self._patience, width = 0, min(2 * self._patience, 2048), 1
+        elif self._idle >= self._patience and self._most(proposals) > 0:
+            self._idle, self._patience, length = 0, min(2 * self._patience, 2048), 1
         else:
             self._idle += 1
-        return width
+        return length
 
-    def _most(self, guesses: Sequence[Guess]) -> int:
-        """The longest guess, as far as a pass may hold it for each."""
-        longest = max((len(guess.kinds) for guess in guesses), default=0)
-        return longest if self._limit is None else min(longest, self._limit // len(guesses) - 1)
+    def _most(self, proposals: Sequence[Proposal]) -> int:
+        """The longest proposal's length, as far as the limit allows as many for each row."""
+        longest = max((len(proposal.kinds) for proposal in proposals), default=0)
+        return longest if self._limit is None else min(longest, self._limit // len(proposals) - 1)
 
-    def _right(self, kinds: Sequence[Hashable]) -> List[float]:
-        """For each token of a guess, the chance that it and all before it are right."""
-        chance, found = 1.0, []
-        for kind in kinds:
-            chance *= self._chances.get(kind, 0.5)
-            found.append(chance)
-        return found
+    def _expected(self, kinds: Sequence[Hashable]) -> List[float]:
+        """For each token of a proposal, the probability that it and all before it are accepted."""
+        return list(accumulate((self._rates.get(kind, 0.5) for kind in kinds), mul))
 
-    def learn(self, guesses: Sequence[Guess], drawn: Sequence[Sequence[int]]) -> None:
-        """Count which guesses were right."""
-        for guess, tokens in zip(guesses, drawn, strict=True):
-            for kind, guessed, token in zip(guess.kinds, guess.tokens, tokens, strict=False):
-                old = self._chances.get(kind, 0.5)
-                self._chances[kind] = old + ((guessed == token) - old) / 8
-                if guessed != token:
+    def learn(self, proposals: Sequence[Proposal], sampled: Sequence[Sequence[int]]) -> None:
+        """Update the acceptance rates (exponential moving averages)."""
+        for proposal, tokens in zip(proposals, sampled, strict=True):
+            for kind, draft, token in zip(proposal.kinds, proposal.tokens, tokens, strict=False):
+                old = self._rates.get(kind, 0.5)
+                self._rates[kind] = old + ((draft == token) - old) / 8
+                if draft != token:
                     break
 
     def passed(self, tokens: int, seconds: float) -> None:
-        """Remember how long a pass took; the shortest of a few, as others have other causes."""
+        """Record how long a pass took. `choose` takes the shortest of the last four, since other
+        processes can only make it longer; measurements expire after 256 steps."""
         self._step += 1
         self._seconds.setdefault(tokens, deque(maxlen=4)).append((self._step, seconds))
-        for n, times in list(self._seconds.items()):  # an old measurement may be wrong by now
+        for n, times in list(self._seconds.items()):
             if times[-1][0] < self._step - 256:
                 del self._seconds[n]
 
 
-def _between(known: List[Tuple[int, float]], n: int) -> float:
-    """The seconds of a pass of n tokens, from ascending ones that are known; flat beyond them."""
-    at = bisect_left(known, (n, 0.0))
-    if at == len(known) or at == 0:
-        return known[min(at, len(known) - 1)][1]
-    (low, fast), (high, slow) = known[at - 1], known[at]
-    return fast + (slow - fast) * (n - low) / (high - low)
+def _interpolate(known: List[Tuple[int, float]], n: int) -> float:
+    """The seconds of a pass of n tokens, from ascending measurements; constant beyond them."""
+    return float(np.interp(n, [size for size, _ in known], [seconds for _, seconds in known]))
 
 
-def _room(row: Row) -> int:
-    """Guesses beyond this would never be drawn: the last token needs no pass of its own."""
-    return min(row.max_len - len(row.prompt) - len(row.answer) - 1, MOST)
+def _max_draft(row: Row) -> int:
+    """Draft tokens that a row can use: its last token needs no further position."""
+    return min(row.max_len - len(row.prompt) - len(row.answer) - 1, MAX_DRAFT)
 
 
 def _allowed(row: Row, tokens: List[int]) -> List[int]:
-    """As many as the row's constraint lets follow."""
+    """The tokens up to the first that the row's constraint rules out."""
     return tokens if row.constraint is None else tokens[: row.constraint.valid(tokens)]
 
 
 class _Timed:
-    """What speculators share: passes are timed, and their guesses counted."""
+    """What speculators share: they time passes and count accepted tokens."""
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-        self._guesses: List[Guess] = []
+    def __init__(self, length: DraftLength) -> None:
+        self._length = length
+        self._proposals: List[Proposal] = []
 
-    def _looked_at(self, guesses: List[List[int]]) -> List[List[int]]:
-        """The pass over these begins."""
-        self._tokens = len(guesses) * (1 + max(map(len, guesses)))
+    def _begin_pass(self, drafts: List[List[int]]) -> List[List[int]]:
+        self._tokens = len(drafts) * (1 + max(map(len, drafts)))
         self._began = time.perf_counter()
-        return guesses
+        return drafts
 
-    def learn(self, drawn: List[List[int]]) -> None:
-        if self._guesses:
-            self._pace.passed(self._tokens, time.perf_counter() - self._began)
-            self._pace.learn(self._guesses, drawn)
+    def learn(self, sampled: List[List[int]]) -> None:
+        if self._proposals:
+            self._length.passed(self._tokens, time.perf_counter() - self._began)
+            self._length.learn(self._proposals, sampled)
 
 
-class Lookup(_Timed):
-    """Guesses that what followed the row's last tokens earlier in its text follows again.
+class PromptLookup(_Timed):
+    """Proposes what followed earlier occurrences of the row's last tokens in its own text.
 
-    (Prompt lookup decoding: github.com/apoorvumang/prompt-lookup-decoding.) It costs next to
-    nothing, so it is done for each token. Where a constraint leaves no choice, that is the guess.
+    (Prompt lookup decoding: github.com/apoorvumang/prompt-lookup-decoding.) It costs almost
+    nothing, so it is done for each token. Where a constraint leaves one continuation, it proposes
+    that.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        super().__init__(pace)
+    def __init__(self, length: DraftLength) -> None:
+        super().__init__(length)
         self._texts: Dict[Tuple[int, int], _Text] = {}
 
-    def guess(self, batch: List[Row]) -> List[List[int]]:
+    def propose(self, batch: List[Row]) -> List[List[int]]:
         if parallel.rank() == 0:
-            self._guesses = [self._of(row) for row in batch]
-            self._width = self._pace.width(self._guesses)
-        found = [guess.tokens[: self._width] for guess in self._guesses] or [[] for _ in batch]
-        return self._looked_at(parallel.share_lists(found, MOST))
+            self._proposals = [self._of(row) for row in batch]
+            n = self._length.choose(self._proposals)
+            found = [proposal.tokens[:n] for proposal in self._proposals]
+        else:
+            found = [[] for _ in batch]
+        return self._begin_pass(parallel.share_lists(found, MAX_DRAFT))
 
-    def _of(self, row: Row) -> Guess:
+    def _of(self, row: Row) -> Proposal:
         key = row.index, row.sample
         if key not in self._texts:
             self._texts[key] = _Text(row.prompt)
         text = self._texts[key]
         text.extend(row.answer[len(text.ids) - len(row.prompt) :])
         if row.constraint is not None:
-            forced = row.constraint.forced()[: _room(row)]
+            forced = row.constraint.forced()[: _max_draft(row)]
             if forced:
-                return Guess(forced, ["forced"] * len(forced))
-        match, tokens = text.find(_room(row))
+                return Proposal(forced, ["forced"] * len(forced))
+        match, tokens = text.find(_max_draft(row))
         tokens = _allowed(row, tokens)
-        return Guess(tokens, [min(match + i, LONGEST) for i in range(len(tokens))])
+        return Proposal(tokens, [min(match + i, MAX_MATCH) for i in range(len(tokens))])
 
 
-LONGEST = 16  # tokens that a match is compared over
-PLACES = 16  # at which one is looked for, the latest first
+MAX_MATCH = 16  # tokens compared; longer matches count the same
+MAX_PLACES = 16  # occurrences compared, the latest first
 
 
 class _Text:
-    """A text, and where in it each pair of tokens stands."""
+    """A row's tokens, with an index of where each pair of them occurs."""
 
     def __init__(self, ids: Sequence[int]):
         self.ids: List[int] = []
@@ -213,51 +212,51 @@ class _Text:
             self.ids.append(token)
 
     def find(self, most: int) -> Tuple[int, List[int]]:
-        """The length of the longest match with the text's end, and what comes after it there."""
+        """The length of the longest earlier match of the text's end, and the tokens after it."""
         ids, end = self.ids, len(self.ids)
         best, at = 0, 0
-        for place in self._after[ids[-2], ids[-1]][-2 : -2 - PLACES : -1] if end > 1 else ():
+        for place in self._after[ids[-2], ids[-1]][-2 : -2 - MAX_PLACES : -1] if end > 1 else ():
             match = 2
-            while match < min(LONGEST, place) and ids[place - match - 1] == ids[end - match - 1]:
+            while match < min(MAX_MATCH, place) and ids[place - match - 1] == ids[end - match - 1]:
                 match += 1
             if match > best:
                 best, at = match, place
         if not best:
             return 0, []
-        # Where the match overlaps with the end, the text goes round in circles.
+        # Where the match reaches the end, it repeats itself.
         return best, [ids[at + i % (end - at)] for i in range(max(most, 0))]
 
 
-class Draft(_Timed):
-    """Guesses by a smaller model with the same vocabulary.
+class DraftModel(_Timed):
+    """Proposes what a smaller model with the same vocabulary generates.
 
-    Its own cache follows the rows: it takes in what was drawn since it was last asked, and forgets
-    what was guessed and not drawn.
+    Its cache follows the rows': it prefills the tokens sampled since its last call, and truncates
+    draft tokens that were rejected.
     """
 
-    def __init__(self, model: Transformer, pace: Pace):
-        super().__init__(pace)
+    def __init__(self, model: Transformer, length: DraftLength):
+        super().__init__(length)
         self._model = model
         self._rows: List[Row] = []
 
-    def guess(self, batch: List[Row]) -> List[List[int]]:
-        rooms = [_room(row) for row in batch]
-        possible = [Guess([], ["draft"] * room) for room in rooms]
-        [[width]] = parallel.share_lists([[self._pace.width_or_trial(possible)]], 1)
-        found = self._draft(batch, width) if width > 0 else [[] for _ in batch]
-        found = [ids[: max(room, 0)] for ids, room in zip(found, rooms, strict=True)]
+    def propose(self, batch: List[Row]) -> List[List[int]]:
+        limits = [_max_draft(row) for row in batch]
+        possible = [Proposal([], ["draft"] * limit) for limit in limits]
+        [[length]] = parallel.share_lists([[self._length.choose_or_probe(possible)]], 1)
+        found = self._draft(batch, length) if length > 0 else [[] for _ in batch]
+        found = [ids[: max(limit, 0)] for ids, limit in zip(found, limits, strict=True)]
         if parallel.rank() == 0:
             found = [_allowed(row, ids) for row, ids in zip(batch, found, strict=True)]
-        found = parallel.share_lists(found, MOST)
-        self._guesses = [Guess(ids, ["draft"] * len(ids)) for ids in found]
-        return self._looked_at(found)
+        found = parallel.share_lists(found, MAX_DRAFT)
+        self._proposals = [Proposal(ids, ["draft"] * len(ids)) for ids in found]
+        return self._begin_pass(found)
 
-    def _draft(self, batch: List[Row], width: int) -> List[List[int]]:
+    def _draft(self, batch: List[Row], length: int) -> List[List[int]]:
         texts = [[*row.prompt, *row.answer] for row in batch]
         began = time.perf_counter()
         if not self._rows:
-            room = max(row.max_len for row in batch) + MOST
-            self._cache, self._rows = self._model.new_cache(len(batch), room), batch
+            max_len = max(row.max_len for row in batch) + MAX_DRAFT
+            self._cache, self._rows = self._model.new_cache(len(batch), max_len), batch
         elif len(batch) < len(self._rows):
             staying = {id(row) for row in batch}
             self._cache.keep([i for i, row in enumerate(self._rows) if id(row) in staying])
@@ -265,36 +264,35 @@ class Draft(_Timed):
         cached = zip(self._cache.lengths, texts, strict=True)
         self._cache.truncate([min(length, len(text) - 1) for length, text in cached])
         h, _ = prefill(self._model, texts, self._cache)
-        guesses: List[List[int]] = [[] for _ in batch]
-        for i in range(width):
-            tokens = self._draw(self._model.logits(h), batch, guesses)
-            for guess, token in zip(guesses, tokens, strict=True):
-                guess.append(token)
-            if i < width - 1:
+        drafts: List[List[int]] = [[] for _ in batch]
+        for i in range(length):
+            tokens = self._sample(self._model.logits(h), batch, drafts)
+            for draft, token in zip(drafts, tokens, strict=True):
+                draft.append(token)
+            if i < length - 1:
                 fed = torch.tensor(tokens, device=h.device)[:, None]
                 h = self._model.hidden(fed, self._cache.lengths, self._cache)[:, -1]
-        took = (time.perf_counter() - began) / width
-        pace = self._pace
-        pace.drafting = took if not pace.drafting else 0.75 * pace.drafting + 0.25 * took
-        return guesses
+        took, old = (time.perf_counter() - began) / length, self._length.drafting
+        self._length.drafting = took if not old else 0.75 * old + 0.25 * took
+        return drafts
 
-    def _draw(self, logits: torch.Tensor, batch: List[Row], guesses: List[List[int]]) -> List[int]:
-        """A token for each row, as the row will draw its own."""
+    def _sample(self, logits: torch.Tensor, batch: List[Row], drafts: List[List[int]]) -> List[int]:
+        """A token for each row, sampled as the row will sample its own."""
         found: List[List[int]] = [[] for _ in batch]
         if parallel.rank() == 0:
             likeliest = logits.argmax(-1).tolist()
-            for i, (row, guess) in enumerate(zip(batch, guesses, strict=True)):
-                answer = [*row.answer, *guess]
+            for i, (row, draft) in enumerate(zip(batch, drafts, strict=True)):
+                answer = [*row.answer, *draft]
                 found[i] = [
                     likeliest[i]
                     if row.is_argmax
-                    else draw(logits[i], row.params, row.prompt, answer, row.numbers)
+                    else sample_token(logits[i], row.params, row.prompt, answer, row.numbers)
                 ]
         return [ids[0] for ids in parallel.share_lists(found, 1)]
 
 
 class Speculators:
-    """A model's ways to guess, and what was learned of each.
+    """Makes a model's speculators, and keeps what they learn between calls.
 
     Args:
         draft: a smaller model, or None.
@@ -302,12 +300,12 @@ class Speculators:
 
     def __init__(self, model: Transformer, draft: Optional[Transformer]):
         self._draft = draft
-        # Of a backend that promises it: passes of so many tokens give the bits of single tokens.
+        # Backends may state up to how many tokens a pass is bit-identical to single tokens.
         exact_tokens = getattr(model, "exact_tokens", None)
-        self._paces = {name: Pace(exact_tokens) for name in ("lookup", "draft")}
+        self._lengths = {name: DraftLength(exact_tokens) for name in ("lookup", "draft")}
 
     def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
-        """The speculator of that name, for one call; by default the draft, if there is one.
+        """The speculator of that name, for one call; by default "draft" if there is a draft model.
 
         Raises:
             ValueError: another name, or "draft" without a draft model.
@@ -317,9 +315,9 @@ class Speculators:
         if speculate not in ("off", "lookup", "draft"):
             raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
         if speculate == "lookup":
-            return Lookup(self._paces["lookup"])
+            return PromptLookup(self._lengths["lookup"])
         if speculate == "draft" and self._draft is None:
             raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
         if self._draft is None or speculate == "off":
             return None
-        return Draft(self._draft, self._paces["draft"])
+        return DraftModel(self._draft, self._lengths["draft"])

@@ -1,17 +1,16 @@
-"""Where a text stops: at the first of some strings, of which a stream shows nothing."""
+"""Stop strings: end a stream of text before the first of them."""
 
 from typing import Sequence
 
 
 class StopStrings:
-    """Passes a text on as it comes, up to the first stop string.
+    """Passes on pieces of text up to the first stop string, holding back what may become one.
 
-    The first is the one that ends first, and of those that end together the longest. So where a
-    text is cut doesn't depend on the pieces in which it came. What may yet become a stop string is
-    held back.
+    The first is the one that ends first; of those that end at the same place, the longest. So where
+    a text is cut doesn't depend on how it is split into pieces.
 
     Attributes:
-        stopped: whether one was found; nothing is passed on any more.
+        stopped: whether one was found; nothing more is passed on then.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -22,7 +21,7 @@ class StopStrings:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """What can be shown, now that this came."""
+        """Add a piece; returns the text that can be passed on."""
         if self.stopped:
             return ""
         self._held += text
@@ -37,12 +36,12 @@ class StopStrings:
         return shown
 
     def finish(self) -> str:
-        """What was held back, now that no more will come."""
+        """The text held back, once no more comes."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text that is a beginning, and not all, of the stop."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

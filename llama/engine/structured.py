@@ -1,17 +1,19 @@
-"""Answers of a given form: which tokens may come next, so that the text fits a schema or grammar.
+"""Structured outputs: constrains sampling to the tokens that keep a text within a schema or
+grammar.
 
 A response format is a dict, of one of these types:
 
     {"type": "json_object"}                              any JSON object
-    {"type": "json_schema", "json_schema": {"schema": {...}}}   OpenAI's spelling; what else is
-        in the inner dict ("name", "strict", "description") changes nothing
+    {"type": "json_schema", "json_schema": {"schema": {...}}}   OpenAI's spelling; other keys of the
+        inner dict ("name", "strict", "description") are ignored
     {"type": "json_schema", "schema": {...}}             the same
-    {"type": "regex", "regex": "..."}                    a text that all of the expression matches
+    {"type": "regex", "regex": "..."}                    a text that matches it as a whole
     {"type": "choice", "choice": ["yes", "no"]}          one of these texts
-    {"type": "grammar", "grammar": "start: ..."}         a grammar as Lark writes it
+    {"type": "grammar", "grammar": "start: ..."}         a grammar in Lark's syntax
 
 JSON is written as json.dumps does, ensure_ascii=False: ", " and ": ", no other white space, the
-properties in the schema's order. llguidance does the parsing; what it can't do is an error.
+properties in the schema's order. llguidance follows the grammar; what it doesn't support is an
+error.
 """
 
 import json
@@ -32,13 +34,13 @@ _JSON = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
-    # Without u: with it, a name could be spelled so that it passes for another one.
+    # No \u escapes: a property's name could be spelled in other ways, and so occur twice.
     "json_allowed_escapes": '"\\bfnrt',
 }
 _CACHED = 64  # compiled formats
 
-# Keywords by what they hold. llguidance knows more, passes over those it doesn't know, and takes
-# options from "x-guidance"; so all others are refused here.
+# The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
+# The rest is refused, since llguidance ignores unknown ones and takes options from "x-guidance".
 _ONE = {"additionalProperties", "items"}
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}
@@ -50,11 +52,11 @@ _VALUES = {
 }  # fmt: skip
 
 
-class Structures:
-    """What it takes to constrain a tokenizer's ids. Made once: it sorts the whole vocabulary.
+class GrammarCompiler:
+    """Compiles response formats for a tokenizer. Make one per model: it indexes the vocabulary.
 
     Args:
-        vocab_size: length of the model's logits. Ids that the tokenizer doesn't have never come.
+        vocab_size: length of the model's logits. Ids that the tokenizer lacks are never allowed.
 
     Raises:
         ValueError: llguidance isn't installed.
@@ -72,23 +74,23 @@ class Structures:
         texts = [b"" if i in special else tokenizer.decode_bytes([i]) for i in range(known)]
         texts += [b""] * (vocab_size - known)  # a token without bytes is never allowed
         self.ordinary = np.array([len(text) > 0 for text in texts], dtype=bool)
-        # At the beginning of a text SentencePiece's tokens say nothing of their first space. There,
-        # further ids, beyond the model's, stand for what they say then.
+        # At the beginning of a text, SentencePiece drops the space that a token begins with. Extra
+        # ids, beyond the model's, stand for such tokens without it.
         starts = tokenizer._codec.word_starts
         self.starts = np.array(sorted(i for i in starts if i < known), dtype=np.int64)
         self.at_start = {int(i): vocab_size + n for n, i in enumerate(self.starts)}
         self.blank = np.array([i for i in self.starts if len(texts[i]) == 1], dtype=np.int64)
         texts += [texts[i][1:] for i in self.starts]
-        # The end has an id of its own, since a row's stop tokens are its own.
+        # An extra id for the end of the text, since stop tokens differ between rows.
         wrapped = llguidance.TokenizerWrapper(_Vocabulary(self, [*texts, b"<end>"]))
         self.trie: Any = llguidance.LLTokenizer(wrapped)
         self._compiled: Dict[str, Any] = {}
 
     def constraint(self, response_format: ResponseFormat, stop_tokens: Set[int]) -> "Constraint":
-        """Where a row stands that is to have this form and may end with these ids.
+        """A new row's constraint, for a text of this format that ends with one of these ids.
 
         Raises:
-            ValueError: not a response format, or one that can't be kept; says which and why.
+            ValueError: not a response format, or not a supported one; says which and why.
         """
         if not stop_tokens:
             raise ValueError("response_format needs stop_tokens, one at least: they end the text")
@@ -109,33 +111,34 @@ class Structures:
 
 
 class Constraint:
-    """Where one row stands in its grammar. Made by `Structures.constraint`."""
+    """One row's state in its grammar. Made by `GrammarCompiler.constraint`."""
 
-    def __init__(self, structures: Structures, matcher: Any, stop_tokens: Set[int]):
-        self._of, self._matcher = structures, matcher
-        self._stops = frozenset(i for i in stop_tokens if 0 <= i < structures.vocab_size)
+    def __init__(self, compiler: GrammarCompiler, matcher: Any, stop_tokens: Set[int]):
+        self._of, self._matcher = compiler, matcher
+        self._stops = frozenset(i for i in stop_tokens if 0 <= i < compiler.vocab_size)
         self._stop_ids = np.array(sorted(self._stops), dtype=np.int64)
-        self._words = np.empty((structures.trie.vocab_size + 31) // 32, dtype=np.int32)
+        self._words = np.empty((compiler.trie.vocab_size + 31) // 32, dtype=np.int32)
         self._found: Optional[np.ndarray] = None
         self._begun = self._ended = False
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (vocab_size,), with -inf for what isn't allowed, stop tokens but at an end too.
+        """Logits (vocab_size,), with -inf for tokens that aren't allowed next. Stop tokens are
+        allowed where the text may end.
 
         Raises:
-            ValueError: the grammar takes too much to follow, or no token can go on.
+            ValueError: the grammar exceeds llguidance's limits, or allows no token.
         """
         allowed = self._allowed().copy()
         ends = self._matcher.is_accepting() or self._ended
         if self._matcher.is_error() or not (ends or allowed.any()):
-            why = _reason(self._matcher.get_error()) or "no token can go on from here"
+            why = _reason(self._matcher.get_error()) or "no token can follow here"
             raise ValueError(f"response_format: {why}; simplify it")
         allowed[self._stop_ids] = ends
         banned = torch.from_numpy(~allowed).to(logits.device)
         return logits.masked_fill(banned, -torch.inf)
 
     def allows(self, token: int) -> bool:
-        """Whether a token may come next: what `mask` says of it, without the mask."""
+        """Whether a token may come next: as `mask` has it, without computing the mask."""
         if self._ended:
             return False
         if token in self._stops:
@@ -148,7 +151,7 @@ class Constraint:
         return self._follows(self._matcher, forced, token)
 
     def accept(self, token: int) -> None:
-        """Go on by a token that was drawn; a stop token ends the text."""
+        """Advance by a sampled token; a stop token ends the text."""
         assert self.allows(token), f"token {token} isn't allowed here"
         if token in self._stops:
             self._ended = True
@@ -160,16 +163,16 @@ class Constraint:
     @property
     def finished(self) -> bool:
         """Whether the text is complete: nothing but a stop token can follow."""
-        # The library itself sometimes notices only as it looks for the tokens that can follow.
+        # llguidance sometimes notices only when it computes the mask.
         return self._ended or (self._matcher.is_accepting() and not self._allowed().any())
 
     def forced(self) -> List[int]:
-        """Tokens that spell what must follow; often none."""
+        """The tokens of the only text that can follow; often none."""
         ids = [] if self._ended else self._spelled(self._matcher, self._begun)
         return ids[: self.valid(ids)]
 
     def valid(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, could follow one after another."""
+        """How many of these tokens, from the first on, are allowed one after another."""
         if self._ended or not len(tokens):
             return 0
         ahead, begun = self._matcher, self._begun
@@ -193,11 +196,11 @@ class Constraint:
 
     @staticmethod
     def _follows(matcher: Any, forced: List[int], token: int) -> bool:
-        """What the matcher's mask says of an ordinary token: of forced text, one spelling only."""
+        """Whether an ordinary token is allowed; where text is forced, in one tokenization only."""
         return (not forced or forced[0] == token) and matcher.validate_tokens([token]) == 1
 
     def _spelled(self, matcher: Any, begun: bool) -> List[int]:
-        """What must follow in the tokenizer's own spelling, the only one that a mask allows."""
+        """The forced text's tokens, as the tokenizer encodes it: masks allow no other."""
         ids: List[int] = matcher.compute_ff_tokens()
         if not ids or begun or not self._of.at_start:
             return ids
@@ -207,7 +210,7 @@ class Constraint:
         return own if own and texts[0].removeprefix(b" ") == texts[1] else ids
 
     def _ids(self, token: int, begun: bool) -> List[int]:
-        """The library's ids for a token: none for one that says nothing at the beginning."""
+        """llguidance's ids for a token: none for a lone space at the beginning."""
         if begun:
             return [token]
         return [] if token in self._of.blank else [self._of.at_start.get(token, token)]
@@ -220,7 +223,7 @@ class Constraint:
         if self._found is None:
             self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
             bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(bool)
-            # Lark can name ids: no control token even so.
+            # Lark's syntax can name ids; control tokens are ruled out all the same.
             self._found = bits[:size] & self._of.ordinary
             if self._of.at_start and not self._begun:
                 forced = self._spelled(self._matcher, False)
@@ -234,17 +237,17 @@ class Constraint:
 
 
 class _Vocabulary:
-    """A vocabulary as llguidance takes it."""
+    """A vocabulary in llguidance's interface."""
 
     bos_token_id = None
 
-    def __init__(self, structures: Structures, tokens: List[bytes]):
+    def __init__(self, compiler: GrammarCompiler, tokens: List[bytes]):
         self.tokens, self.eos_token_id = tokens, len(tokens) - 1
         self.special_token_ids = [self.eos_token_id]
-        self._tokenizer, self._prefixed = structures.tokenizer, bool(structures.at_start)
+        self._tokenizer, self._prefixed = compiler.tokenizer, bool(compiler.at_start)
 
     def __call__(self, text: str | bytes) -> List[int]:
-        """The tokenizer's ids of text that goes on from other text."""
+        """The tokenizer's ids of text that continues other text."""
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         if not self._prefixed:
             return self._tokenizer.encode(text, bos=False, eos=False)
@@ -256,11 +259,11 @@ class _Vocabulary:
 def call_format(
     tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
 ) -> Any:
-    """The format of a call of any of the tools ("required"), or of the one of that name; for "auto"
-    what the options say, which may be one for each prompt or none.
+    """The response format of a call of any tool ("required") or of the named one; for "auto" that
+    of the options, if any.
 
     Raises:
-        ValueError: no such tool, or one without a schema; another format among the options.
+        ValueError: no such tool, or one without a schema; the options have a response format too.
     """
     given = options.get("response_format")
     if tool_choice == "auto":
@@ -283,7 +286,7 @@ def call_format(
 def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
     """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
 
-    A tool whose schema doesn't say otherwise takes the parameters it names and no others.
+    Unless its schema says otherwise, a tool takes no parameters but those it names.
 
     Args:
         schemas: as `llama.text.tools.split_tools` returns them.
@@ -304,7 +307,7 @@ def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
 
 
 def _check(format_: Dict[str, Any]) -> str:
-    """The type of a response format that is well formed but for its schema or grammar."""
+    """Check a response format, except its schema or grammar; returns its type."""
     kind = format_.get("type")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"response_format has the type {kind!r}: it is one of {', '.join(_KEYS)}")
@@ -325,19 +328,19 @@ def _check(format_: Dict[str, Any]) -> str:
     if key == "choice":
         wrong = wrong or not value or not all(isinstance(one, str) for one in value)
     if wrong:
-        _refuse(kind, f"its {key!r} is to be {said}, not {value!r}")
+        _refuse(kind, f"its {key!r} must be {said}, not {value!r}")
     return kind
 
 
 def _grammar(library: Any, format_: Dict[str, Any]) -> str:
-    """The library's grammar of a response format that was checked."""
+    """llguidance's grammar of a response format that was checked."""
     kind = format_["type"]
     if kind == "regex":
         return library.grammar_from_regex(format_["regex"])
     if kind == "grammar":
         return library.grammar_from_lark(format_["grammar"])
     if kind == "choice":
-        # A single terminal, so that one choice may begin with another.
+        # A single terminal, so that one choice may be a prefix of another.
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in format_["choice"])
         return library.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     schema = _plain_schema(format_.get("schema", {"type": "object"}), f"response_format {kind}")
@@ -345,7 +348,7 @@ def _grammar(library: Any, format_: Dict[str, Any]) -> str:
 
 
 def _plain_schema(schema: Any, where: str, base: str = "#") -> Any:
-    """A copy that says in llguidance's keywords what this one does, as it stands at a pointer."""
+    """A copy in llguidance's keywords, whose references are relative to the pointer `base`."""
     if not isinstance(schema, dict):
         return schema
     unknown = schema.keys() - _ONE - _LISTS - _NAMED - _VALUES - {"nullable"}
@@ -353,11 +356,11 @@ def _plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
     required, least = schema.get("required", []), schema.get("minProperties", 0)
     if isinstance(required, list) and isinstance(least, int) and least > len(required):
-        # A name may come twice among those that aren't listed.
+        # Names that aren't listed may occur twice.
         raise ValueError(f"{where}: minProperties isn't supported beyond the required ones")
     names = [schema.get("enum"), schema.get("const"), [*schema.get("properties", ())]]
     texts = json.dumps(names, ensure_ascii=False).replace("\\\\", "")
-    if "\\u" in texts or "\x7f" in texts:  # llguidance would leave them out
+    if "\\u" in texts or "\x7f" in texts:  # llguidance would drop them
         raise ValueError(f"{where}: a name, const or enum has a control character: take it out")
 
     def plain(value: Any) -> Any:
@@ -382,7 +385,7 @@ def _plain_schema(schema: Any, where: str, base: str = "#") -> Any:
 
 
 def _reason(error: str) -> str:
-    """What of a message of llguidance says what is wrong; the rest shows where."""
+    """The part of llguidance's error message that says what is wrong; the rest shows where."""
     inner = re.search(r"^error: (.*)$", error, re.MULTILINE)
     return inner[1] if inner else error.split("\n")[0]
 

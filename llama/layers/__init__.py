@@ -1,1 +1,1 @@
-"""What the network stands on: tensor parallelism and the key/value cache."""
+"""What the network is built from: tensor parallelism, the key/value cache, token id checks."""

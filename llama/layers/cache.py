@@ -1,4 +1,4 @@
-"""The key/value cache: what attention remembers. It belongs to the caller, not to the model."""
+"""The key/value cache. It belongs to the caller, not to the model."""
 
 import copy
 import math
@@ -7,15 +7,15 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 import torch
 
-BLOCK = 256  # positions by which a cache grows
-PASS = 4096  # tokens that go through the model at a time: what activations take is bounded by that
+GROWTH = 256  # positions by which a cache grows
+PASS = 4096  # tokens per forward pass at most, which bounds the memory of activations
 
 
 def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that, on the CPU, take memory only as they are written to.
+    """Zeros that, on the CPU, take memory only where they have been written to.
 
-    torch.zeros writes each page; numpy's come from calloc, where the operating system hands out a
-    zeroed page at its first use. So a long cache costs what is used of it.
+    torch.zeros writes to each page; numpy calls calloc, whose pages the operating system maps on
+    first use. So a long cache takes memory only for the positions in use.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -24,12 +24,12 @@ def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class KVCache:
-    """Keys and values of every layer, for rows that may stand at different lengths.
+    """Keys and values of every layer, for rows (sequences of a batch) of different lengths.
 
-    `k` and `v` have the shape (n_layers, rows, n_kv_heads, room, head_dim), with the key/value
-    heads of this rank; the room grows by blocks of positions, up to max_len. Entries at and beyond
-    `lengths[row]` are never attended to, so forgetting is a change of that number and nothing is
-    ever cleared. They start as zeros because a masked NaN is still a NaN.
+    `k` and `v` have the shape (n_layers, rows, n_kv_heads, capacity, head_dim), with the key/value
+    heads of this rank; the capacity grows by GROWTH positions, up to max_len. Entries at and beyond
+    `lengths[row]` are never attended to, so truncating only changes that number. They are zeros at
+    first, since a masked NaN would still give NaN.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class KVCache:
         device: torch.device,
     ):
         self.max_len = max_len
-        shape = (n_layers, rows, n_kv_heads, min(BLOCK, max_len), head_dim)
+        shape = (n_layers, rows, n_kv_heads, min(GROWTH, max_len), head_dim)
         self.k = _zeros(shape, dtype, device)
         self.v = _zeros(shape, dtype, device)
         self.lengths: List[int] = [0] * rows
 
     @property
     def _parts(self) -> Dict[str, torch.Tensor]:
-        """What is stored, each (n_layers, rows, n_kv_heads, positions, something)."""
+        """The stored tensors, each (n_layers, rows, n_kv_heads, capacity, ...)."""
         return {"k": self.k, "v": self.v}
 
     @property
@@ -63,33 +63,33 @@ class KVCache:
         return sum(part.nbytes for part in self._parts.values())
 
     def extend(self, starts: Sequence[int], n: int) -> None:
-        """Announce that n new positions follow from `starts` (one per row); sets the lengths.
+        """Make space for n new positions from `starts` on (one per row), and set the lengths.
 
         Raises:
-            ValueError: more than fits, or a start behind which positions would be missing.
+            ValueError: positions beyond max_len, or a start that would leave a gap.
         """
         for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
             if not 0 <= start <= length:
                 raise ValueError(
                     f"start_pos {start} of row {row}: the cache holds {length} positions, "
-                    f"so it can go on from 0 to {length}"
+                    f"so it can continue from 0 to {length}"
                 )
             if start + n > self.max_len:
                 raise ValueError(
-                    f"row {row} would reach {start + n} positions and the cache has room for "
+                    f"row {row} would reach {start + n} positions and the cache has space for "
                     f"{self.max_len}: make a longer cache or shorten the input"
                 )
         self.reserve(max(starts) + n)
         self.lengths = [start + n for start in starts]
 
     def reserve(self, n: int) -> None:
-        """Make room for n positions in each row, in whole blocks."""
+        """Grow the capacity to n positions per row, rounded up to a multiple of GROWTH."""
         if n <= self.k.shape[3]:
             return
-        used = max(self.lengths)  # no more is copied: what isn't written to takes no memory
-        room = min(-(-n // BLOCK) * BLOCK, self.max_len)
+        used = max(self.lengths)  # only these are copied: pages never written to take no memory
+        capacity = min(-(-n // GROWTH) * GROWTH, self.max_len)
         for name, small in self._parts.items():
-            shape = (small.shape[0], self.rows, small.shape[2], room, small.shape[4])
+            shape = (small.shape[0], self.rows, small.shape[2], capacity, small.shape[4])
             large = _zeros(shape, small.dtype, small.device)
             large[:, :, :, :used] = small[:, : self.rows, :, :used]
             setattr(self, name, large)
@@ -97,10 +97,10 @@ class KVCache:
     def update(
         self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values and return all that the layer has so far.
+        """Store a layer's new keys and values; return all those of the layer.
 
         Args:
-            positions: (1, T) where all rows stand alike, else (rows, T).
+            positions: (1, T) if all rows have the same positions, else (rows, T).
             k, v: (rows, T, n_kv_heads, head_dim).
 
         Returns:
@@ -121,24 +121,24 @@ class KVCache:
             into[row, :, positions] = new
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forget everything at and beyond the given lengths (one for all rows, or one each).
+        """Drop the entries at and beyond the given lengths (one for all rows, or one each).
 
         Raises:
-            ValueError: a length that the row doesn't have.
+            ValueError: a row is shorter than that.
         """
         if isinstance(lengths, int):
             lengths = [lengths] * self.rows
         for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
             if not 0 <= new <= old:
-                raise ValueError(f"row {row} holds {old} positions and can't be cut to {new}")
+                raise ValueError(f"row {row} holds {old} positions: it can't be truncated to {new}")
         self.lengths = list(lengths)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all entries."""
         self.truncate(0)
 
     def part(self, start: int, stop: int) -> "KVCache":
-        """Some neighbouring rows as a cache of their own, in the same memory, with own lengths."""
+        """A view of rows start to stop as a cache: it shares their memory, not their lengths."""
         part = copy.copy(self)
         for name, whole in self._parts.items():
             setattr(part, name, whole[:, start:stop])
@@ -146,7 +146,7 @@ class KVCache:
         return part
 
     def spread(self, sources: Sequence[int]) -> None:
-        """Copy rows: row i becomes what row sources[i] was; ascending, none beyond its own i."""
+        """Copy row sources[i] to row i, for all i; sources ascend, with sources[i] <= i."""
         lengths = [self.lengths[source] for source in sources]
         for new in reversed(range(len(sources))):
             old, n = sources[new], lengths[new]
@@ -156,21 +156,21 @@ class KVCache:
         self.lengths = lengths
 
     def gather(self, sources: Sequence[int]) -> None:
-        """Copy rows in any order: row i becomes what row sources[i] was."""
+        """Copy row sources[i] to row i, for all i, in any order."""
         n = max(self.lengths)
         for part in self._parts.values():
             part[:, : len(sources), :, :n] = part[:, list(sources), :, :n]
         self.lengths = [self.lengths[source] for source in sources]
 
     def read(self, row: int, start: int, stop: int) -> Dict[str, torch.Tensor]:
-        """A copy of what a row holds there: by name, (n_layers, n_kv_heads, stop - start, ...)."""
+        """A copy of a row's positions start to stop, by name: (n_layers, n_kv_heads, n, ...)."""
         return {name: part[:, row, :, start:stop].clone() for name, part in self._parts.items()}
 
     def write(self, row: int, parts: Dict[str, torch.Tensor]) -> None:
-        """Go on with what `read` found elsewhere. The room is to be there (`reserve`).
+        """Append what `read` returned to a row. Call `reserve` before.
 
         Raises:
-            ValueError: a cache of another kind or for another number of heads.
+            ValueError: it was read from a cache of another type or dtype.
         """
         n, start = parts["k"].shape[2], self.lengths[row]
         for name, whole in self._parts.items():
@@ -180,7 +180,7 @@ class KVCache:
         self.lengths[row] = start + n
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but the given ones (ascending), which move up to take their places."""
+        """Keep only the given rows (ascending), which become rows 0, 1, ..."""
         for new, old in enumerate(rows):
             if new != old:
                 n = self.lengths[old]
@@ -190,9 +190,9 @@ class KVCache:
 
 
 class Int8KVCache(KVCache):
-    """Keys and values as bytes, each row of head_dim with a scale of its own: half of bf16.
+    """Keys and values as int8, with one fp32 scale per head and position: half the memory of bf16.
 
-    What `update` returns is made dense for the layer that asks, in the dtype of its keys.
+    `update` dequantizes a layer's, to the dtype of the new keys.
     """
 
     def __init__(

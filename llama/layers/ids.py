@@ -1,7 +1,7 @@
 """Token ids that come from outside: checked against the vocabulary, and padded into tensors.
 
-An embedding split over ranks gives zeros for an id that it doesn't know, without an error: a wrong
-tokenizer, or padding with -1, would pass unnoticed.
+An embedding that is sharded over ranks returns zeros for ids outside of the vocabulary, without an
+error: a wrong tokenizer, or padding with -1, would pass unnoticed.
 """
 
 from typing import Sequence
@@ -10,11 +10,8 @@ import torch
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str = "prompt") -> None:
-    """Raises ValueError for an id outside of the vocabulary, by row, id and limit.
-
-    Args:
-        what: a row is called.
-    """
+    """Raises ValueError for an id outside of the vocabulary; `what` is the message's word for a
+    row."""
     for row, ids in enumerate(rows):
         for wrong in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= wrong < vocab_size:
@@ -22,7 +19,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str = "promp
 
 
 def check_token_tensor(tokens: torch.Tensor, vocab_size: int, what: str = "row") -> None:
-    """`check_ids` for a tensor (B, T). On a GPU it waits for all that is queued there."""
+    """`check_ids` for a tensor (B, T). It synchronizes with a GPU."""
     if not tokens.numel():
         return
     low, high = torch.stack(torch.aminmax(tokens)).tolist()
@@ -36,6 +33,6 @@ def _outside(what: str, row: int, id: int, vocab_size: int) -> ValueError:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Rows of ids as a tensor (B, T), the shorter ones with zeros behind them."""
+    """Rows of ids as a tensor (B, T), padded with zeros on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows]).to(device)

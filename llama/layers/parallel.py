@@ -1,8 +1,7 @@
-"""Ranks: the process group, with or without a launcher, and what each rank holds.
+"""Tensor parallelism: process groups, with or without a launcher, and how weights are sharded.
 
-The network itself (`model.py`) is written against fairscale's model-parallel layers. This
-file starts what those layers need, answers which part of a weight belongs to which rank, and
-carries rank 0's decisions to the others.
+The network (`model.py`) uses fairscale's model-parallel layers. This module initializes the groups
+that they need, computes which part of a weight a rank holds, and broadcasts rank 0's decisions.
 """
 
 import atexit
@@ -18,9 +17,9 @@ from fairscale.nn.model_parallel import initialize as fs_init
 
 
 def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
-    """The device that this process computes on: the one asked for, else CUDA, MPS, CPU.
+    """This process's device: the given one, else the first available of CUDA, MPS and CPU.
 
-    Under a launcher each process takes the GPU of its local rank. MPS serves one process only.
+    Under a launcher, the GPU of its local rank. MPS is for a single process.
 
     Raises:
         ValueError: a GPU that this machine doesn't have.
@@ -39,7 +38,7 @@ def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"{device} was asked for and this machine has {torch.cuda.device_count()} GPUs: "
+                f"{device} was requested and this machine has {torch.cuda.device_count()} GPUs: "
                 "start at most one process per GPU, or pass device='cpu'"
             )
         torch.cuda.set_device(device)
@@ -57,7 +56,7 @@ _DTYPES = {
 
 
 def pick_dtype(dtype: Optional[str | torch.dtype], device: torch.device) -> torch.dtype:
-    """The dtype asked for, else bf16 where the hardware computes in it, else fp32.
+    """The given dtype, else bf16 where the hardware supports it, else fp32.
 
     Raises:
         ValueError: a name that isn't one of bf16, fp16 and fp32 or their long forms.
@@ -82,15 +81,15 @@ def initialize(
     device: Optional[str | torch.device] = None,
     timeout: float = 1800.0,
 ) -> torch.device:
-    """Start the process group and fairscale's model-parallel groups; return the device.
+    """Initialize the process group and fairscale's model-parallel groups; return the device.
 
     Works in a plain Python process or notebook (one rank, no environment variables) and under
-    torchrun. NCCL carries CUDA tensors, gloo everything else (bf16 included). Calling it again
-    is harmless; a process can't change its model-parallel size.
+    torchrun. The backend is NCCL for CUDA, gloo otherwise (bf16 included). Further calls have no
+    effect; a process can't change its model-parallel size.
 
     Args:
         model_parallel_size: ranks that share one copy of the model; all of them by default.
-        timeout: seconds after which a collective whose peers don't answer raises.
+        timeout: seconds that a collective waits for the other ranks.
 
     Raises:
         ValueError: a size that the number of processes doesn't allow.
@@ -120,8 +119,7 @@ def initialize(
                 f"{fs_init.get_model_parallel_world_size()}: use that, or a new process"
             )
     else:
-        # fairscale announces its groups with print(); shadow that name in its module, and only
-        # there, so that the process's stdout stays the user's.
+        # fairscale print()s its groups. Shadow the name in its module alone: stdout is the user's.
         fs_init.print = lambda *_: None  # type: ignore[attr-defined]
         try:
             fs_init.initialize_model_parallel(size)
@@ -133,16 +131,16 @@ def initialize(
 
 
 def ensure_initialized(device: Optional[str | torch.device] = None) -> None:
-    """Start what isn't there yet, for a network that is built without `Llama.build`."""
+    """Initialize the groups unless they are: for a network that is built without `Llama.build`."""
     if not (dist.is_initialized() and fs_init.model_parallel_is_initialized()):
         initialize(device="cpu" if device is None else device)
 
 
 def _shut_down() -> None:
-    """Leave the groups before the interpreter goes.
+    """Destroy the groups before the interpreter exits.
 
-    Groups that outlive it abort the process now and then ("terminate called without an active
-    exception"), and torchrun takes that for a failure of the whole job.
+    Otherwise the process occasionally aborts ("terminate called without an active exception"),
+    which torchrun reports as a failed job.
     """
     fs_init.destroy_model_parallel()
     if dist.is_initialized():
@@ -160,12 +158,12 @@ def rank() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the one process that talks to the user."""
+    """Whether this is the one process that prints and reads stdin."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor` with rank 0's, in place, so that all ranks go on with the same tokens."""
+    """Overwrite `tensor` with rank 0's, in place, so that all ranks continue with the same."""
     if world_size() > 1:
         dist.broadcast(
             tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
@@ -174,7 +172,7 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(obj: Any) -> Any:
-    """Rank 0's picklable object, on every rank (for instance a line that a user typed)."""
+    """Rank 0's picklable object, on every rank (for example a line of user input)."""
     box = [obj]
     if world_size() > 1:
         dist.broadcast_object_list(
@@ -190,9 +188,9 @@ def barrier() -> None:
 
 
 def share_lists(lists: List[List[int]], most: int) -> List[List[int]]:
-    """Rank 0's lists of ids (0 or more), at most so many in each, on every rank.
+    """Rank 0's lists of ids (0 or more), each of at most `most`, on every rank.
 
-    The other ranks pass as many lists, of whatever content.
+    The other ranks pass as many lists; their content is ignored.
     """
     if world_size() == 1:
         return lists
@@ -212,10 +210,8 @@ def all_gather(tensor: torch.Tensor) -> List[torch.Tensor]:
     return found
 
 
-# What shards along which axis. Pure arithmetic from here on: no process group is needed.
-
-# Column-parallel weights split their output rows, row-parallel ones their input columns; the
-# embedding splits the vocabulary. What isn't named (the norms) is whole on every rank.
+# The axis along which a weight is sharded: column-parallel ones by output rows, row-parallel ones
+# by input columns, the embedding by token ids. All others (the norms) are replicated.
 SHARD_AXIS = {
     "tok_embeddings.weight": 0,
     "attention.wq.weight": 0,
@@ -229,11 +225,11 @@ SHARD_AXIS = {
 }
 
 
-KV = ("attention.wk.weight", "attention.wv.weight")  # these split by whole heads
+KV = ("attention.wk.weight", "attention.wv.weight")  # sharded by whole heads
 
 
 def check_world(world: int, n_heads: int) -> None:
-    """Raises ValueError for a number of ranks that doesn't divide the heads."""
+    """Raises ValueError if the number of ranks doesn't divide the number of heads."""
     if world < 1 or n_heads % world:
         raise ValueError(
             f"{world} ranks can't share {n_heads} heads: use a number that divides {n_heads}"
@@ -241,22 +237,22 @@ def check_world(world: int, n_heads: int) -> None:
 
 
 def shard_axis(name: str) -> Optional[int]:
-    """The axis along which a weight (Meta's name) is split, or None."""
+    """The axis along which a weight (Meta's name) is sharded, or None."""
     return SHARD_AXIS.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
 
 
 def padded(size: int, world: int) -> int:
-    """`size` rounded up to a multiple of `world`: the last rank is filled up with zeros."""
+    """`size` rounded up to a multiple of `world`: the last ranks' shards are padded with zeros."""
     return -(-size // world) * world
 
 
 def kv_heads(rank: int, world: int, n_heads: int, n_kv_heads: int) -> List[int]:
     """The key/value heads that a rank holds.
 
-    A rank has `n_heads / world` query heads, in order, and each `n_heads / n_kv_heads` of all
-    query heads in a row share a key/value head. The rank's query heads are taken in runs of
-    the greatest common divisor of both numbers, since no such run straddles two key/value
-    heads. With world <= n_kv_heads this is a plain split, beyond it a replication.
+    A rank has `n_heads / world` consecutive query heads, and each `n_heads / n_kv_heads`
+    consecutive query heads share a key/value head. The rank's query heads are taken in runs of the
+    greatest common divisor of both numbers: all of a run share one key/value head. If
+    world <= n_kv_heads, heads are split over the ranks, otherwise replicated.
     """
     local, group = n_heads // world, n_heads // n_kv_heads
     run = math.gcd(local, group)
@@ -266,9 +262,9 @@ def kv_heads(rank: int, world: int, n_heads: int, n_kv_heads: int) -> List[int]:
 def shard_ranges(
     name: str, size: int, rank: int, world: int, n_heads: int, n_kv_heads: int
 ) -> List[Tuple[int, int]]:
-    """The ranges of the split axis (`size` long in the whole weight) that a rank holds, in order.
+    """The ranges of the sharded axis, of `size` in the whole weight, that a rank holds, in order.
 
-    Ranges end at `size`: what a rank lacks up to `padded(size, world) / world` is zeros.
+    Ranges end at `size`; the rest of a shard, up to `padded(size, world) / world`, is zeros.
     """
     if name.endswith(KV):
         head_dim = size // n_kv_heads
@@ -284,7 +280,7 @@ def shard_ranges(
 
 
 def whole(name: str, part: torch.Tensor, size: int, n_heads: int, n_kv_heads: int) -> torch.Tensor:
-    """The weight that the ranks' parts make, `size` long on its split axis, on every rank."""
+    """The whole weight, of `size` on its sharded axis, gathered from all ranks, on every rank."""
     axis, world = shard_axis(name), world_size()
     if axis is None or world == 1:
         return part
@@ -298,7 +294,7 @@ def whole(name: str, part: torch.Tensor, size: int, n_heads: int, n_kv_heads: in
 
 
 def part(name: str, weight: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
-    """This rank's part of a weight, padded with zeros where it must be: the inverse of `whole`."""
+    """This rank's shard of a whole weight, padded with zeros: the inverse of `whole`."""
     axis, world = shard_axis(name), world_size()
     if axis is None or world == 1:
         return weight
@@ -310,9 +306,9 @@ def part(name: str, weight: torch.Tensor, n_heads: int, n_kv_heads: int) -> torc
 
 
 def add_replicas(part: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
-    """This rank's part (rows of key/value heads) of the sum over the ranks that hold the same head.
+    """Sum a shard (rows of key/value heads) over the ranks that hold the same heads.
 
-    For gradients: each rank knows those that come from its own queries.
+    For gradients: each rank has those of its own queries.
     """
     world = world_size()
     heads = [kv_heads(rank, world, n_heads, n_kv_heads) for rank in range(world)]

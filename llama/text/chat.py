@@ -29,31 +29,31 @@ class _Message(TypedDict):
 
 
 class Message(_Message, total=False):
-    """What was said, and what an assistant called or a tool gave back.
+    """A message of a dialog, with the assistant's tool calls or a tool's result.
 
-    tool_calls are {"name": ..., "arguments": {...}}, with an "id" where a template asks for one.
-    OpenAI's spelling of them, {"type": "function", "function": {...}}, is read as well.
+    tool_calls are {"name": ..., "arguments": {...}}, with an "id" if the chat template needs one.
+    OpenAI's format, {"type": "function", "function": {...}}, is accepted too.
     """
 
     tool_calls: List[ToolCall]  # of the assistant
     end_of_message: bool  # of the assistant: it waits for a tool's result (Llama 3.1's <|eom_id|>)
-    name: str  # of the tool that this is the result of, for templates
-    tool_call_id: str  # of the call that this is the result of, for templates
+    name: str  # of the tool whose result this is, for templates
+    tool_call_id: str  # of the call whose result this is, for templates
 
 
 Dialog = Sequence[Message]
 
 
 class Format(Protocol):
-    """How a checkpoint wants its dialogs."""
+    """A chat format: how a checkpoint expects dialogs to be encoded."""
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
     ) -> List[int]:
-        """The dialog, and what precedes the assistant's answer.
+        """The dialog, followed by the header of the assistant's answer.
 
         Raises:
-            ValueError: what this format can't express, tools for example.
+            ValueError: something that the format can't express, tools for example.
         """
 
 
@@ -61,7 +61,7 @@ class Format(Protocol):
 
 
 def check_dialogs(dialogs: Sequence[Dialog]) -> None:
-    """Raises ValueError for what isn't a list of dialogs."""
+    """Raises ValueError unless it is a list of dialogs."""
     for i, dialog in enumerate(dialogs):
         if not isinstance(dialog, Sequence) or isinstance(dialog, str):
             raise ValueError("dialogs is one dialog: pass a list of dialogs")
@@ -69,7 +69,7 @@ def check_dialogs(dialogs: Sequence[Dialog]) -> None:
 
 
 def check_dialog(i: int, dialog: Dialog) -> None:
-    """Raises ValueError for what isn't a dialog, naming its index i and what is wrong."""
+    """Raises ValueError for a malformed dialog, with its index i and what is wrong."""
     if not dialog:
         raise ValueError(f"dialog {i} is empty: it takes at least one message")
     for message in dialog:
@@ -108,10 +108,10 @@ def _check_message(message: Any) -> None:
 
 
 def tool_calls(message: Any) -> List[ToolCall]:
-    """A message's tool calls as {"name", "arguments"} (and "id"), copied into JSON's own types.
+    """A message's tool calls as {"name", "arguments"} (and "id"), copied, of JSON types only.
 
     Raises:
-        ValueError: what is neither in this spelling nor in OpenAI's.
+        ValueError: a call that is neither in this format nor in OpenAI's.
     """
     calls = []
     for call in message.get("tool_calls") or []:
@@ -119,7 +119,7 @@ def tool_calls(message: Any) -> List[ToolCall]:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise ValueError(f"a tool call is {{'name': ..., 'arguments': {{...}}}}, not {call!r}")
         arguments = inner.get("arguments")
-        if isinstance(arguments, str):  # as OpenAI writes them
+        if isinstance(arguments, str):  # OpenAI's format
             try:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
@@ -136,7 +136,7 @@ def tool_calls(message: Any) -> List[ToolCall]:
 
 
 def content_of(message: Message) -> str:
-    """A message's text; OpenAI's spelling has None beside tool calls."""
+    """A message's text; in OpenAI's format it may be None beside tool calls."""
     return message["content"] or ""
 
 
@@ -146,7 +146,7 @@ def read_calls(message: Message, tools: Sequence[Tool]) -> Optional[str]:
     A message that calls built-in tools gets end_of_message: Llama 3.1 ends it with <|eom_id|>.
 
     Returns:
-        What is malformed about a call, which then stays text, or None.
+        None, or what is wrong with a malformed call, which is left in the text.
     """
     reply = parse_tool_calls(message["content"], tools)
     message["content"] = reply.content
@@ -164,7 +164,7 @@ class ChatFormat:
     """Llama 3's chat format: <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>.
 
     Source: Meta's `ChatFormat` (meta-llama/llama3, llama/tokenizer.py). Roles and contents are
-    encoded as ordinary text, so that the only control tokens are those put here.
+    encoded as ordinary text, so that the only control tokens are those inserted here.
     """
 
     def __init__(self, tokenizer: Encoder):
@@ -210,10 +210,10 @@ class ChatFormat:
 
 
 def warn_of_base_model(turns: "torch.Tensor", others: "torch.Tensor") -> None:
-    """Warn if the control tokens look as if they never had been in a training text.
+    """Warn if the control tokens of chats look untrained.
 
-    Base models have the same tokenizer file as those for chat, but the embeddings of the tokens
-    that only chats contain stayed as they were initialized: nearly zero, or all the same.
+    Base models share the tokenizer file of chat models, but the embeddings of tokens that occur
+    only in chats are still as initialized: nearly zero, or all the same.
 
     Args:
         turns: embeddings of such control tokens, (at least 2, dim).
@@ -236,15 +236,16 @@ CALL_FORMATS = ("json", "function_tag", "python_list")
 
 
 class Llama31Format(ChatFormat):
-    """Llama 3.1's: contents as they are, tool calls, and <|eom_id|> where the assistant waits.
+    """Llama 3.1's chat format: contents unstripped, tool calls, and <|eom_id|> at the end of a
+    message after which the assistant waits for a tool's result.
 
-    Source: Meta's `ChatFormat` (meta-llama/llama-models, llama3/chat_format.py). Without tools it
-    adds no text of its own.
+    Source: Meta's `ChatFormat` (meta-llama/llama-models, llama3/chat_format.py). Without tools no
+    text is added to the messages.
 
     Args:
         call_format: how calls in the dialog are written; Meta's ToolPromptFormat.
-        tools_in_system: tools are defined in the system message, not the first user message.
-        date: what the model is told is today, in front of tools; by default what the clock says.
+        tools_in_system: tools are defined in the system message, not in the first user message.
+        date: today's date in the tool definitions; by default the clock's.
     """
 
     def __init__(
@@ -278,8 +279,8 @@ class Llama31Format(ChatFormat):
         """The dialog with its tools, and the header of the assistant's answer.
 
         Raises:
-            ValueError: what `with_tools` or `write_call` raises, or tools with a call_format that
-                isn't the one in which their definitions ask for calls.
+            ValueError: what `with_tools` or `write_call` raises, or tools with a call_format other
+                than "json", for which their definitions ask.
         """
         if tools:
             if self.call_format != "json":
@@ -292,7 +293,7 @@ class Llama31Format(ChatFormat):
 
 
 def write_call(call: ToolCall, call_format: CallFormat) -> str:
-    """A call as Meta's `ToolUtils.encode_tool_call` writes it, unescaped quotes included.
+    """A call as Meta's `ToolUtils.encode_tool_call` writes it; quotes aren't escaped.
 
     Raises:
         ValueError: a call of a built-in tool without its query or code.
@@ -338,7 +339,7 @@ _HOW = (
 def with_tools(
     dialog: Dialog, tools: Sequence[Tool], *, in_system: bool = False, date: Optional[str] = None
 ) -> List[Message]:
-    """A new dialog that tells Llama 3.1 of its tools, in the words that it was trained on.
+    """A new dialog with definitions of the tools, in the words that Llama 3.1 was trained on.
 
     Source: Meta's page on Llama 3.1's prompt format, and the chat template of Llama-3.1-Instruct.
 
@@ -376,11 +377,11 @@ _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Llama2Format:
-    """Llama 2's: <s>[INST] user [/INST] assistant </s><s>[INST] user [/INST].
+    """Llama 2's chat format: <s>[INST] user [/INST] assistant </s><s>[INST] user [/INST].
 
     Source: Meta's `chat_completion` (meta-llama/llama, llama/generation.py). The system message is
-    a part of the first user message. Its tags are ordinary text to the model, so that one inside of
-    a message can't be told from the format's own: such a message is refused.
+    part of the first user message. The tags are ordinary text to the model, so that one inside of a
+    message can't be distinguished from the format's: such messages are refused.
     """
 
     def __init__(self, tokenizer: Encoder):

@@ -1,4 +1,4 @@
-"""Dialogs into the context: their ids, and what is left out of one that outgrows it."""
+"""Encodes dialogs, and truncates those that exceed the context."""
 
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -14,7 +14,7 @@ def encode_dialogs(
     max_gen_len: Optional[int],
     context: int,
 ) -> Tuple[List[List[int]], List[List[Message]]]:
-    """The ids of each dialog, and the messages that were left out of it; see `chat_completion`.
+    """The ids of each dialog, and the messages dropped from it; see `Llama.chat_completion`.
 
     Raises:
         ValueError: an unknown truncate, or dialogs that can't be encoded or don't fit.
@@ -37,16 +37,16 @@ def encode_dialogs(
 def oldest_turns_out(
     dialog: Dialog, encode: Callable[[Dialog], List[int]], limit: int
 ) -> Tuple[List[int], List[Message]]:
-    """Leave out a dialog's oldest turns until it has at most `limit` tokens.
+    """Drop a dialog's oldest turns until it has at most `limit` tokens.
 
-    A turn is a user's message with all that follows it, up to the next user's. The system message
-    and the last turn always stay.
+    A turn is a user's message and all messages up to the next user's. The system message and the
+    last turn are always kept.
 
     Returns:
-        The ids, and the messages that were left out.
+        The ids, and the messages dropped.
 
     Raises:
-        ValueError: what must stay doesn't fit.
+        ValueError: the system message and the last turn don't fit.
     """
     kept, dropped = list(dialog), []
     start = int(kept[0]["role"] == "system")

@@ -1,4 +1,4 @@
-"""Few-shot prompts: examples of what to do, and a last line to complete."""
+"""Few-shot prompts: examples of a task, and a last line to complete."""
 
 import re
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ TEMPLATE = "{input} => {output}"
 
 @dataclass(frozen=True)
 class FewShot:
-    """Examples of what to do, and the last line of them to complete.
+    """Builds few-shot prompts.
 
     Args:
-        shots: inputs and outputs.
-        template: how each is written, with {input} and {output}, in this order.
-        instruction: stands above, an empty line between.
+        shots: the examples, pairs of input and output.
+        template: of each example, with {input} and {output}, in this order.
+        instruction: put above the examples, with an empty line between.
 
     Raises:
-        ValueError: a template without its places; a shot that contains what ends an answer.
+        ValueError: a template without these placeholders; an output that contains `stop`.
     """
 
     shots: List[Tuple[str, str]]
@@ -43,23 +43,23 @@ class FewShot:
 
     @property
     def _parts(self) -> Tuple[str, str, str]:
-        """What stands before, between and after the two."""
+        """The template's text before, between and after the placeholders."""
         before, rest = self.template.split("{input}")
         return (before, *rest.split("{output}"))  # type: ignore[return-value]
 
     @property
     def stop(self) -> str:
-        """What ends an answer: it comes after each shot's."""
+        """The stop string of an answer: the text after each example's output."""
         return self._parts[2] or "\n"
 
     def without_separator(self, query: str) -> str:
-        """The query of someone who typed the template's separator too: "cheese =>" is "cheese"."""
+        """The query without a trailing separator of the template: "cheese =>" is "cheese"."""
         return query.rstrip().removesuffix(self._parts[1].strip())
 
     def prompt(self, query: str) -> str:
         """The text up to where the answer begins.
 
-        Spaces at its end are left out: tokens of words begin with their space.
+        It doesn't end with a space, because tokens of words begin with theirs.
         """
         before, between, after = self._parts
         written = [before + shown + between + answer + after for shown, answer in self.shots]

@@ -1,4 +1,4 @@
-"""Dialogs to token ids by the Jinja2 template that came with a checkpoint."""
+"""Dialogs to token ids by a checkpoint's chat template (Jinja2)."""
 
 import datetime
 import json
@@ -27,10 +27,10 @@ from llama.text.tools import BUILTINS, Tool, split_tools
 
 
 def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Format]:
-    """The format of a checkpoint's dialogs: its template, else its family's, else None.
+    """A checkpoint's chat format: its template, otherwise that of its model family, or None.
 
     Args:
-        scaled_rope: `ModelArgs.use_scaled_rope`, by which Llama 3.1 and later are told from
+        scaled_rope: `ModelArgs.use_scaled_rope`, which distinguishes Llama 3.1 and later from
             Llama 3: their tokenizer files are the same.
     """
     if tokenizer.chat_template:
@@ -45,19 +45,18 @@ def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Forma
 class TemplateFormat:
     """Encodes dialogs by a template, rendered in Jinja2's sandbox.
 
-    What a user wrote can't become a control token. Rendering to text and tokenizing that with
-    special tokens on would allow it, since the text no longer tells who wrote `<|im_end|>`.
-    Instead the names of special tokens are replaced within the parsed template, before anything is
-    rendered, by marks that contain a fresh 128-bit random number. After rendering, the marks and
-    nothing else become control tokens; all the text between them, whoever wrote it, is encoded as
-    ordinary text. No message can contain a mark without guessing the number, and messages go
-    through the template unaltered, so that whatever it does to them has its usual effect.
+    Text in messages can't become control tokens. If the rendered text were tokenized with special
+    tokens enabled, it could, as nothing tells whether `<|im_end|>` is the template's or the user's.
+    Instead, before rendering, the names of special tokens in the parsed template are replaced by
+    marks that contain a random 128-bit number. After rendering, only the marks become control
+    tokens; all text between them, regardless of its origin, is encoded as ordinary text. A message
+    can't contain a mark, as the number is secret, and the template receives messages unaltered.
 
-    A template that puts the name of a special token together from pieces while it runs
-    ('<|' + role + '|>') can't be told from a user doing so and is refused. To find out, a twin of
-    the dialog and its tools, of the same structure but with harmless strings, is rendered with and
-    without marks: both must give the same ids. The twin decides only on refusal; that strings of
-    messages, tools and calls stay text rests on the marks alone.
+    A template that composes the name of a special token at run time ('<|' + role + '|>') can't be
+    distinguished from a user who does, and is refused. To detect this, a copy of the dialog and its
+    tools, with the same structure but harmless strings, is rendered with and without marks: both
+    must give the same ids. The copy only decides on refusal; the marks alone ensure that strings of
+    messages, tools and calls stay text.
     """
 
     def __init__(self, tokenizer: Encoder, template: str):
@@ -75,16 +74,16 @@ class TemplateFormat:
         environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
         try:
             tree = environment.parse(template)
-            # The variables that it reads: a template that has no use for tools would ignore them.
+            # The variables that it reads: a template without tools would ignore them silently.
             self._reads = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
             self._reads_calls = "tool_calls" in template
             self._plain = environment.from_string(template)
             self._marked = environment.from_string(self._tag(tree))
-        except Exception as error:  # a template is somebody else's program
+        except Exception as error:  # parsing a foreign program may raise anything
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
 
     def _tag(self, tree: nodes.Template) -> nodes.Template:
-        """Replace special tokens in what the template itself puts out, in place."""
+        """Replace special tokens in the template's own text by marks, in place."""
 
         def visit(node: nodes.Node) -> None:
             if isinstance(node, nodes.TemplateData):
@@ -92,7 +91,7 @@ class TemplateFormat:
             elif isinstance(node, nodes.Const) and isinstance(node.value, str):
                 node.value = self._marks(node.value)
             elif isinstance(node, (nodes.Call, nodes.Filter)):
-                if node.node is not None:  # its arguments, as in split('</s>'), are looked for
+                if node.node is not None:  # not in arguments: split('</s>') searches for its own
                     visit(node.node)
             elif not isinstance(node, (nodes.Compare, nodes.Test)):
                 for child in node.iter_child_nodes():
@@ -108,11 +107,11 @@ class TemplateFormat:
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
     ) -> List[int]:
-        """The dialog with its tools, and what precedes the assistant's answer.
+        """The dialog with its tools, followed by the header of the assistant's answer.
 
         Raises:
-            ValueError: the template refuses the dialog, has no place for tools or calls in it, or
-                builds control tokens as it runs.
+            ValueError: the template refuses the dialog, doesn't support tools or tool calls, or
+                composes control tokens at run time.
         """
         given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
         if not self._reads_calls and any("tool_calls" in message for message in given["messages"]):
@@ -133,7 +132,7 @@ class TemplateFormat:
         return ids
 
     def _tools(self, tools: Optional[Sequence[Tool]]) -> Dict[str, Any]:
-        """The variables by which templates know tools: Llama 3.1's has one for built-in ones."""
+        """The template variables for tools; Llama 3.1's has one for built-in tools."""
         schemas, builtins = split_tools(tools or [])
         variables: Dict[str, Any] = {"tools": schemas} if schemas else {}
         if builtins:
@@ -157,7 +156,7 @@ class TemplateFormat:
             ) from None
 
     def _names(self, marked: bool) -> Dict[str, str]:
-        """The variables bos_token and eos_token, as transformers gives them to templates."""
+        """The variables bos_token and eos_token, which transformers passes to templates."""
         by_id = {i: name for name, i in self.tokenizer.special_tokens.items()}
         names = {
             "bos_token": by_id.get(self.tokenizer.bos_id, ""),  # type: ignore[arg-type]
@@ -176,7 +175,7 @@ class TemplateFormat:
 
 
 def _for_template(message: Any) -> Dict[str, Any]:
-    """A message as transformers gives it to templates, tool calls in OpenAI's spelling."""
+    """A message as transformers passes it to templates, with tool calls in OpenAI's format."""
     plain = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
     plain["content"] = content_of(message)
     calls = tool_calls(message)
@@ -192,7 +191,7 @@ def _for_template(message: Any) -> Dict[str, Any]:
     return plain
 
 
-# What templates look up and compare with, so that the twin takes the same branches.
+# Names that templates look up and compare with, kept so that the copy takes the same branches.
 _KEYS = {
     "role", "content", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments",
     "description", "parameters", "properties", "required", "items", "enum", "nullable", "anyOf",
@@ -204,7 +203,7 @@ _VALUES = {
 
 
 def _harmless(value: Any, key: str = "") -> Any:
-    """The twin of a value: the same structure, but no string that anyone chose."""
+    """A copy of a value, with the same structure but without its strings."""
     if isinstance(value, dict):
         return {
             (name if name in _KEYS else f"x{i}"): _harmless(one, name)
@@ -216,7 +215,7 @@ def _harmless(value: Any, key: str = "") -> Any:
         return value
     if key == "role":
         return value if value in ROLES else "user"
-    if key in ("id", "tool_call_id"):  # templates of Mistral's demand a length
+    if key in ("id", "tool_call_id"):  # Mistral's templates check the length
         return "x" * len(value)
     return value if value in _VALUES else "x" * bool(value)
 
@@ -226,12 +225,12 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """transformers' filter in place of Jinja2's own, which would write <, > and & as for HTML."""
+    """transformers' filter, in place of Jinja2's, which escapes <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 class _Generation(Extension):
-    """transformers' {% generation %} block, which only tells training what the answers are."""
+    """transformers' {% generation %} block, which only marks the answers, for training."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,6 +1,6 @@
-"""Tools that a model may call: their definitions, and the calls in what a model replies.
+"""Tool calling: definitions of tools, and parsing the calls in a model's reply.
 
-No tool is run here, and nothing of a reply is evaluated: JSON and Python literals only.
+No tool is run here, and no part of a reply is executed: only JSON and Python literals are parsed.
 """
 
 import ast
@@ -18,15 +18,15 @@ Tool = Union[str, Dict[str, Any], Callable[..., Any]]
 # {"name": str, "arguments": dict of JSON values}, and "id" where the model's format has one.
 ToolCall = Dict[str, Any]
 
-# Those that Llama 3.1 was trained on. The first three take a query, the last one code.
+# The tools that Llama 3.1 was trained on. The first three take a query, the last one code.
 BUILTINS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
 PYTHON_TAG = "<|python_tag|>"
 
 
 class Reply(NamedTuple):
-    """A model's reply, taken apart."""
+    """A model's reply, parsed."""
 
-    content: str  # the text that belongs to no call; with an error, all of it
+    content: str  # the text outside of calls; with an error, the whole reply
     calls: List[ToolCall]
     error: Optional[str]  # what is wrong with an attempted call
 
@@ -35,10 +35,10 @@ class Reply(NamedTuple):
 
 
 def split_tools(tools: Sequence[Tool]) -> Tuple[List[Dict[str, Any]], List[str]]:
-    """The schemas (see `tool_schema`) and the built-in tools among tools.
+    """Split tools into schemas (see `tool_schema`) and built-in tools.
 
     Raises:
-        ValueError: an unknown built-in tool, a name that comes twice, or what `tool_schema` raises.
+        ValueError: an unknown built-in tool, a duplicate name, or what `tool_schema` raises.
     """
     if isinstance(tools, (str, dict)) or callable(tools):
         raise ValueError("tools is one tool: pass a list of tools")
@@ -58,15 +58,15 @@ def split_tools(tools: Sequence[Tool]) -> Tuple[List[Dict[str, Any]], List[str]]
 
 
 def tool_schema(tool: Tool) -> Dict[str, Any]:
-    """A tool's JSON schema as chat templates take it: {"type": "function", "function": {...}}.
+    """A tool's JSON schema as chat templates expect it: {"type": "function", "function": {...}}.
 
     Args:
-        tool: such a schema, the inner part of one ({"name", "description", "parameters"}), or a
-            Python function. Of a function, the type hints give the parameters' types, and a
-            docstring in Google's style gives what it and each parameter is for.
+        tool: such a schema, its inner part ({"name", "description", "parameters"}), or a Python
+            function, whose type hints give the parameters' types and whose docstring, in Google's
+            style, describes it and its parameters.
 
     Raises:
-        ValueError: a schema without a name, or with what JSON hasn't; a function without
+        ValueError: a schema without a name, or with values that JSON lacks; a function without
             docstring, or with a parameter that has no hint, no description or an unsupported type.
     """
     if callable(tool):
@@ -90,10 +90,10 @@ def tool_schema(tool: Tool) -> Dict[str, Any]:
 
 
 def plain_json(value: Any, what: str) -> Any:
-    """A copy that consists of JSON's own types.
+    """A copy that consists of JSON types only.
 
     Raises:
-        ValueError: it holds what JSON hasn't, NaN included, or is nested too deeply.
+        ValueError: it has a value that JSON lacks, NaN included, or is nested too deeply.
     """
     try:
         return json.loads(json.dumps(value, allow_nan=False))
@@ -135,7 +135,7 @@ _TYPES = {**_NAMES, list: "array", dict: "object"}
 
 
 def _type_schema(hint: Any, where: str) -> Dict[str, Any]:
-    """A type hint as JSON schema, in the same words as transformers' get_json_schema."""
+    """A type hint as JSON schema, the same as transformers' get_json_schema gives."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return {}
@@ -176,7 +176,7 @@ _PARAMETER = re.compile(r"(\w+)(?: ?\([^()]*\))?:(.*)")
 
 
 def _docstring(doc: str) -> Tuple[str, Dict[str, str]]:
-    """The description, and the parameters' descriptions, of a docstring in Google's style."""
+    """The descriptions of a function and of its parameters, from a docstring in Google's style."""
     section, indent, key = "", None, ""
     description: List[str] = []
     parameters: Dict[str, List[str]] = {}
@@ -247,7 +247,7 @@ def _after_python_tag(code: str, names: Set[str]) -> List[ToolCall]:
         if calls and not content:
             return calls
     except _Malformed:
-        # No Python program begins like this. Others may hold what looks like a call and is none.
+        # Python programs don't begin like this. Others may contain text that resembles a call.
         if begin.startswith(("{", "<", *(f"{name}.call(" for name in BUILTINS))):
             raise
     return [{"name": "code_interpreter", "arguments": {"code": code.rstrip(" ")}}]
@@ -260,7 +260,7 @@ def _anywhere(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
 
 
 def _builtin(body: str, names: Set[str]) -> List[ToolCall]:
-    """name.call(query="..."), with the query as it stands: Llama escapes nothing in it."""
+    """name.call(query="..."), where Llama escapes nothing in the query."""
     found = _BUILTIN.fullmatch(body)
     if found and '.call(query="' not in found[2]:
         return [_call({"name": found[1], "arguments": {"query": found[2]}}, names)]
@@ -278,13 +278,13 @@ def _json(body: str, names: Set[str]) -> List[ToolCall]:
         while at < len(body):
             value, at = _DECODER.raw_decode(body, at)
             values += value if isinstance(value, list) else [value]
-            at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it may match nothing
+            at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it always matches
     except (ValueError, RecursionError) as error:
         if body[0] == "{" and '"name"' in body and re.search('"(parameters|arguments)"', body):
             raise _Malformed(f"the call isn't JSON: {error}") from None
         return []
     if not any(_is_call(value, names) for value in values):
-        return []  # JSON, but it calls nothing
+        return []  # JSON, but no call
     return [_call(value, names) for value in values]
 
 
@@ -314,7 +314,7 @@ def _pythonic(body: str, names: Set[str]) -> List[ToolCall]:
 
 
 def _tagged(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
-    """Calls between tags. The JSON itself says where it ends, so that it may contain tags."""
+    """Calls between tags. The JSON is decoded up to its own end, so that it may contain tags."""
     rest: List[str] = []
     calls: List[ToolCall] = []
     at = 0
@@ -365,7 +365,7 @@ def _call(value: Any, names: Set[str]) -> ToolCall:
         given = ", ".join(sorted(names - set(BUILTINS))) or "none"
         raise _Malformed(f"there is no tool {name[:80]!r}; those given: {given}")
     try:
-        if isinstance(arguments, str):  # JSON within JSON, as OpenAI writes it
+        if isinstance(arguments, str):  # JSON within JSON, OpenAI's format
             arguments = json.loads(arguments)
         if not isinstance(arguments, dict):
             raise ValueError("they are a dict")

@@ -8,7 +8,7 @@ from test_native import SMALL, difference, ids, pair, stepped
 
 from llama import Llama
 from llama.backends import compiled
-from llama.engine.speculative import Pace
+from llama.engine.speculative import DraftLength
 
 
 def graphs() -> int:
@@ -38,7 +38,7 @@ def test_it_says_what_the_plain_layers_say(tmp_path, monkeypatch):
         found, _ = fast.generate(prompts, 150, temperature=0, stop_tokens=set())
         assert found == expected
     assert graphs() == known
-    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # passes of several tokens
+    monkeypatch.setattr(DraftLength, "choose", lambda self, guesses: 3)  # passes of several tokens
     for n in (10, 11, 30):
         prompts = [[1, 2, 3] * n, [7, 8] * n]
         expected, _ = plain.generate(prompts, 20, temperature=0, stop_tokens=set())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import InMemory, fingerprint, gguf, huggingface, meta
-from llama.engine.prefixes import SHARED, PrefixCache, common_beginnings
+from llama.engine.prefixes import MIN_SHARED, PrefixCache, common_prefixes
 from llama.layers.cache import Int8KVCache, KVCache
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_rows_that_share_different_things(tiny, reusing):
         assert reusing.generate(prompts, 20, **options)[0] == expected
     for prompt, text in zip(prompts, expected, strict=True):
         assert reusing.generate([prompt], 20, **options)[0] == [text]
-        assert reusing.prefixes.known([*prompt, *text]) == len(prompt) + 19
+        assert reusing.prefixes.cached([*prompt, *text]) == len(prompt) + 19
 
 
 def test_scored_prompts_are_computed_whole(tiny, reusing):
@@ -173,7 +173,7 @@ def test_the_tree_knows_the_longest_beginnings_within_its_bound(texts, tokens):
         for text in texts:
             cache = numbered([0], rows=3)
             cache.lengths = [5, 0, 5]
-            known = tree.known([*text, 9])
+            known = tree.cached([*text, 9])
             tree.fill([*text, 9], cache, 1)
             assert cache.lengths == [5, known, 5]
             right = numbered(text).k[0, 0, 0, :known]
@@ -181,7 +181,7 @@ def test_the_tree_knows_the_longest_beginnings_within_its_bound(texts, tokens):
             assert torch.equal(cache.v[0, 1, 0, :known], -right)
             if limit == BIG:
                 assert known == len(text)
-                assert tree.known(text) == len(text) - 1
+                assert tree.cached(text) == len(text) - 1
         if limit == BIG:  # nothing is held twice
             distinct = {tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)}
             assert tree.nbytes == 16 * len(distinct)
@@ -191,13 +191,13 @@ def test_the_least_recently_used_goes_first():
     tree = PrefixCache(16 * 10, str)
     for text in ([1] * 4, [2] * 4):
         tree.add(text, numbered(text), 0)
-    tree.known([1] * 4)
+    tree.cached([1] * 4)
     tree.add([3] * 4, numbered([3] * 4), 0)
-    assert [tree.known([i] * 4 + [9]) for i in (1, 2, 3)] == [4, 0, 4]
+    assert [tree.cached([i] * 4 + [9]) for i in (1, 2, 3)] == [4, 0, 4]
     tree.add([1, 1, 5], numbered([1, 1, 5]), 0)  # what texts share stays with the longest-lived
-    assert tree.known([1, 1, 5, 9]) == 3 and tree.nbytes <= 160
+    assert tree.cached([1, 1, 5, 9]) == 3 and tree.nbytes <= 160
     tree.add([7] * 50, numbered([7] * 50), 0)  # more than there is room for
-    assert tree.known([7] * 50) == 0 and tree.known([1, 1, 5, 9]) == 3
+    assert tree.cached([7] * 50) == 0 and tree.cached([1, 1, 5, 9]) == 3
 
 
 def test_a_cache_of_another_kind_is_refused():
@@ -222,22 +222,22 @@ def test_frozen_prefixes_stay_as_they_are(tiny, reusing):
 
 
 def test_common_beginnings():
-    a, b, c = [1] * SHARED, [2] * SHARED, [3] * SHARED
-    assert list(common_beginnings([a])) == [] == list(common_beginnings([a, b]))
-    assert list(common_beginnings([[*a, 5], [*a, 6]])) == [a]
-    assert list(common_beginnings([a, a])) == []  # SHARED - 1 tokens without the last
-    assert list(common_beginnings([[*a, 4], [*a, 4]])) == [a]
+    a, b, c = [1] * MIN_SHARED, [2] * MIN_SHARED, [3] * MIN_SHARED
+    assert list(common_prefixes([a])) == [] == list(common_prefixes([a, b]))
+    assert list(common_prefixes([[*a, 5], [*a, 6]])) == [a]
+    assert list(common_prefixes([a, a])) == []  # MIN_SHARED - 1 tokens without the last
+    assert list(common_prefixes([[*a, 4], [*a, 4]])) == [a]
     nested = [[*a, *b, 5], [*a, *b, 6], [*a, *c, 7], [*a, *c, 8], [9]]
-    assert list(common_beginnings(nested)) == [a, [*a, *c], [*a, *b]]
-    assert list(common_beginnings([[*a, 5], [*a, 6, *b], [*a, 6, *b, 1]])) == [a, [*a, 6, *b][:-1]]
+    assert list(common_prefixes(nested)) == [a, [*a, *c], [*a, *b]]
+    assert list(common_prefixes([[*a, 5], [*a, 6, *b], [*a, 6, *b, 1]])) == [a, [*a, 6, *b][:-1]]
 
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, st.integers(1, 4))
 def test_common_beginnings_are_begun_with(texts, least):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.engine.prefixes.SHARED", least)
-        for found in common_beginnings(texts):
+        patch.setattr("llama.engine.prefixes.MIN_SHARED", least)
+        for found in common_prefixes(texts):
             assert len(found) >= least
             assert sum(text[: len(found)] == found and len(text) > len(found) for text in texts) > 1
 
@@ -270,7 +270,7 @@ def test_a_dialog_in_a_file(smollm2, tmp_path):
     n = second.load_prefix(tmp_path / "file")
     assert n == len(smollm2.formatter.encode_dialog_prompt(dialog))
     other = [dialog[0], {"role": "user", "content": "Hello there"}]
-    assert second.prefixes.known(smollm2.formatter.encode_dialog_prompt(other)) > 30
+    assert second.prefixes.cached(smollm2.formatter.encode_dialog_prompt(other)) > 30
 
 
 def test_ranks_write_what_one_rank_reads_and_the_other_way_round(tmp_path):
@@ -322,7 +322,7 @@ def test_mistakes_are_named(tiny, tiny_dir, tmp_path):
     llama.save_prefix(tmp_path / "good", "abc")
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:900])
     for name in ("text", "other", "cut"):
-        with pytest.raises(ValueError, match="holds no prefix"):
+        with pytest.raises(ValueError, match="isn.t a saved prefix"):
             llama.load_prefix(tmp_path / name)
     for name in ("text", "other", "."):  # nothing of someone else's is overwritten
         with pytest.raises(FileExistsError, match="choose another name"):

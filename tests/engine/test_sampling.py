@@ -11,22 +11,22 @@ import torch
 import transformers
 
 from llama.engine.sampling import (
-    Numbers,
+    RandomNumbers,
     SamplingParams,
     constrained,
-    draw,
-    draw_from,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     keep_typical,
     penalize_repetition,
+    sample_from,
+    sample_token,
     warped,
     would_repeat,
 )
 from llama.generation import sample_top_p
 
-ANY = Numbers(0, torch.device("cpu"))
+ANY = RandomNumbers(0, torch.device("cpu"))
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
@@ -84,19 +84,22 @@ def test_temperature_0_is_argmax_without_dividing():
     params = SamplingParams(temperature=0, top_p=0.9, top_k=2)
     assert params.is_argmax
     for logits, best in (([1.0, 3.0, 2.0], 1), ([-5.0, -7.0, -6.0], 0)):
-        assert draw(torch.tensor(logits), params, [], [], ANY) == best
-        assert draw(torch.tensor(logits).bfloat16(), params, [], [], ANY) == best
+        assert sample_token(torch.tensor(logits), params, [], [], ANY) == best
+        assert sample_token(torch.tensor(logits).bfloat16(), params, [], [], ANY) == best
     assert not SamplingParams(temperature=0, banned_tokens=[1]).is_argmax
-    assert draw(torch.tensor([1.0, 3.0, 2.0]), replace(params, banned_tokens=[1]), [], [], ANY) == 2
+    assert (
+        sample_token(torch.tensor([1.0, 3.0, 2.0]), replace(params, banned_tokens=[1]), [], [], ANY)
+        == 2
+    )
 
 
 def test_draws_follow_the_distribution():
     """Chi-squared over 5 tokens, one of which has no probability."""
     probs = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     n = 20_000
-    numbers = Numbers(0, torch.device("cpu"))
+    numbers = RandomNumbers(0, torch.device("cpu"))
     found = torch.bincount(
-        torch.tensor([draw_from(probs, numbers[i]) for i in range(n)]), minlength=5
+        torch.tensor([sample_from(probs, numbers[i]) for i in range(n)]), minlength=5
     )
     assert found[2] == 0
     expected = probs[probs > 0] * n
@@ -111,11 +114,11 @@ def test_the_numbers_alone_decide():
     state = torch.get_rng_state()
     draws = []
     for order in orders:
-        numbers = Numbers(7, cpu)
-        draws.append({n: draw(logits, params, [], [0] * n, numbers) for n in order})
-    other = Numbers(8, cpu)
+        numbers = RandomNumbers(7, cpu)
+        draws.append({n: sample_token(logits, params, [], [0] * n, numbers) for n in order})
+    other = RandomNumbers(8, cpu)
     assert draws[0] == draws[1] and len(set(draws[0].values())) > 1
-    assert draws[0] != {n: draw(logits, params, [], [0] * n, other) for n in range(8)}
+    assert draws[0] != {n: sample_token(logits, params, [], [0] * n, other) for n in range(8)}
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -10,7 +10,16 @@ from conftest import TINY, random_model, run_ranks, write_checkpoint
 
 from llama import Llama, SamplingParams
 from llama.engine.rows import Row
-from llama.engine.speculative import LONGEST, MOST, WIDTHS, Guess, Lookup, Pace, _between, _Text
+from llama.engine.speculative import (
+    DRAFT_LENGTHS,
+    MAX_DRAFT,
+    MAX_MATCH,
+    DraftLength,
+    PromptLookup,
+    Proposal,
+    _interpolate,
+    _Text,
+)
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50)
@@ -36,7 +45,7 @@ class Oracle:
         self.answers, self.random = answers, random.Random(seed)
         self.seen = set()
 
-    def guess(self, batch):
+    def propose(self, batch):
         self.guesses = []
         for row in batch:
             right = self.answers[row.index][len(row.answer) :][: self.random.randint(0, 6)]
@@ -105,7 +114,7 @@ def test_texts_are_those_of_plain_decoding(drafted, self_drafted, speculate, par
 
 def test_the_real_models_texts_too(smollm2_path, monkeypatch):
     """30 prompts one by one and by eights, fp32, greedy; a draft of 4 bits that mostly agrees."""
-    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # whatever it costs
+    monkeypatch.setattr(DraftLength, "choose", lambda self, guesses: 3)  # whatever it costs
     options = dict(device="cpu", dtype="fp32", compile=True)
     llama = Llama.build(smollm2_path, **options, draft_ckpt_dir=smollm2_path, draft_quantize="int4")
     text = [f"Repeat after me: {prompt}. Repeat after me:" for prompt in prompts(15)]
@@ -186,7 +195,7 @@ def test_draws_follow_the_models_distribution(make_model, tiny, speculate, monke
 
     Other seeds would draw other texts: it is the distribution that mustn't know of guesses.
     """
-    monkeypatch.setattr(Pace, "width", lambda self, guesses: 3)  # whatever it costs
+    monkeypatch.setattr(DraftLength, "choose", lambda self, guesses: 3)  # whatever it costs
     vocab, n = 8, 400
     draft = make_model(vocab_size=vocab, seed=2)
     llama = Llama(make_model(vocab_size=vocab, max_batch_size=n), tiny.tokenizer, draft=draft)
@@ -229,7 +238,7 @@ def test_the_longest_match_is_found_and_the_latest_of_equals():
 def test_a_text_that_goes_round_is_followed_round():
     text = _Text([4, 1, 2, 3, 1, 2, 3, 1, 2])
     assert text.find(7)[1] == [3, 1, 2, 3, 1, 2, 3]
-    assert _Text([6] * 40).find(MOST) == (LONGEST, [6] * MOST)
+    assert _Text([6] * 40).find(MAX_DRAFT) == (MAX_MATCH, [6] * MAX_DRAFT)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -251,9 +260,12 @@ def row(prompt, answer=(), max_len=100) -> Row:
 
 
 def test_no_more_is_guessed_than_can_be_drawn(monkeypatch):
-    monkeypatch.setattr(Pace, "width", lambda self, guesses: MOST)
+    monkeypatch.setattr(DraftLength, "choose", lambda self, guesses: MAX_DRAFT)
     for left, expected in ((10, 9), (2, 1), (1, 0)):
-        assert len(Lookup(Pace()).guess([row([1, 2] * 5, max_len=10 + left)])[0]) == expected
+        assert (
+            len(PromptLookup(DraftLength()).propose([row([1, 2] * 5, max_len=10 + left)])[0])
+            == expected
+        )
 
 
 # --- the pace ------------------------------------------------------------------------------------
@@ -261,11 +273,11 @@ def test_no_more_is_guessed_than_can_be_drawn(monkeypatch):
 
 def settled(chance: float, seconds, rows: int = 1, steps: int = 300) -> int:
     """The width at which a pace ends where guesses are right with a chance."""
-    pace, draw = Pace(), random.Random(0)
+    pace, draw = DraftLength(), random.Random(0)
     tried = []
     for _ in range(steps):
-        guesses = [Guess([1] * MOST, [16] * MOST) for _ in range(rows)]
-        width = pace.width(guesses)
+        guesses = [Proposal([1] * MAX_DRAFT, [16] * MAX_DRAFT) for _ in range(rows)]
+        width = pace.choose(guesses)
         drawn = []
         for _ in range(rows):
             tokens = []
@@ -279,7 +291,7 @@ def settled(chance: float, seconds, rows: int = 1, steps: int = 300) -> int:
 
 
 def test_the_pace_is_the_one_that_pays():
-    assert settled(0.98, lambda n: 1 + 0.02 * n) == MOST
+    assert settled(0.98, lambda n: 1 + 0.02 * n) == MAX_DRAFT
     assert settled(0.98, lambda n: float(n)) == 0  # twice the tokens, twice the time
     assert 1 <= settled(0.6, lambda n: 1 + 0.02 * n) <= 7
     assert settled(0.05, lambda n: 1 + 0.1 * n) == 0
@@ -287,33 +299,33 @@ def test_the_pace_is_the_one_that_pays():
 
 
 def test_a_pace_begins_slowly_and_recovers_from_an_outlier():
-    pace, widths = Pace(), []
-    guesses = [Guess([1] * MOST, [16] * MOST)]
+    pace, widths = DraftLength(), []
+    guesses = [Proposal([1] * MAX_DRAFT, [16] * MAX_DRAFT)]
     for step in range(80):
-        width = pace.width(guesses)
+        width = pace.choose(guesses)
         widths.append(width)
         pace.passed(1 + width, 50.0 if step == 3 else 1.0)
         pace.learn(guesses, [[1] * (width + 1)])
-    assert widths[:4] == list(WIDTHS[:4]) and widths[-1] == MOST
-    assert pace.width([Guess([], [])]) == 0 and pace.width([]) == 0
+    assert widths[:4] == list(DRAFT_LENGTHS[:4]) and widths[-1] == MAX_DRAFT
+    assert pace.choose([Proposal([], [])]) == 0 and pace.choose([]) == 0
 
 
 def test_passes_stay_within_what_is_exact(make_model):
     """Where logits are those of single tokens to the bit, they stay so."""
-    pace = Pace(limit=40)
+    pace = DraftLength(limit=40)
     for rows, most in ((1, 31), (4, 7), (16, 1), (30, 0)):
-        guesses = [Guess([1] * MOST, [16] * MOST) for _ in range(rows)]
+        guesses = [Proposal([1] * MAX_DRAFT, [16] * MAX_DRAFT) for _ in range(rows)]
         for _ in range(30):
-            width = pace.width(guesses)
+            width = pace.choose(guesses)
             pace.passed(rows * (1 + width), 1.0)
             pace.learn(guesses, [[1] * (width + 1)] * rows)
         assert width == most
-        assert max(pace.width_or_trial(guesses) for _ in range(40)) == most
+        assert max(pace.choose_or_probe(guesses) for _ in range(40)) == most
 
 
 def test_times_between_known_ones_are_interpolated():
     known = [(2, 1.0), (4, 2.0), (8, 3.0)]
-    assert [_between(known, n) for n in (1, 2, 3, 4, 6, 8, 99)] == [1, 1, 1.5, 2, 2.5, 3, 3]
+    assert [_interpolate(known, n) for n in (1, 2, 3, 4, 6, 8, 99)] == [1, 1, 1.5, 2, 2.5, 3, 3]
 
 
 def test_guesses_are_given_up_where_they_lose(tiny, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, TINY, run_ranks, write_byte_tokenizer, write_checkpoint
 
 from llama import Llama, SamplingParams
-from llama.engine.structured import Structures, tool_call_format
+from llama.engine.structured import GrammarCompiler, tool_call_format
 from llama.text.chat import Llama31Format
 from llama.text.tools import parse_tool_calls, split_tools
 from llama.tokenizer import Tokenizer
@@ -73,21 +73,21 @@ SCHEMAS = {
 
 
 @pytest.fixture(scope="module")
-def bytewise(tmp_path_factory) -> Structures:
+def bytewise(tmp_path_factory) -> GrammarCompiler:
     """Over the 256 bytes and Llama 3's special tokens; the model has 32 ids more."""
     path = write_byte_tokenizer(tmp_path_factory.mktemp("bytes") / "tokenizer.model")
     tokenizer = Tokenizer(path)
-    return Structures(tokenizer, tokenizer.n_words + 32)
+    return GrammarCompiler(tokenizer, tokenizer.n_words + 32)
 
 
 @pytest.fixture(scope="module")
-def smollm(smollm2_path) -> Structures:
+def smollm(smollm2_path) -> GrammarCompiler:
     tokenizer = Tokenizer(smollm2_path)
-    return Structures(tokenizer, tokenizer.n_words)
+    return GrammarCompiler(tokenizer, tokenizer.n_words)
 
 
 @pytest.fixture(scope="module")
-def spm(tmp_path_factory) -> Structures:
+def spm(tmp_path_factory) -> GrammarCompiler:
     """As Llama 2's: pieces begin with a space, bytes for what has no piece."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -98,20 +98,20 @@ def spm(tmp_path_factory) -> Structures:
     path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     tokenizer = Tokenizer(path)
-    return Structures(tokenizer, tokenizer.n_words + 5)
+    return GrammarCompiler(tokenizer, tokenizer.n_words + 5)
 
 
 @pytest.fixture(scope="module")
-def llama3(llama3_tokenizer_path) -> Structures:
+def llama3(llama3_tokenizer_path) -> GrammarCompiler:
     tokenizer = Tokenizer(llama3_tokenizer_path)
-    return Structures(tokenizer, tokenizer.n_words)
+    return GrammarCompiler(tokenizer, tokenizer.n_words)
 
 
 ALL = ["bytewise", "smollm", "spm", "llama3"]
 
 
 @pytest.fixture(params=ALL)
-def any_kind(request) -> Structures:
+def any_kind(request) -> GrammarCompiler:
     return request.getfixturevalue(request.param)
 
 
@@ -499,8 +499,8 @@ NODE["self"] = NODE
         ({}, "the type None.*json_schema"),
         ({"type": "json"}, "'json'.*one of json_object"),
         ({"type": ["regex"]}, "type"),
-        ({"type": "regex"}, "regex.*to be a text, not None"),
-        ({"type": "regex", "regex": 5}, "to be a text, not 5"),
+        ({"type": "regex"}, "regex.*must be a text, not None"),
+        ({"type": "regex", "regex": 5}, "must be a text, not 5"),
         ({"type": "regex", "regex": "(a"}, "regex: unclosed group"),
         ({"type": "regex", "regex": "a(?=b)"}, "regex: look-around"),
         ({"type": "regex", "regex": "\\bfoo"}, "regex: .*lookarounds"),
@@ -514,7 +514,7 @@ NODE["self"] = NODE
         ({"type": "grammar", "grammar": 'start: "a" b'}, "unknown name"),
         ({"type": "grammar", "grammar": "start: <|eot_id|>"}, "unknown special token"),
         ({"type": "json_object", "schema": {}}, "no 'schema'"),
-        ({"type": "json_schema"}, "'schema' is to be a JSON schema"),
+        ({"type": "json_schema"}, "'schema' must be a JSON schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "a JSON schema {...}, not None"),
         ({"type": "json_schema", "json_schema": {"schema": {}}, "schema": {}}, "leave one out"),
         ({"type": "json_schema", "schema": NODE}, "can't be written as JSON"),
@@ -574,7 +574,7 @@ def test_without_the_package(bytewise, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ValueError, match="needs llguidance: pip install llguidance"):
-        Structures(bytewise.tokenizer, 512)
+        GrammarCompiler(bytewise.tokenizer, 512)
 
 
 def test_logits_may_be_of_any_dtype(bytewise):

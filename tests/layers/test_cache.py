@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama.layers.cache import BLOCK, Int8KVCache, KVCache
+from llama.layers.cache import GROWTH, Int8KVCache, KVCache
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_truncate_and_reset_only_shorten():
     cache = filled()
     cache.truncate(4)
     assert cache.lengths == [4, 4, 4]
-    with pytest.raises(ValueError, match="row 1 holds 4 positions and can't be cut to 5"):
+    with pytest.raises(ValueError, match="row 1 holds 4 positions: it can't be truncated to 5"):
         cache.truncate([4, 5, 4])
     with pytest.raises(ValueError):
         cache.truncate(-1)
@@ -72,7 +72,7 @@ def test_extend_refuses_gaps_and_overflow_and_changes_nothing():
     cache = filled()
     with pytest.raises(ValueError, match="start_pos 6 of row 2: the cache holds 5"):
         cache.extend([5, 5, 6], 1)
-    with pytest.raises(ValueError, match="row 0 would reach 9 positions .* room for 8"):
+    with pytest.raises(ValueError, match="row 0 would reach 9 positions .* space for 8"):
         cache.extend([5, 5, 5], 4)
     assert cache.lengths == [5, 5, 5]
 
@@ -86,17 +86,17 @@ def test_a_cache_takes_what_is_used_and_a_block():
     """10 short rows where 8192 positions are allowed: 300 of them, in blocks of 256."""
     rows, per_position = 10, 2 * 4 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
     cache = KVCache(4, rows, 8192, 8, 128, dtype=torch.bfloat16, device=CPU)
-    assert cache.nbytes == rows * per_position * BLOCK
+    assert cache.nbytes == rows * per_position * GROWTH
     cache.extend([0] * rows, 300)
-    assert cache.nbytes == rows * per_position * 2 * BLOCK <= rows * per_position * (300 + BLOCK)
+    assert cache.nbytes == rows * per_position * 2 * GROWTH <= rows * per_position * (300 + GROWTH)
     cache.extend(cache.lengths, 8192 - 300)
     assert cache.nbytes == rows * per_position * 8192
-    with pytest.raises(ValueError, match="8193 positions and the cache has room for 8192"):
+    with pytest.raises(ValueError, match="8193 positions and the cache has space for 8192"):
         cache.extend(cache.lengths, 1)
 
 
 def test_growing_keeps_what_was_there():
-    cache = KVCache(2, 3, 5 * BLOCK, 2, 4, dtype=torch.float32, device=CPU)
+    cache = KVCache(2, 3, 5 * GROWTH, 2, 4, dtype=torch.float32, device=CPU)
     whole = torch.randn(2, 3, 700, 2, 4)
     done = 0
     for n in (1, 200, 55, 1, 300, 143):

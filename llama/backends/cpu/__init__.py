@@ -1,4 +1,4 @@
-"""The CPU's own kernels, and the layers that compute through them (`swap`)."""
+"""CPU kernels in C++, and the layers that call them (`swap`)."""
 
 from llama.backends.cpu.layers import check, swap
 

@@ -6,8 +6,8 @@
 
 namespace {
 
-// Products of attention are done in words of 32 bits, 16 at a time: a word is one fp32 value or,
-// where the processor multiplies pairs of bf16, two of them.
+// Attention multiplies words of 32 bits, 16 at a time: a word is one fp32 value or, if the
+// processor multiplies pairs of bf16, two bf16 values.
 template <class A> struct Words {
     typedef float Value;
     static constexpr int PER = 1;  // values in a word
@@ -24,8 +24,8 @@ template <> struct Words<bf16> {
 };
 #endif
 
-// Keys or values of a layer: for each position a row of head_dim, in bf16, fp32, or bytes with a
-// scale.
+// Keys or values of a layer: for each position a row of head_dim, in bf16, fp32, or int8 with a
+// scale per row.
 template <class C> struct Cache {
     C *values;
     float *scales;
@@ -36,12 +36,12 @@ template <class C> struct Cache {
         else
             return load(values + row * head_dim + d);
     }
-    uvec upper(size_t row, int d) const {  // as bf16, in the upper half of what is otherwise rest
+    uvec upper(size_t row, int d) const {  // as bf16, in the upper 16 bits; ignore the lower ones
         if constexpr (std::is_same<C, bf16>::value)
             return __builtin_convertvector(read<shorts>(values + row * head_dim + d), uvec) << 16;
         return rounded(at(row, d));
     }
-    // 16 words of a row, and words of neighbours in two rows (one, if a word is one value).
+    // along: 16 words of a row; across: 16 words, each with values of a row and of the next.
     template <class A> vec along(size_t row, int word) const {
         if constexpr (Words<A>::PER == 1) return at(row, word);
         if constexpr (std::is_same<C, bf16>::value)
@@ -72,13 +72,13 @@ template <class C> struct Cache {
     }
 };
 
-constexpr int KEYS = 64;     // that are looked at together
-constexpr int CHUNK = 512;   // of the keys; each is summed up on its own, then they are joined
-constexpr int QUERIES = 64;  // at most, that are looked at together
+constexpr int KEYS = 64;     // processed together
+constexpr int CHUNK = 512;   // keys whose partial softmax is computed separately, then joined
+constexpr int QUERIES = 64;  // processed together, at most
 constexpr int MAX_HEAD = 256;
 
-// Softmax in parts (2112.05682): of some keys the weighted sum of values, the largest score (in
-// powers of 2) and the sum of 2^(score - largest).
+// Partial softmax over some keys (arXiv 2112.05682): the weighted sum of their values, the largest
+// score (as a power of 2) and the sum of 2^(score - largest).
 struct Part {
     float largest, total, *out;
 };
@@ -94,8 +94,8 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-// R queries and KEYS keys, of which they see those before `seen`. keys: (words of a head, KEYS),
-// values: (words of KEYS, head_dim).
+// R queries and KEYS keys; a query attends to those before its `seen`. keys: (words of a head,
+// KEYS), values: (words of KEYS, head_dim).
 template <class A, int R>
 void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
             const float *keys, const float *values, int first, int n, int head_dim) {
@@ -109,7 +109,7 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         }
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(64) typename Words<A>::Value weights[R][KEYS];
-    vec before = {}, after = {};  // the largest scores so far
+    vec before = {}, after = {};  // the largest scores, without and with these keys
     for (int r = 0; r < R; r++) {
         vec most = vec{} - INFINITY;
         for (int c = 0; c < COLUMNS; c++) {
@@ -124,7 +124,7 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
     for (int r = 0; r < R; r++) {
         vec total = {};
         for (int c = 0; c < COLUMNS; c++) {
-            vec score = scores[r][c];  // of no key yet: -inf - -inf is no number, but isn't taken
+            vec score = scores[r][c];  // if all are -inf, exp2(NaN) is computed but not selected
             vec weight = score == -INFINITY ? vec{} : exp2(score - after[r]);
             total += weight;
             store(weights[r] + c * LANES, weight);
@@ -153,8 +153,8 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
     }
 }
 
-// Queries of one key/value head, whose positions begin at a row of the cache, over keys [begin,
-// end). parts must be empty.
+// Queries of one key/value head over keys [begin, end), counted from `row` of the cache. parts must
+// be empty.
 template <class A, class C>
 void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
                   const Cache<C> &k, const Cache<C> &v, size_t row, int begin, int end) {
@@ -194,18 +194,18 @@ struct Shape {
 
 struct Batch {
     int32_t rows, tokens;       // B and T
-    int32_t alike;              // whether one row of positions stands for all
+    int32_t alike;              // whether all rows have the same positions
     const int64_t *positions;   // (1 or B, T)
     const float *freqs_cis;     // (1 or B, T, head_dim / 2) complex
     void *k, *v;                // (layers, rows, n_kv_heads, positions, head_dim)
     float *k_scale, *v_scale;   // the same without head_dim, if k and v are bytes
-    int64_t per_layer, per_row, per_head;  // positions from one to the next
+    int64_t per_layer, per_row, per_head;  // strides, in positions
     int position(int m) const { return positions[alike ? m % tokens : m]; }
     int all() const { return rows * tokens; }
     size_t head(int m, int kv) const { return m / tokens * per_row + kv * per_head; }
 };
 
-// f(keys, values) of a layer, whose activations are A.
+// Calls f with the keys and values of a layer; A is the type of activations.
 template <class A, class F> void with_cache(const Batch &b, int layer, int head_dim, F f) {
     const size_t from = layer * b.per_layer, at = from * head_dim;
     if (b.k_scale)
@@ -215,7 +215,7 @@ template <class A, class F> void with_cache(const Batch &b, int layer, int head_
         f(Cache<A>{(A *)b.k + at, nullptr, head_dim}, Cache<A>{(A *)b.v + at, nullptr, head_dim});
 }
 
-// Turns pairs of x by the angles of a position. arXiv 2104.09864.
+// RoPE: rotates pairs of x by the angles of a position. arXiv 2104.09864.
 template <class T, class Y>
 void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
     for (int d = 0; d < head_dim; d += 2) {
@@ -225,8 +225,8 @@ void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
     }
 }
 
-// This thread's part of storing the new keys and values and of rotating the queries, which also
-// get the factor of softmax(q kᵀ / sqrt(head_dim)) and that from e to powers of 2.
+// This thread's share of storing the new keys and values and of rotating the queries, which are
+// also multiplied by 1 / sqrt(head_dim) and by log2(e), for exp2 in place of exp.
 template <class T, class Q, class C>
 void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
                  Cache<C> keys, Cache<C> values) {
@@ -252,8 +252,8 @@ void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T
     }
 }
 
-// Few tokens: each chunk of each row's keys is a thing to do, so that threads share a long context.
-// partial: per token, head and chunk the sum (head_dim) and its largest and total.
+// Few tokens: each chunk of each row's keys is a task, so that threads share a long context.
+// partial: per token, head and chunk the weighted sum (head_dim), the largest score and the total.
 template <class A, class C, class X>
 void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
                 const Cache<C> &k, const Cache<C> &v, float *partial, X *out) {
@@ -300,7 +300,7 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     }
 }
 
-// Many tokens: neighbours in a row, which see almost the same keys, are done together.
+// Many tokens: adjacent tokens of a row, which attend to almost the same keys, share a task.
 template <class A, class C, class X>
 void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
                  const Cache<C> &k, const Cache<C> &v, X *out) {
@@ -308,7 +308,7 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
     const int run = std::max(1, QUERIES / group), runs = (b.tokens + run - 1) / run;
     static thread_local float sums[2][QUERIES * MAX_HEAD];
 #pragma omp for schedule(dynamic)
-    for (int i = b.rows * runs * s.n_kv_heads - 1; i >= 0; i--) {  // the last see most: first
+    for (int i = b.rows * runs * s.n_kv_heads - 1; i >= 0; i--) {  // the longest tasks first
         int kv = i % s.n_kv_heads, row = i / s.n_kv_heads % b.rows;
         int begin = i / s.n_kv_heads / b.rows * run, n = std::min(run, b.tokens - begin) * group;
         const typename Words<A>::Value *queries[QUERIES];

@@ -1,18 +1,18 @@
-// The blocks of Llama on a CPU: what `TransformerBlock` in model.py does, for few tokens at a time.
+// Llama's transformer blocks on a CPU: `TransformerBlock` of model.py, for few tokens at a time.
 //
-// A step of generation reads every weight once to make one token of each row, so it can be no
-// faster than the memory. Here nothing but that reading is left: all layers run in one parallel
-// region, a weight is used in the layout in which the file holds it (bf16, fp32, or ggml's blocks
-// of 32 values), and what passes between the products stays in the cache of a core.
+// A decoding step reads every weight once to compute one token of each row, so it is bound by
+// memory bandwidth. To add nothing to that, all layers run in one parallel region, weights are used
+// in the layout of the checkpoint file (bf16, fp32, or ggml's blocks of 32 values), and activations
+// stay in the processor's caches.
 //
 //     step        all layers of a model, for up to some dozens of tokens
-//     linear      one matrix, for the same
-//     norm, attention, swiglu, dequantize     what stands between the matrix products of a prompt,
-//                 which are bound by arithmetic and which oneDNN does better
+//     linear      one matrix, likewise
+//     norm, attention, swiglu, dequantize     for prompts: all but the matrix products, which are
+//                 compute-bound and faster in oneDNN
 //
-// Sums are fp32, in an order that depends on the shape of the model alone, so a token is the same
-// to the bit whatever else is in the batch. Written in the vector extensions that GCC and Clang
-// share, 16 floats wide whatever the processor has; AVX512-BF16 alone has code of its own.
+// Sums are fp32, in an order that depends on the model's shape alone, so that a token's result is
+// bit-identical regardless of the rest of the batch. Written in the vector extensions that GCC and
+// Clang share, 16 floats wide on any processor; only AVX-512 has separate code.
 
 #include "attention.h"
 
@@ -144,7 +144,7 @@ void attention_of(const Shape &s, const Batch &b, int layer, const void *q, cons
 
 }  // namespace
 
-// `is_bf16`: whether activations, norms' weights and the cache are bf16 or fp32.
+// `is_bf16`: whether activations, norms' weights and the cache are bf16; otherwise fp32.
 extern "C" {
 
 void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, int32_t n,

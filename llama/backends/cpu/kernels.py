@@ -1,7 +1,7 @@
-"""The CPU's own kernels: C++ compiled on first use for the machine at hand, called through ctypes.
+"""The CPU kernels: C++ compiled on first use for this machine, called through ctypes.
 
-They exist because a step of generation on a CPU should cost no more than reading the weights, and
-the libraries that were measured cost about twice that, or more (README, "How fast").
+They exist because a decoding step on a CPU should take no longer than reading the weights, and the
+libraries measured take about twice that or more.
 """
 
 import ctypes
@@ -83,7 +83,7 @@ def _compiler() -> str:
 
 
 def _processor() -> str:
-    """What code for this processor depends on: its name and what it can do."""
+    """The properties of this processor that compiled code depends on: its name and features."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else platform.processor()
     lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
@@ -92,7 +92,7 @@ def _processor() -> str:
 
 @lru_cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled if they aren't yet: some seconds, once for a machine.
+    """The kernels, compiled on first use, which takes some seconds once per machine.
 
     Raises:
         ValueError: no compiler, or one that can't compile them.
@@ -124,7 +124,7 @@ def library() -> ctypes.CDLL:
 
 
 def _compile(command: List[str], path: Path) -> None:
-    """Into a file of its own first: other processes may be at it too, and see all or nothing."""
+    """Compile to a temporary file and rename it: other processes may be compiling too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)

@@ -1,8 +1,8 @@
-"""Layers of a Transformer that compute through the CPU's kernels, to put in place of its own.
+"""Replacements for a Transformer's layers that call the CPU kernels.
 
-Same weights, same cache, same meaning; `model.py` calls them as it calls its own. Steps of few
-tokens go through the kernels whole. For many tokens the matrix products are oneDNN's (by way of
-aten), which are bound by arithmetic, and the kernels do what stands between them.
+They have the same weights, cache and meaning as `model.py`'s. A pass of few tokens runs entirely in
+the kernels. In a pass of many tokens, which is compute-bound, matrix products are oneDNN's (through
+aten), and the kernels do the rest.
 """
 
 import threading
@@ -23,21 +23,20 @@ from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
-# Up to so many tokens the kernels' products are faster than aten's (measured: 96 tokens of bf16 in
-# 43 ms and 51 ms, 48 of 4 bits in 44 ms and 45 ms).
+# Tokens of a pass up to which the kernels' products are faster than aten's, for dense and quantized
+# weights (measured: 96 tokens of bf16 in 43 ms and 51 ms, 48 of 4 bits in 44 ms and 45 ms).
 FEW, FEW_OF_BLOCKS = 96, 40
-CHUNK = 512  # keys that are summed up on their own; as in kernels.cpp
-MAX_HEAD, MAX_GROUP = 256, 64  # and these
-WIDTH = 32  # what the kernels' widths must be multiples of
+CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
+WIDTH = 32  # the kernels take widths that are multiples of this
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-    """See to it that `swap` will do, kernels compiled, before a model is loaded for it.
+    """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
 
     Raises:
-        ValueError: a device, dtype or shape that the kernels aren't made for; no compiler.
+        ValueError: an unsupported device, dtype or shape; no compiler.
     """
     for what, value, known in (
         ("device", device.type, ("cpu",)),
@@ -45,7 +44,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     ):
         if value not in known:
             choices = " or ".join(map(str, known))
-            raise ValueError(f"compile=True is for {what} {choices}, and not for {value}")
+            raise ValueError(f"compile=True supports {what} {choices}, not {value}")
     world = parallel.world_size()
     widths = {
         "dim": args.dim,
@@ -71,7 +70,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def swap(model: Transformer) -> Transformer:
-    """Put the kernels' layers in place of a loaded model's own. It is for inference from then on.
+    """Replace a loaded model's layers by those that call the kernels. For inference only.
 
     Raises:
         ValueError: what `check` raises.
@@ -91,30 +90,30 @@ def swap(model: Transformer) -> Transformer:
 
 
 class NativeTransformer(Transformer):
-    """A Transformer whose layers are the kernels', which need no mask and take none."""
+    """A Transformer whose layers call the kernels, which are causal and take no mask."""
 
     @property
     def exact_tokens(self) -> int:
-        """Up to so many tokens in a pass, each one's result is bit-identical to that alone."""
+        """Tokens of a pass up to which each one's result is bit-identical to its result alone."""
         return self.layers[0].few_tokens  # type: ignore[return-value]
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
     ) -> Optional[torch.Tensor]:
         if mask is not None:
-            raise ValueError("compiled layers take no mask of your own: build with compile=False")
+            raise ValueError("compiled layers take no custom mask: build with compile=False")
         return None
 
 
 class Workspace:
-    """Memory that all layers share for what lives within one of them."""
+    """Temporary buffers that all layers share."""
 
     def __init__(self) -> None:
         self._buffers: Dict[str, torch.Tensor] = {}
-        self.lock = threading.Lock()  # threads may share a model, but not this
+        self.lock = threading.Lock()  # threads may share a model, but not the buffers
 
     def take(self, name: str, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """n values, whose content is anything."""
+        """n values, uninitialized."""
         found = self._buffers.get(name)
         if found is None or found.numel() < n or found.dtype != dtype:
             self._buffers[name] = found = torch.empty(n, dtype=dtype)
@@ -122,7 +121,7 @@ class Workspace:
 
 
 class Matrix:
-    """A linear layer's weight (rows, cols): as the kernels read it, and dense for aten."""
+    """A linear layer's weight (rows, cols), for the kernels and, dequantized, for aten."""
 
     def __init__(self, linear: nn.Module, work: Workspace):
         self._work = work
@@ -136,7 +135,7 @@ class Matrix:
         self.rows, self.cols = self._weight.shape
         self.few = FEW if isinstance(self._weight, torch.Tensor) else FEW_OF_BLOCKS
         if not data.is_contiguous():
-            raise AssertionError("a weight that doesn't lie row by row")
+            raise AssertionError("a weight that isn't contiguous")
         self.struct = kernels.Weight(data.data_ptr(), kernels.KINDS[kind], self.rows, self.cols)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +169,7 @@ class NativeEmbedding(nn.Module):
 
 
 class NativeNorm(nn.Module):
-    """RMSNorm in one pass."""
+    """RMSNorm, fused."""
 
     def __init__(self, norm: RMSNorm):
         super().__init__()
@@ -187,7 +186,7 @@ class NativeNorm(nn.Module):
 
 
 class NativeOutput(nn.Module):
-    """The projection to the vocabulary; for few rows in fp32, whatever the model's dtype."""
+    """The output layer; its result for few tokens is fp32 regardless of the model's dtype."""
 
     def __init__(self, linear: nn.Module, work: Workspace):
         super().__init__()
@@ -215,8 +214,8 @@ class NativeLayers(nn.Module):
     """All blocks of a Transformer.
 
     Attributes:
-        few_tokens: up to so many in a pass, each token's output is the same to the bit whatever
-            the others are.
+        few_tokens: tokens of a pass up to which each one's output is bit-identical regardless of
+            the others.
     """
 
     def __init__(self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace):
@@ -251,7 +250,7 @@ class NativeLayers(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """What the blocks do, one after the other: a query sees the keys up to its own position.
+        """All blocks in turn; a query attends to the keys at positions up to its own.
 
         Raises:
             ValueError: a cache of another dtype.
@@ -264,7 +263,7 @@ class NativeLayers(nn.Module):
         B, T, _ = x.shape
         _, kv_heads, head_dim = self._heads
         k_scale = v_scale = 0
-        if cache is None:  # each layer's keys and values, for itself
+        if cache is None:  # a buffer for one layer's keys and values, which all layers reuse
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
             k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self.blocks), *[-1] * 4)
         else:
@@ -287,7 +286,7 @@ class NativeLayers(nn.Module):
         return self._few(x, batch, longest)
 
     def _scratch(self, M: int, chunks: int) -> kernels.Scratch:
-        """Where a step of M tokens keeps what lives within a layer."""
+        """Buffers for the intermediate results of a pass of M tokens."""
         if self._scratch_for[0] == (M, chunks):
             return self._scratch_for[1]
         heads, kv_heads, head_dim = self._heads
@@ -349,7 +348,7 @@ class NativeLayers(nn.Module):
         return h
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Over the ranks."""
+        """All-reduce over the ranks."""
         if parallel.world_size() > 1:
             dist.all_reduce(x, group=get_model_parallel_group())
         return x

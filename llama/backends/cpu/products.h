@@ -1,4 +1,4 @@
-// y = x wᵀ for few rows of x: each weight is read once, in the layout in which a file holds it.
+// y = x wᵀ for few rows of x: each weight is read once, in the layout of the checkpoint file.
 
 #pragma once
 
@@ -11,7 +11,7 @@ enum Kind : int32_t { F32, BF16, Q8_0, Q4_0, Q4_1 };
 constexpr int block_bytes(int kind) {
     return kind == F32 ? 128 : kind == BF16 ? 64 : kind == Q8_0 ? 34 : kind == Q4_0 ? 18 : 20;
 }
-inline vec half(const uint8_t *p) {  // fp16, 16 times
+inline vec half(const uint8_t *p) {  // one fp16 value, in all 16 lanes
 #ifdef __AVX512F__
     return (vec)_mm512_cvtph_ps(_mm256_set1_epi16(read<int16_t>(p)));
 #else
@@ -24,9 +24,9 @@ struct Weight {  // (rows, cols), row-major, cols a multiple of BLOCK
     int32_t kind, rows, cols;
 };
 
-// How 32 weights are read and multiplied by as many activations.
+// Ways to read a block of 32 weights and multiply it by 32 activations.
 
-// In fp32, any kind of weight. A block's values are exact: 11 bits of a scale times 8 of q fit.
+// In fp32, for any kind of weight. Dequantized values are exact: a scale has 11 bits, q at most 8.
 struct Floats {
     typedef float X;
     struct Block {
@@ -42,7 +42,7 @@ struct Floats {
         vec scale = half(w);
         if constexpr (KIND == Q8_0)
             return {whole(w + 2) * scale, whole(w + 2 + LANES) * scale};
-        // Four bits choose one of 16 values: low halves of the bytes first, then the high ones.
+        // Four bits index one of 16 values: first the low halves of all bytes, then the high ones.
         const vec q = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         vec table = KIND == Q4_1 ? q * scale + half(w + 2) : (q - 8.0f) * scale;
         const uint8_t *packed = w + (KIND == Q4_1 ? 4 : 2);
@@ -59,7 +59,7 @@ struct Floats {
         return out;
 #endif
     }
-    static vec whole(const void *bytes) {  // 16 signed ones
+    static vec whole(const void *bytes) {  // 16 of int8
         const int8_t *q = (const int8_t *)bytes;
 #ifdef __AVX512F__
         return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
@@ -81,9 +81,9 @@ struct Pairs {  // bf16 by bf16: vdpbf16ps adds two products to each of 16 sums
 };
 #endif
 
-constexpr int AHEAD = 8192;  // bytes: what memory delivers while one waits for it
+constexpr int AHEAD = 8192;  // prefetch distance in bytes, about memory's latency times bandwidth
 
-// y[m][r] = w[r] · x[m] for a few rows of each, which stay in registers.
+// y[m][r] = w[r] · x[m] for a few rows of each, accumulated in registers.
 template <class Dot, int KIND, int R, int M>
 inline void tile(const uint8_t *w, const typename Dot::X *x, int cols, float *y, size_t stride) {
     constexpr int size = block_bytes(KIND);
@@ -92,7 +92,7 @@ inline void tile(const uint8_t *w, const typename Dot::X *x, int cols, float *y,
     for (int b = 0; b < cols / BLOCK; b++)
         for (int r = 0; r < R; r++) {
             const uint8_t *at = w + r * row + size_t(b) * size;
-            __builtin_prefetch(at + AHEAD);  // rows of odd lengths defeat the hardware's own
+            __builtin_prefetch(at + AHEAD);  // hardware prefetchers fail on rows of odd lengths
             auto block = Dot::template decode<KIND>(at);
             for (int m = 0; m < M; m++)
                 acc[r][m] = Dot::dot(acc[r][m], block, Dot::at(x + size_t(m) * cols + b * BLOCK));
@@ -123,7 +123,7 @@ void product(const Weight &w, const typename Dot::X *x, int tokens, float *y, in
         rows_of<Dot, KIND, 1>(w.data + r * row, x, tokens, w.cols, y + r, w.rows);
 }
 
-// A thread's share of n things, in multiples of `unit`.
+// This thread's share of n items, in multiples of `unit`.
 struct Share {
     int begin, end;
 };

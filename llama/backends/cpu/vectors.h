@@ -1,5 +1,5 @@
-// 16 floats at a time, in the vector extensions that GCC and Clang share: whatever the processor
-// has, they are compiled to that.
+// Vectors of 16 floats, in the vector extensions that GCC and Clang share: the compiler maps them
+// to the processor's own.
 
 #pragma once
 
@@ -19,7 +19,7 @@ typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32)));
-constexpr int LANES = 16, BLOCK = 32;  // of a vector; of ggml's quantization types
+constexpr int LANES = 16, BLOCK = 32;  // values of a vector; of a block of ggml's quantized types
 
 struct bf16 {
     uint16_t bits;
@@ -73,7 +73,7 @@ inline float largest(vec v) {
 
 // 2^x: the nearest whole number goes to the exponent, Taylor's series does the rest (|f| <= 1/2).
 inline vec exp2(vec given) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     vec x = given;
     x = x < -126.0f ? vec{} - 126.0f : x;
     x = x > 126.0f ? vec{} + 126.0f : x;
