@@ -1,6 +1,6 @@
 """Llama reference inference: any Llama checkpoint, any number of ranks, any device."""
 
-from llama.engine.sampling import SamplingParams
+from llama.engine.params import SamplingParams
 from llama.generation import ChatPrediction, CompletionPrediction, Event, Llama
 from llama.layers.cache import KVCache
 from llama.model import ModelArgs, Transformer

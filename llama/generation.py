@@ -1,13 +1,16 @@
-"""Llama: a model, its tokenizer and its chat format, and the loop that makes text of them."""
+"""Llama: a model with its tokenizer and chat format. Meta's API, and what has been added to it."""
 
 from pathlib import Path
 from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpack
 
 import torch
 
+from llama import checkpoint
 from llama.backends.build import assemble
+from llama.backends.options import ModelOptions, takes
 from llama.engine import embeddings, loop, scoring
 from llama.engine.beam import beam_search
+from llama.engine.params import SamplingParams
 from llama.engine.predictions import (
     BeamPrediction,
     ChatPrediction,
@@ -15,8 +18,8 @@ from llama.engine.predictions import (
     Event,
 )
 from llama.engine.prefixes import PrefixCache
-from llama.engine.rows import Options, Row, check, constrain, make_rows
-from llama.engine.sampling import SamplingParams, sample_top_p
+from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_rows
+from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
 from llama.engine.structured import Structures, call_format
@@ -42,74 +45,31 @@ class Llama:
     """
 
     @staticmethod
-    def build(
-        ckpt_dir: str | Path,
-        tokenizer_path: Optional[str | Path] = None,
-        max_seq_len: int = 2048,
-        max_batch_size: int = 8,
-        model_parallel_size: Optional[int] = None,
-        seed: int = 1,
-        *,
-        device: Optional[str | torch.device] = None,
-        dtype: Optional[str | torch.dtype] = None,
-        quantize: Optional[Literal["int8", "int4"]] = None,
-        kv_cache: Optional[Literal["int8"]] = None,
-        compile: bool = False,
-        draft_ckpt_dir: Optional[str | Path] = None,
-        draft_quantize: Optional[Literal["int8", "int4"]] = None,
-        prefix_cache_mb: int = 0,
-        adapter_dir: Optional[str | Path] = None,
-        offload: Optional[Literal["auto"]] = None,
-    ) -> "Llama":
+    @takes(ModelOptions)
+    def build(options: ModelOptions) -> "Llama":
         """Open a checkpoint, check that it fits into memory, and load this rank's part of it.
 
-        Works in a plain Python process and under torchrun, whatever number of shards the
-        checkpoint has.
-
-        Args:
-            ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, with Hugging
-                Face's config.json and *.safetensors, or with a .gguf file, or the .gguf file. It
-                may be remote (https://, gs://, az://): then it is fetched once, into a cache.
-            tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or
-                not; by default what is found with the checkpoint.
-            max_seq_len: tokens of prompt and answer together.
-            max_batch_size: prompts in one call.
-            model_parallel_size: ranks that share one copy of the model; all of them by default.
-            seed: of the random numbers for sampling.
-            device: "cuda", "mps" or "cpu"; by default the first of these that there is.
-            dtype: of weights, activations and cache; by default bf16 where the hardware has it,
-                else fp32.
-            quantize: hold matrices in blocks of 8 or 4 bits (see `llama.backends.quantized`), as
-                they are where the checkpoint is a GGUF file that has them so.
-            kv_cache: "int8" holds keys and values as bytes, in half of the memory of bf16.
-            compile: spend some seconds, once for a machine, on code that computes faster: on a
-                CPU much (see `llama.backends.cpu`), elsewhere by torch.compile
-                (`llama.backends.compiled`).
-            draft_ckpt_dir: a smaller model with the same tokenizer, which guesses tokens for this
-                one; texts stay the same (see `llama.engine.speculative`).
-            draft_quantize: like quantize, for the draft model.
-            prefix_cache_mb: up to so many MB (10^6 bytes, on each rank) of keys and values are kept
-                for prompts that begin like earlier ones or like others of their batch, which then
-                needn't be computed again: a chat's next turn, few-shot examples
-                (`llama.engine.prefixes`).
-            adapter_dir: a LoRA adapter in PEFT's layout, added to the weights as they are read; to
-                switch between several, see `llama.training.lora`.
-            offload: "auto" brings in, for each pass, the blocks that don't fit into memory; slow,
-                but any model runs that fits on the disk (`llama.backends.offloaded`).
+        Works in a plain Python process and under torchrun, regardless of how the checkpoint is
+        sharded. Takes the fields of `ModelOptions`, which says what each means:
+        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.
             ValueError: a broken or unsupported checkpoint, a tokenizer that isn't its own, a
-                number of ranks that doesn't divide the heads, or too little memory.
+                number of ranks that doesn't divide the heads, too little memory, or an option out
+                of range.
         """
-        built = assemble(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
-            device=device, dtype=dtype, quantize=quantize, kv_cache=kv_cache, compile=compile,
-            draft_ckpt_dir=draft_ckpt_dir, draft_quantize=draft_quantize,
-            prefix_cache_mb=prefix_cache_mb, adapter_dir=adapter_dir, offload=offload,
-        )  # fmt: skip
-        llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=seed)
-        llama.prefixes = built.prefixes
+        built = assemble(options)
+        llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=options.seed)
+        if options.prefix_cache_mb:
+            # What was computed in another precision isn't what this model would compute.
+            kinds = [str(built.model.norm.weight.dtype)[6:], options.quantize]
+            kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
+            source = built.source
+            llama.prefixes = PrefixCache(
+                options.prefix_cache_mb * 1_000_000,
+                lambda: f"{checkpoint.fingerprint(source)} {kind}",
+            )
         return llama
 
     def __init__(
@@ -199,7 +159,7 @@ class Llama:
         logprobs: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Event]:
-        """What `text_completion` would return, event by event as it comes about.
+        """Like `text_completion`, but yields an event per token.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
@@ -213,26 +173,12 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
-        *,
-        tools: Optional[Sequence[Tool]] = None,
-        tool_choice: str = "auto",
-        truncate: Optional[Literal["oldest_turns"]] = None,
-        **options: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> List[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
 
         Nothing that a message holds, in role or content, becomes a control token. See
-        `text_completion` and `Options` for the other arguments.
-
-        Args:
-            max_gen_len: None fills the context.
-            tools: what the model may call: JSON schemas, Python functions (which aren't run), and
-                names of built-in tools. Its calls are in the message, as `tool_calls`.
-            tool_choice: "auto" leaves it to the model whether it calls; "required", or the name of
-                one of the tools, makes the answer one call that fits its schema.
-            truncate: "oldest_turns" leaves out the oldest turns of a dialog that, with max_gen_len
-                (by default a quarter of the context), doesn't fit; the system message stays. By
-                default a dialog that is longer than the context is an error.
+        `text_completion` and `ChatOptions` for the arguments.
 
         Returns:
             Per dialog and sample `generation` (the assistant's message) and `finish_reason`; with
@@ -244,9 +190,10 @@ class Llama:
                 model without a chat format, or tools and a format without them; and what
                 `generate` raises.
         """
-        options = {**options, "response_format": call_format(tools, tool_choice, options)}
-        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        rows, events = self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)
+        tools = options.get("tools")
+        rows, events, left_out = self._start_chat(
+            dialogs, temperature, top_p, max_gen_len, logprobs, **options
+        )
         predictions: List[ChatPrediction] = []
         for row, found in zip(rows, loop.collect(events, rows), strict=True):
             message: Message = {"role": "assistant", "content": found.text}
@@ -266,19 +213,13 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
-        *,
-        tools: Optional[Sequence[Tool]] = None,
-        tool_choice: str = "auto",
-        truncate: Optional[Literal["oldest_turns"]] = None,
-        **options: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> Iterator[Event]:
-        """What `chat_completion` would return, event by event; calls of tools as they are written.
+        """Like `chat_completion`, but yields an event per token; tool calls stay text.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        options = {**options, "response_format": call_format(tools, tool_choice, options)}
-        ids, _ = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
-        return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
+        return self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)[1]
 
     def beam_search(
         self,
@@ -385,6 +326,24 @@ class Llama:
             if parallel.is_rank_zero():
                 warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
+    def _start_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: bool,
+        *,
+        tools: Optional[Sequence[Tool]] = None,
+        tool_choice: str = "auto",
+        truncate: Optional[Literal["oldest_turns"]] = None,
+        **options: Unpack[Options],
+    ) -> Tuple[List[Row], Iterator[Event], List[List[Message]]]:
+        """`_start` for dialogs; also the messages that truncation left out of each."""
+        options["response_format"] = call_format(tools, tool_choice, options)
+        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
+        return *self._start(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
+
     def _start(
         self,
         prompts: Sequence[Sequence[int]],
@@ -395,7 +354,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Tuple[List[Row], Iterator[Event]]:
-        """The rows of a call, n for each prompt, and the events that will come of them."""
+        """The sequences of a call, n for each prompt, and the iterator that generates them."""
         shape = self.model.params
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops

@@ -15,7 +15,7 @@ Papers: Llama, arXiv 2302.13971; Llama 2 (grouped-query attention), 2307.09288; 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import List, Optional, Sequence, Type
+from typing import List, NamedTuple, Optional, Sequence, Type
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import nn
 
 from llama.layers import parallel
 from llama.layers.cache import KVCache
+from llama.layers.ids import check_token_tensor
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,15 @@ _Column = partial(ColumnParallelLinear, bias=False, gather_output=False, init_me
 _Row = partial(RowParallelLinear, bias=False, input_is_parallel=True, init_method=lambda w: w)
 
 
+class Step(NamedTuple):
+    """What one forward pass has in common for all layers."""
+
+    positions: torch.Tensor  # (1 or B, T): where the tokens stand in their rows
+    freqs_cis: torch.Tensor  # (1 or B, T, 1, head_dim / 2): by what RoPE rotates them
+    mask: Optional[torch.Tensor]  # (1 or B, 1, T, S), added to the scores; None: causal, from 0 on
+    cache: Optional[KVCache]
+
+
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values (2305.13245)."""
 
@@ -153,55 +163,42 @@ class Attention(nn.Module):
         self.wv = _Column(args.dim, kv_dim)
         self.wo = _Row(args.n_heads * args.head_dim, args.dim)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         B, T, _ = x.shape
         xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
         xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
 
-        xq = apply_rotary_emb(xq, freqs_cis)
-        xk = apply_rotary_emb(xk, freqs_cis)
+        xq = apply_rotary_emb(xq, step.freqs_cis)
+        xk = apply_rotary_emb(xk, step.freqs_cis)
 
-        return self.wo(self.attend(xq, xk, xv, positions, mask, cache))
+        return self.wo(self.attend(xq, xk, xv, step))
 
     def attend(
-        self,
-        xq: torch.Tensor,
-        xk: torch.Tensor,
-        xv: torch.Tensor,
-        positions: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
+        self, xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, step: Step
     ) -> torch.Tensor:
-        """softmax(q kᵀ / sqrt(head_dim)) v, the new keys and values in the cache among them.
+        """softmax(q kᵀ / sqrt(head_dim)) v; the new keys and values are stored in the cache.
 
         xq, xk, xv: (B, T, heads, head_dim), rotated. Returns (B, T, n_local_heads · head_dim).
         """
         B, T, _, _ = xq.shape
-        if cache is None:
+        if step.cache is None:
             keys, values = xk.transpose(1, 2), xv.transpose(1, 2)
         else:
-            keys, values = cache.update(self.layer_id, positions, xk, xv)
+            keys, values = step.cache.update(self.layer_id, step.positions, xk, xv)
         # keys, values: (B, n_local_kv_heads, S, head_dim)
 
         if T == 1:
             # The queries that share a key/value head become the rows of one small matrix.
             xq = xq.view(B, self.n_local_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=mask)
+            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=step.mask)
         else:
             out = F.scaled_dot_product_attention(
                 xq.transpose(1, 2),  # (B, n_local_heads, T, head_dim)
                 keys,
                 values,
-                attn_mask=mask,
-                is_causal=mask is None,
+                attn_mask=step.mask,
+                is_causal=step.mask is None,
                 enable_gqa=self.n_local_kv_heads != self.n_local_heads,
             ).transpose(1, 2)
         return out.reshape(B, T, -1)
@@ -229,15 +226,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), positions, freqs_cis, mask, cache)
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), step)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -259,6 +249,7 @@ class Transformer(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
+        parallel.ensure_initialized(device)
         world = parallel.world_size()
         parallel.check_world(world, params.n_heads)
         self.params = params
@@ -281,16 +272,14 @@ class Transformer(nn.Module):
         self.output = place(_Column(params.dim, padded_vocab, gather_output=True))
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.cache_type: Type[KVCache] = KVCache
-        self.takes_masks = True  # of a caller's own
-        self.exact_tokens: Optional[int] = None  # passes of so many give the bits of single tokens
-        self.revision = 0  # goes up with each change by llama.lora or training: caches are outdated
         self.freqs = rope_frequencies(params)  # no buffer: model.to(bfloat16) must not round it
 
-    def new_cache(self, rows: int, max_len: Optional[int] = None) -> KVCache:
+    def new_cache(
+        self, rows: int, max_len: Optional[int] = None, cache_type: Type[KVCache] = KVCache
+    ) -> KVCache:
         """An empty cache for this rank's key/value heads, of max_seq_len positions by default."""
         args, world = self.params, parallel.world_size()
-        return self.cache_type(
+        return cache_type(
             args.n_layers,
             rows,
             args.max_seq_len if max_len is None else max_len,
@@ -324,9 +313,12 @@ class Transformer(nn.Module):
                 it sees all up to itself.
 
         Raises:
-            ValueError: positions that the cache has no room for or that would leave a gap; a mask
-                of another shape, with a token that sees nothing, or for layers that take none.
+            ValueError: ids outside of the vocabulary; positions that the cache has no room for or
+                that would leave a gap; a mask of another shape, with a token that sees nothing, or
+                for layers that take none.
         """
+        if not tokens.is_floating_point():
+            check_token_tensor(tokens, self.vocab_size)
         h = self.hidden(tokens, start_pos, cache, positions=positions, mask=mask)
         return self.logits(h)
 
@@ -341,6 +333,8 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """`forward` up to the last norm: (B, T, dim), for projecting only the rows one needs."""
         B, T = tokens.shape[:2]
+        if not B * T:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: (B, T), at least one of each")
         starts = _one_per_row(start_pos, B)
         if cache is not None:
             cache.extend(starts, T)
@@ -356,38 +350,47 @@ class Transformer(nn.Module):
         angles = turns[..., None, None].float() * self.freqs  # (1 or B, T, 1, head_dim / 2)
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
 
-        # One rule hides the future, the padding and what a row has forgotten: a query sees the
-        # keys whose position is not beyond its own. None leaves it to the attention kernel:
-        # causal from position 0 on, or one token that sees everything.
-        hidden = None if mask is None else ~self._checked(mask, B, T, max(starts) + T)
-        if mask is None and any(starts) and not (alike and T == 1):
-            keys = torch.arange(max(starts) + T, device=tokens.device)
-            hidden = keys > places[:, None, :, None]  # (1 or B, 1, T, S)
-        bias = None
-        if hidden is not None:
-            bias = torch.zeros_like(hidden, dtype=h.dtype).masked_fill_(hidden, -math.inf)
-
+        S = max(starts) + T
+        mask = None if mask is None else _checked(mask, B, T, S)
+        step = Step(places, freqs_cis, self.attention_bias(mask, places, S, h.dtype), cache)
         for layer in self.layers:
-            h = layer(h, places, freqs_cis, bias, cache)
+            h = layer(h, step)
         return self.norm(h)
+
+    def attention_bias(
+        self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
+    ) -> Optional[torch.Tensor]:
+        """What is added to the scores of a pass: 0 or -inf, (1 or B, 1, T, S); None: plain causal.
+
+        One rule hides the future, the padding and what a row has forgotten: a query sees the keys
+        whose position is not beyond its own. None leaves it to the attention kernel: causal from
+        position 0 on, or one token that sees everything.
+        """
+        alike, T = len(places) == 1, places.shape[1]
+        if mask is not None:
+            hidden = ~mask
+        elif S == T or (alike and T == 1):
+            return None
+        else:
+            hidden = torch.arange(S, device=places.device) > places[:, None, :, None]
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Project hidden states (..., dim) to the vocabulary: (..., vocab_size), fp32."""
         return self.output(h)[..., : self.vocab_size].float()
 
-    def _checked(self, mask: torch.Tensor, B: int, T: int, S: int) -> torch.Tensor:
-        """A caller's mask as (1 or B, 1, T, S)."""
-        if not self.takes_masks:
-            raise ValueError("this model's layers take no mask of your own: the plain ones do")
-        shapes = [(T, S), (1, 1, T, S), (B, 1, T, S)]
-        if mask.dtype != torch.bool or mask.shape not in shapes:
-            raise ValueError(
-                f"a mask of {mask.dtype} {tuple(mask.shape)}: bool, of shape {shapes[0]} or "
-                f"{shapes[2]}, True where a token sees a key"
-            )
-        if not mask.any(-1).all():
-            raise ValueError("the mask has a token that sees nothing: let it see itself")
-        return mask.view(-1, 1, T, S)
+
+def _checked(mask: torch.Tensor, B: int, T: int, S: int) -> torch.Tensor:
+    """A caller's mask as (1 or B, 1, T, S)."""
+    shapes = [(T, S), (1, 1, T, S), (B, 1, T, S)]
+    if mask.dtype != torch.bool or mask.shape not in shapes:
+        raise ValueError(
+            f"a mask of {mask.dtype} {tuple(mask.shape)}: bool, of shape {shapes[0]} or "
+            f"{shapes[2]}, True where a token sees a key"
+        )
+    if not mask.any(-1).all():
+        raise ValueError("the mask has a token that sees nothing: let it see itself")
+    return mask.view(-1, 1, T, S)
 
 
 def _one_per_row(start_pos: int | Sequence[int] | torch.Tensor, rows: int) -> List[int]:

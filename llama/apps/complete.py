@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
 from tqdm import tqdm
 
 from llama.checkpoint import remote
-from llama.engine.sampling import SamplingParams
+from llama.engine.params import SamplingParams
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots

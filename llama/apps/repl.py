@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
 
 from llama.apps.terminal import Plain, Rich, is_capable, pick_terminal
+from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
-from llama.engine.sampling import SamplingParams
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
@@ -10,9 +11,9 @@ import torch
 
 from llama import checkpoint
 from llama.backends import cpu, memory, offloaded, quantized
+from llama.backends.options import ModelOptions
 from llama.checkpoint import Checkpoint, remote
 from llama.checkpoint.adapter import Merged, read_adapter
-from llama.engine.prefixes import PrefixCache
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.model import ModelArgs, Transformer
@@ -20,71 +21,48 @@ from llama.tokenizer import Tokenizer
 
 
 class Built(NamedTuple):
-    """What a `Llama` is made of."""
+    """Result of `assemble`."""
 
     model: Transformer
     tokenizer: Tokenizer
     draft: Optional[Transformer]
-    prefixes: Optional[PrefixCache]
+    source: Checkpoint
 
 
-def assemble(
-    ckpt_dir: str | Path,
-    tokenizer_path: Optional[str | Path],
-    max_seq_len: int,
-    max_batch_size: int,
-    model_parallel_size: Optional[int],
-    *,
-    device: Optional[str | torch.device],
-    dtype: Optional[str | torch.dtype],
-    quantize: Optional[Literal["int8", "int4"]],
-    kv_cache: Optional[Literal["int8"]],
-    compile: bool,
-    draft_ckpt_dir: Optional[str | Path],
-    draft_quantize: Optional[Literal["int8", "int4"]],
-    prefix_cache_mb: int,
-    adapter_dir: Optional[str | Path],
-    offload: Optional[Literal["auto"]],
-) -> Built:
-    """Open, check and load. Arguments and errors are those of `Llama.build`."""
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if prefix_cache_mb < 0:
-        raise ValueError(f"prefix_cache_mb={prefix_cache_mb} must be 0 (none) or more")
+def assemble(options: ModelOptions) -> Built:
+    """Open, check and load. Errors are those of `Llama.build`."""
     start = time.monotonic()
-    torch_device = parallel.initialize(model_parallel_size, device)
-    torch_dtype = parallel.pick_dtype(dtype, torch_device)
-    source = open_checkpoint(ckpt_dir, adapter_dir)
-    args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    device = parallel.initialize(options.model_parallel_size, options.device)
+    dtype = parallel.pick_dtype(options.dtype, device)
+    source = open_checkpoint(options.ckpt_dir, options.adapter_dir)
+    args = replace(
+        source.args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size
+    )
     world = parallel.world_size()
     parallel.check_world(world, args.n_heads)
-    limit = prefix_cache_mb * 1_000_000
-    say(
-        memory.preflight(args, world, torch_dtype, torch_device, quantize, kv_cache, limit, offload)
-    )
-    if max_seq_len > source.args.max_seq_len:
-        say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
-    tokenizer = open_tokenizer(source, tokenizer_path)
-    draft, reserve = None, limit
-    draft_path = remote.local_path(draft_ckpt_dir) if draft_ckpt_dir else None
-    if draft_path is not None:
-        reserve += draft_bytes(draft_path, args, torch_dtype, draft_quantize)
+    quantize, kv_cache, offload = options.quantize, options.kv_cache, options.offload
+    reserve = options.prefix_cache_mb * 1_000_000
+    say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload))
+    if args.max_seq_len > source.args.max_seq_len:
+        say(f"note: {options.ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
+    tokenizer = open_tokenizer(source, options.tokenizer_path)
+    draft, draft_path = None, None
+    if options.draft_ckpt_dir is not None:
+        draft_path = remote.local_path(options.draft_ckpt_dir)
+        reserve += draft_bytes(draft_path, args, dtype, options.draft_quantize)
     model = prepare(
-        source, args, device=torch_device, dtype=torch_dtype, quantize=quantize,
-        kv_cache=kv_cache, compile=compile, offload=offload, reserve=reserve,
+        source, args, device=device, dtype=dtype, quantize=quantize,
+        kv_cache=kv_cache, compile=options.compile, offload=offload, reserve=reserve,
     )  # fmt: skip
     if draft_path is not None:
         draft = prepare_draft(
-            draft_path, args, tokenizer, device=torch_device,
-            dtype=torch_dtype, quantize=draft_quantize, compile=compile,
+            draft_path, args, tokenizer, device=device,
+            dtype=dtype, quantize=options.draft_quantize, compile=options.compile,
         )  # fmt: skip
-    say(f"loaded {ckpt_dir} in {time.monotonic() - start:.1f} s{offloaded.placement(model)}")
-    prefixes = None
-    if limit:
-        kind = " ".join(filter(None, (str(torch_dtype)[6:], quantize, kv_cache and "int8 cache")))
-        prefixes = PrefixCache(limit, lambda: f"{checkpoint.fingerprint(source)} {kind}")
-    return Built(model, tokenizer, draft, prefixes)
+    took = f"{time.monotonic() - start:.1f} s"
+    placement = getattr(model, "placement", None)  # of an offloaded one
+    say(f"loaded {options.ckpt_dir} in {took}" + (f"; {placement}" if placement else ""))
+    return Built(model, tokenizer, draft, source)
 
 
 def open_checkpoint(ckpt_dir: str | Path, adapter_dir: Optional[str | Path] = None) -> Checkpoint:
@@ -142,10 +120,6 @@ def prepare(
         ValueError: an unknown quantize, kv_cache or offload, what can't be compiled, or what can't
             fit even so; and what `checkpoint.load` raises.
     """
-    if offload not in (None, "auto"):
-        raise ValueError(f"offload={offload!r}: choose 'auto' or None, all in memory")
-    if kv_cache not in (None, "int8"):
-        raise ValueError(f"kv_cache={kv_cache!r}: choose 'int8' or None, the model's dtype")
     if compile and device.type == "cpu":
         cpu.check(args, device, dtype)  # before what may take minutes
     plan = None
@@ -163,7 +137,7 @@ def prepare(
         model = Transformer(args, device="meta")
         quantized.load(source, model, quantize, dtype=dtype, device=device)
     if kv_cache is not None:
-        model.cache_type = Int8KVCache
+        model.new_cache = partial(model.new_cache, cache_type=Int8KVCache)  # type: ignore[method-assign]
     if compile and device.type == "cpu":
         cpu.swap(model)
     elif compile:

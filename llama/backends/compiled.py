@@ -7,7 +7,7 @@ and weights that are used together are laid together: wq, wk, wv, and w1, w3.
 """
 
 from functools import lru_cache
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -17,8 +17,7 @@ from torch import nn
 
 from llama.backends.quantized import Blocks, QuantizedLinear
 from llama.layers import parallel
-from llama.layers.cache import KVCache
-from llama.model import Transformer, TransformerBlock, rms_norm
+from llama.model import Step, Transformer, TransformerBlock, rms_norm
 
 Matrix = torch.Tensor | Blocks
 
@@ -113,19 +112,10 @@ class CompiledBlock(nn.Module):
         self._w13 = _together(ffn.w1, ffn.w3)
         self._group = get_model_parallel_group() if parallel.world_size() > 1 else None
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
-        """As TransformerBlock's."""
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         before, after = _compiled()
         first, second = self.block.attention_norm, self.block.ffn_norm
-        q, k, v = before(
-            x, first.weight, first.eps, self._wqkv, torch.view_as_real(freqs_cis), self._heads
-        )
-        out = self.block.attention.attend(q, k, v, positions, mask, cache)
+        cis = torch.view_as_real(step.freqs_cis)
+        q, k, v = before(x, first.weight, first.eps, self._wqkv, cis, self._heads)
+        out = self.block.attention.attend(q, k, v, step)
         return after(x, out, self._wo, second.weight, second.eps, self._w13, self._w2, self._group)

@@ -11,7 +11,7 @@ import torch
 from llama.backends.quantized import block_bytes
 from llama.checkpoint import local_shape, weight_shapes
 from llama.checkpoint.ggml import VALUES
-from llama.engine.prefill import PASS
+from llama.layers.cache import PASS
 from llama.layers.parallel import kv_heads
 from llama.model import ModelArgs
 

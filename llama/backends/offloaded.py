@@ -34,8 +34,7 @@ from llama.backends import memory
 from llama.backends.memory import size
 from llama.checkpoint import Checkpoint, local_shape, read_shard, weight_shapes
 from llama.layers import parallel
-from llama.layers.cache import KVCache
-from llama.model import ModelArgs, Transformer, TransformerBlock
+from llama.model import ModelArgs, Step, Transformer, TransformerBlock
 
 PAGE = 4096
 ALIGNED = 256  # bytes, as a GPU's kernels want their weights
@@ -151,14 +150,19 @@ def load(
         model.output = StreamedOutput(ring, n_blocks, rows)  # type: ignore[assignment]
     for index, i in enumerate(streamed):
         model.layers[i] = StreamedBlock(model.layers[i], ring, index)  # type: ignore[arg-type]
+    model.__class__ = OffloadedTransformer
     model.placement = _report(ring, args, plan, n_blocks)  # type: ignore[assignment]
     return model.requires_grad_(False)
 
 
-def placement(model: Transformer) -> str:
-    """What of a model stays in memory, what comes and how fast; nothing of one that fits."""
-    line = getattr(model, "placement", "")
-    return f"; {line}" if line else ""
+class OffloadedTransformer(Transformer):
+    """A Transformer of which some layers are streamed from disk or from the host's memory.
+
+    Attributes:
+        placement: a line on what stays in memory, what is streamed, and how fast.
+    """
+
+    placement: str
 
 
 class Ring:
@@ -272,18 +276,11 @@ class StreamedBlock(TransformerBlock):
         self._owners = [self.get_submodule(name) for name in names]
         self._empty = list(self.parameters())
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         with self._ring.lock:
             try:
                 self._put(self._ring.take(self._index))
-                return super().forward(x, positions, freqs_cis, mask, cache)
+                return super().forward(x, step)
             finally:
                 self._put(self._empty)
 

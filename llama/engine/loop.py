@@ -1,4 +1,8 @@
-"""The generation loop: prompts in, events out. Everything that generates text runs through it."""
+"""The generation loop: prompts in, an event per token out.
+
+Completion, chat, streaming and sampling run on it. Beam search (`llama.engine.beam`) and the JAX
+network (`llama.families.flax_generation`) have loops of their own.
+"""
 
 from dataclasses import dataclass, field
 from math import isfinite
@@ -31,7 +35,7 @@ def run(
     speculator: Optional[Speculator] = None,
     prefixes: Optional[PrefixCache] = None,
 ) -> Iterator[Event]:
-    """Generate all rows together: an event per token, in the order in which tokens come about.
+    """Generate all rows together: an event per token, in the order in which they are sampled.
 
     Prompts go through the model whole, those of similar lengths together, and a prompt that has
     several samples once. Then each pass feeds every unfinished row's last token, and what the

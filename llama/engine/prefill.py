@@ -4,12 +4,8 @@ from typing import Iterator, List, Sequence, Tuple
 
 import torch
 
-from llama.layers.cache import KVCache
+from llama.layers.cache import PASS, KVCache
 from llama.model import Transformer
-
-# Tokens that go through the model at a time: what a layer keeps for them is bounded by that, and
-# not by the length of a prompt.
-PASS = 4096
 
 
 def prefill(

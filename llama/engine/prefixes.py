@@ -17,6 +17,7 @@ from llama.checkpoint.writing import beside
 from llama.engine.prefill import prefill
 from llama.layers import parallel
 from llama.layers.cache import KVCache
+from llama.layers.revision import revision
 from llama.model import Transformer
 
 # Tokens that a batch has in common are worth a pass of their own from here on.
@@ -59,10 +60,10 @@ class PrefixCache:
         return sum(node.nbytes for node in self._nodes())
 
     def follow(self, model: Transformer) -> None:
-        """Forget everything if the model has changed since (`Transformer.revision`)."""
+        """Forget everything if the model's weights have changed since."""
         with self._lock:
-            if model.revision != self._revision:
-                self._root, self._revision = Node([], {}, None), model.revision
+            if revision(model) != self._revision:
+                self._root, self._revision = Node([], {}, None), revision(model)
 
     def known(self, ids: Sequence[int]) -> int:
         """How many of a prompt's tokens needn't be computed; its last one always is."""
@@ -201,7 +202,7 @@ class PrefixCache:
         return len(ids)
 
     def _check_for_files(self, model: Transformer) -> None:
-        if model.revision:
+        if revision(model):
             raise ValueError(
                 "prefix files are of a model as it was built, and this one has changed since: "
                 "build with adapter_dir"

@@ -10,87 +10,13 @@ that is ruled out has the logit -inf.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Callable, Collection, List, Mapping, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
 
-Processor = Callable[[List[int], torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn. The defaults for all but temperature and top_p change nothing.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the most probable token each time.
-        top_p: share of probability to draw from, from the most probable token down (1904.09751).
-        top_k: number of most probable tokens to draw from; 0 for all.
-        min_p: tokens at least this times as probable as the most probable one (2407.01082).
-        typical_p: share of probability to draw from, from the tokens whose information is nearest
-            to the expected one (2202.00666).
-        repetition_penalty: positive logits of tokens in prompt and answer are divided by it,
-            negative ones multiplied (1909.05858).
-        presence_penalty: taken from the logit of each token in the answer (OpenAI's formula).
-        frequency_penalty: the same, times its count.
-        no_repeat_ngram_size: no run of so many tokens comes twice in prompt and answer; 0 for off.
-        logit_bias: added to the logits of these ids.
-        banned_tokens: ids that are never drawn.
-        guidance_scale: above 1, what the negative prompt makes less probable becomes more so:
-            log-probabilities are negative + scale * (own - negative) (2306.17806).
-        negative_prompt: token ids in place of the prompt; its last token alone by default.
-        logits_processor: called with the row's ids, prompt included, and its logits (vocab_size,);
-            returns what to use in their place.
-
-    Raises:
-        ValueError: a value out of range, by name.
-    """
-
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    banned_tokens: Collection[int] = ()
-    guidance_scale: float = 1.0
-    negative_prompt: Optional[Sequence[int]] = None
-    logits_processor: Optional[Processor] = None
-
-    @property
-    def is_argmax(self) -> bool:
-        """Whether the most probable token is drawn each time, and nothing rules any out."""
-        # The others only matter where there is a draw.
-        plain = replace(self, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
-        plain = replace(plain, guidance_scale=1.0, negative_prompt=None)  # done before
-        return plain == _ARGMAX
-
-    def __post_init__(self) -> None:
-        def check(name: str, fits: bool, range_: str) -> None:
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)} must {range_}")
-
-        check("temperature", 0 <= self.temperature < math.inf, "be 0 (greedy) or more")
-        for name in ("top_p", "min_p"):
-            check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
-        check("typical_p", 0 < self.typical_p <= 1, "be more than 0 and at most 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be more than 0")
-        check("guidance_scale", math.isfinite(self.guidance_scale), "be a finite number")
-        if self.negative_prompt is not None and not len(self.negative_prompt):
-            raise ValueError("negative_prompt is empty: it takes at least one token")
-        for name in ("presence_penalty", "frequency_penalty"):
-            check(name, math.isfinite(getattr(self, name)), "be a finite number")
-        for name in ("top_k", "no_repeat_ngram_size"):
-            check(name, getattr(self, name) >= 0, "be 0 (off) or more")
-
+from llama.engine.params import SamplingParams
 
 HEAD = 1024  # tokens among which top_p mostly falls
-
-_ARGMAX = SamplingParams(temperature=0.0, top_p=1.0)
 
 
 class Numbers:

@@ -302,7 +302,9 @@ class Speculators:
 
     def __init__(self, model: Transformer, draft: Optional[Transformer]):
         self._draft = draft
-        self._paces = {name: Pace(model.exact_tokens) for name in ("lookup", "draft")}
+        # Of a backend that promises it: passes of so many tokens give the bits of single tokens.
+        exact_tokens = getattr(model, "exact_tokens", None)
+        self._paces = {name: Pace(exact_tokens) for name in ("lookup", "draft")}
 
     def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
         """The speculator of that name, for one call; by default the draft, if there is one.

@@ -13,14 +13,13 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List
 
 import torch
 from torch import nn
 
 from llama.layers import parallel
-from llama.layers.cache import KVCache
-from llama.model import Attention, Transformer, TransformerBlock
+from llama.model import Attention, Step, Transformer, TransformerBlock
 
 
 @dataclass
@@ -88,16 +87,15 @@ def _attend(
     xq: torch.Tensor,
     xk: torch.Tensor,
     xv: torch.Tensor,
-    positions: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    cache: Optional[KVCache],
+    step: Step,
 ) -> torch.Tensor:
     """`Attention.attend`, by the formula: softmax(q kᵀ / sqrt(head_dim)) v."""
     B, T, heads, head_dim = xq.shape
+    mask, cache = step.mask, step.cache
     if cache is None:
         keys, values = xk.transpose(1, 2), xv.transpose(1, 2)
     else:
-        keys, values = cache.update(attention.layer_id, positions, xk, xv)
+        keys, values = cache.update(attention.layer_id, step.positions, xk, xv)
     group = heads // keys.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
     scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(head_dim)  # (B, heads, T, S)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 BLOCK = 256  # positions by which a cache grows
+PASS = 4096  # tokens that go through the model at a time: what activations take is bounded by that
 
 
 def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -132,6 +132,12 @@ def initialize(
     return device
 
 
+def ensure_initialized(device: Optional[str | torch.device] = None) -> None:
+    """Start what isn't there yet, for a network that is built without `Llama.build`."""
+    if not (dist.is_initialized() and fs_init.model_parallel_is_initialized()):
+        initialize(device="cpu" if device is None else device)
+
+
 def _shut_down() -> None:
     """Leave the groups before the interpreter goes.
 

@@ -22,6 +22,7 @@ from torch import nn
 from llama.checkpoint import weight_shapes
 from llama.checkpoint.adapter import Adapter, Pair
 from llama.layers import parallel
+from llama.layers.revision import changed
 from llama.model import Transformer, TransformerBlock
 
 # The matrices of a block, by Meta's names.
@@ -109,7 +110,7 @@ def use(model: Transformer, name: Optional[str]) -> None:
     known = names(model)
     if name is not None and name not in known:
         raise ValueError(f"no adapter {name!r}: there is {', '.join(known) or 'none'}")
-    model.revision += 1
+    changed(model)
     for layer in layers(model):
         layer.active = name
 
@@ -122,7 +123,7 @@ def detach(model: Transformer, name: str) -> None:
     """
     if name not in names(model):
         use(model, name)  # says which there are
-    model.revision += 1
+    changed(model)
     for layer in list(layers(model)):
         if name in layer.scale:
             del layer.lora_A[name], layer.lora_B[name], layer.scale[name]

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from llama.checkpoint.writing import beside
 from llama.layers import parallel
+from llama.layers.revision import changed
 from llama.model import Transformer
 from llama.training.data import Example, batch, order
 from llama.training.losses import summed_loss
@@ -221,7 +222,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.model.revision += 1
+        changed(self.model)
         self.step += 1
         tokens, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - start
         return Step(self.step, total, rate, norm, tokens, seconds)
@@ -280,7 +281,7 @@ class Trainer:
             for (_, parameter, _), saved in zip(self.trained, content["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(content["optimizer"])
-        self.model.revision += 1
+        changed(self.model)
         self.step = content["step"]
 
     def _about(self, about: Dict[str, Any]) -> Dict[str, Any]:

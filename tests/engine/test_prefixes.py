@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import List
 
@@ -56,7 +57,7 @@ class Fed:
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_a_second_call_computes_what_is_new(make_model, tiny, monkeypatch, temperature, kind):
     model = make_model()
-    model.cache_type = kind
+    model.new_cache = partial(model.new_cache, cache_type=kind)
     plain, reusing = Llama(model, tiny.tokenizer), with_prefixes(Llama(model, tiny.tokenizer))
     options = dict(temperature=temperature, seed=5, stop_tokens=set())
     [first], _ = plain.generate([[*range(60)]], 12, **options)

@@ -20,8 +20,8 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.quantized import Blocks, QuantizedEmbedding, QuantizedLinear
 from llama.layers import parallel
-from llama.layers.cache import Int8KVCache, KVCache
-from llama.model import ModelArgs, RMSNorm, Transformer, TransformerBlock
+from llama.layers.cache import Int8KVCache
+from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 # Up to so many tokens the kernels' products are faster than aten's (measured: 96 tokens of bf16 in
 # 43 ms and 51 ms, 48 of 4 bits in 44 ms and 45 ms).
@@ -81,13 +81,29 @@ def swap(model: Transformer) -> Transformer:
     model.requires_grad_(False)
     work = Workspace()
     layers = NativeLayers(list(model.layers), args, work)  # type: ignore[arg-type]
-    model.layers, model.exact_tokens = nn.ModuleList([layers]), layers.few_tokens
-    model.takes_masks = False
+    model.layers = nn.ModuleList([layers])
     if world == 1:
         model.tok_embeddings = NativeEmbedding(model.tok_embeddings)  # type: ignore[assignment]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     model.output = NativeOutput(model.output, work)
+    model.__class__ = NativeTransformer
     return model
+
+
+class NativeTransformer(Transformer):
+    """A Transformer whose layers are the kernels', which need no mask and take none."""
+
+    @property
+    def exact_tokens(self) -> int:
+        """Up to so many tokens in a pass, each one's result is bit-identical to that alone."""
+        return self.layers[0].few_tokens  # type: ignore[return-value]
+
+    def attention_bias(
+        self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
+    ) -> Optional[torch.Tensor]:
+        if mask is not None:
+            raise ValueError("compiled layers take no mask of your own: build with compile=False")
+        return None
 
 
 class Workspace:
@@ -234,31 +250,17 @@ class NativeLayers(nn.Module):
             )
         )
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
-        """What the blocks do, one after the other; arguments as for TransformerBlock.
-
-        The mask isn't looked at: a query sees the keys up to its own position.
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """What the blocks do, one after the other: a query sees the keys up to its own position.
 
         Raises:
             ValueError: a cache of another dtype.
         """
         with self._work.lock:
-            return self._forward(x, positions, freqs_cis, cache)
+            return self._forward(x, step)
 
-    def _forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        cache: Optional[KVCache],
-    ) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        positions, freqs_cis, _, cache = step
         B, T, _ = x.shape
         _, kv_heads, head_dim = self._heads
         k_scale = v_scale = 0

@@ -1,0 +1,104 @@
+"""How a model is built: one dataclass for the Python API, every sub-command and the benchmarks.
+
+torch isn't imported, so that `llama --help` needn't wait for it.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Literal, Optional, ParamSpec, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    Device: TypeAlias = str | torch.device
+    DType: TypeAlias = str | torch.dtype
+else:  # the command line reads these hints, and has names only
+    Device = DType = str
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is built. The first six are Meta's, in Meta's order.
+
+    Attributes:
+        ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, with Hugging Face's
+            config.json and *.safetensors, or with a .gguf file; or a .gguf file. It may be remote
+            (https://, gs://, az://): then it is downloaded once, into a cache.
+        tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or not;
+            by default the one found with the checkpoint.
+        max_seq_len: tokens of prompt and answer together.
+        max_batch_size: sequences computed at once.
+        model_parallel_size: ranks that share one copy of the model; all of them by default.
+        seed: of the random numbers of requests that give none of their own.
+        device: cuda, mps or cpu; by default the first of these that is available.
+        dtype: bf16, fp16 or fp32, of weights, activations and cache; by default bf16 where the
+            hardware has it, else fp32.
+        quantize: quantize matrices to 8 or 4 bits as they are loaded; those that a GGUF file
+            already holds quantized are kept as they are.
+        kv_cache: int8 stores keys and values in 8 bits, half the memory of bf16.
+        compile: compile faster code, which takes some seconds once per machine: CPU kernels, or
+            torch.compile on other devices.
+        draft_ckpt_dir: a smaller model with the same tokenizer, for speculative decoding.
+        draft_quantize: like quantize, for the draft model.
+        prefix_cache_mb: memory for prefix caching, in MB (10^6 bytes) on each rank: keys and values
+            of earlier prompts, which prompts that begin alike need not compute again. 0: none.
+        adapter_dir: a LoRA adapter in PEFT's layout, merged into the weights as they are loaded.
+        offload: auto streams the layers that don't fit into memory from disk for each pass; slow,
+            but any model runs that fits on the disk.
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    ckpt_dir: str | Path
+    tokenizer_path: Optional[str | Path] = None
+    max_seq_len: int = 2048
+    max_batch_size: int = 8
+    model_parallel_size: Optional[int] = None
+    seed: int = 1
+    _: KW_ONLY
+    device: Optional[Device] = None
+    dtype: Optional[DType] = None
+    quantize: Optional[Literal["int8", "int4"]] = None
+    kv_cache: Optional[Literal["int8"]] = None
+    compile: bool = False
+    draft_ckpt_dir: Optional[str | Path] = None
+    draft_quantize: Optional[Literal["int8", "int4"]] = None
+    prefix_cache_mb: int = 0
+    adapter_dir: Optional[str | Path] = None
+    offload: Optional[Literal["auto"]] = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_seq_len", 1), ("max_batch_size", 1), ("prefix_cache_mb", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, known in (
+            ("quantize", ("int8", "int4")),
+            ("draft_quantize", ("int8", "int4")),
+            ("kv_cache", ("int8",)),
+            ("offload", ("auto",)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}, or None")
+
+
+P = ParamSpec("P")
+Options = TypeVar("Options")
+T = TypeVar("T")
+
+
+def takes(options: Callable[P, Options]) -> Callable[[Callable[[Options], T]], Callable[P, T]]:
+    """Lets a function of one options object be called with the fields of that object."""
+
+    def decorate(function: Callable[[Options], T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            return function(options(*args, **kwargs))
+
+        call.__signature__ = signature(options)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
