@@ -22,8 +22,11 @@ bench: .venv/installed-test  ## measure against transformers and llama.cpp, side
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 
+docs: .venv/installed-test  ## the documentation, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove the environment and caches; downloaded models stay
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
@@ -35,4 +38,4 @@ clean:  ## remove the environment and caches; downloaded models stay
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
