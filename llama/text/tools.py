@@ -215,7 +215,8 @@ _BETWEEN = re.compile(r"[\s;]*")
 def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
     """The tool calls in a model's reply, in any of the usual spellings.
 
-    As the whole reply, several calls also one after another with spaces or ";" between, or in a list:
+    As the whole reply; several calls also one after another, with spaces or ";" between, or in a
+    list:
 
         {"name": ..., "parameters" or "arguments": {...}}
         [f(a=1), g(b="x")]
