@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llama.apps.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
-COMMANDS = (
-    "chat", "complete", "convert", "download", "eval", "finetune", "inspect", "plot", "score",
-)  # fmt: skip
 MARK = "<!-- the help of every sub-command stands here: docs/hooks.py -->"
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+(?!docs/)([^)]*)\)")
 
