@@ -100,6 +100,7 @@ COMMANDS: Dict[str, str] = {  # imported when asked for: not each is cheap
     "chat": "llama.apps.repl:chat",
     "complete": "llama.apps.complete:complete",
     "convert": "llama.apps.cli:convert",
+    "download": "llama.apps.download:download",
     "eval": "llama.apps.measure:evaluate",
     "finetune": "llama.apps.finetune:main",
     "inspect": "llama.apps.cli:inspect",
@@ -170,7 +171,7 @@ def _typed(command: Callable) -> Callable:
             if kind is str and value is True:
                 raise ValueError(f"--{name} needs a value")
             if kind is str and value is not None:  # where it stands without an option's name
-                many = isinstance(value, tuple) and name == "files"
+                many = isinstance(value, tuple)
                 bound.arguments[name] = tuple(map(str, value)) if many else str(value)
             elif kind is float and type(value) is int:
                 bound.arguments[name] = float(value)

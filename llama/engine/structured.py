@@ -65,7 +65,7 @@ class Structures:
             import llguidance
         except ImportError:
             raise ValueError(
-                "response_format needs llguidance: pip install -e '.[structured]'"
+                "response_format needs llguidance: pip install llguidance"
             ) from None
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.library: Any = llguidance.LLMatcher

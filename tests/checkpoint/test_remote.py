@@ -1,131 +1,30 @@
-"""Remote paths, against a web server and a make-believe Google Storage on this machine."""
+"""Remote paths, against a web server on this machine that is a bucket and a hub, too."""
 
-import contextlib
-import http.server
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
-import time
-import urllib.parse
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_weights, write_checkpoint
+from conftest import ROOT, TINY, random_weights, write_checkpoint
+from web import closed_url, point_hub_at, serving
 
 from llama import checkpoint
-from llama.checkpoint import InMemory, gguf, huggingface, remote
+from llama.checkpoint import InMemory, gguf, huggingface, remote, transfer
 from llama.checkpoint.remote import local_path
 
 BIG = bytes(range(256)) * 4000  # 1 MB
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by their path; below /storage/v1/b/bucket/o as Google Storage does."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files = {}
-        self.log = []  # (method, path, first byte)
-        self.status = {}  # path or "HEAD path" -> status to answer instead
-        self.cuts = {}  # path -> number of answers still to be cut off after cut_after bytes
-        self.cut_after = 1000
-        self.ranges = self.lengths = True
-        self.delay = 0.0
-        self.html = False  # a page for everything that isn't there
-
-    def add(self, folder, at):
-        self.files.update({f"{at}/{p.name}": p.read_bytes() for p in Path(folder).iterdir()})
-
-    def bodies(self):
-        return [path for method, path, _ in self.log if method == "GET"]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError):
-            super().handle()
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query))
-        path = urllib.parse.unquote(url.path)
-        if match := re.fullmatch("/storage/v1/b/bucket/o(?:/(.+))?", path):
-            return self.storage(match[1], query)
-        self.send_file(path.lstrip("/"))
-
-    def send_file(self, path, partial=None):
-        server = self.server
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        server.log.append((self.command, path, int(asked[1]) if asked else None))
-        status = server.status.get(f"{self.command} {path}", server.status.get(path))
-        if status is None and path not in server.files:
-            status = 200 if server.html else 404
-        if status is not None:
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        time.sleep(server.delay)
-        data = server.files[path]
-        ranged = asked and server.ranges
-        body = data[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None] if ranged else data
-        self.send_response(206 if ranged else 200)
-        if server.lengths:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if server.cuts.get(path, 0):
-            server.cuts[path] -= 1
-            body = body[: server.cut_after]
-        self.wfile.write(body)
-
-    def storage(self, name, query):
-        files = self.server.files
-        if name and query.get("alt") == "media":
-            return self.send_file(name)
-        status = self.server.status.get(name or "list", 200)
-        about = lambda name: {"name": name, "size": str(len(files[name])), "generation": "1",  # noqa: E731
-                              "updated": "2024-01-01T00:00:00.000Z",
-                              "timeCreated": "2024-01-01T00:00:00.000Z"}  # fmt: skip
-        if name:
-            status = status if name in files else 404
-            answer = about(name) if status == 200 else {}
-        else:
-            below = [n for n in files if n.startswith(query["prefix"])]
-            rest = {n: n[len(query["prefix"]) :] for n in below}
-            answer = {"items": [about(n) for n in below if "/" not in rest[n]],
-                      "prefixes": sorted({query["prefix"] + r.split("/")[0] + "/"
-                                          for r in rest.values() if "/" in r})}  # fmt: skip
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -135,11 +34,6 @@ def bucket(server, monkeypatch):
     monkeypatch.setattr(blobfile._gcp, "GCP_BASE_URL", server.url)
     monkeypatch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
     return server
-
-
-def closed_url():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
-        return f"http://127.0.0.1:{closed.server_port}"
 
 
 def assert_same_weights(path, seed=0):
@@ -157,19 +51,21 @@ def test_local_paths_stay_what_they_are(path):
     assert local_path(Path(path)) == Path(path)
 
 
-# The module alone, without the package and its torch, loads in no time.
+# The module alone: the packages around it, with their torch, are replaced by empty ones.
 ALONE = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("remote", {remote.__file__!r})
-remote = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(remote)
+import sys, types
+for name in ("llama", "llama.text", "llama.checkpoint"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [f"{ROOT}/" + name.replace(".", "/")]
+from llama.checkpoint import remote
 """
 
 
 def test_local_paths_need_no_blobfile():
-    code = ALONE + "print(remote.local_path('x/y'), {'blobfile', 'tqdm'} & set(sys.modules))"
+    code = f"{ALONE}print(remote.local_path('x/y'))\n"
+    code += "print({'blobfile', 'huggingface_hub', 'tqdm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("x/y set()\n", "")
+    assert (done.stdout, done.stderr) == ("x/y\nset()\n", "")
 
 
 # ---- files and directories on the web --------------------------------------------------------
@@ -264,7 +160,7 @@ def test_a_cut_transfer_is_resumed_at_once(server):
     server.files["x.gguf"] = BIG
     server.cuts["x.gguf"] = 2
     assert local_path(f"{server.url}/x.gguf").read_bytes() == BIG
-    assert [start for method, _, start in server.log if method == "GET"] == [None, 1000, 2000]
+    assert server.gets("x.gguf") == [(None, 1000), (1000, 1000), (2000, len(BIG) - 2000)]
 
 
 def test_a_transfer_that_keeps_breaking_is_resumed_by_the_next_run(server):
@@ -279,7 +175,7 @@ def test_a_transfer_that_keeps_breaking_is_resumed_by_the_next_run(server):
     server.log.clear()
     path = local_path(f"{server.url}/x.gguf")
     assert path.read_bytes() == BIG
-    assert server.log[-1] == ("GET", "x.gguf", 3000)
+    assert server.log[-1] == ("GET", "x.gguf", 3000, len(BIG) - 3000)
     assert path == part.with_suffix("")
     assert not part.exists()
 
@@ -311,8 +207,8 @@ def test_signed_links_are_for_get_alone(server, capsys):
 
 def test_not_enough_space(server, monkeypatch):
     server.files["x.gguf"] = BIG
-    usage = remote.shutil.disk_usage(".")
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     with pytest.raises(ValueError, match=r"needs another 1 MB in .* set LLAMA_CACHE"):
         local_path(f"{server.url}/x.gguf")
     assert server.bodies() == []
@@ -349,9 +245,11 @@ def test_incomplete_checkpoints(server, files, error, message):
     assert f"{server.url}/m" in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "hf://meta-llama/x", "ftp://example.org/x"])
+@pytest.mark.parametrize("url", ["s3://bucket/x", "ftp://example.org/x"])
 def test_other_kinds_of_url(url):
-    with pytest.raises(ValueError, match=rf"{url}: .* isn't supported, only gs://.*--source hf"):
+    with pytest.raises(
+        ValueError, match=rf"{url}: .* isn't supported, only gs://.*hf://OWNER/NAME"
+    ):
         local_path(url)
 
 
@@ -412,18 +310,18 @@ def test_one_of_several_processes_fetches(server, tmp_path):
 
 
 def test_who_waited_takes_what_the_other_fetched(server, monkeypatch):
-    """With flock made to find the lock taken, as it would be with a second process."""
-    import fcntl
-
+    """With a lock that is taken at first, as it would be with a second process."""
     server.files["x.gguf"] = BIG
     path = local_path(f"{server.url}/x.gguf")
     server.log.clear()
 
-    def taken(file, how):
-        if how & fcntl.LOCK_NB:
-            raise BlockingIOError
+    class Taken(remote.FileLock):
+        def acquire(self, timeout=None):
+            if timeout == 0:
+                raise remote.Timeout(self.lock_file)
+            return super().acquire(timeout)
 
-    monkeypatch.setattr(fcntl, "flock", taken)
+    monkeypatch.setattr(remote, "FileLock", Taken)
     assert local_path(f"{server.url}/x.gguf") == path
     assert server.log == []
 
@@ -465,7 +363,7 @@ def test_bucket_resumes(bucket, capsys):
     Path(f"{path}.part").write_bytes(BIG[:5000])
     bucket.log.clear()
     assert local_path("gs://bucket/x.gguf").read_bytes() == BIG
-    assert {start for *_, start in bucket.log} == {5000}
+    assert {request.start for request in bucket.log} == {5000}
     assert "resuming" in capsys.readouterr().err
 
 
@@ -494,9 +392,132 @@ def test_bucket_without_network(bucket, monkeypatch, capsys):
 
 def test_who_reads_what():
     for url in ("gs://b/x", "az://a/c/x", "https://a.blob.core.windows.net/c/x"):
-        assert isinstance(remote._source(url), remote._Blobs), url
+        assert isinstance(remote._source(url), transfer.Blobs), url
     for url in ("https://a.blob.core.windows.net/c/x?sig=1", "https://example.org/x", "http://h/x"):
-        assert isinstance(remote._source(url), remote._Web), url
+        assert isinstance(remote._source(url), transfer.Web), url
+
+
+# ---- the Hugging Face Hub --------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    point_hub_at(server.url, tmp_path / "hub", monkeypatch)
+    return server
+
+
+def add_repo(server, tmp_path, seed=0):
+    """A repository as Meta's are: everything twice, and more besides."""
+    source = InMemory(TINY, random_weights(TINY, seed))
+    model = huggingface.write(source, tmp_path / f"hf{seed}", max_shard_bytes=50_000)
+    files = {p.name: p.read_bytes() for p in model.iterdir()}
+    files |= {"tokenizer.json": b"{}", "LICENSE.txt": b"terms", "README.md": b"", "x.gguf": BIG}
+    original = write_checkpoint(tmp_path / f"meta{seed}", TINY, seed=seed)
+    files |= {f"original/{p.name}": p.read_bytes() for p in original.iterdir()}
+    server.repo = files
+    return {p.name for p in model.iterdir()} | {"tokenizer.json", "LICENSE.txt"}
+
+
+def names_in(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_hub(hub, tmp_path, capsys):
+    needed = add_repo(hub, tmp_path)
+    path = local_path("hf://o/n")
+    assert names_in(path) == needed
+    assert_same_weights(path)
+    assert capsys.readouterr() == ("", "")  # progress bars are for terminals
+    # The second time, nothing but what is there is asked for.
+    hub.log.clear()
+    assert local_path(Path("hf://o/n/")) == path  # a Path has lost a slash
+    assert not [request for request in hub.log if "/resolve/" in request.path]
+
+    assert local_path("hf://o/n/x.gguf").read_bytes() == BIG
+    assert_same_weights(local_path("hf://o/n@v1/original"))
+    assert local_path("HF://o/n/original/tokenizer.model").name == "tokenizer.model"
+
+
+def test_hub_with_metas_files_alone(hub, tmp_path):
+    add_repo(hub, tmp_path)
+    hub.repo = {n: data for n, data in hub.repo.items() if "original" in n or n == "README.md"}
+    path = local_path("hf://o/n")
+    assert path.name == "original"
+    assert_same_weights(path)
+
+
+def test_hub_with_an_adapter(hub):
+    hub.repo = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1", "a.txt": b""}
+    assert names_in(local_path("hf://o/n")) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_hub_with_ggufs(hub):
+    hub.repo = {"a[1].gguf": BIG, "README.md": b""}
+    assert names_in(local_path("hf://o/n")) == {"a[1].gguf"}
+    hub.repo["b.gguf"] = b""
+    hub.commit = "b" * 40
+    with pytest.raises(ValueError, match=r"o/n holds several models.*a\[1\]\.gguf, b\.gguf"):
+        local_path("hf://o/n")
+
+
+def test_a_changed_repository_is_fetched_anew(hub, tmp_path):
+    add_repo(hub, tmp_path)
+    before = local_path("hf://o/n")
+    add_repo(hub, tmp_path, seed=1)
+    hub.commit = "b" * 40
+    assert_same_weights(local_path("hf://o/n"), seed=1)
+    assert_same_weights(before)
+
+
+@pytest.mark.parametrize("how", ["closed", "HF_HUB_OFFLINE", "503"])
+def test_offline_the_hubs_cache_serves(hub, tmp_path, monkeypatch, capsys, how):
+    needed = add_repo(hub, tmp_path)
+    path = local_path("hf://o/n")
+    capsys.readouterr()
+    if how == "closed":
+        point_hub_at(closed_url(), tmp_path / "hub", monkeypatch)
+    elif how == "503":
+        monkeypatch.setitem(hub.status, "hub", 503)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert local_path("hf://o/n") == path and names_in(path) == needed
+    assert f"using the copy in {path}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"(cannot reach|HF_HUB_OFFLINE is set).* no copy of it"):
+        local_path("hf://o/other")
+
+
+def test_offline_an_incomplete_copy_does_not_serve(hub, tmp_path, monkeypatch):
+    add_repo(hub, tmp_path)
+    path = local_path("hf://o/n")
+    next(path.glob("model-00002*")).unlink()
+    point_hub_at(closed_url(), tmp_path / "hub", monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"not its model-00002"):
+        local_path("hf://o/n")
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "kind", "message"),
+    [
+        ("hf://o/n", (403, "GatedRepo"), ValueError, "o/n is gated: accept .*HF_TOKEN"),
+        ("hf://o/n", (403, "None"), ValueError, "refuses access"),
+        ("hf://o/m", None, FileNotFoundError, "no model .*/o/m, or it is private"),
+        ("hf://o/n@v2", None, FileNotFoundError, "/o/n has no revision v2"),
+        ("hf://o/n/y.gguf", None, FileNotFoundError, "o/n has no file y.gguf"),
+        ("hf://o", None, ValueError, "'o' is not OWNER/NAME"),
+        ("hf://o/n@/x", None, ValueError, "is not OWNER/NAME"),
+    ],
+)  # fmt: skip
+def test_hub_refuses(hub, tmp_path, url, error, kind, message):
+    add_repo(hub, tmp_path)
+    hub.error = error
+    with pytest.raises(kind, match=message):
+        local_path(url)
+
+
+def test_hub_without_a_checkpoint(hub):
+    hub.repo = {"README.md": b"", "y/model.safetensors": b""}
+    with pytest.raises(FileNotFoundError, match=r"o/n holds no checkpoint: .*o/n/FILE"):
+        local_path("hf://o/n")
 
 
 # ---- progress and the cache's place ----------------------------------------------------------
@@ -514,8 +535,8 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("LLAMA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     where = lambda: str(remote._cache_folder("http://h/x").parent)  # noqa: E731
-    assert where() == "/home/someone/.cache/llama-inference/remote"
+    assert where() == "/home/someone/.cache/llama-reference/remote"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert where() == "/xdg/llama-inference/remote"
+    assert where() == "/xdg/llama-reference/remote"
     monkeypatch.setenv("LLAMA_CACHE", "~/own")
     assert where() == "/home/someone/own/remote"

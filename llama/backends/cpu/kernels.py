@@ -18,6 +18,8 @@ from typing import List
 
 import torch
 
+from llama.text.cache_dir import cache_dir
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
@@ -80,11 +82,6 @@ def _compiler() -> str:
         "compile=True needs a C++ compiler on a CPU, and there is none: install g++ or clang++, "
         "name one in the environment variable CXX, or build with compile=False"
     )
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME, else ~/.cache, below it llama-reference."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference"
 
 
 def _processor() -> str:

@@ -1,0 +1,243 @@
+"""Meta's own way to its models: signed links, sent by e-mail, each for one family of models."""
+
+import contextlib
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import List, NamedTuple, NoReturn, Optional, Tuple
+from urllib.parse import urlsplit
+
+from llama.checkpoint import transfer
+from llama.checkpoint.transfer import digest, say
+
+REQUEST_PAGE = "https://llama.meta.com/llama-downloads/"
+tell = partial(print, flush=True)  # results; what goes on meanwhile is said on stderr
+
+# Meta's text models: name, path in the link (or paths: the server's names changed with time),
+# number of shards, GB, and the folder here if it isn't the name. Facts: download.sh of Meta's
+# repositories llama, llama3 and llama-models, and models/sku_list.py of the last.
+CATALOG = """\
+Llama-2-7b llama-2-7b 1 13.5
+Llama-2-7b-chat llama-2-7b-chat 1 13.5
+Llama-2-13b llama-2-13b 2 26
+Llama-2-13b-chat llama-2-13b-chat 2 26
+Llama-2-70b llama-2-70b 8 138
+Llama-2-70b-chat llama-2-70b-chat 8 138
+8B 8b_pre_trained,Llama-3-8B 1 16.1 Meta-Llama-3-8B
+8B-instruct 8b_instruction_tuned,Llama-3-8B-Instruct 1 16.1 Meta-Llama-3-8B-Instruct
+70B 70b_pre_trained,Llama-3-70B 8 141 Meta-Llama-3-70B
+70B-instruct 70b_instruction_tuned,Llama-3-70B-Instruct 8 141 Meta-Llama-3-70B-Instruct
+Llama-3.1-8B Llama-3.1-8B,Meta-Llama-3.1-8B 1 16.1
+Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct,Meta-Llama-3.1-8B-Instruct 1 16.1
+Llama-3.1-70B Llama-3.1-70B,Meta-Llama-3.1-70B 8 141
+Llama-3.1-70B-Instruct Llama-3.1-70B-Instruct,Meta-Llama-3.1-70B-Instruct 8 141
+Llama-3.1-405B-MP8 Llama-3.1-405B-MP8,Meta-Llama-3.1-405B-MP8 8 812
+Llama-3.1-405B-MP16 Llama-3.1-405B-MP16,Meta-Llama-3.1-405B-MP16 16 820
+Llama-3.1-405B-Instruct-MP8 Llama-3.1-405B-Instruct-MP8,Meta-Llama-3.1-405B-Instruct-MP8 8 812
+Llama-3.1-405B-Instruct-MP16 Llama-3.1-405B-Instruct-MP16,Meta-Llama-3.1-405B-Instruct-MP16 16 820
+Llama-3.2-1B Llama-3.2-1B 1 2.5
+Llama-3.2-1B-Instruct Llama-3.2-1B-Instruct 1 2.5
+Llama-3.2-3B Llama-3.2-3B 1 6.4
+Llama-3.2-3B-Instruct Llama-3.2-3B-Instruct 1 6.4
+Llama-3.3-70B-Instruct Llama-3.3-70B-Instruct 8 141
+"""
+
+
+class Model(NamedTuple):
+    """One of Meta's, as a line of the catalog has it."""
+
+    name: str
+    paths: str
+    shards: str
+    size: str
+    own_folder: str = ""
+
+    @property
+    def folder(self) -> str:
+        return self.own_folder or self.name
+
+    @property
+    def family(self) -> str:
+        """Llama 2, Llama 3, Llama 3.1, ...: a link serves one of them."""
+        return "Llama " + (self.name.split("-")[1] if self.name.startswith("Llama-") else "3")
+
+
+MODELS = [Model(*line.split()) for line in CATALOG.splitlines()]
+
+
+def table() -> str:
+    lines = [f"{'FAMILY':10} {'MODEL':29} {'SIZE':>8}  WEIGHT FILES"]
+    lines += [f"{m.family:10} {m.name:29} {m.size:>5} GB  {m.shards}" for m in MODELS]
+    lines += ["", "With them come 5 small files (Llama 2: 6): parameters, tokenizer, checksums,"]
+    lines += ["licence, use policy. They need a link from Meta."]
+    return "\n".join([*lines, "No link needed: smollm2 (98 MB), tokenizer (2 MB), OWNER/NAME"])
+
+
+def names(family: str = "") -> str:
+    return " ".join(model.name for model in MODELS if family in ("", model.family))
+
+
+def find(name: str) -> Model:
+    for found in MODELS:
+        if name.lower() in (found.name.lower(), found.folder.lower()):
+            return found
+    raise ValueError(
+        f"unknown model '{name}': there are smollm2, tokenizer, OWNER/NAME on the Hugging Face "
+        f"Hub, and from Meta {names()}"
+    )
+
+
+def fetch(models: List[Model], out: Path) -> None:
+    link = os.environ.get("PRESIGNED_URL") or _ask("Link from Meta's e-mail: ")
+    link = _checked(link.strip())
+    if not models:
+        family = _family(urlsplit(link).netloc)
+        usual = [m for m in MODELS if m.family == family and "-405B" not in m.name]
+        chosen = _ask(
+            "Models (--list shows all): any, separated by commas,\n"
+            f"or Enter for {','.join(model.name for model in usual)}: "
+        )
+        models = [find(word) for word in re.split(r"[,\s]+", chosen) if word] or usual
+    wrong = [model.folder for model in models if not _fetch_model(link, model, out)]
+    if wrong:
+        raise ValueError(
+            f"verification failed for {', '.join(wrong)}. The files named above were left in "
+            "place: delete them (and checklist.chk beside them, if all files fail) and run this "
+            "again"
+        )
+
+
+def _ask(question: str) -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  without it, macOS's terminals cut lines at 1,024 characters
+    return input(question)
+
+
+def _checked(link: str) -> str:
+    """The link, if it can be one.
+
+    Raises:
+        ValueError: it can't; the message doesn't repeat it, as it is a secret.
+    """
+    if not link:
+        raise ValueError("no link given: paste the one from Meta's e-mail, or set PRESIGNED_URL")
+    if re.fullmatch(r"(mailto:)?[^/@]+@[^/@]+", link):
+        raise ValueError(
+            "that is an e-mail address. What is needed is the link (https://...) in the e-mail "
+            f"that Meta sends once your request at {REQUEST_PAGE} is granted"
+        )
+    # Plain http would send the signature readable by anyone on the way.
+    if not re.match(r"https://|http://(127\.0\.0\.1|localhost)(:[0-9]+)?/", link):
+        raise ValueError("that is not a download link: it must start with https://")
+    if re.search(r"[\s\"'\\]", link):
+        raise ValueError(
+            "the link contains a space, quote or backslash: copy it again, in one piece"
+        )
+    if "*" not in link.partition("?")[0]:
+        raise ValueError(
+            "the link has no * in it (it stands for the file name). Copy the link's text from the "
+            "e-mail rather than its target, which mail programs and browsers like to rewrite"
+        )
+    return link
+
+
+def _family(host: str) -> str:
+    """What a server has: each family has its own."""
+    if host == "download.llamameta.net":
+        return "Llama 2"
+    match = re.match(r"llama3-([123])", host)
+    return f"Llama 3.{match[1]}" if match else "Llama 3"
+
+
+def _fetch_model(link: str, model: Model, out: Path) -> bool:
+    """Fetch what is missing of a model; returns whether its files have the right checksums."""
+    folder = out / model.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{model.folder} -> {folder}")
+    source = transfer.Web()
+    # Llama 2 has one tokenizer for all of its models, with a checksum of its own.
+    above = ["tokenizer_checklist.chk", "tokenizer.model"] if model.family == "Llama 2" else []
+    names = ["checklist.chk", *above, "params.json", "tokenizer.model"]
+    names += [f"consolidated.{shard:02d}.pth" for shard in range(int(model.shards))]
+    paths = model.paths.split(",")
+    missing: List[Tuple[str, str, Optional[int]]] = []  # name, URL, size
+    for name in dict.fromkeys(names):
+        if not (folder / name).exists():
+            places = [""] if name in above else [f"{path}/" for path in paths]
+            place, url, size = _locate(source, link, model, name, places)
+            missing.append((name, url, size))
+            if place:
+                paths = [place.rstrip("/")]
+    for name in ("LICENSE", "USE_POLICY" if model.family == "Llama 3" else "USE_POLICY.md"):
+        if not (folder / name).exists():  # beside the model, as every family has its own
+            try:
+                _, url, size = _locate(source, link, model, name, [""])
+                missing.append((name, url, size))
+            except (transfer.Refused, FileNotFoundError):
+                say(f"the link serves no {name}; {model.family}'s terms are at {REQUEST_PAGE}")
+    if not missing:
+        tell(f"{folder} is already there; nothing to download.")
+    parts = sum(part.stat().st_size for part in folder.glob("*.part"))
+    needed = sum(size or 0 for *_, size in missing) - parts
+    transfer.check_space(folder, needed, model.folder, "choose a folder on")
+    for name, url, size in missing:
+        try:
+            transfer.fetch(source, url, size, folder / name)
+        except (transfer.Refused, FileNotFoundError) as problem:
+            _refused(problem, name, model)
+    say(f"verifying {folder}")
+    return _verified(folder, [name for name in names if not name.endswith(".chk")])
+
+
+def _locate(
+    source: transfer.Web, link: str, model: Model, name: str, places: List[str]
+) -> Tuple[str, str, Optional[int]]:
+    """The first place that has a file, its URL there and its size."""
+    before, _, after = link.partition("*")
+    first: Optional[Exception] = None
+    for place in places:
+        url = f"{before}{place}{name}{after}"
+        try:
+            return place, url, source.size(url)
+        except (transfer.Refused, FileNotFoundError) as problem:
+            first = first or problem
+    assert first
+    _refused(first, places[0] + name, model)
+
+
+def _refused(problem: Exception, file: str, model: Model) -> NoReturn:
+    if isinstance(problem, transfer.Refused):
+        raise transfer.Refused(
+            f"the server refuses the link for {file} ({problem}). Links expire after 24 hours and "
+            f"after a number of downloads: request a new one at {REQUEST_PAGE} and run this again; "
+            f"what has been downloaded is kept. Also make sure that the link is for {model.family}"
+        )
+    raise FileNotFoundError(
+        f"the server has no {file} ({problem}). Is the link for {model.family}, and not for "
+        "another model family? A link only serves the models it was requested for"
+    )
+
+
+def _verified(folder: Path, names: List[str]) -> bool:
+    """Whether files are what the checklists say; files missing there count as failures too."""
+    listed = {}
+    for checklist in sorted(folder.glob("*checklist.chk")):
+        for line in checklist.read_text(errors="replace").splitlines():
+            total, _, name = line.partition(" ")
+            listed[name.strip().removeprefix("*").removeprefix("./")] = total
+    good = True
+    for name in dict.fromkeys(names):
+        expected = listed.get(name)
+        if not expected:
+            say(f"not in checklist.chk: {folder / name}")
+        elif digest(folder / name, "sha256" if len(expected) == 64 else "md5") != expected:
+            say(f"checksum mismatch: {folder / name}")
+        else:
+            tell(f"{folder / name}: ok")
+            continue
+        good = False
+    return good

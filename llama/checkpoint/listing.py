@@ -1,0 +1,71 @@
+"""Which files of a directory make up a checkpoint, asked of whatever holds the directory."""
+
+import itertools
+import json
+import re
+from typing import Callable, Collection, List
+
+BESIDE_HF_WEIGHTS = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def checkpoint_files(
+    where: str,
+    has: Callable[[str], bool],
+    read: Callable[[str], bytes],
+    names: Collection[str] = (),
+) -> List[str]:
+    """The files of the checkpoint or adapter in a directory; none if there is none in it.
+
+    Args:
+        where: what to call the directory in messages.
+        has: whether it has a file.
+        read: the contents of a file.
+        names: all its files, if that is known.
+
+    Raises:
+        FileNotFoundError: a checkpoint that lacks files.
+        ValueError: several checkpoints, or a broken index.
+    """
+    if has("params.json") and has("consolidated.00.pth"):
+        shards = (f"consolidated.{n:02d}.pth" for n in itertools.count())
+        return ["params.json", *itertools.takewhile(has, shards), *_those(has, "tokenizer.model")]
+    if has("config.json"):
+        for weights in ("model.safetensors", "pytorch_model.bin"):
+            if has(index := f"{weights}.index.json"):
+                files = _indexed(f"{where}: {index}", read(index))
+                for name in files:
+                    if not has(name):
+                        raise FileNotFoundError(f"{where} has {index}, but not its {name}")
+                return ["config.json", index, *files, *_those(has, *BESIDE_HF_WEIGHTS)]
+            if has(weights):
+                return ["config.json", weights, *_those(has, *BESIDE_HF_WEIGHTS)]
+        raise FileNotFoundError(
+            f"{where} has config.json, but no model.safetensors and no pytorch_model.bin"
+        )
+    if has("params.json"):
+        raise FileNotFoundError(f"{where} has params.json, but no consolidated.00.pth")
+    for weights in ("adapter_model.safetensors", "adapter_model.bin"):
+        if has("adapter_config.json") and has(weights):
+            return ["adapter_config.json", weights]
+    ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
+    if len(ggufs) > 1:
+        raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
+    return _those(has, *ggufs)
+
+
+def _those(has: Callable[[str], bool], *names: str) -> List[str]:
+    return [name for name in names if has(name)]
+
+
+def _indexed(index: str, content: bytes) -> List[str]:
+    try:
+        names = sorted(set(json.loads(content)["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{index} is no index of weights: {problem}") from None
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):  # it becomes the name of a file here
+            raise ValueError(f"{index} names {name!r}, which is no file name")
+    return names

@@ -1,0 +1,220 @@
+"""Files on web servers and in cloud storage: their sizes, their contents, resumable transfers.
+
+Cloud storage is read with blobfile. Of https:// it knows Azure's blobs only, so everything else on
+the web is read with urllib.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path, PurePosixPath
+from typing import Any, Callable, Dict, Iterator, Optional, Union
+from urllib.parse import quote, urlsplit, urlunsplit
+
+BLOCK = 1 << 23
+PIECE = 25 * 10**9  # bytes per request: CloudFront, Meta's server, refuses more than 50 GiB
+ATTEMPTS = 3  # at a transfer that breaks off
+TIMEOUT = 30  # seconds without an answer
+
+Sizes = Dict[str, Optional[int]]  # by file name, in bytes; None where a server doesn't tell
+
+
+class Refused(ValueError):
+    """Access denied; some servers say so of a file that isn't there, too."""
+
+
+class Unreachable(ValueError):
+    """No answer, or none for the moment."""
+
+
+def fetch(source: "Source", url: str, size: Optional[int], target: Path) -> None:
+    """Fetch a file; until it is complete it is called TARGET.part, from where a later run resumes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no access, or a transfer that keeps breaking off.
+    """
+    part = target.with_name(target.name + ".part")
+    for attempt in range(ATTEMPTS):
+        have = part.stat().st_size if size is not None and part.exists() else 0
+        have = have if size is None or have <= size else 0
+        problem = ""
+        with open(part, "ab") as out, _progress(url, size, have, again=attempt > 0) as advance:
+            out.truncate(have)
+            try:
+                for block in source.blocks(url, have, size) if have != size else ():
+                    out.write(block)
+                    advance(len(block))
+            except Unreachable as broken:
+                problem = f" ({broken})"
+        have = part.stat().st_size
+        if have == size or (size is None and not problem):
+            os.replace(part, target)
+            return
+    raise ValueError(
+        f"the transfer of {shown(url)} keeps breaking off, lastly after {have} of "
+        f"{'an unknown number of' if size is None else size} bytes{problem}. Run this again to "
+        f"continue; if that doesn't help, delete {part}"
+    )
+
+
+@contextlib.contextmanager
+def _progress(
+    url: str, size: Optional[int], have: int, again: bool
+) -> Iterator[Callable[[int], Any]]:
+    """A progress bar on a terminal, one line per file elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        name = PurePosixPath(urlsplit(url).path).name
+        with tqdm(total=size, initial=have, desc=name, unit="B", unit_scale=True) as bar:
+            yield bar.update
+    else:
+        if not again:
+            told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+            say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
+        yield lambda _: None
+
+
+def check_space(folder: Path, needed: float, what: str, way_out: str) -> None:
+    """Raises ValueError if a disk has less than this number of bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{what} needs another {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} are "
+            f"free: free some, or {way_out} another disk"
+        )
+
+
+class Web:
+    """Any web server. What isn't there is FileNotFoundError, every other failure ValueError."""
+
+    def listing(self, url: str) -> Optional[Sizes]:
+        """The files in a directory; None as that can't be asked."""
+        return None
+
+    def size(self, url: str) -> Optional[int]:
+        """A file's size; None if the server has the file, but doesn't tell."""
+        try:
+            answer = self._open(url, "HEAD")
+        except Unreachable:
+            raise
+        except ValueError:  # signed links tend to be for GET alone
+            answer = self._open(url, "GET", "0-0")
+        with answer:
+            total = answer.headers["Content-Range" if answer.status == 206 else "Content-Length"]
+            total = (total or "").rpartition("/")[2]
+            return int(total) if total.isdecimal() else None
+
+    def blocks(self, url: str, start: int, size: Optional[int]) -> Iterator[bytes]:
+        """A file's contents from a byte on."""
+        while True:
+            stop = start + PIECE if size is not None and size - start > PIECE else None
+            some = f"{start}-{stop - 1 if stop else ''}" if start or stop else None
+            with self._open(url, "GET", some) as answer, _explained(url):
+                skip = start if answer.status != 206 else 0  # the server can't resume
+                while block := answer.read(min(skip, BLOCK) or BLOCK):
+                    if skip:
+                        skip -= len(block)
+                    else:
+                        start += len(block)
+                        yield block
+            if start != stop:  # all of it, or broken off
+                return
+
+    def _open(self, url: str, method: str, some: Optional[str] = None) -> http.client.HTTPResponse:
+        safe = quote(url, safe=":/?#[]@!$&'()*+,;=%~")
+        request = urllib.request.Request(safe, method=method, headers={"User-Agent": "llama"})
+        if some:
+            request.add_header("Range", f"bytes={some}")
+        with _explained(url):
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        if answer.headers.get_content_type() == "text/html":
+            answer.close()  # of a server that has a page for everything, say
+            raise FileNotFoundError(f"{shown(url)} is a web page, and no file of a model")
+        return answer
+
+
+class Blobs:
+    """The same of Google's and Azure's storage, with the credentials that blobfile finds."""
+
+    def __init__(self) -> None:
+        import blobfile
+
+        self.context = blobfile.create_context(
+            log_callback=say, retry_limit=5, save_access_token_to_disk=False
+        )
+
+    def listing(self, url: str) -> Optional[Sizes]:
+        with _explained(url):
+            try:
+                entries = list(self.context.scandir(url))
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        return {entry.name: entry.stat.size for entry in entries if entry.stat}
+
+    def size(self, url: str) -> Optional[int]:
+        with _explained(url):
+            return self.context.stat(url).size
+
+    def blocks(self, url: str, start: int, size: Optional[int]) -> Iterator[bytes]:
+        with _explained(url), self.context.BlobFile(url, "rb") as file:
+            file.seek(start)
+            while block := file.read(BLOCK):
+                yield block
+
+
+Source = Union[Web, Blobs]
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turns what urllib and blobfile raise into FileNotFoundError and ValueError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shown(url)}: no such file") from None
+    except urllib.error.HTTPError as problem:
+        problem.close()
+        raise _failure(url, problem.code, f"HTTP {problem.code} {problem.reason}") from None
+    except (OSError, http.client.HTTPException) as problem:
+        reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
+        raise _failure(url, 0, str(reason)) from None
+    except Exception as problem:
+        if not type(problem).__module__.startswith(("blobfile", "urllib3")):
+            raise
+        status = getattr(problem, "response_status", None)
+        message = str(getattr(problem, "message", problem)).strip()
+        raise _failure(url, status, message) from None
+
+
+def _failure(url: str, status: Optional[int], reason: str) -> Exception:
+    """The exception for an HTTP status; 0 is for no answer at all, None for other reasons."""
+    if status in (401, 403, 405, 501):
+        return Refused(f"{shown(url)}: the server refuses access ({reason})")
+    if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
+        return FileNotFoundError(f"{shown(url)}: no such file ({reason})")
+    if status == 0 or status in (408, 425, 429) or (status or 0) >= 500:
+        return Unreachable(f"cannot reach {shown(url)}: {reason}")
+    return ValueError(f"cannot read {shown(url)}: {reason}")
+
+
+def digest(file: Path, kind: str) -> str:
+    """Of a file's contents: kind is md5 or sha256."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, kind).hexdigest()
+
+
+def shown(url: str) -> str:
+    """A URL without what may be secret in it."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
