@@ -32,7 +32,9 @@ try:
     from flax import nnx
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ImportError as error:
-    raise ImportError("llama.families.flax_model needs JAX and Flax: pip install 'llama-reference[jax]'") from error
+    raise ImportError(
+        "llama.families.flax_model needs JAX and Flax: pip install 'llama-reference[jax]'"
+    ) from error
 
 
 @jax.tree_util.register_dataclass
