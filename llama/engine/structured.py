@@ -64,7 +64,9 @@ class Structures:
         try:
             import llguidance
         except ImportError:
-            raise ValueError("response_format needs llguidance: pip install llguidance") from None
+            raise ValueError(
+                "response_format needs llguidance: pip install -e '.[structured]'"
+            ) from None
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.library: Any = llguidance.LLMatcher
         known = min(tokenizer.n_words, vocab_size)

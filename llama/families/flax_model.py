@@ -5,7 +5,7 @@
 
 Names and the layout of weights, (out, in), are Meta's, so what came in goes back bit for bit:
 `to_checkpoint(model)` is what every writer in `llama.checkpoint` takes. `flax_generation.py` makes
-texts with it; nothing else imports this file, which needs `pip install 'llama-reference[jax]'`.
+texts with it; nothing else imports this file, which needs `pip install -e '.[flax]'`.
 
 On several devices no code changes: weights and cache are placed on a mesh with the axes "data"
 (rows of a batch) and "model" (heads, features, words: what `parallel.SHARD_AXIS` splits), and XLA
@@ -32,9 +32,7 @@ try:
     from flax import nnx
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ImportError as error:
-    raise ImportError(
-        "llama.families.flax_model needs JAX and Flax: pip install 'llama-reference[jax]'"
-    ) from error
+    raise ImportError("llama.flax_model needs JAX and Flax: pip install -e '.[flax]'") from error
 
 
 @jax.tree_util.register_dataclass

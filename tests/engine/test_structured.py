@@ -573,7 +573,7 @@ def test_without_the_package(bytewise, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ValueError, match=re.escape("pip install llguidance")):
+    with pytest.raises(ValueError, match=re.escape("pip install -e '.[structured]'")):
         Structures(bytewise.tokenizer, 512)
 
 
