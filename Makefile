@@ -1,41 +1,57 @@
 PYTHON ?= python3
-BIN := .venv/bin
+# Which torch: `cpu`, pytorch.org's small build; `cuda`, PyPI's for Linux, with CUDA's libraries
+# (an environment of 6.5 GB); else what pip finds. Each has an environment of its own.
+TORCH ?=
+VENV := .venv$(TORCH:%=-%)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+ifeq ($(TORCH),cpu)
+INSTALL_TORCH := $(PIP) --index-url https://download.pytorch.org/whl/cpu torch
+else ifeq ($(TORCH),cuda)
+INSTALL_TORCH := $(PIP) --isolated torch  # whatever pip is configured to prefer
+else ifneq ($(TORCH),)
+$(error TORCH=$(TORCH): choose cpu or cuda)
+endif
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | sort
 
-demo: .venv/installed  ## install, fetch a small real model, let it answer the example dialogs
-	./download.sh smollm2
+demo: $(VENV)/installed  ## install, fetch a small real model, let it answer the example dialogs
+	$(BIN)/llama download smollm2
 	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir checkpoints/SmolLM2-135M-Instruct
 
-test: .venv/installed-test  ## install what the tests need, fetch the two real assets, run everything
-	./download.sh smollm2 tokenizer
+test: $(VENV)/installed-test  ## run all tests, with what they need; TORCH=cpu or cuda chooses a torch
+	$(BIN)/llama download smollm2 tokenizer
 	$(BIN)/python -m pytest
 
-lint: .venv/installed-test  ## style and types
+check: lint  ## style, types, and the quick tests of what has changed since upstream (a minute)
+	$(BIN)/python -m pytest -m "not slow" $$($(BIN)/python tests/changed.py)
+
+lint: $(VENV)/installed-test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed-test  ## measure against transformers and llama.cpp, side by side, and what is saved
-	./download.sh smollm2
+bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, side by side, and what is saved
+	$(BIN)/llama download smollm2
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 
-docs: .venv/installed-test  ## the documentation, in site/
+docs: $(VENV)/installed-test  ## the documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean:  ## remove the environment and caches; downloaded models stay
-	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and caches; downloaded models stay
+	rm -rf .venv .venv-cpu .venv-cuda build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.venv/installed: setup.py constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL_TORCH)
+	$(PIP) -e .
 	touch $@
 
-.venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) -e '.[test]'
 	touch $@
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test check lint bench docs clean
