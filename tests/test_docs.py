@@ -71,7 +71,7 @@ ELSEWHERE = {
 TUNED = [command for command in COMMANDS.values() if "runs/lighthouse" in command]
 ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")
 ELSEWHERE = {spelled(command): how for command, how in ELSEWHERE.items()}
-QUIET = (" > checkpoints/", " --output ")  # what these print goes into a file
+QUIET = (" > checkpoints/", " --output ", " plot ")  # what these print goes into a file
 
 
 def run(command: str) -> subprocess.CompletedProcess:
@@ -105,7 +105,8 @@ def test_finetuning(smollm2_path, tmp_path):
     assert then
     for command in then:
         done = run(command.replace("runs/lighthouse", str(tmp_path)))
-        assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout or any(part in command for part in QUIET)
 
 
 def test_make_does_what_the_commands_beneath_it_do():
@@ -141,7 +142,7 @@ def test_python(smollm2_path, tmp_path):
         zip(pages, re.split(r"^# .*\n", done.stdout, flags=re.MULTILINE)[1:], strict=True)
     )
     for page, expected in (
-        ("README.md", "Paris"),
+        ("README.md", "The capital of France is Paris. stop"),
         ("docs/python.md", "Paris"),
         ("docs/chat.md", "'city': 'Paris'"),
         ("docs/structured-outputs.md", '{"name": "Anna", "age": 30}'),
