@@ -19,11 +19,11 @@ help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | sort
 
 demo: $(VENV)/installed  ## install, fetch a small real model, let it answer the example dialogs
-	./download.sh smollm2
+	$(BIN)/llama download smollm2
 	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir checkpoints/SmolLM2-135M-Instruct
 
 test: $(VENV)/installed-test  ## run all tests, with what they need; TORCH=cpu or cuda chooses a torch
-	./download.sh smollm2 tokenizer
+	$(BIN)/llama download smollm2 tokenizer
 	$(BIN)/python -m pytest
 
 check: lint  ## style, types, and the quick tests of what has changed since upstream (a minute)
@@ -35,14 +35,17 @@ lint: $(VENV)/installed-test  ## style and types
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, side by side, and what is saved
-	./download.sh smollm2
+	$(BIN)/llama download smollm2
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 
-clean:  ## remove the environments and caches; downloaded models stay
-	rm -rf .venv .venv-cpu .venv-cuda build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+docs: $(VENV)/installed-test  ## the documentation, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(VENV)/installed: setup.py constraints.txt
+clean:  ## remove the environments and caches; downloaded models stay
+	rm -rf .venv .venv-cpu .venv-cuda build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
@@ -53,4 +56,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) -e '.[test]'
 	touch $@
 
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check lint bench docs clean

@@ -19,7 +19,7 @@ class Prediction(TypedDict, total=False):
     """The fields that predictions of text and of messages share."""
 
     # "stop": a stop token, a stop string or should_stop; "length": max_gen_len or the context's end
-    finish_reason: FinishReason
+    finish_reason: Required[FinishReason]
     tokens: List[str]  # with logprobs only
     logprobs: List[float]  # with logprobs only
     top_logprobs: List[List[Tuple[str, float]]]  # with top_logprobs only; of the answer's tokens

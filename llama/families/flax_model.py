@@ -27,7 +27,7 @@ try:
     from flax import nnx
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 except ImportError as error:
-    raise ImportError("this needs JAX and Flax: pip install 'llama-reference[flax]'") from error
+    raise ImportError("this needs JAX and Flax: pip install 'llama-reference[jax]'") from error
 
 
 @jax.tree_util.register_dataclass

@@ -215,11 +215,20 @@ _BETWEEN = re.compile(r"[\s;]*")
 def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
     """The tool calls in a model's reply, in any of the usual spellings.
 
-    Read are, as the whole reply: {"name": ..., "parameters" or "arguments": {...}} (several of them
-    one after another, with spaces or ";" between, or in a list), [f(a=1), g(b="x")], and
-    brave_search.call(query="..."); among other text: <function=name>{...}</function>,
-    <tool_call>{...}</tool_call> and [TOOL_CALLS] [{...}]. What follows a leading <|python_tag|> is
-    any of these, or else code for code_interpreter.
+    As the whole reply; several calls also one after another, with spaces or ";" between, or in a
+    list:
+
+        {"name": ..., "parameters" or "arguments": {...}}
+        [f(a=1), g(b="x")]
+        brave_search.call(query="...")
+
+    Among other text:
+
+        <function=name>{...}</function>
+        <tool_call>{...}</tool_call>
+        [TOOL_CALLS] [{...}]
+
+    After a leading <|python_tag|>: any of these, or else code for code_interpreter.
 
     Only the tools given and the built-in ones can be called; arguments aren't checked against the
     schemas. It is all or nothing: of a reply with a malformed call every call stays text.

@@ -257,9 +257,10 @@ def test_compiled_once(tmp_path):
     [
         ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
         ({"CXX": "false"}, "can't compile"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "can't be kept in /dev/null/llama-reference"),
     ],
 )
-def test_without_a_compiler_there_is_a_way_out(tmp_path, environment, message):
+def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment, message):
     code = (
         "from llama.backends.cpu import kernels\n"
         "try: kernels.library()\n"

@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL:
     """The kernels, compiled on first use, which takes some seconds once per machine.
 
     Raises:
-        ValueError: no compiler, or one that can't compile them.
+        ValueError: no compiler, or one that can't compile them; a cache that can't be written to.
     """
     compiler = _compiler()
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
@@ -125,8 +125,14 @@ def library() -> ctypes.CDLL:
 
 def _compile(command: List[str], path: Path) -> None:
     """Compile to a temporary file and rename it: other processes may be compiling too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    except OSError as error:
+        raise ValueError(
+            f"compiled kernels can't be kept in {path.parent} ({error.strerror}): name another "
+            "directory in the environment variable LLAMA_CACHE, or build with compile=False"
+        ) from None
     os.close(handle)
     try:
         done = subprocess.run(
