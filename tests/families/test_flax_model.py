@@ -290,4 +290,4 @@ def test_errors_name_the_value_and_the_limit():
 def test_without_flax_it_says_what_to_install():
     code = "import sys; sys.modules['flax'] = None; import llama.families.flax_model"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "pip install 'llama-reference[flax]'" in done.stderr.splitlines()[-1]
+    assert done.returncode and "pip install 'llama-reference[jax]'" in done.stderr.splitlines()[-1]
