@@ -24,7 +24,7 @@ Figures = Dict[str, float]
 
 
 def flax(path: str, dtype: str) -> Any:
-    from llama.checkpoint.flax import from_checkpoint
+    from llama.backends.flax import from_checkpoint
     from llama.families.flax_generation import generate
 
     model = from_checkpoint(path, dtype=dtype)

@@ -1,9 +1,9 @@
 """The Llama network in flax.nnx: `llama/model.py` for JAX, from the same checkpoints and back.
 
-    model = llama.checkpoint.flax.from_checkpoint("checkpoints/SmolLM2-135M-Instruct", dtype="bf16")
+    model = llama.backends.flax.from_checkpoint("checkpoints/SmolLM2-135M-Instruct", dtype="bf16")
     logits = model(tokens)  # (B, T) ids -> (B, T, vocab_size), differentiable
 
-Names and the layout of weights, (out, in), are Meta's: `llama.checkpoint.flax` reads and writes
+Names and the layout of weights, (out, in), are Meta's: `llama.backends.flax` reads and writes
 them bit for bit. `flax_generation.py` generates with it. Needs JAX and Flax.
 
 On several devices no code changes: weights and cache are placed on a mesh with the axes "data"

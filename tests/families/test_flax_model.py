@@ -15,8 +15,8 @@ from conftest import ROOT, TINY, random_model, random_weights
 from test_model import SHAPES, TOLERANCE, ids
 
 from llama import checkpoint
+from llama.backends.flax import from_checkpoint, to_checkpoint
 from llama.checkpoint import InMemory
-from llama.checkpoint.flax import from_checkpoint, to_checkpoint
 from llama.families import flax_generation
 from llama.families.flax_generation import generate
 from llama.families.flax_model import weights
@@ -204,7 +204,7 @@ sys.path.insert(0, "tests")
 from conftest import TINY, random_weights
 from llama.checkpoint import InMemory
 from llama.families.flax_generation import generate
-from llama.checkpoint.flax import from_checkpoint
+from llama.backends.flax import from_checkpoint
 from llama.families.flax_model import make_mesh, shard, weights
 
 def twin(**options):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama.engine.scoring import read_lines
+from llama.apps.score import read_lines
 from llama.text.files import beside, read_object, read_text, write_json
 
 
