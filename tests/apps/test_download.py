@@ -696,7 +696,11 @@ def test_hub_by_environment(hub, out, tmp_path):
     """The server and the token are huggingface_hub's own variables."""
     hub.repo = LLAMA
     code = "from llama.apps.download import download\ndownload('o/n')"
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    env = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
