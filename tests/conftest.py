@@ -21,6 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
 import torch
 
 from llama import Llama, ModelArgs, Transformer, checkpoint
