@@ -225,7 +225,7 @@ def warn_of_base_model(turns: "torch.Tensor", others: "torch.Tensor") -> None:
         warnings.warn(
             "this looks like a base model: its chat format's control tokens were never trained, "
             "so expect no sensible answers; use the -Instruct checkpoint, or text_completion",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
