@@ -115,7 +115,7 @@ def run_ranks(world: int, task: str, out: Path, **arguments) -> dict:
 def asset(name: str) -> Path:
     path = ROOT / "checkpoints" / name
     if not path.exists():
-        pytest.fail(f"{path} is missing: run ./download.sh smollm2 tokenizer (`make test` does)")
+        pytest.fail(f"{path} is missing: run `llama download smollm2 tokenizer` (`make test` does)")
     return path
 
 

@@ -64,7 +64,7 @@ def test_help_and_mistakes(script):
     assert done.returncode == 0
     assert "ckpt_dir" in done.stdout + done.stderr
     for arguments, message in (
-        (["--ckpt_dir", "nowhere"], "error: no checkpoint at nowhere: ./download.sh smollm2"),
+        (["--ckpt_dir", "nowhere"], "error: no checkpoint at nowhere: `llama download smollm2`"),
         (["--max_seq_len", "0"], "error: max_seq_len=0 must be at least 1"),
     ):
         done = run(sys.executable, script, *arguments)
