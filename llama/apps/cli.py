@@ -123,12 +123,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         except (CycloptsError, ValueError) as error:
             return _end(2, f"error: {' '.join(str(error).split())}")
         run()
-        sys.stdout.flush()
+        _flush()
         return 0
     except KeyboardInterrupt as interrupt:
         return _end(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _discard_output()
         return 141
     except (ValueError, OSError) as error:
         return _end(1, f"error: {error}")
@@ -137,6 +137,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise  # torch says which rank's it is
         traceback.print_exc()
         return 1
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or no reader
+        _discard_output()
+        raise
+
+
+def _discard_output() -> None:
+    """Python flushes stdout again as it exits: let that succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(words: Sequence[str]) -> Callable[[], None]:
