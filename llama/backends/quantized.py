@@ -46,13 +46,16 @@ class Blocks(NamedTuple):
 
     @property
     def shape(self) -> Tuple[int, int]:
-        rows, row = self.data.shape
-        return rows, row // ggml.BYTES[self.kind] * ggml.VALUES
+        (rows, row), (values, size) = self.data.shape, ggml.block(self.kind)
+        return rows, row // size * values
 
     def finite(self) -> bool:
         """Whether all scales are finite: quantizing NaN or infinity gives such a scale."""
-        halves = self.data.view(torch.float16).view(-1, ggml.BYTES[self.kind] // 2)
-        return bool(halves[:, 0].isfinite().all())
+        blocks = self.data.view(-1, ggml.block(self.kind)[1])
+        return all(
+            blocks[:, at : at + 2].contiguous().view(torch.float16).isfinite().all()
+            for at in ggml.SCALES[self.kind]
+        )
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return ggml.dequantize(self.data, self.kind).to(dtype)

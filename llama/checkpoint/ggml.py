@@ -18,6 +18,13 @@ import torch
 VALUES = 32  # of a block
 BYTES: Dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
+# Where in a block its fp16 scales (and minima) are.
+SCALES: Dict[str, Tuple[int, ...]] = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
+
 
 def type_name(number: int) -> str:
     """The name of a type by its number in files: F32, Q4_0, ...; ValueError for an unknown one."""

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref
 from dataclasses import replace
 from functools import partial
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,10 @@ from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.backends import cpu as native
 from llama.backends import quantized as quantize
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import FEW
-from llama.checkpoint import InMemory
+from llama.backends.cpu.layers import Workspace
+from llama.backends.cpu.packing import Arena
+from llama.backends.quantized import Blocks
+from llama.checkpoint import InMemory, ggml
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache, KVCache
 
@@ -81,7 +85,7 @@ def stepped(model: Transformer, tokens: torch.Tensor, prompt: int, step: int = 1
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("length", [1, FEW, FEW + 1, 100])
+@pytest.mark.parametrize("length", [1, 7, 8, 100, 600])
 def test_a_forward_is_the_models(name, length):
     eager, compiled = pair(SHAPES[name])
     tokens = ids(2, length)
@@ -101,10 +105,11 @@ def test_cached_is_uncached(name, prompt, step):
 
 @pytest.mark.parametrize("kind", quantize.KINDS)
 def test_blocks_mean_what_they_mean_to_the_plain_layers(kind):
+    """Up to the rounding of activations to 16 bits, in each of two layers' products."""
     eager, compiled = pair(SMALL, kind)
     for length in (1, 20, 100):
         with torch.inference_mode():
-            assert difference(compiled(ids(1, length)), eager(ids(1, length))) < 1e-5
+            assert difference(compiled(ids(1, length)), eager(ids(1, length))) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
@@ -139,23 +144,37 @@ def test_rows_stand_at_their_own_positions():
     assert difference(caches[1], caches[0]) < 1e-5
 
 
+@pytest.mark.parametrize("cache_type", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, *quantize.KINDS])
-def test_a_step_is_the_same_to_the_bit_in_any_batch(dtype, kind):
-    """Other rows change neither the order of a sum nor where a chunk of keys begins."""
+def test_a_token_is_the_same_to_the_bit_whatever_is_computed_with_it(dtype, kind, cache_type):
+    """Alone or in a batch, as a whole, in chunks or token by token, with one thread or two."""
     _, compiled = pair(SMALL, kind, dtype)
-    lengths = [600, 5, 77, 513, 1, 30, 222, 9, 64, 65]
-    tokens, new = ids(10, 600), ids(10, 3, seed=1)
+    compiled.new_cache = partial(compiled.new_cache, cache_type=cache_type)
+    tokens = ids(16, 700)
     with torch.inference_mode():
-        cache = compiled.new_cache(10)
-        compiled(tokens, 0, cache)
+        expected = stepped(compiled, tokens[:1], 700)
+        for rows in (2, 16):
+            assert torch.equal(stepped(compiled, tokens[:rows], 700)[:1], expected)
+        for prompt, step in ((1, 1), (7, 7), (32, 32), (512, 512), (600, 1)):
+            assert torch.equal(stepped(compiled, tokens[:1], prompt, step), expected)
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(stepped(compiled, tokens[:1], 640, 30), expected)
+        finally:
+            torch.set_num_threads(2)
+        if cache_type is KVCache:  # an uncached pass has no 8-bit keys
+            assert torch.equal(compiled(tokens[:2])[:1], expected)
+
+        lengths = [600, 5, 77, 513, 1, 30, 222, 9, 64, 65]
+        cache, new = compiled.new_cache(10), ids(10, 3, seed=1)
+        compiled(tokens[:10], 0, cache)
         cache.truncate(lengths)
         single = []
         for row, length in enumerate(lengths):
             part = cache.part(row, row + 1)
             single.append(compiled(new[row : row + 1], length, part))
-        together = compiled(new, lengths, cache)
-    assert torch.equal(together, torch.cat(single))
+        assert torch.equal(compiled(new, lengths, cache), torch.cat(single))
 
 
 def test_bf16_is_no_further_from_exact_than_the_plain_layers(smollm2_path):
@@ -280,7 +299,8 @@ def test_other_processors_compute_the_same(tmp_path, flags):
         "import torch\n"
         "from test_native import SMALL, difference, ids, pair, stepped\n"
         "for kind in (None, 'int8', 'int4'):\n"
-        "    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):\n"
+        "    fp32 = 1e-4 if kind else 1e-5\n"
+        "    for dtype, bound in ((torch.float32, fp32), (torch.bfloat16, 0.05)):\n"
         "        eager, compiled = pair(SMALL, kind, dtype)\n"
         "        with torch.inference_mode():\n"
         "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
@@ -351,31 +371,51 @@ def test_a_cache_of_another_dtype_is_refused():
         compiled(ids(1, 4), 0, cache)
 
 
-def test_a_product_of_few_rows_is_the_exact_one():
-    """To what fp32 sums can differ, for each kind of weight and any number of rows and columns."""
-    generator = torch.Generator().manual_seed(0)
-    library, threads = kernels.library(), torch.get_num_threads()
-    for rows, cols in ((1, 32), (7, 96), (130, 576), (64, 1536)):
-        weight = torch.randn(rows, cols, generator=generator)
-        for kind in kernels.KINDS:
-            if kind in ("F32", "BF16"):
-                stored = weight.to({"F32": torch.float32, "BF16": torch.bfloat16}[kind])
-                dense = stored.double()
+def stored_as(weight: torch.Tensor, kind: str) -> tuple:
+    """A weight as a file of a block type holds it, and what that means, in fp64."""
+    if kind in ("F32", "F16", "BF16"):
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+        return weight.to(dtype), weight.to(dtype).double()
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        raw = torch.from_numpy(gguf.quantize(weight.numpy(), number))
+    except NotImplementedError:  # any bytes are a block, if its scales are numbers of a usual size
+        values, size = gguf.GGML_QUANT_SIZES[number]
+        raw = torch.randint(256, (len(weight), weight.shape[1] // values, size)).to(torch.uint8)
+        for at in ggml.SCALES[kind]:
+            raw[..., at : at + 2] = (torch.rand(*raw.shape[:2], 1) * 0.1).half().view(torch.uint8)
+        raw = raw.flatten(1)
+    return Blocks(raw, kind), torch.from_numpy(gguf.dequantize(raw.numpy(), number)).double()
+
+
+@pytest.mark.parametrize("kind", kernels.KINDS)
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_product_is_the_exact_one(kind, is_bf16):
+    """For any number of rows and columns: to what fp32 sums, or 16-bit activations, can differ."""
+    torch.manual_seed(0)
+    work = Workspace(torch.bfloat16 if is_bf16 else torch.float32)
+    for rows, cols in ((1, 256), (7, 768), (130, 2048)):
+        stored, dense = stored_as(torch.randn(rows, cols), kind)
+        packed = Arena([stored]).pack(stored)
+        taken = packed.take_rows(torch.arange(rows), torch.float32)
+        assert ((taken - dense).abs() <= 2e-7 * dense.abs().amax()).all()
+        for tokens in (1, 2, 3, 8, 33):
+            x = torch.randn(tokens, cols)
+            x = x.bfloat16() if is_bf16 else x
+            out = torch.empty(tokens, rows)
+            inputs = work.inputs("x", tokens, cols, {kind})
+            kernels.library().linear(
+                is_bf16, byref(packed.struct), kernels.address(x), tokens, kernels.address(out),
+                byref(inputs), 2,
+            )  # fmt: skip
+            exact = F.linear(x.double(), dense)
+            if packed.kind in ("F32", "F16", "BF16"):
+                size = F.linear(x.double().abs(), dense.abs())
+                assert ((out - exact).abs() <= 1e-6 * size).all(), (rows, cols, tokens)
             else:
-                stored = checkpoint.ggml.quantize(weight, kind)
-                dense = checkpoint.ggml.dequantize(stored, kind).double()
-            struct = kernels.Weight(stored.data_ptr(), kernels.KINDS[kind], rows, cols)
-            for tokens in (1, 2, 3, 4, 5, 17):
-                x = torch.randn(tokens, cols, generator=generator)
-                for is_bf16 in (False, True):
-                    if is_bf16 == (kind == "F32"):
-                        continue
-                    given = x.bfloat16() if is_bf16 else x
-                    out, scratch = torch.empty(tokens, rows), torch.empty(tokens * cols)
-                    library.linear(
-                        is_bf16, kernels.ctypes.byref(struct), kernels.address(given), tokens,
-                        kernels.address(out), kernels.address(scratch), threads,
-                    )  # fmt: skip
-                    exact = F.linear(given.double(), dense)
-                    size = F.linear(given.double().abs(), dense.abs())
-                    assert ((out - exact).abs() <= 1e-6 * size).all(), (kind, rows, cols, tokens)
+                size = F.linear(x.double().square(), dense.square())  # of the exact one, on average
+                error = ((out - exact).square().mean() / size.mean()).sqrt()
+                # Of 32 normal values the largest is about 2.1: steps of 2.1 / 32639, whose
+                # rounding is 1.9e-5 of the average value, and more in blocks with an outlier.
+                bound = 2.5e-5 if out.numel() > 1000 else 6e-5  # too few for an average
+                assert error < bound, (rows, cols, tokens)

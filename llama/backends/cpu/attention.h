@@ -32,7 +32,7 @@ template <class C> struct Cache {
     int head_dim;
     vec at(size_t row, int d) const {
         if constexpr (std::is_same<C, int8_t>::value)
-            return Floats::whole(values + row * head_dim + d) * scales[row];
+            return whole(values + row * head_dim + d) * scales[row];
         else
             return load(values + row * head_dim + d);
     }
@@ -252,11 +252,17 @@ void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T
     }
 }
 
+// A head's output, from column `first` on, to the product that follows.
+inline void give(const Inputs &out, size_t m, int first, int head_dim, const float *sum, float total) {
+    for (int d = 0; d < head_dim; d += BLOCK)
+        out.set(m, (first + d) / BLOCK, load(sum + d) / total, load(sum + d + LANES) / total);
+}
+
 // Few tokens: each chunk of each row's keys is a task, so that threads share a long context.
 // partial: per token, head and chunk the weighted sum (head_dim), the largest score and the total.
-template <class A, class C, class X>
+template <class A, class C>
 void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                const Cache<C> &k, const Cache<C> &v, float *partial, X *out) {
+                const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     int longest = 0;
     for (int m = 0; m < b.all(); m++) longest = std::max(longest, b.position(m) + 1);
@@ -295,15 +301,14 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
             float *next = at(m, head, chunk);
             join(whole, {next[hd], next[hd + 1], next}, hd);
         }
-        for (int d = 0; d < hd; d += LANES)
-            store(out + size_t(i) * hd + d, load(p + d) / whole.total);
+        give(out, m, head * hd, hd, p, whole.total);
     }
 }
 
 // Many tokens: adjacent tokens of a row, which attend to almost the same keys, share a task.
-template <class A, class C, class X>
+template <class A, class C>
 void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                 const Cache<C> &k, const Cache<C> &v, X *out) {
+                 const Cache<C> &k, const Cache<C> &v, const Inputs &out) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     const int run = std::max(1, QUERIES / group), runs = (b.tokens + run - 1) / run;
     static thread_local float sums[2][QUERIES * MAX_HEAD];
@@ -314,11 +319,9 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
         const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part whole[QUERIES], parts[QUERIES];
-        size_t places[QUERIES];
         for (int j = 0; j < n; j++) {
             size_t m = size_t(row) * b.tokens + begin + j / group;
-            places[j] = (m * s.n_heads + kv * group + j % group) * hd;
-            queries[j] = q + places[j];
+            queries[j] = q + (m * s.n_heads + kv * group + j % group) * hd;
             seen[j] = b.position(m) + 1;
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
@@ -333,8 +336,8 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
             for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)
-            for (int d = 0; d < hd; d += LANES)
-                store(out + places[j] + d, load(whole[j].out + d) / whole[j].total);
+            give(out, size_t(row) * b.tokens + begin + j / group, (kv * group + j % group) * hd, hd,
+                 whole[j].out, whole[j].total);
     }
 }
 

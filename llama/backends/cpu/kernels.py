@@ -26,7 +26,10 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
-KINDS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}  # enum Kind
+KINDS = (  # enum Kind
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 
 
 class Weight(ctypes.Structure):
@@ -62,11 +65,16 @@ class Batch(ctypes.Structure):
     ]
 
 
+class Inputs(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("floats", "halves", "codes", "scaled")] + [
+        ("cols", Int)
+    ]
+
+
 class Scratch(ctypes.Structure):
     _fields_ = [
-        (name, Pointer)
-        for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated", "x", "y")
-    ]
+        (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated")
+    ] + [(name, Inputs) for name in ("x", "heads", "y")]
 
 
 ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
@@ -109,17 +117,17 @@ def library() -> ctypes.CDLL:
         print(f"compiling {SOURCE.name} for this processor (once)", file=sys.stderr, flush=True)
         _compile([compiler, *flags], path)
     found = ctypes.CDLL(str(path))
-    void, i64, ptr, f32 = None, ctypes.c_int64, Pointer, ctypes.c_float
+    ptr, f32 = Pointer, ctypes.c_float
     for name, types in {
         "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, Int, Int],
         "linear": [Int, ptr, ptr, Int, ptr, ptr, Int],
         "norm": [Int, ptr, ptr, ptr, Int, Int, f32, Int],
-        "attention": [Int, ptr, ptr, Int, ptr, ptr, ptr, ptr, ptr, Int],
-        "swiglu": [Int, ptr, ptr, ptr, i64, Int],
-        "dequantize": [Int, ptr, ptr, Int],
+        "rows": [Int, ptr, ptr, Int, ptr, Int],
+        "pack_rows": [Int, ptr, Int, Int, ptr, Int],
+        "multiplies_bf16": [],
     }.items():
         function = getattr(found, name)
-        function.restype, function.argtypes = void, types
+        function.restype, function.argtypes = (None if types else Int), types
     return found
 
 

@@ -1,8 +1,7 @@
 """Replacements for a Transformer's layers that call the CPU kernels.
 
-They have the same weights, cache and meaning as `model.py`'s. A pass of few tokens runs entirely in
-the kernels. In a pass of many tokens, which is compute-bound, matrix products are oneDNN's (through
-aten), and the kernels do the rest.
+They have the same weights, cache and meaning as `model.py`'s. A token's result is the same to the
+bit, whatever is computed with it: other rows, other tokens of its row, on any number of threads.
 """
 
 import threading
@@ -11,25 +10,23 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
-from llama.backends.quantized import Blocks, QuantizedEmbedding, QuantizedLinear
+from llama.backends.cpu.packing import Arena, Packed, weight_of
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
-# Tokens of a pass up to which the kernels' products are faster than aten's, for dense and quantized
-# weights (measured: 96 tokens of bf16 in 43 ms and 51 ms, 48 of 4 bits in 44 ms and 45 ms).
-FEW, FEW_OF_BLOCKS = 96, 40
+TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
+MANY = 8  # as in kernels.cpp
 WIDTH = 32  # the kernels take widths that are multiples of this
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = (torch.float32, torch.bfloat16)  # of activations
 
 
 def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,7 +37,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     """
     for what, value, known in (
         ("device", device.type, ("cpu",)),
-        ("dtype", dtype, tuple(DTYPES)),
+        ("dtype", dtype, DTYPES),
     ):
         if value not in known:
             choices = " or ".join(map(str, known))
@@ -78,24 +75,29 @@ def swap(model: Transformer) -> Transformer:
     args, world, weight = model.params, parallel.world_size(), model.norm.weight
     check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
-    work = Workspace()
-    layers = NativeLayers(list(model.layers), args, work)  # type: ignore[arg-type]
-    model.layers = nn.ModuleList([layers])
-    if world == 1:
-        model.tok_embeddings = NativeEmbedding(model.tok_embeddings)  # type: ignore[assignment]
+    work = Workspace(weight.dtype)
+    linears = [_linears(block) for block in model.layers]  # type: ignore[arg-type]
+    arena = Arena([*(weight_of(x) for block in linears for x in block), weight_of(model.output)])
+    model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
-    model.output = NativeOutput(model.output, work)
+    output = arena.pack(weight_of(model.output))
+    if world == 1 and args.tied_embeddings:
+        model.tok_embeddings = NativeEmbedding(output, weight.dtype)  # type: ignore[assignment]
+    model.output = NativeOutput(output, work)  # type: ignore[assignment]
     model.__class__ = NativeTransformer
     return model
 
 
+def _linears(block: TransformerBlock) -> List[nn.Module]:
+    children = {
+        **dict(block.attention.named_children()),
+        **dict(block.feed_forward.named_children()),
+    }
+    return [children[name] for name in kernels.MATRICES]
+
+
 class NativeTransformer(Transformer):
     """A Transformer whose layers call the kernels, which are causal and take no mask."""
-
-    @property
-    def exact_tokens(self) -> int:
-        """Tokens of a pass up to which each one's result is bit-identical to its result alone."""
-        return self.layers[0].few_tokens  # type: ignore[return-value]
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
@@ -106,9 +108,14 @@ class NativeTransformer(Transformer):
 
 
 class Workspace:
-    """Temporary buffers that all layers share."""
+    """Temporary buffers that all layers share.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: of the model.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._buffers: Dict[str, torch.Tensor] = {}
         self.lock = threading.Lock()  # threads may share a model, but not the buffers
 
@@ -119,53 +126,30 @@ class Workspace:
             self._buffers[name] = found = torch.empty(n, dtype=dtype)
         return found[:n]
 
-
-class Matrix:
-    """A linear layer's weight (rows, cols), for the kernels and, dequantized, for aten."""
-
-    def __init__(self, linear: nn.Module, work: Workspace):
-        self._work = work
-        self._weight: torch.Tensor | Blocks
-        if isinstance(linear, QuantizedLinear):
-            self._weight = linear.blocks
-            data, kind = linear.blocks.data, linear.blocks.kind
-        else:
-            self._weight = data = linear.weight  # type: ignore[assignment]
-            kind = DTYPES[data.dtype]
-        self.rows, self.cols = self._weight.shape
-        self.few = FEW if isinstance(self._weight, torch.Tensor) else FEW_OF_BLOCKS
-        if not data.is_contiguous():
-            raise AssertionError("a weight that isn't contiguous")
-        self.struct = kernels.Weight(data.data_ptr(), kernels.KINDS[kind], self.rows, self.cols)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., cols) -> (..., rows), by aten."""
-        if isinstance(self._weight, torch.Tensor):
-            return F.linear(x, self._weight)
-        dense = self._work.take("dense", self.rows * self.cols, x.dtype)
-        kernels.library().dequantize(
-            x.dtype == torch.bfloat16, byref(self.struct), address(dense), torch.get_num_threads()
-        )
-        return F.linear(x, dense.view(self.rows, self.cols))
+    def inputs(self, name: str, tokens: int, cols: int, kinds: set[str]) -> kernels.Inputs:
+        """Buffers for the inputs of products with weights of these block types."""
+        pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
+        dense = kinds & {"F32", "F16", "BF16"}
+        n, found = tokens * cols, kernels.Inputs(cols=cols)
+        if dense - ({"BF16"} if pairs else set()):
+            found.floats = self.take(f"{name} floats", n).data_ptr()
+        if pairs and "BF16" in kinds:
+            found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
+        if kinds - dense:
+            found.codes = self.take(f"{name} codes", n // 2, torch.int32).data_ptr()
+            found.scaled = self.take(f"{name} scaled", n // 8, torch.int32).data_ptr()
+        return found
 
 
 class NativeEmbedding(nn.Module):
-    """The embedding, on one rank."""
+    """The embedding that is also the output layer's weight, on one rank."""
 
-    def __init__(self, embedding: nn.Module):
+    def __init__(self, weight: Packed, dtype: torch.dtype):
         super().__init__()
-        self.embedding = embedding  # owns the weight
+        self._weight, self._dtype = weight, dtype
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.embedding, QuantizedEmbedding):
-            return F.embedding(tokens, self.embedding.weight)  # type: ignore[arg-type]
-        blocks, dtype = self.embedding.blocks, self.embedding.dtype
-        found = Blocks(blocks.data.index_select(0, tokens.flatten()), blocks.kind)
-        out = torch.empty(*tokens.shape, blocks.shape[1], dtype=dtype)
-        weight = kernels.Weight(found.data.data_ptr(), kernels.KINDS[found.kind], *found.shape)
-        threads = min(torch.get_num_threads(), len(found.data))
-        kernels.library().dequantize(dtype == torch.bfloat16, byref(weight), address(out), threads)
-        return out
+        return self._weight.take_rows(tokens, self._dtype)
 
 
 class NativeNorm(nn.Module):
@@ -186,66 +170,52 @@ class NativeNorm(nn.Module):
 
 
 class NativeOutput(nn.Module):
-    """The output layer; its result for few tokens is fp32 regardless of the model's dtype."""
+    """The output layer; its result is fp32 regardless of the model's dtype."""
 
-    def __init__(self, linear: nn.Module, work: Workspace):
+    def __init__(self, weight: Packed, work: Workspace):
         super().__init__()
-        self.linear = linear  # owns the weight
-        self._matrix, self._work = Matrix(linear, work), work
+        self._weight, self._work = weight, work
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with self._work.lock:
-            return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        matrix, tokens = self._matrix, x.numel() // x.shape[-1]
-        if tokens > matrix.few:
-            return gather_from_model_parallel_region(matrix.times(x))
         x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], matrix.rows)
-        kernels.library().linear(
-            x.dtype == torch.bfloat16, byref(matrix.struct), address(x), tokens, address(out),
-            address(self._work.take("x", tokens * matrix.cols)), torch.get_num_threads(),
-        )  # fmt: skip
+        out = torch.empty(*x.shape[:-1], self._weight.rows)
+        flat, into = x.view(-1, x.shape[-1]), out.view(-1, self._weight.rows)
+        with self._work.lock:
+            for some, result in zip(flat.split(TOKENS), into.split(TOKENS), strict=True):
+                inputs = self._work.inputs("x", len(some), some.shape[1], {self._weight.kind})
+                kernels.library().linear(
+                    x.dtype == torch.bfloat16, byref(self._weight.struct), address(some),
+                    len(some), address(result), byref(inputs), torch.get_num_threads(),
+                )  # fmt: skip
         return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
 
 
 class NativeLayers(nn.Module):
-    """All blocks of a Transformer.
+    """All blocks of a Transformer."""
 
-    Attributes:
-        few_tokens: tokens of a pass up to which each one's output is bit-identical regardless of
-            the others.
-    """
-
-    def __init__(self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace):
+    def __init__(
+        self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace, arena: Arena
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)  # own the weights
-        self._work = work
-        self._norms = [
-            (NativeNorm(block.attention_norm), NativeNorm(block.ffn_norm)) for block in blocks
-        ]
-        self._matrices: List[Dict[str, Matrix]] = []
-        for block in blocks:
-            linears = {
-                **dict(block.attention.named_children()),
-                **dict(block.feed_forward.named_children()),
-            }
-            self._matrices.append({name: Matrix(linears[name], work) for name in kernels.MATRICES})
-        self.few_tokens = min(m.few for matrices in self._matrices for m in matrices.values())
-        attention = blocks[0].attention
+        self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
-        self._dim, self._hidden_dim = args.dim, self._matrices[0]["w1"].rows
-        self._scratch_for: Tuple[Any, Any, Dict[str, torch.Tensor]] = (None, None, {})
+        self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
+        self._packed: List[List[Packed]] = []
+        for block in blocks:
+            self._packed.append([arena.pack(weight_of(linear)) for linear in _linears(block)])
+            block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
+        self._kinds = {weight.kind for packed in self._packed for weight in packed}
+        self._dim, self._hidden_dim = args.dim, self._packed[0][4].rows
+        self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
         self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
         self._layers = (kernels.Layer * len(blocks))(
             *(
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
-                    *(matrix.struct for matrix in matrices.values()),
+                    *(weight.struct for weight in packed),
                 )
-                for block, matrices in zip(blocks, self._matrices, strict=True)
+                for block, packed in zip(blocks, self._packed, strict=True)
             )
         )
 
@@ -259,13 +229,33 @@ class NativeLayers(nn.Module):
             return self._forward(x, step)
 
     def _forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        positions, freqs_cis, _, cache = step
         B, T, _ = x.shape
+        length = max(1, TOKENS // B)
+        places = self._places(x, step)
+        hs = [part.clone(memory_format=torch.contiguous_format) for part in x.split(length, 1)]
+        batches = [
+            self._batch(B, positions, freqs_cis, places)
+            for positions, freqs_cis in zip(
+                step.positions.split(length, 1), step.freqs_cis.split(length, 1), strict=True
+            )
+        ]
+        longest = T if step.cache is None else max(step.cache.lengths)
+        if len(hs) == 1:
+            self._run(hs[0], batches[0][0], longest, 0, len(self._packed))
+            return hs[0]
+        for layer in range(len(self._packed)):
+            for h, (batch, *_) in zip(hs, batches, strict=True):
+                self._run(h, batch, longest, layer, 1)
+        return torch.cat(hs, 1)
+
+    def _places(self, x: torch.Tensor, step: Step) -> List[int]:
+        """Where keys and values are kept: four addresses and three strides."""
+        (B, T, _), cache = x.shape, step.cache
         _, kv_heads, head_dim = self._heads
         k_scale = v_scale = 0
         if cache is None:  # a buffer for one layer's keys and values, which all layers reuse
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
-            k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self.blocks), *[-1] * 4)
+            k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self._packed), *[-1] * 4)
         else:
             k, v = cache.k, cache.v
             if isinstance(cache, Int8KVCache):
@@ -273,17 +263,18 @@ class NativeLayers(nn.Module):
             elif k.dtype != x.dtype:
                 raise ValueError(f"a cache of {k.dtype} for a model of {x.dtype}: use new_cache")
         strides = [k.stride(axis) // head_dim for axis in (0, 1, 2)]
+        return [k.data_ptr(), v.data_ptr(), k_scale, v_scale, *strides]
+
+    def _batch(
+        self, rows: int, positions: torch.Tensor, freqs_cis: torch.Tensor, places: List[int]
+    ) -> Tuple[kernels.Batch, torch.Tensor, torch.Tensor]:
+        """The struct, and the tensors that it points to."""
+        positions, freqs_cis = positions.contiguous(), freqs_cis.contiguous()
         batch = kernels.Batch(
-            B, T, len(positions) == 1, positions.data_ptr(), freqs_cis.data_ptr(),
-            k.data_ptr(), v.data_ptr(), k_scale, v_scale, *strides,
+            rows, positions.shape[1], len(positions) == 1, positions.data_ptr(),
+            freqs_cis.data_ptr(), *places,
         )  # fmt: skip
-        x = x.clone(memory_format=torch.contiguous_format)
-        if self.few_tokens < B * T:
-            for layer in range(len(self.blocks)):
-                x = self._many(x, layer, batch)
-            return x
-        longest = T if cache is None else max(cache.lengths)
-        return self._few(x, batch, longest)
+        return batch, positions, freqs_cis
 
     def _scratch(self, M: int, chunks: int) -> kernels.Scratch:
         """Buffers for the intermediate results of a pass of M tokens."""
@@ -299,56 +290,33 @@ class NativeLayers(nn.Module):
             "sum": M * self._dim,
             "partial": M * heads * chunks * (head_dim + 2),
             "rotated": M * heads * head_dim,
-            "x": M * max(self._dim, heads * head_dim),
-            "y": M * self._hidden_dim,
         }
-        tensors = {name: torch.empty(n) for name, n in sizes.items()}
-        scratch = kernels.Scratch(*(tensor.data_ptr() for tensor in tensors.values()))
+        tensors = {name: self._work.take(name, n) for name, n in sizes.items()}
+        widths = {"x": self._dim, "heads": heads * head_dim, "y": self._hidden_dim}
+        scratch = kernels.Scratch(
+            *(tensor.data_ptr() for tensor in tensors.values()),
+            *(self._work.inputs(name, M, cols, self._kinds) for name, cols in widths.items()),
+        )
         self._scratch_for = (M, chunks), scratch, tensors
         return scratch
 
-    def _few(self, h: torch.Tensor, batch: kernels.Batch, longest: int) -> torch.Tensor:
-        scratch = self._scratch(batch.rows * batch.tokens, -(-longest // CHUNK))
-        total = self._scratch_for[2]["sum"]
+    def _run(self, h: torch.Tensor, batch: kernels.Batch, longest: int, first: int, n: int) -> None:
+        """Layers first to first + n, in place."""
+        chunks = -(-longest // CHUNK) if batch.tokens < MANY else 0
+        scratch = self._scratch(batch.rows * batch.tokens, chunks)
 
-        def step(first: int, count: int, parts: int) -> None:
+        def step(layer: int, count: int, parts: int) -> None:
             kernels.library().step(
-                h.dtype == torch.bfloat16, byref(self._shape), self._layers, first, count,
+                h.dtype == torch.bfloat16, byref(self._shape), self._layers, layer, count,
                 byref(batch), address(h), byref(scratch), parts, torch.get_num_threads(),
             )  # fmt: skip
 
         if parallel.world_size() == 1:
-            step(0, len(self.blocks), ATTENTION | FEED_FORWARD | ADD)
-            return h
-        for layer in range(len(self.blocks)):
+            step(first, n, ATTENTION | FEED_FORWARD | ADD)
+            return
+        total = self._scratch_for[2]["sum"]
+        for layer in range(first, first + n):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)
                 dist.all_reduce(total, group=get_model_parallel_group())
                 h.add_(total.view(h.shape))
-        return h
-
-    def _many(self, h: torch.Tensor, layer: int, batch: kernels.Batch) -> torch.Tensor:
-        library, is_bf16 = kernels.library(), h.dtype == torch.bfloat16
-        threads = torch.get_num_threads()
-        matrices, (attention_norm, ffn_norm) = self._matrices[layer], self._norms[layer]
-
-        x = attention_norm(h)
-        q, k, v = (matrices[name].times(x) for name in ("wq", "wk", "wv"))
-        out = torch.empty_like(q)
-        library.attention(
-            is_bf16, byref(self._shape), byref(batch), layer, address(q), address(k), address(v),
-            address(self._work.take("rotated", q.numel())), address(out), threads,
-        )  # fmt: skip
-        h += self._sum(matrices["wo"].times(out))
-
-        x = ffn_norm(h)
-        gate, up = matrices["w1"].times(x), matrices["w3"].times(x)
-        library.swiglu(is_bf16, address(gate), address(up), address(gate), gate.numel(), threads)
-        h += self._sum(matrices["w2"].times(gate))
-        return h
-
-    def _sum(self, x: torch.Tensor) -> torch.Tensor:
-        """All-reduce over the ranks."""
-        if parallel.world_size() > 1:
-            dist.all_reduce(x, group=get_model_parallel_group())
-        return x

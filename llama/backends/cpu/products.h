@@ -1,127 +1,22 @@
-// y = x wᵀ for few rows of x: each weight is read once, in the layout of the checkpoint file.
+// y = x wᵀ for any number of rows of x. A weight is read once for all of them.
+//
+// Each lane of a vector computes one output: it adds up its row's blocks in order, so that the
+// result depends on the two rows alone, not on how many others are computed with them, by which
+// thread, or in which tile.
+//
+// Quantized weights are multiplied by activations in 16-bit fixed point, with a scale for each
+// block of 32. Sums within a block are exact integers.
 
 #pragma once
 
-#include "vectors.h"
+#include "blocks.h"
 
 namespace {
 
-enum Kind : int32_t { F32, BF16, Q8_0, Q4_0, Q4_1 };
-
-constexpr int block_bytes(int kind) {
-    return kind == F32 ? 128 : kind == BF16 ? 64 : kind == Q8_0 ? 34 : kind == Q4_0 ? 18 : 20;
-}
-inline vec half(const uint8_t *p) {  // one fp16 value, in all 16 lanes
-#ifdef __AVX512F__
-    return (vec)_mm512_cvtph_ps(_mm256_set1_epi16(read<int16_t>(p)));
-#else
-    return vec{} + float(read<_Float16>(p));
-#endif
-}
-
-struct Weight {  // (rows, cols), row-major, cols a multiple of BLOCK
+struct Weight {  // (rows, cols), packed
     const uint8_t *data;
     int32_t kind, rows, cols;
 };
-
-// Ways to read a block of 32 weights and multiply it by 32 activations.
-
-// In fp32, for any kind of weight. Dequantized values are exact: a scale has 11 bits, q at most 8.
-struct Floats {
-    typedef float X;
-    struct Block {
-        vec low, high;
-    };
-    static Block at(const float *x) { return {load(x), load(x + LANES)}; }
-    static vec dot(vec acc, const Block &a, const Block &b) {
-        return acc + a.low * b.low + a.high * b.high;
-    }
-    template <int KIND> static Block decode(const uint8_t *w) {
-        if constexpr (KIND == F32) return at((const float *)w);
-        if constexpr (KIND == BF16) return {load((const bf16 *)w), load((const bf16 *)w + LANES)};
-        vec scale = half(w);
-        if constexpr (KIND == Q8_0)
-            return {whole(w + 2) * scale, whole(w + 2 + LANES) * scale};
-        // Four bits index one of 16 values: first the low halves of all bytes, then the high ones.
-        const vec q = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        vec table = KIND == Q4_1 ? q * scale + half(w + 2) : (q - 8.0f) * scale;
-        const uint8_t *packed = w + (KIND == Q4_1 ? 4 : 2);
-#ifdef __AVX512F__
-        __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
-        return {(vec)_mm512_permutexvar_ps(both, (__m512)table),
-                (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)table)};
-#else
-        Block out;
-        for (int i = 0; i < LANES; i++) {
-            out.low[i] = table[packed[i] & 15];
-            out.high[i] = table[packed[i] >> 4];
-        }
-        return out;
-#endif
-    }
-    static vec whole(const void *bytes) {  // 16 of int8
-        const int8_t *q = (const int8_t *)bytes;
-#ifdef __AVX512F__
-        return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
-#else
-        vec out;
-        for (int i = 0; i < LANES; i++) out[i] = q[i];
-        return out;
-#endif
-    }
-};
-
-#ifdef __AVX512BF16__
-struct Pairs {  // bf16 by bf16: vdpbf16ps adds two products to each of 16 sums
-    typedef bf16 X;
-    typedef __m512bh Block;
-    static Block at(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
-    static vec dot(vec acc, Block a, Block b) { return (vec)_mm512_dpbf16_ps((__m512)acc, a, b); }
-    template <int KIND> static Block decode(const uint8_t *w) { return at((const bf16 *)w); }
-};
-#endif
-
-constexpr int AHEAD = 8192;  // prefetch distance in bytes, about memory's latency times bandwidth
-
-// y[m][r] = w[r] · x[m] for a few rows of each, accumulated in registers.
-template <class Dot, int KIND, int R, int M>
-inline void tile(const uint8_t *w, const typename Dot::X *x, int cols, float *y, size_t stride) {
-    constexpr int size = block_bytes(KIND);
-    const size_t row = size_t(cols) / BLOCK * size;
-    vec acc[R][M] = {};
-    for (int b = 0; b < cols / BLOCK; b++)
-        for (int r = 0; r < R; r++) {
-            const uint8_t *at = w + r * row + size_t(b) * size;
-            __builtin_prefetch(at + AHEAD);  // hardware prefetchers fail on rows of odd lengths
-            auto block = Dot::template decode<KIND>(at);
-            for (int m = 0; m < M; m++)
-                acc[r][m] = Dot::dot(acc[r][m], block, Dot::at(x + size_t(m) * cols + b * BLOCK));
-        }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) y[m * stride + r] = sum(acc[r][m]);
-}
-
-template <class Dot, int KIND, int R>
-inline void rows_of(const uint8_t *w, const typename Dot::X *x, int tokens, int cols, float *y,
-                    size_t stride) {
-    int m = 0;
-    for (; m + 4 <= tokens; m += 4)
-        tile<Dot, KIND, R, 4>(w, x + size_t(m) * cols, cols, y + m * stride, stride);
-    const typename Dot::X *rest = x + size_t(m) * cols;
-    if (tokens - m == 3) tile<Dot, KIND, R, 3>(w, rest, cols, y + m * stride, stride);
-    if (tokens - m == 2) tile<Dot, KIND, R, 2>(w, rest, cols, y + m * stride, stride);
-    if (tokens - m == 1) tile<Dot, KIND, R, 1>(w, rest, cols, y + m * stride, stride);
-}
-
-template <class Dot, int KIND>
-void product(const Weight &w, const typename Dot::X *x, int tokens, float *y, int begin, int end) {
-    const size_t row = size_t(w.cols) / BLOCK * block_bytes(KIND);
-    int r = begin;
-    for (; r + 4 <= end; r += 4)
-        rows_of<Dot, KIND, 4>(w.data + r * row, x, tokens, w.cols, y + r, w.rows);
-    for (; r < end; r++)
-        rows_of<Dot, KIND, 1>(w.data + r * row, x, tokens, w.cols, y + r, w.rows);
-}
 
 // This thread's share of n items, in multiples of `unit`.
 struct Share {
@@ -132,21 +27,245 @@ inline Share share(int n, int unit = 1) {
     return {int(units * id / all * unit), std::min(n, int(units * (id + 1) / all * unit))};
 }
 
-// This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
-template <class Dot>
-Share multiply(const Weight &w, const typename Dot::X *x, int tokens, float *y) {
-    Share mine = share(w.rows, LANES);
-    auto run = [&](auto kind) {
-        product<Dot, decltype(kind)::value>(w, x, tokens, y, mine.begin, mine.end);
+// --- four unsigned bytes times four 16-bit activations, in each lane ------------------------------
+
+// An activation block has two words for each four values. With VNNI they are the upper and the
+// lower bytes (both signed: q = 256 a + b); else the first and third, and the second and fourth.
+struct Sums {
+    ivec a, b;
+};
+inline void dot(Sums &sums, uvec quants, int32_t a, int32_t b) {
+#ifdef __AVX512VNNI__
+    sums.a = (ivec)_mm512_dpbusd_epi32((__m512i)sums.a, (__m512i)quants, _mm512_set1_epi32(a));
+    sums.b = (ivec)_mm512_dpbusd_epi32((__m512i)sums.b, (__m512i)quants, _mm512_set1_epi32(b));
+#else
+    auto pairs = [](uvec w, int32_t x) {
+        return (ivec)(w & 255) * int16_t(x) + (ivec)(w >> 16 & 255) * (x >> 16);
     };
-    if (w.kind == BF16) run(std::integral_constant<int, BF16>());
-    if constexpr (std::is_same<Dot, Floats>::value) {
-        if (w.kind == F32) run(std::integral_constant<int, F32>());
-        if (w.kind == Q8_0) run(std::integral_constant<int, Q8_0>());
-        if (w.kind == Q4_0) run(std::integral_constant<int, Q4_0>());
-        if (w.kind == Q4_1) run(std::integral_constant<int, Q4_1>());
+    sums.a += pairs(quants, a);
+    sums.b += pairs(quants >> 8, b);
+#endif
+}
+inline ivec total(const Sums &sums) {
+#ifdef __AVX512VNNI__
+    return (sums.a << 8) + sums.b;
+#else
+    return sums.a + sums.b;
+#endif
+}
+inline void encode(const int32_t *q, int32_t *codes) {  // 32 values -> 8 words a, 8 words b
+    for (int j = 0; j < 8; j++, q += 4) {
+#ifdef __AVX512VNNI__
+        uint32_t a = 0, b = 0;
+        for (int i = 0; i < 4; i++) {
+            a |= uint32_t((q[i] + 128) >> 8 & 255) << (8 * i);
+            b |= uint32_t(q[i] & 255) << (8 * i);
+        }
+        codes[j] = int32_t(a), codes[8 + j] = int32_t(b);
+#else
+        codes[j] = int32_t((q[0] & 0xffff) | uint32_t(q[2]) << 16);
+        codes[8 + j] = int32_t((q[1] & 0xffff) | uint32_t(q[3]) << 16);
+#endif
     }
+}
+constexpr float LARGEST = 32639;  // whose upper byte still rounds to 127
+
+// --- the inputs of a product ----------------------------------------------------------------------
+
+struct Scaled {
+    float scale;      // value = scale * q
+    int32_t sums[2];  // of the first and the last 16 values of q
+    int32_t unused;
+};
+
+// x (tokens, cols), in each of the forms that some weight needs; null in others.
+struct Inputs {
+    float *floats;
+    bf16 *halves;
+    int32_t *codes;
+    Scaled *scaled;
+    int32_t cols;
+
+    // Values 32 b to 32 b + 31 of row m.
+    void set(size_t m, size_t b, vec low, vec high) const {
+        size_t at = m * cols + b * BLOCK;
+        if (floats) store(floats + at, low), store(floats + at + LANES, high);
+        if (halves) store(halves + at, low), store(halves + at + LANES, high);
+        if (!codes) return;
+        vec a = low < 0 ? -low : low, c = high < 0 ? -high : high;
+        float most = largest(larger(a, c)), broken = sum((low + high) * 0.0f);  // NaN stays NaN
+        float inverse = most > 1e-30f ? LARGEST / most : 0;
+        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+        ivec q[2] = {__builtin_convertvector((low * inverse + magic) - magic, ivec),
+                     __builtin_convertvector((high * inverse + magic) - magic, ivec)};
+        Scaled &head = scaled[at / BLOCK];
+        head.scale = (most > 1e-30f ? most / LARGEST : 0) + broken;
+        head.sums[0] = head.sums[1] = 0;
+        for (int i = 0; i < LANES; i++) head.sums[0] += q[0][i], head.sums[1] += q[1][i];
+        alignas(64) int32_t all[BLOCK];
+        memcpy(all, q, sizeof all);
+        encode(all, codes + at / 2);
+    }
+};
+
+// --- tiles: 16 rows of w by M rows of x -----------------------------------------------------------
+
+// Prefetch distance in bytes, about memory's latency times bandwidth.
+constexpr int AHEAD = 8192;
+template <class T> inline void prefetch(const T &block) {
+    for (int i = 0; i < LANES * block_bytes<T>(); i += 64)
+        __builtin_prefetch(block.p + i + AHEAD, 0, 2);
+}
+
+template <int M> struct Tile {
+    const Inputs &x;
+    size_t first;  // of the rows of x
+    vec sums[M] = {};
+
+    // Adds the products with block b.
+    template <class T> void add(T w, size_t b) {
+        constexpr int PER = 8 / T::PARTS;
+        const size_t stride = x.cols / BLOCK;
+        w.open();
+        for (int s = 0; s < T::VALUES / BLOCK; s++) {
+            const size_t at = first * stride + b * (T::VALUES / BLOCK) + s;
+            for (int part = 0; part < T::PARTS; part++) {
+                Sums acc[M];
+                int all[M];
+                for (int m = 0; m < M; m++) {
+                    const int32_t *given = x.scaled[at + m * stride].sums;
+                    all[m] = T::PARTS == 1 ? given[0] + given[1] : given[part];
+                    acc[m] = {ivec{}, ivec{} - T::OFFSET * all[m]};
+                }
+#pragma GCC unroll 8
+                for (int j = part * PER; j < part * PER + PER; j++) {
+                    uvec q = w.quants(s, j);
+                    for (int m = 0; m < M; m++) {
+                        const int32_t *codes = x.codes + (at + m * stride) * 16;
+                        dot(acc[m], q, codes[j], codes[8 + j]);
+                    }
+                }
+                vec scale = w.scale(s, part);
+                for (int m = 0; m < M; m++) {
+                    float by = x.scaled[at + m * stride].scale;
+                    sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * by);
+                    if constexpr (T::HAS_LEAST) sums[m] += w.least(s, part) * (by * float(all[m]));
+                }
+            }
+        }
+    }
+    template <class T> void add_dense(const T &w, size_t b) {
+        vec acc[M] = {};
+        const float *at = x.floats + first * x.cols + b * BLOCK;
+#pragma GCC unroll 32
+        for (int i = 0; i < BLOCK; i++) {
+            vec value = w.value(i);
+            for (int m = 0; m < M; m++) acc[m] += value * at[size_t(m) * x.cols + i];
+        }
+        for (int m = 0; m < M; m++) sums[m] += acc[m];
+    }
+    template <class T> void add_pairs(const T &w, size_t b) {
+#ifdef __AVX512BF16__
+        vec acc[M] = {};
+        const bf16 *at = x.halves + first * x.cols + b * BLOCK;
+#pragma GCC unroll 16
+        for (int i = 0; i < BLOCK / 2; i++) {
+            __m512bh pairs = (__m512bh)w.template word<0>(i);
+            for (int m = 0; m < M; m++) {
+                int two = read<int>(at + size_t(m) * x.cols + 2 * i);
+                acc[m] = (vec)_mm512_dpbf16_ps((__m512)acc[m], pairs, (__m512bh)_mm512_set1_epi32(two));
+            }
+        }
+        for (int m = 0; m < M; m++) sums[m] += acc[m];
+#endif
+    }
+};
+
+// y[m][r] = w[r] · x[m] for M rows of x from `first` on, and `rows` <= 16 rows of w.
+template <class T, int M>
+void tile(T w, const Inputs &x, int first, float *y, size_t stride, int rows) {
+    Tile<M> tile{x, size_t(first)};
+    for (int b = 0; b < x.cols / T::VALUES; b++, w.p += LANES * block_bytes<T>()) {
+        if constexpr (T::IS_QUANTIZED) prefetch(w), tile.add(w, b);
+        else if (std::is_same<T, Type<BF16>>::value && x.halves) tile.add_pairs(w, b);
+        else tile.add_dense(w, b);
+    }
+    for (int m = 0; m < M; m++)
+        if (rows == LANES) store(y + (first + m) * stride, tile.sums[m]);
+        else
+            for (int r = 0; r < rows; r++) y[(first + m) * stride + r] = tile.sums[m][r];
+}
+
+constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
+
+// This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
+Share multiply(const Weight &w, const Inputs &x, int tokens, float *y) {
+    Share mine = share(w.rows, BLOCK);
+    const int some = std::max(16, CACHED / (2 * w.cols) / 16 * 16);
+    with_type(w.kind, [&](auto type) {
+        typedef decltype(type) T;
+        const size_t size = LANES * size_t(w.cols / T::VALUES) * block_bytes<T>();
+        for (int begin = 0; begin < tokens; begin += some)
+            for (int r = mine.begin; r < mine.end; r += LANES) {
+                T from;
+                from.p = w.data + r / LANES * size;
+                const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
+                int m = begin;
+                for (; m + 8 <= end; m += 8) tile<T, 8>(from, x, m, y + r, w.rows, rows);
+                if (end - m & 4) tile<T, 4>(from, x, m, y + r, w.rows, rows), m += 4;
+                if (end - m & 2) tile<T, 2>(from, x, m, y + r, w.rows, rows), m += 2;
+                if (end - m & 1) tile<T, 1>(from, x, m, y + r, w.rows, rows);
+            }
+    });
     return mine;
+}
+
+// --- packing --------------------------------------------------------------------------------------
+
+// Interleaves rows as they are in a file. Rows beyond the last are zeros.
+void pack(int kind, const uint8_t *in, int rows, int cols, uint8_t *out) {
+    with_type(kind, [&](auto type) {
+        typedef decltype(type) T;
+        constexpr int size = block_bytes<T>();
+        const size_t row = size_t(cols / T::VALUES) * size;
+#pragma omp for
+        for (int first = 0; first < rows; first += LANES) {
+            uint8_t *to = out + first * row;
+            for (const uint8_t *block = in + first * row; block < in + (first + 1) * row; block += size)
+                for (const Field &field : T::FIELDS)
+                    for (int u = 0; u < field.count; u++)
+                        for (int r = 0; r < LANES; r++, to += field.unit) {
+                            const uint8_t *from = block + r * row + field.offset + u * field.unit;
+                            if (first + r >= rows) memset(to, 0, field.unit);
+                            else if (field.unit == 4) memcpy(to, from, 4);
+                            else if (field.unit == 2) memcpy(to, from, 2);
+                            else *to = *from;
+                        }
+        }
+    });
+}
+
+// Row r of a packed weight, dequantized.
+template <class A> void unpack_row(const Weight &w, int r, A *out) {
+    with_type(w.kind, [&](auto block) {
+        typedef decltype(block) T;
+        const int blocks = w.cols / T::VALUES, lane = r % LANES;
+        block.p = w.data + size_t(r / LANES * LANES) * blocks * block_bytes<T>();
+        for (int b = 0; b < blocks; b++, block.p += LANES * block_bytes<T>())
+            if constexpr (T::IS_QUANTIZED) {
+                block.open();
+                for (int s = 0; s < T::VALUES / BLOCK; s++)
+                    for (int j = 0; j < 8; j++) {
+                        uint32_t quants = block.quants(s, j)[lane];
+                        float scale = block.scale(s, j * T::PARTS / 8)[lane], least = 0;
+                        if constexpr (T::HAS_LEAST) least = block.least(s, j * T::PARTS / 8)[lane];
+                        for (int i = 0; i < 4; i++, quants >>= 8)
+                            put(out++, scale * (int(quants & 255) - T::OFFSET) + least);
+                    }
+            } else {
+                for (int i = 0; i < BLOCK; i++) put(out++, block.value(i)[lane]);
+            }
+    });
 }
 
 }  // namespace

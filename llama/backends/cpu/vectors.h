@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <omp.h>
 #include <utility>
 #ifdef __AVX512F__
@@ -19,7 +20,8 @@ typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32)));
-constexpr int LANES = 16, BLOCK = 32;  // values of a vector; of a block of ggml's quantized types
+typedef uint8_t bytes __attribute__((vector_size(16)));
+constexpr int LANES = 16, BLOCK = 32;  // values of a vector; of a block (or of a sub-block)
 
 struct bf16 {
     uint16_t bits;
@@ -53,6 +55,31 @@ inline void put(float *p, float x) { *p = x; }
 inline void put(bf16 *p, float x) {
     uint32_t u = read<uint32_t>(&x);
     p->bits = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+inline vec halves(const void *p) {  // 16 fp16 values
+#ifdef __AVX512F__
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    vec v;
+    for (int i = 0; i < LANES; i++) v[i] = read<_Float16>((const uint16_t *)p + i);
+    return v;
+#endif
+}
+inline vec whole(const int8_t *p) {  // 16 integers
+    typedef int8_t chars __attribute__((vector_size(16)));
+    return __builtin_convertvector(__builtin_convertvector(read<chars>(p), ivec), vec);
+}
+inline uvec lookup(const int8_t *table, uvec indices) {  // of each byte, 0 to 15
+#ifdef __AVX512BW__
+    __m512i all = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)table));
+    return (uvec)_mm512_shuffle_epi8(all, (__m512i)indices);
+#else
+    uint8_t at[64];
+    memcpy(at, &indices, sizeof at);
+    for (auto &i : at) i = table[i];
+    return read<uvec>(at);
+#endif
 }
 
 inline auto lower(vec v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }

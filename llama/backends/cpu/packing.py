@@ -1,0 +1,87 @@
+"""Weights in the layout that the CPU kernels read: rows interleaved by 16 (blocks.h)."""
+
+import math
+import mmap
+from ctypes import byref
+from typing import List, Sequence, Tuple
+
+import torch
+from torch import nn
+
+from llama.backends.cpu import kernels
+from llama.backends.cpu.kernels import address
+from llama.backends.quantized import Blocks, QuantizedLinear
+
+LANES, ALIGNMENT = 16, 64
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor | Blocks:
+    """A linear layer's weight, dense or quantized."""
+    return linear.blocks if isinstance(linear, QuantizedLinear) else linear.weight  # type: ignore[return-value]
+
+
+class Packed:
+    """A weight (rows, cols), packed.
+
+    Attributes:
+        data: its bytes, which `struct` points to.
+    """
+
+    def __init__(self, weight: torch.Tensor | Blocks, data: torch.Tensor):
+        raw, self.kind = _raw(weight)
+        self.rows, self.cols = weight.shape
+        self.data = data
+        number = kernels.KINDS.index(self.kind)
+        kernels.library().pack_rows(
+            number, address(raw), self.rows, self.cols, address(data), torch.get_num_threads()
+        )
+        self.struct = kernels.Weight(data.data_ptr(), number, self.rows, self.cols)
+
+    def take_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows (...,) of the weight, dequantized: (..., cols)."""
+        ids = ids.contiguous()
+        out = torch.empty(*ids.shape, self.cols, dtype=dtype)
+        kernels.library().rows(
+            dtype == torch.bfloat16, byref(self.struct), address(ids), ids.numel(), address(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def _raw(weight: torch.Tensor | Blocks) -> Tuple[torch.Tensor, str]:
+    if isinstance(weight, Blocks):
+        return weight.data.contiguous(), weight.kind
+    return weight.detach().contiguous(), DTYPES[weight.dtype]
+
+
+def packed_bytes(weight: torch.Tensor | Blocks) -> int:
+    """Bytes that a weight takes once it is packed: those of the file, in whole groups of rows."""
+    raw, _ = _raw(weight)
+    rows = len(raw)
+    return raw.nbytes // rows * (math.ceil(rows / LANES) * LANES)
+
+
+class Arena:
+    """Memory for all packed weights of a model, in huge pages where the system gives them.
+
+    One area rather than many, since a huge page of 2 MB is as large as many a weight. Its pages
+    are taken as they are written to.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor | Blocks]):
+        sizes = [math.ceil(packed_bytes(weight) / ALIGNMENT) * ALIGNMENT for weight in weights]
+        huge = 1 << 21
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            area = mmap.mmap(-1, sum(sizes) + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            area.madvise(mmap.MADV_HUGEPAGE)
+            whole = torch.frombuffer(area, dtype=torch.uint8)  # keeps the mapping
+            whole = whole[-whole.data_ptr() % huge :]
+        else:
+            whole = torch.empty(sum(sizes) + ALIGNMENT, dtype=torch.uint8)
+            whole = whole[-whole.data_ptr() % ALIGNMENT :]
+        self._parts: List[torch.Tensor] = list(whole[: sum(sizes)].split(sizes))
+
+    def pack(self, weight: torch.Tensor | Blocks) -> Packed:
+        """Pack the next of the weights that the arena was made for."""
+        return Packed(weight, self._parts.pop(0))
