@@ -7,14 +7,15 @@ the web is read with urllib.
 import contextlib
 import hashlib
 import http.client
-import os
 import shutil
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterator, Optional, Union
+from pathlib import Path
+from typing import Dict, Iterator, Optional, Tuple, Union
 from urllib.parse import quote, urlsplit, urlunsplit
+
+from filelock import FileLock, Timeout
 
 BLOCK = 1 << 23
 PIECE = 25 * 10**9  # bytes per request: CloudFront, Meta's server, refuses more than 50 GiB
@@ -32,53 +33,57 @@ class Unreachable(ValueError):
     """No answer, or none for the moment."""
 
 
-def fetch(source: "Source", url: str, size: Optional[int], target: Path) -> None:
-    """Fetch a file; until it is complete it is called TARGET.part, from where a later run resumes.
+def fetch(
+    source: "Source",
+    files: Dict[str, Tuple[str, Optional[int]]],
+    folder: Path,
+    what: str,
+    way_out: str,
+) -> None:
+    """Fetch files, each given as its URL and size by its name here, into a folder.
+
+    Until a file is complete it is called NAME.part, from where a later run resumes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no access, or a transfer that keeps breaking off.
+        ValueError: no access, too little space, or a transfer that keeps breaking off.
     """
+    parts = sum(path.stat().st_size for path in folder.glob("*.part"))
+    check_space(folder, sum(size or 0 for _, size in files.values()) - parts, what, way_out)
+    for name, (url, size) in files.items():
+        _fetch_file(source, url, size, folder / name)
+
+
+def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -> None:
+    from tqdm import tqdm
+
     part = target.with_name(target.name + ".part")
     for attempt in range(ATTEMPTS):
-        have = part.stat().st_size if size is not None and part.exists() else 0
-        have = have if size is None or have <= size else 0
+        have = part.stat().st_size if part.exists() else 0
+        have = have if size is not None and have <= size else 0
+        if not attempt and not sys.stderr.isatty():
+            told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+            say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
+        bar = tqdm(
+            total=size, initial=have, desc=target.name, unit="B", unit_scale=True, disable=None
+        )
         problem = ""
-        with open(part, "ab") as out, _progress(url, size, have, again=attempt > 0) as advance:
+        with open(part, "ab") as out, bar:
             out.truncate(have)
             try:
                 for block in source.blocks(url, have, size) if have != size else ():
-                    out.write(block)
-                    advance(len(block))
+                    bar.update(out.write(block))
             except Unreachable as broken:
                 problem = f" ({broken})"
         have = part.stat().st_size
         if have == size or (size is None and not problem):
-            os.replace(part, target)
+            part.replace(target)
             return
     raise ValueError(
         f"the transfer of {shown(url)} keeps breaking off, lastly after {have} of "
         f"{'an unknown number of' if size is None else size} bytes{problem}. Run this again to "
         f"continue; if that doesn't help, delete {part}"
     )
-
-
-@contextlib.contextmanager
-def _progress(
-    url: str, size: Optional[int], have: int, again: bool
-) -> Iterator[Callable[[int], Any]]:
-    """A progress bar on a terminal, one line per file elsewhere."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        name = PurePosixPath(urlsplit(url).path).name
-        with tqdm(total=size, initial=have, desc=name, unit="B", unit_scale=True) as bar:
-            yield bar.update
-    else:
-        if not again:
-            told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
-            say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
-        yield lambda _: None
 
 
 def check_space(folder: Path, needed: float, what: str, way_out: str) -> None:
@@ -89,6 +94,18 @@ def check_space(folder: Path, needed: float, what: str, way_out: str) -> None:
             f"{what} needs another {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} are "
             f"free: free some, or {way_out} another disk"
         )
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Keeps other processes of this machine out; True if one of them had to be waited for."""
+    lock = FileLock(file)
+    try:
+        held, waited = lock.acquire(timeout=0), False
+    except Timeout:
+        held, waited = lock.acquire(), True
+    with held:
+        yield waited
 
 
 class Web:
@@ -179,29 +196,25 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{shown(url)}: no such file") from None
-    except urllib.error.HTTPError as problem:
-        problem.close()
-        raise _failure(url, problem.code, f"HTTP {problem.code} {problem.reason}") from None
-    except (OSError, http.client.HTTPException) as problem:
-        reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
-        raise _failure(url, 0, str(reason)) from None
     except Exception as problem:
-        if not type(problem).__module__.startswith(("blobfile", "urllib3")):
+        if isinstance(problem, urllib.error.HTTPError):
+            problem.close()
+            status, reason = problem.code, f"HTTP {problem.code} {problem.reason}"
+        elif isinstance(problem, (OSError, http.client.HTTPException)):
+            status = 0  # no answer at all
+            reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
+        elif type(problem).__module__.startswith(("blobfile", "urllib3")):
+            status = getattr(problem, "response_status", 400)  # else no credentials, say
+            reason = str(getattr(problem, "message", problem)).strip()
+        else:
             raise
-        status = getattr(problem, "response_status", None)
-        message = str(getattr(problem, "message", problem)).strip()
-        raise _failure(url, status, message) from None
-
-
-def _failure(url: str, status: Optional[int], reason: str) -> Exception:
-    """The exception for an HTTP status; 0 is for no answer at all, None for other reasons."""
-    if status in (401, 403, 405, 501):
-        return Refused(f"{shown(url)}: the server refuses access ({reason})")
-    if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
-        return FileNotFoundError(f"{shown(url)}: no such file ({reason})")
-    if status == 0 or status in (408, 425, 429) or (status or 0) >= 500:
-        return Unreachable(f"cannot reach {shown(url)}: {reason}")
-    return ValueError(f"cannot read {shown(url)}: {reason}")
+        if status in (401, 403, 405, 501):
+            raise Refused(f"{shown(url)}: the server refuses access ({reason})") from None
+        if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
+            raise FileNotFoundError(f"{shown(url)}: no such file ({reason})") from None
+        if status in (0, 408, 425, 429) or status >= 500:
+            raise Unreachable(f"cannot reach {shown(url)}: {reason}") from None
+        raise ValueError(f"cannot read {shown(url)}: {reason}") from None
 
 
 def digest(file: Path, kind: str) -> str:

@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT
 from web import closed_url, point_hub_at, serving
 
-from llama.apps import fetching as module
+from llama.apps import wheels as module
 from llama.apps.download import download
-from llama.apps.fetching import WHEELS
+from llama.apps.wheels import WHEELS
 from llama.checkpoint import transfer
 
 SIGNATURE = "s3cr3t-Sig~nature_"
