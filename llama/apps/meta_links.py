@@ -6,7 +6,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
 from llama.checkpoint import transfer
@@ -166,7 +166,7 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
     terms = ["LICENSE", "USE_POLICY" if model.family == "Llama 3" else "USE_POLICY.md"]
     source = transfer.Web()
     places = [f"{path}/" for path in model.paths.split(",")]
-    missing: Dict[str, Tuple[str, Optional[int]]] = {}  # name -> URL, size
+    missing: transfer.Files = {}
     with transfer.locked(folder / ".cache/download.lock"):
         for name in dict.fromkeys([*names, *terms]):
             if (folder / name).exists():
@@ -184,7 +184,7 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
         if not missing:
             tell(f"{folder} is already there; nothing to download.")
         try:
-            transfer.fetch(source, missing, folder, model.folder, "choose a folder on")
+            transfer.fetch(source, missing, folder, model.folder)
         except (transfer.Refused, FileNotFoundError) as problem:
             raise _explained(problem, model.folder, model) from None
     say(f"verifying {folder}")

@@ -60,17 +60,18 @@ def cached(text: str) -> Path:
             _, place, files = _look(name)
             return Path(_snapshot(name, name.revision, files), place)
     except Unreachable as problem:
-        try:
-            copy = snapshot_download(name.repo, revision=name.revision, local_files_only=True)
-        except LocalEntryNotFoundError as error:
-            # A repository's other files were never wanted; that they're missing is no error.
-            copy = getattr(error, "snapshot_path", "")
-            if not copy:
-                raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
-        names = [path.relative_to(copy).as_posix() for path in Path(copy).rglob("*")]
-        place, _ = _choose(name, names, lambda place, file: Path(copy, place, file).read_bytes())
+        try:  # without a pattern, that files are missing which were never wanted is an error
+            copy = Path(
+                snapshot_download(
+                    name.repo, revision=name.revision, local_files_only=True, ignore_patterns="*"
+                )
+            )
+        except LocalEntryNotFoundError:
+            raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
+        names = [path.relative_to(copy).as_posix() for path in copy.rglob("*")]
+        place, _ = _choose(name, names, lambda *path: copy.joinpath(*path).read_bytes())
         say(f"{problem}; using the copy in {copy}")
-        return Path(copy, place)
+        return copy / place
 
 
 def download(name: Name, folder: Path) -> Tuple[Path, bool]:
@@ -84,7 +85,7 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
         if wrong:
             folder.mkdir(parents=True, exist_ok=True)
             needed = sum(files[path].size or 0 for path in wrong)
-            check_space(folder, needed, name.repo, "choose a folder on")
+            check_space(folder, needed, name.repo)
             for path in wrong:  # huggingface_hub would go by its own records
                 (folder / path).unlink(missing_ok=True)
             say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")

@@ -88,7 +88,7 @@ def _update(source: Source, url: str, folder: Path) -> Dict[str, Any]:
     record = folder / RECORD
     if missing:
         record.unlink(missing_ok=True)
-        transfer.fetch(source, missing, folder, shown(url), "set LLAMA_CACHE to")
+        transfer.fetch(source, missing, folder, shown(url))
     for stale in set(folder.iterdir()) - {folder / name for name in sizes}:
         if stale.suffix in {*FILE_SUFFIXES, ".part"} and stale != record:
             stale.unlink()  # one shard too many would be taken for a part of the model
@@ -140,8 +140,7 @@ def _directory(source: Source, url: str, folder: Path) -> Sizes:
 
     def read(name: str) -> bytes:
         if not _has(folder, name, sizes[name]):
-            wanted = {name: (_join(url, name), sizes[name])}
-            transfer.fetch(source, wanted, folder, shown(url), "set LLAMA_CACHE to")
+            transfer.fetch(source, {name: (_join(url, name), sizes[name])}, folder, shown(url))
         return (folder / name).read_bytes()
 
     return {name: sizes[name] for name in checkpoint_files(shown(url), has, read, listing or ())}

@@ -23,6 +23,7 @@ ATTEMPTS = 3  # at a transfer that breaks off
 TIMEOUT = 30  # seconds without an answer
 
 Sizes = Dict[str, Optional[int]]  # by file name, in bytes; None where a server doesn't tell
+Files = Dict[str, Tuple[str, Optional[int]]]  # the URL and the size, by the name of the file here
 
 
 class Refused(ValueError):
@@ -33,14 +34,8 @@ class Unreachable(ValueError):
     """No answer, or none for the moment."""
 
 
-def fetch(
-    source: "Source",
-    files: Dict[str, Tuple[str, Optional[int]]],
-    folder: Path,
-    what: str,
-    way_out: str,
-) -> None:
-    """Fetch files, each given as its URL and size by its name here, into a folder.
+def fetch(source: "Source", files: Files, folder: Path, what: str) -> None:
+    """Fetch files into a folder; `what` they are is for errors.
 
     Until a file is complete it is called NAME.part, from where a later run resumes.
 
@@ -49,7 +44,7 @@ def fetch(
         ValueError: no access, too little space, or a transfer that keeps breaking off.
     """
     parts = sum(path.stat().st_size for path in folder.glob("*.part"))
-    check_space(folder, sum(size or 0 for _, size in files.values()) - parts, what, way_out)
+    check_space(folder, sum(size or 0 for _, size in files.values()) - parts, what)
     for name, (url, size) in files.items():
         _fetch_file(source, url, size, folder / name)
 
@@ -59,8 +54,8 @@ def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -
 
     part = target.with_name(target.name + ".part")
     for attempt in range(ATTEMPTS):
-        have = part.stat().st_size if part.exists() else 0
-        have = have if size is not None and have <= size else 0
+        have = part.stat().st_size if size is not None and part.exists() else 0
+        have = have if size is None or have <= size else 0
         if not attempt and not sys.stderr.isatty():
             told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
             say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
@@ -86,13 +81,13 @@ def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -
     )
 
 
-def check_space(folder: Path, needed: float, what: str, way_out: str) -> None:
+def check_space(folder: Path, needed: float, what: str) -> None:
     """Raises ValueError if a disk has less than this number of bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{what} needs another {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} are "
-            f"free: free some, or {way_out} another disk"
+            "free: free some, or choose a folder on another disk (for the cache, set LLAMA_CACHE)"
         )
 
 
@@ -168,12 +163,9 @@ class Blobs:
         )
 
     def listing(self, url: str) -> Optional[Sizes]:
-        with _explained(url):
-            try:
-                entries = list(self.context.scandir(url))
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-        return {entry.name: entry.stat.size for entry in entries if entry.stat}
+        with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return {file.name: file.stat.size for file in self.context.scandir(url) if file.stat}
+        return {}
 
     def size(self, url: str) -> Optional[int]:
         with _explained(url):
