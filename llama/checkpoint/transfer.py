@@ -188,31 +188,39 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{shown(url)}: no such file") from None
+    except urllib.error.HTTPError as problem:
+        problem.close()
+        raise failure(shown(url), problem.code, f"HTTP {problem.code} {problem.reason}") from None
+    except (OSError, http.client.HTTPException) as problem:
+        reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
+        raise failure(shown(url), 0, str(reason)) from None
     except Exception as problem:
-        if isinstance(problem, urllib.error.HTTPError):
-            problem.close()
-            status, reason = problem.code, f"HTTP {problem.code} {problem.reason}"
-        elif isinstance(problem, (OSError, http.client.HTTPException)):
-            status = 0  # no answer at all
-            reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
-        elif type(problem).__module__.startswith(("blobfile", "urllib3")):
-            status = getattr(problem, "response_status", 400)  # else no credentials, say
-            reason = str(getattr(problem, "message", problem)).strip()
-        else:
+        if not type(problem).__module__.startswith(("blobfile", "urllib3")):
             raise
-        if status in (401, 403, 405, 501):
-            raise Refused(f"{shown(url)}: the server refuses access ({reason})") from None
-        if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
-            raise FileNotFoundError(f"{shown(url)}: no such file ({reason})") from None
-        if status in (0, 408, 425, 429) or status >= 500:
-            raise Unreachable(f"cannot reach {shown(url)}: {reason}") from None
-        raise ValueError(f"cannot read {shown(url)}: {reason}") from None
+        status = getattr(problem, "response_status", 400)  # no credentials, say
+        reason = str(getattr(problem, "message", problem)).strip()
+        raise failure(shown(url), status, reason) from None
 
 
-def digest(file: Path, kind: str) -> str:
-    """Of a file's contents: kind is md5 or sha256."""
+def failure(where: str, status: int, reason: str) -> Exception:
+    """The exception for an HTTP status; 0 is for no answer at all."""
+    if status in (401, 403, 405, 501):
+        return Refused(f"{where}: the server refuses access ({reason})")
+    if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
+        return FileNotFoundError(f"{where}: no such file ({reason})")
+    if status in (0, 408, 425, 429) or status >= 500:
+        return Unreachable(f"cannot reach {where}: {reason}")
+    return ValueError(f"cannot read {where}: {reason}")
+
+
+def is_right(file: Path, checksum: str) -> bool:
+    """Whether a file is there with this MD5, SHA-256 or, of 40 digits, git's SHA-1 of a blob."""
+    if not file.is_file():
+        return False
+    git = lambda: hashlib.sha1(b"blob %d\0" % file.stat().st_size)  # noqa: E731
+    kind = {40: git, 64: hashlib.sha256}.get(len(checksum), hashlib.md5)
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, kind).hexdigest()
+        return hashlib.file_digest(content, kind).hexdigest() == checksum
 
 
 def shown(url: str) -> str:
