@@ -10,6 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+import huggingface_hub as library
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import tqdm
+
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.transfer import Unreachable, check_space, failure, is_right, say
 
@@ -26,12 +30,15 @@ class Name(NamedTuple):
     path: str
 
 
-def parse(name: str) -> Name:
-    """Split OWNER/NAME[@REVISION][/PATH].
+class Bars(tqdm):
+    """Progress bars, on a terminal only."""
 
-    Raises:
-        ValueError: it isn't of this form.
-    """
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": None})
+
+
+def parse(name: str) -> Name:
+    """Split OWNER/NAME[@REVISION][/PATH]. Raises ValueError if it isn't of this form."""
     match = NAME.fullmatch(name)
     if not match or match[0].endswith("/"):
         raise ValueError(
@@ -50,22 +57,16 @@ def cached(text: str) -> Path:
         FileNotFoundError: no such repository, revision or file.
         ValueError: no access, no network and no earlier copy, several checkpoints.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     name = parse(text)
+    snapshot = partial(library.snapshot_download, name.repo, revision=name.revision)
     try:
         with _explained(name):
             _, place, files = _look(name)
-            return Path(_snapshot(name, name.revision, files), place)
+            return Path(snapshot(allow_patterns=[*map(glob.escape, files)], tqdm_class=Bars), place)
     except Unreachable as problem:
-        try:  # without a pattern, that files are missing which were never wanted is an error
-            copy = Path(
-                snapshot_download(
-                    name.repo, revision=name.revision, local_files_only=True, ignore_patterns="*"
-                )
-            )
-        except LocalEntryNotFoundError:
+        try:  # the other files of the repository may be missing: they were never wanted
+            copy = Path(snapshot(local_files_only=True, ignore_patterns="*"))
+        except errors.LocalEntryNotFoundError:
             raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
         names = [path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()]
         place, _ = _choose(name, names, lambda *path: copy.joinpath(*path).read_bytes())
@@ -88,7 +89,10 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
             for path in wrong:  # huggingface_hub would go by its own records
                 (folder / path).unlink(missing_ok=True)
             say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
-        _snapshot(name, commit, files, folder)
+        library.snapshot_download(
+            name.repo, revision=commit, local_dir=folder,
+            allow_patterns=[*map(glob.escape, files)], tqdm_class=Bars,
+        )  # fmt: skip
         for path in wrong:
             if not _is_right(folder / path, files[path]):
                 raise ValueError(f"{folder / path} isn't what {name.repo} has: run this again")
@@ -100,8 +104,6 @@ def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str
 
     The folder is where files are to go, if not into huggingface_hub's cache.
     """
-    import huggingface_hub as library
-
     info = library.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     about = {file.rfilename: file for file in info.siblings or ()}
     if not info.sha or not about:
@@ -119,26 +121,6 @@ def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str
 
     place, files = _choose(name, about, read)
     return info.sha, place, {file: about[file] for file in files}
-
-
-def _snapshot(
-    name: Name, revision: Optional[str], files: Collection[str], folder: Optional[Path] = None
-) -> str:
-    """huggingface_hub's own, of these files, with progress bars on a terminal only."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
-
-    class Bars(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": None})
-
-    return snapshot_download(
-        name.repo,
-        revision=revision,
-        local_dir=folder,
-        allow_patterns=[glob.escape(file) for file in files],
-        tqdm_class=Bars,
-    )
 
 
 def _is_right(path: Path, file: Any) -> bool:
@@ -180,8 +162,6 @@ def _choose(
 @contextlib.contextmanager
 def _explained(name: Name) -> Iterator[None]:
     """Turns what huggingface_hub raises into FileNotFoundError and ValueError."""
-    from huggingface_hub import constants, errors
-
     page = f"{constants.ENDPOINT}/{name.repo}"
     login = "log in with `hf auth login`, or put a token that may read it in HF_TOKEN"
     try:
