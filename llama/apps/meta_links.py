@@ -77,10 +77,8 @@ def table() -> str:
 
 def known() -> str:
     """What can be named, for errors."""
-    return (
-        "there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, and from Meta "
-        + " ".join(model.name for model in MODELS)
-    )
+    others = "there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, and from Meta"
+    return " ".join([others, *(model.name for model in MODELS)])
 
 
 def find(name: str) -> Model:
@@ -92,6 +90,12 @@ def find(name: str) -> Model:
 
 
 def fetch(models: List[Model], out: Path) -> None:
+    """Fetch models with the link in PRESIGNED_URL, or else asked for; asks which if none is named.
+
+    Raises:
+        FileNotFoundError: the link serves no such file.
+        ValueError: no usable link, no access, no network, a wrong checksum.
+    """
     link = os.environ.get("PRESIGNED_URL") or _ask("Link from Meta's e-mail: ")
     link = _checked(link.strip())
     if not models:
@@ -167,7 +171,8 @@ def _fetch_model(link: str, model: Model, out: Path) -> bool:
     source = transfer.Web()
     places = [f"{path}/" for path in model.paths.split(",")]
     missing: transfer.Files = {}
-    with transfer.locked(folder / ".cache/download.lock"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with transfer.locked(folder):
         for name in dict.fromkeys([*names, *terms]):
             if (folder / name).exists():
                 continue
@@ -228,13 +233,10 @@ def _verified(folder: Path, names: List[str]) -> bool:
             listed[name.strip().removeprefix("*").removeprefix("./")] = total
     good = True
     for name in dict.fromkeys(names):
-        expected = listed.get(name)
-        if not expected:
-            say(f"not in checklist.chk: {folder / name}")
-        elif not is_right(folder / name, expected):
-            say(f"checksum mismatch: {folder / name}")
-        else:
+        if is_right(folder / name, listed.get(name, "")):
             tell(f"{folder / name}: ok")
-            continue
-        good = False
+        else:
+            problem = "checksum mismatch" if name in listed else "not in checklist.chk"
+            say(f"{problem}: {folder / name}")
+            good = False
     return good

@@ -45,7 +45,7 @@ def local_path(path: str | Path) -> Path:
     source = _source(url)
     folder = _cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f"{folder.name}.lock")) as waited:
+    with locked(folder) as waited:
         record = folder / RECORD
         cached = json.loads(record.read_text()) if record.exists() else None
         if cached is None or not waited:  # else the process that was waited for has just looked

@@ -17,6 +17,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
+from llama.text.cache_dir import cache_dir
+
 BLOCK = 1 << 23
 PIECE = 25 * 10**9  # bytes per request: CloudFront, Meta's server, refuses more than 50 GiB
 ATTEMPTS = 3  # at a transfer that breaks off
@@ -92,9 +94,11 @@ def check_space(folder: Path, needed: float, what: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(file: Path) -> Iterator[bool]:
-    """Keeps other processes of this machine out; True if one of them had to be waited for."""
-    lock = FileLock(file)
+def locked(folder: Path) -> Iterator[bool]:
+    """Keeps other processes out of a folder; True if one of them had to be waited for."""
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:12]}.lock")
     try:
         held, waited = lock.acquire(timeout=0), False
     except Timeout:

@@ -911,6 +911,16 @@ def test_interrupt(server, out, signum):
     assert part.with_suffix("").read_bytes() == data
 
 
+def test_two_downloads_into_one_folder(server, out):
+    add_model(server, "8b_pre_trained", 1, big=BIG)
+    server.delay = 0.1
+    processes = [start("--models", "8B", "--out", out) for _ in range(2)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sorted(server.bodies()) == sorted(set(server.bodies()))  # each file once
+    assert sum("already there" in stdout for stdout, _ in said) == 1
+
+
 def test_wheel_interrupted(package, monkeypatch):
     begin = "import sys, time\nopen(sys.argv[sys.argv.index('--dest') + 1] + '/begun', 'w')\n"
     package.replace_pip(monkeypatch, begin + "time.sleep(60)")
