@@ -24,8 +24,8 @@ PIECE = 25 * 10**9  # bytes per request: CloudFront, Meta's server, refuses more
 ATTEMPTS = 3  # at a transfer that breaks off
 TIMEOUT = 30  # seconds without an answer
 
-Sizes = Dict[str, Optional[int]]  # by file name, in bytes; None where a server doesn't tell
-Files = Dict[str, Tuple[str, Optional[int]]]  # the URL and the size, by the name of the file here
+# By the name of a file here: its URL, and its size in bytes, None where a server doesn't tell.
+Files = Dict[str, Tuple[str, Optional[int]]]
 
 
 class Refused(ValueError):
@@ -110,8 +110,8 @@ def locked(folder: Path) -> Iterator[bool]:
 class Web:
     """Any web server. What isn't there is FileNotFoundError, every other failure ValueError."""
 
-    def listing(self, url: str) -> Optional[Sizes]:
-        """The files in a directory; None as that can't be asked."""
+    def listing(self, url: str) -> Optional[Dict[str, int]]:
+        """The sizes of the files in a directory; None as that can't be asked."""
         return None
 
     def size(self, url: str) -> Optional[int]:
@@ -166,7 +166,7 @@ class Blobs:
             log_callback=say, retry_limit=5, save_access_token_to_disk=False
         )
 
-    def listing(self, url: str) -> Optional[Sizes]:
+    def listing(self, url: str) -> Optional[Dict[str, int]]:
         with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return {file.name: file.stat.size for file in self.context.scandir(url) if file.stat}
         return {}
