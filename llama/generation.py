@@ -51,7 +51,8 @@ class Llama:
 
         Works in a plain Python process and under torchrun, regardless of how the checkpoint is
         sharded. Takes the fields of `ModelOptions`, which says what each means:
-        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`.
+        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`. The checkpoint may be remote:
+        `Llama.build("hf://owner/repo")`.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.

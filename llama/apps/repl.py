@@ -31,7 +31,7 @@ COMMANDS = {
     "regenerate": "another answer to the last message",
     "save": "FILE  write the dialog as JSON",
     "load": "FILE  go on with a dialog from a file",
-    "params": "[NAME=VALUE ...]  show how tokens are drawn, or change it",
+    "params": "[NAME=VALUE ...]  show the sampling parameters, or change them",
     "stats": "speed of the last answer, and how full the context is",
     "exit": "leave, as Ctrl-D does",
 }
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 class Reply(NamedTuple):
-    """What a line leads to."""
+    """Result of a line."""
 
     text: str = ""  # to be shown
     wants_answer: bool = False  # the dialog ends with a message that is to be answered
@@ -58,7 +58,7 @@ class Turn(NamedTuple):
 
 @dataclass
 class Stats:
-    """Of the last answer."""
+    """Statistics of the last answer."""
 
     prompt_tokens: int
     tokens: int = 0
@@ -71,7 +71,8 @@ class Stats:
         text = f"{self.tokens} tokens: first after {self.first:.2f} s, then {speed} tokens/s"
         if self.speculation is None:
             return text
-        return text + "; {accepted} of {proposed} guesses right".format(**self.speculation)
+        accepted, proposed = self.speculation["accepted"], self.speculation["proposed"]
+        return f"{text}; {accepted} of {proposed} proposed tokens accepted"
 
 
 class Session:
@@ -79,12 +80,12 @@ class Session:
 
     Args:
         send: called with each Turn before it is computed; on several ranks, it tells the others.
-        speculate: how tokens are guessed; see `llama.engine.speculative`.
+        speculate: how draft tokens are proposed; see `llama.engine.speculative`.
         max_gen_len: tokens of an answer; None fills the context.
 
     Attributes:
         dialog: what was said, a system message included.
-        params: how tokens are drawn.
+        params: how tokens are sampled.
         stats: of the last answer, or None.
         note: why the last answer isn't whole, or "".
     """

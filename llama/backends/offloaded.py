@@ -1,9 +1,9 @@
-"""Offloading, for models larger than memory: blocks that don't fit are streamed in for each pass.
+"""Offloading, for models larger than memory: blocks that don't fit are streamed for each pass.
 
 As many transformer blocks as fit stay in memory. Of the others, two are in memory at any time: the
-one that computes and the next, which a thread reads meanwhile; the first of the next pass is read
-while the last of this pass computes. Of the embedding, only the rows of a pass's tokens are read.
-The output layer stays if it fits, otherwise it is streamed in pieces.
+one that computes and the next, which a thread loads meanwhile (after the last block, the first one
+of the next pass). Of the embedding, only the rows of a pass's tokens are read. The output layer
+stays in memory if it fits, otherwise it is streamed in pieces.
 
 On a CPU, weights are read from the checkpoint by `read_shard`, as on loading: any format, any
 number of ranks. On a GPU, they are copied on a separate CUDA stream from pinned host memory, if
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
     output: bool
 
     def streams(self, layer: int, n_layers: int) -> bool:
-        """Whether a block is streamed. Streamed ones are spread evenly among the others, during
-        which they are read."""
+        """Whether a block is streamed. Streamed blocks are spread evenly: each is loaded while
+        resident ones before it compute."""
         n = n_layers - self.resident
         return layer * n // n_layers != (layer + 1) * n // n_layers
 
@@ -68,14 +68,14 @@ def plan(
     compile: bool = False,
     reserve: int = 0,
 ) -> Optional[Plan]:
-    """What stays in memory, by the estimate and the memory available; None if everything fits.
+    """Decides what stays in memory, by estimated and available memory; None if everything fits.
 
     Args:
         reserve: bytes to leave free for other uses.
 
     Raises:
-        ValueError: not even two blocks fit, or quantized or compiled layers, which can't be
-            streamed.
+        ValueError: not even two blocks fit, or layers are to be quantized or compiled, which can't
+            be streamed.
     """
     need, have = memory.estimate(args, world, dtype, quantize, kv_cache), memory.available(device)
     have //= memory.sharers(device)
@@ -113,7 +113,7 @@ def plan(
 def load(
     source: Checkpoint, args: ModelArgs, plan: Plan, *, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """Load what stays in memory, with layers that stream the rest. For inference only.
+    """Load a model whose layers stream what doesn't stay in memory. For inference only.
 
     Streamed weights aren't checked for NaN.
 
@@ -393,9 +393,9 @@ def _output_step(args: ModelArgs) -> int:
 
 
 def _report(ring: Ring, args: ModelArgs, plan: Plan, n_blocks: int) -> str:
-    """A line: what stays, what is streamed, and how fast, from timed loads and matrix products.
+    """One line: what stays in memory, what is streamed, and the expected speed, by timing both.
 
-    Products are timed without communication between ranks, of which some may not be streaming.
+    Matrix products are timed without communication: other ranks may not be streaming.
     """
     line = f"{plan.resident} of {args.n_layers} blocks" + " and the output layer" * plan.output
     loader = ring.loader

@@ -1,10 +1,10 @@
-"""Prefix caching: keys and values of earlier texts, for texts that begin with the same tokens.
+"""Prefix caching: reuses keys and values of earlier texts for texts with the same prefix.
 
 A radix tree over tokens: each node holds a run of tokens with their keys and values, its children
-the runs that followed; texts share the nodes of their common prefix. Its size is bounded in bytes,
+the runs that follow; texts share the nodes of their common prefix. Its size is limited in bytes,
 and least recently used entries are evicted first. (RadixAttention, arXiv 2312.07104, has such a
-tree over pages of a GPU's cache. Here cached tokens are copied, which takes milliseconds where
-computing them takes seconds.)
+tree over pages of a GPU's cache. Here cached entries are copied to a row's cache, in milliseconds
+where computing them takes seconds.)
 """
 
 import pickle
@@ -41,7 +41,7 @@ class PrefixCache:
     """A model's keys and values of earlier texts. Threads may share it.
 
     Args:
-        limit: its largest size in bytes, on each rank.
+        limit: maximum size in bytes, on each rank.
         fingerprint: identifies the model, in files.
 
     Attributes:
@@ -67,7 +67,7 @@ class PrefixCache:
                 self._root, self._revision = Node([], {}, None), revision(model)
 
     def cached(self, ids: Sequence[int]) -> int:
-        """How many of a prompt's tokens are cached; its last one always has to be computed."""
+        """Number of a prompt's tokens that are cached, without the last: its logits are needed."""
         with self._lock:
             return min(sum(n for _, n in self._path(ids)), len(ids) - 1)
 
@@ -81,7 +81,7 @@ class PrefixCache:
                 left -= n
 
     def add(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Add a row's keys and values of a text, unless the new ones alone exceed the limit."""
+        """Add a text's keys and values from a row, unless the new ones alone exceed the limit."""
         with self._lock:
             path = self._path(ids)
             at, node = sum(n for _, n in path), path[-1][0] if path else self._root
@@ -114,7 +114,7 @@ class PrefixCache:
         return cache
 
     def _path(self, ids: Sequence[int]) -> List[Tuple[Node, int]]:
-        """The nodes along a text, and how many tokens of each match it."""
+        """The nodes on a text's path, with the number of tokens of each that match it."""
         node, at, path = self._root, 0, []
         self._clock += 1
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
@@ -126,8 +126,8 @@ class PrefixCache:
         return path
 
     def _split(self, node: Node, n: int) -> Node:
-        """Split a node after n tokens; returns the new node, of those. Both own their tensors, so
-        that each can be evicted alone."""
+        """Split a node after n tokens; returns the new parent, which has those. Tensors are copied,
+        so that evicting one node frees its memory."""
         parts = {name: part[:, :, :n].clone() for name, part in node.parts.items()}
         head = Node(node.ids[:n], parts, node.parent)
         assert node.parent is not None
@@ -155,7 +155,7 @@ class PrefixCache:
     # --- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path, model: Transformer, ids: Sequence[int]) -> None:
-        """Write a text's keys and values, of all ranks, to a file for any number of ranks.
+        """Write a text's keys and values to a file, which any number of ranks can load.
 
         Raises:
             FileExistsError: the file exists and isn't a saved prefix.
@@ -236,9 +236,9 @@ def _is_taken(path: Path) -> bool:
 
 
 def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
-    """The prefixes that two or more prompts share, without the last token of any.
+    """The prefixes that two or more prompts share, never a whole prompt.
 
-    Shorter ones come before the longer ones that extend them, by MIN_SHARED tokens or more.
+    A prefix comes before those that extend it, each by MIN_SHARED tokens or more.
     """
     todo = [(sorted(map(list, prompts)), 0)]
     while todo:

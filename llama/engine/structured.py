@@ -1,5 +1,4 @@
-"""Structured outputs: constrains sampling to the tokens that keep a text within a schema or
-grammar.
+"""Structured outputs: constrains sampling so that a text follows a schema or grammar.
 
 A response format is a dict, of one of these types:
 
@@ -11,9 +10,9 @@ A response format is a dict, of one of these types:
     {"type": "choice", "choice": ["yes", "no"]}          one of these texts
     {"type": "grammar", "grammar": "start: ..."}         a grammar in Lark's syntax
 
-JSON is written as json.dumps does, ensure_ascii=False: ", " and ": ", no other white space, the
-properties in the schema's order. llguidance follows the grammar; what it doesn't support is an
-error.
+JSON is written as by json.dumps with ensure_ascii=False: ", " and ": ", no other white space, the
+properties in the schema's order. llguidance parses the grammars and computes the masks; what it
+doesn't support raises ValueError.
 """
 
 import json
@@ -40,7 +39,7 @@ _JSON = {
 _CACHED = 64  # compiled formats
 
 # The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
-# The rest is refused, since llguidance ignores unknown ones and takes options from "x-guidance".
+# Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
 _ONE = {"additionalProperties", "items"}
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}
@@ -87,10 +86,10 @@ class GrammarCompiler:
         self._compiled: Dict[str, Any] = {}
 
     def constraint(self, response_format: ResponseFormat, stop_tokens: Set[int]) -> "Constraint":
-        """A new row's constraint, for a text of this format that ends with one of these ids.
+        """A constraint for a new row: a text of this format, then one of the stop tokens.
 
         Raises:
-            ValueError: not a response format, or not a supported one; says which and why.
+            ValueError: not a response format, or not a supported one, with the reason.
         """
         if not stop_tokens:
             raise ValueError("response_format needs stop_tokens, one at least: they end the text")
@@ -167,12 +166,12 @@ class Constraint:
         return self._ended or (self._matcher.is_accepting() and not self._allowed().any())
 
     def forced(self) -> List[int]:
-        """The tokens of the only text that can follow; often none."""
+        """The next tokens where only one text can follow; often none."""
         ids = [] if self._ended else self._spelled(self._matcher, self._begun)
         return ids[: self.valid(ids)]
 
     def valid(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, are allowed one after another."""
+        """Length of the longest prefix of these tokens that is allowed."""
         if self._ended or not len(tokens):
             return 0
         ahead, begun = self._matcher, self._begun
@@ -259,8 +258,8 @@ class _Vocabulary:
 def call_format(
     tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
 ) -> Any:
-    """The response format of a call of any tool ("required") or of the named one; for "auto" that
-    of the options, if any.
+    """The response format for tool_choice: a call of any tool ("required") or of the named one; for
+    "auto" that of the options, if any.
 
     Raises:
         ValueError: no such tool, or one without a schema; the options have a response format too.
@@ -286,7 +285,7 @@ def call_format(
 def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
     """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
 
-    Unless its schema says otherwise, a tool takes no parameters but those it names.
+    Unless its schema says otherwise, a call has no parameters but those that the tool names.
 
     Args:
         schemas: as `llama.text.tools.split_tools` returns them.
