@@ -38,6 +38,10 @@ META_CUTS = (400_000, 25_000)
 SAFE_CUTS = (None, 400_000)
 
 
+class NotByteLevelError(ValueError):
+    """Not byte-level BPE as tiktoken does it, which merges in the order of ids."""
+
+
 def read_llama3(path: Path) -> Vocabulary:
     """Meta's file for all of Llama 3: a line `base64 rank` per token; special tokens by rule."""
     data = path.read_bytes()
@@ -65,7 +69,6 @@ def read_llama3(path: Path) -> Vocabulary:
         pre="llama-bpe",
         ranks=ranks,
         special_tokens=special,
-        decode_only={},
         user_defined=frozenset(),
         n_words=len(ranks) + len(special),
         bos_id=special["<|begin_of_text|>"],
@@ -81,19 +84,11 @@ def read_llama3(path: Path) -> Vocabulary:
 def llama3_special_tokens(n_ordinary: int) -> Dict[str, int]:
     """Meta's rule: 256 special tokens follow the ordinary ones. Names are those of Llama 3.1."""
     names = [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>",
-        "<|step_id|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|python_tag|>",
+        "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
+        "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
         "<|image|>",
-    ]
+    ]  # fmt: skip
     names += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(names) + 2)]
     return {name: n_ordinary + i for i, name in enumerate(names)}
 
@@ -196,16 +191,13 @@ def build(
         if raw in ranks:
             continue  # reached by an earlier merge
         if ids[token] < last:
-            # tiktoken merges in the order of ids
-            raise ValueError(f"{path}: the merge to {token!r} is out of the order of ids")
+            raise NotByteLevelError(f"{path}: the merge to {token!r} is out of the order of ids")
         last = ids[token]
         ranks[raw] = last
     if pre == "llama-bpe":
         for token, i in ids.items():
             if types[i] == NORMAL:
-                ranks[raw_of(token)] = (
-                    i  # Llama 3 takes a whole word that is a token, merges or not
-                )
+                ranks[raw_of(token)] = i  # a whole word that is a token is taken without merges
     # What no merge makes, what is there twice, what is unused.
     encoded = {*ranks.values(), *special.values()}
     decode_only = {i: bytes_of(token) for i, token in enumerate(tokens) if i not in encoded}

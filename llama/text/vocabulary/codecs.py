@@ -6,17 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
-from typing import (
-    Any,
-    Collection,
-    Dict,
-    FrozenSet,
-    Iterator,
-    List,
-    Literal,
-    Pattern,
-    Protocol,
-)
+from typing import Any, Collection, Dict, FrozenSet, Iterator, List, Literal, Pattern, Protocol
 
 import sentencepiece
 import tiktoken

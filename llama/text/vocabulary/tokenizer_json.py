@@ -7,7 +7,7 @@ is left to the `tokenizers` package.
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import tokenizers
 
@@ -22,12 +22,8 @@ from llama.text.vocabulary.base import (
     Vocabulary,
     check_ids,
 )
-from llama.text.vocabulary.byte_level import build, pre_of
+from llama.text.vocabulary.byte_level import NotByteLevelError, build, pre_of
 from llama.text.vocabulary.config import TokenizerConfig
-
-
-class _NotByteLevelError(ValueError):
-    """Not byte-level BPE that tiktoken could do."""
 
 
 def read(path: Path) -> Vocabulary:
@@ -54,11 +50,11 @@ def read(path: Path) -> Vocabulary:
         )
         stop = {eos_id, *config.stop}
         try:
-            pre, merges = _byte_level(path, data, by_id)
+            pre, merges = _byte_level(data, by_id)
             tokens = [by_id[i] for i in range(len(by_id))]
             kinds = [types[i] for i in range(len(by_id))]
             return build(path, pre, tokens, kinds, merges, stop=stop, **common)
-        except _NotByteLevelError:
+        except NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -133,41 +129,29 @@ def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     return by_id, types
 
 
-def _byte_level(path: Path, data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
+def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Tuple[str, List[str]]:
     """The rule for words and the merges, of byte-level BPE that tiktoken does exactly.
 
     Raises:
-        _NotByteLevelError: some setting asks for more.
+        NotByteLevelError: some setting asks for more.
     """
     model = data["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     plain = not any(model.get(key) for key in ("byte_fallback", "dropout", "fuse_unk", *affixes))
     if kind != "BPE" or not plain or data.get("normalizer"):
-        raise _NotByteLevelError
+        raise NotByteLevelError
     pre = pre_of(data["pre_tokenizer"] or {})
-    if pre is None or (pre != "llama-bpe" and model.get("ignore_merges")):
-        raise _NotByteLevelError
-    if pre == "llama-bpe" and not model.get("ignore_merges"):
-        raise _NotByteLevelError
+    if pre is None or (pre == "llama-bpe") != bool(model.get("ignore_merges")):
+        raise NotByteLevelError
     for token in data["added_tokens"]:
         odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
         if odd and not token.get("special"):
-            raise _NotByteLevelError
+            raise NotByteLevelError
     if sorted(by_id) != list(range(len(by_id))):
-        raise _NotByteLevelError
+        raise NotByteLevelError
     merges: List[str] = [
         merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         for merge in model["merges"]
     ]
-    ids, last = {token: i for i, token in by_id.items()}, -1
-    seen = set()
-    for merge in merges:  # tiktoken merges in the order of ids
-        if merge not in ids:
-            raise ValueError(f"{path}: model.merges makes {merge!r}, which isn't a token")
-        if merge not in seen:
-            if ids[merge] < last:
-                raise _NotByteLevelError
-            last = ids[merge]
-        seen.add(merge)
     return pre, merges

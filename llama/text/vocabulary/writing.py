@@ -147,61 +147,62 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
     prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary),
-        "normalizer": {"type": "Sequence", "normalizers": [*prefixed, replace]},
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(vocabulary, tokens),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": tokens[model.trainer_spec.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.trainer_spec.byte_fallback,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    return _bpe_json(
+        vocabulary,
+        tokens,
+        normalizer={"type": "Sequence", "normalizers": [*prefixed, replace]},
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        unk_token=tokens[model.trainer_spec.unk_id],
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+        ignore_merges=False,
+        vocab=ids,
+        merges=merges,
+    )
 
 
 def _tokenizer_json(vocabulary: Vocabulary) -> Dict[str, Any]:
     """tokenizer.json of a byte-level vocabulary."""
     tokens = tokens_of(vocabulary)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    rules = [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}]
+    return _bpe_json(
+        vocabulary,
+        tokens,
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": rules},
+        decoder={**byte_level, "use_regex": False},
+        unk_token=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=vocabulary.pre == "llama-bpe",
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges_of(vocabulary),
+    )
+
+
+def _bpe_json(
+    vocabulary: Vocabulary,
+    tokens: List[str],
+    normalizer: Any,
+    pre_tokenizer: Any,
+    decoder: Any,
+    **model: Any,
+) -> Dict[str, Any]:
+    """tokenizer.json with a model of the kind BPE."""
+    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(vocabulary),
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}],
-        },
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": _post_processor(vocabulary, tokens),
-        "decoder": {**byte_level, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": vocabulary.pre == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges_of(vocabulary),
-        },
+        "decoder": decoder,
+        "model": {"type": "BPE", **dict.fromkeys(unset), **model},
     }
 
 
