@@ -20,6 +20,7 @@ from llama.engine.predictions import Speculation
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of
+from llama.text.files import beside, write_json
 
 WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
 
@@ -231,15 +232,9 @@ class Session:
                 _read(path)
             except ValueError:
                 raise ValueError(f"{path} exists and is no dialog: choose another name") from None
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(
-                json.dumps(self.dialog, ensure_ascii=False, indent=1) + "\n", "utf-8"
-            )
-            partial.replace(path)
-        finally:
-            if partial.is_file():
-                partial.unlink()
+        path.parent.stat()  # raises OSError for a directory that doesn't exist
+        with beside(path, force=True) as partial:
+            write_json(partial, self.dialog)
         return Reply(f"{len(self.dialog)} messages saved to {path}")
 
     def _load(self, rest: str) -> Reply:
@@ -258,9 +253,8 @@ class Session:
             try:
                 changes[name] = type(getattr(SamplingParams(), name))(value)
             except ValueError:
-                raise ValueError(
-                    f"{pair}: write {name}=NUMBER, {known[name]} for example"
-                ) from None
+                example = f"{name}=NUMBER, {known[name]} for example"
+                raise ValueError(f"{pair}: write {example}") from None
         self.params = replace(self.params, **changes)
         return Reply(" ".join(f"{name}={getattr(self.params, name)}" for name in known))
 
