@@ -11,12 +11,7 @@ from llama.backends.options import ModelOptions, takes
 from llama.engine import embeddings, loop, scoring
 from llama.engine.beam import beam_search
 from llama.engine.params import SamplingParams
-from llama.engine.predictions import (
-    BeamPrediction,
-    ChatPrediction,
-    CompletionPrediction,
-    Event,
-)
+from llama.engine.predictions import BeamPrediction, ChatPrediction, CompletionPrediction, Event
 from llama.engine.prefixes import PrefixCache
 from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_rows
 from llama.engine.sampling import sample_top_p

@@ -15,13 +15,7 @@ from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.pth import index_pth, mend_checksums
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
-from llama.checkpoint.writing import (
-    Progress,
-    bytes_of,
-    dtype_of,
-    no_progress,
-    write_tensor,
-)
+from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json

@@ -10,12 +10,7 @@ from llama.model import ModelArgs
 
 Shape = Tuple[int, ...]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
