@@ -84,8 +84,8 @@ def plan(
     if quantize is not None or compile:
         asked = "compile=True" if quantize is None else f"quantize={quantize!r}"
         raise ValueError(
-            f"this can't fit: weights {size(need.weights)} + cache {size(need.cache)}, "
-            f'{size(have)} available on {device}; and offload="auto" streams plain weights only: '
+            f"this can't fit: {need}, {size(have)} available on {device}; and "
+            'offload="auto" streams plain weights only: '
             f"leave out {asked}" + ("" if quantize else ", or quantize with it until it fits")
         )
     block, output = _nbytes(args, world, dtype)
@@ -115,7 +115,8 @@ def load(
 ) -> Transformer:
     """Load a model whose layers stream what doesn't stay in memory. For inference only.
 
-    Streamed weights aren't checked for NaN.
+    Streamed weights aren't checked for NaN. The model's attribute `placement` is a line of text:
+    what stays in memory, what is streamed, and how fast.
 
     Raises:
         ValueError: what `checkpoint.load` raises.
@@ -137,34 +138,23 @@ def load(
         loader = _CudaLoader(pieces, nbytes, device)
     ring = Ring(loader)
 
+    output = None if plan.output else StreamedOutput(ring, n_blocks, rows)
+
     def stand_in(name: str) -> Optional[nn.Module]:
         if name.startswith("layers."):
             owner = name.rpartition(".")[0]
             return model.get_submodule(owner) if int(name.split(".")[1]) in streamed else None
         if name == "tok_embeddings.weight" and not (args.tied_embeddings and plan.output):
             return RowsOfFile(source, name, dtype, device)
-        if name == "output.weight" and not plan.output:
-            return StreamedOutput(ring, n_blocks, rows)
-        return None
+        return output if name == "output.weight" else None
 
     checkpoint.load(source, model, dtype=dtype, device=device, replace=stand_in)
-    if args.tied_embeddings and not plan.output:
-        model.output = StreamedOutput(ring, n_blocks, rows)  # type: ignore[assignment]
+    if args.tied_embeddings and output is not None:
+        model.output = output  # type: ignore[assignment]
     for index, i in enumerate(streamed):
         model.layers[i] = StreamedBlock(model.layers[i], ring, index)  # type: ignore[arg-type]
-    model.__class__ = OffloadedTransformer
     model.placement = _report(ring, args, plan, n_blocks)  # type: ignore[assignment]
     return model.requires_grad_(False)
-
-
-class OffloadedTransformer(Transformer):
-    """A Transformer with some layers streamed from disk or host memory.
-
-    Attributes:
-        placement: a line of text: what stays in memory, what is streamed, and how fast.
-    """
-
-    placement: str
 
 
 class Ring:
