@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Tuple
+from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
@@ -198,26 +198,25 @@ class HFCheckpoint:
                 weight_map = read_object(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise ValueError(f"{index} has no weight_map")
-                names = sorted({str(name) for name in weight_map.values()})
-                here = {file.name for file in self.path.iterdir()}
-                for name in names:
-                    if Path(name).name != name or not name.endswith("." + suffix):
-                        raise ValueError(
-                            f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
-                        )
-                    if name not in here:
-                        raise ValueError(f"{index} names {name}, which is missing; fetch it")
-                self._check_extra(suffix, names, index)
-                return [self.path / name for name in names]
+                return self._indexed(index, suffix, {str(name) for name in weight_map.values()})
             if single.is_file():
                 return [single]
         raise ValueError(f"{self.path} has no model.safetensors, pytorch_model.bin or their index")
 
-    def _check_extra(self, suffix: str, names: List[str], index: Path) -> None:
-        stem = names[0].split("-")[0]
-        extra = {f.name for f in self.path.glob(f"{stem}-*-of-*.{suffix}")} - set(names)
+    def _indexed(self, index: Path, suffix: str, names: Set[str]) -> List[Path]:
+        """The files that an index names, all of which must be there, and no others."""
+        for name in sorted(names):
+            if Path(name).name != name or not name.endswith("." + suffix):
+                raise ValueError(
+                    f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
+                )
+            if not (self.path / name).exists():
+                raise ValueError(f"{index} names {name}, which is missing; fetch it")
+        stem = min(names).split("-")[0]
+        extra = {f.name for f in self.path.glob(f"{stem}-*-of-*.{suffix}")} - names
         if extra:
             raise ValueError(f"{index} doesn't know {min(extra)}: two checkpoints in one place?")
+        return [self.path / name for name in sorted(names)]
 
     def shapes(self) -> Dict[str, Shape]:
         return {name: stored.shape for name, (_, stored) in self._placed.items()}

@@ -142,12 +142,9 @@ class Constraint:
             return False
         if token in self._stops:
             return self._matcher.is_accepting()
-        if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
-            return False
         if self._found is not None or (self._of.at_start and not self._begun):
-            return bool(self._allowed()[token])
-        forced = self._spelled(self._matcher, self._begun)
-        return self._follows(self._matcher, forced, token)
+            return 0 <= token < self._of.vocab_size and bool(self._allowed()[token])
+        return self._follows(self._matcher, token, self._begun)
 
     def accept(self, token: int) -> None:
         """Advance by a sampled token; a stop token ends the text."""
@@ -172,30 +169,26 @@ class Constraint:
 
     def valid(self, tokens: Sequence[int]) -> int:
         """Length of the longest prefix of these tokens that is allowed."""
-        if self._ended or not len(tokens):
+        if not len(tokens) or not self.allows(tokens[0]):
             return 0
-        ahead, begun = self._matcher, self._begun
-        for count, token in enumerate(tokens):
-            if count == 0:
-                if not self.allows(token):
-                    return 0
-                if len(tokens) == 1 or token in self._stops:
-                    return 1
-                ahead = ahead.deep_copy()
-            elif token in self._stops:
+        if len(tokens) == 1 or tokens[0] in self._stops:
+            return 1
+        ahead = self._matcher.deep_copy()
+        ahead.consume_tokens(self._ids(tokens[0], self._begun))
+        for count, token in enumerate(tokens[1:], 1):
+            if token in self._stops:
                 return count + int(ahead.is_accepting())
-            elif not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+            if not self._follows(ahead, token, begun=True):
                 return count
-            else:
-                if not self._follows(ahead, self._spelled(ahead, begun), token):
-                    return count
-            ahead.consume_tokens(self._ids(token, begun))
-            begun = True
+            ahead.consume_tokens([token])
         return len(tokens)
 
-    @staticmethod
-    def _follows(matcher: Any, forced: List[int], token: int) -> bool:
-        """Whether an ordinary token is allowed; where text is forced, in one tokenization only."""
+    def _follows(self, matcher: Any, token: int, begun: bool) -> bool:
+        """Whether a token other than a stop token is allowed; where text is forced, in one
+        tokenization only."""
+        if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+            return False
+        forced = self._spelled(matcher, begun)
         return (not forced or forced[0] == token) and matcher.validate_tokens([token]) == 1
 
     def _spelled(self, matcher: Any, begun: bool) -> List[int]:

@@ -9,15 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import AbstractSet, Any, Dict, List, Optional
 
-from llama.text.vocabulary.base import (
-    CONTROL,
-    NORMAL,
-    STOP_NAMES,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    check_ids,
-)
+from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
 
 # How text is cut into words before BPE, by the names that GGUF gives these patterns.
 PATTERNS = {
@@ -129,7 +121,7 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
             f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
         )
     tokens = strings("tokenizer.ggml.tokens")
-    types: List[int] = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    types: List[int] = metadata.get("tokenizer.ggml.token_type", [Kind.NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
     eos_id = require("tokenizer.ggml.eos_token_id")
@@ -166,7 +158,8 @@ def build(
     """Tokens in GPT-2's alphabet, with what each merge makes, in order: as tiktoken has them."""
     ids = {token: i for i, token in enumerate(tokens)}
     alphabet = byte_alphabet()
-    special = {token: i for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)}
+    special_kinds = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+    special = {token: i for token, i in ids.items() if types[i] in special_kinds}
     ranks: Dict[bytes, int] = {}
 
     # Characters of the alphabet become the bytes they stand for, any other what isn't a byte.
@@ -196,7 +189,7 @@ def build(
         ranks[raw] = last
     if pre == "llama-bpe":
         for token, i in ids.items():
-            if types[i] == NORMAL:
+            if types[i] == Kind.NORMAL:
                 ranks[raw_of(token)] = i  # a whole word that is a token is taken without merges
     # What no merge makes, what is there twice, what is unused.
     encoded = {*ranks.values(), *special.values()}
@@ -209,7 +202,9 @@ def build(
         ranks=ranks,
         special_tokens=special,
         decode_only=decode_only,
-        user_defined=frozenset(name for name, i in special.items() if types[i] == USER_DEFINED),
+        user_defined=frozenset(
+            name for name, i in special.items() if types[i] == Kind.USER_DEFINED
+        ),
         n_words=len(tokens),
         bos_id=bos_id,
         eos_id=eos_id,

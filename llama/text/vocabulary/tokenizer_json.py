@@ -13,15 +13,7 @@ import tokenizers
 
 from llama.text.files import read_object
 from llama.text.vocabulary import spm
-from llama.text.vocabulary.base import (
-    CONTROL,
-    MAX_WORDS,
-    NORMAL,
-    STOP_NAMES,
-    USER_DEFINED,
-    Vocabulary,
-    check_ids,
-)
+from llama.text.vocabulary.base import MAX_WORDS, STOP_NAMES, Kind, Vocabulary, check_ids
 from llama.text.vocabulary.byte_level import NotByteLevelError, build, pre_of
 from llama.text.vocabulary.config import TokenizerConfig
 
@@ -65,7 +57,7 @@ def read(path: Path) -> Vocabulary:
     if original.is_file() and original.read_bytes()[:1] == b"\n":
         names = {token["content"]: token["id"] for token in data["added_tokens"]}
         config.added = names | config.added
-        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == USER_DEFINED}
+        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == Kind.USER_DEFINED}
         vocabulary = spm.from_model(original, original.read_bytes(), config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
@@ -74,13 +66,13 @@ def read(path: Path) -> Vocabulary:
         neutral: Dict[str, Any] = {"version": "1.0", **dict.fromkeys(_NULLABLE), "added_tokens": []}
         keys = [key for key in neutral if not _refusal(data | {key: neutral[key]})]
         raise ValueError(f"{path}: {(keys or ['model'])[0]} isn't usable: {refusal}")
-    special = {by_id[i]: i for i, kind in types.items() if kind != NORMAL}
+    special = {by_id[i]: i for i, kind in types.items() if kind != Kind.NORMAL}
     check_ids(path, [bos_id, common["pad_id"], *stop], max(by_id) + 1)
     return Vocabulary(
         name=path.name,
         kind="json",
         special_tokens=special,
-        user_defined=frozenset(by_id[i] for i, kind in types.items() if kind == USER_DEFINED),
+        user_defined=frozenset(by_id[i] for i, kind in types.items() if kind == Kind.USER_DEFINED),
         n_words=max(by_id) + 1,
         stop_tokens=stop | {special[name] for name in STOP_NAMES if name in special},
         model=json.dumps(data).encode(),
@@ -124,8 +116,8 @@ def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     by_id |= {i: token["content"] for i, token in added.items()}
     if not vocab or not all(type(i) is int and 0 <= i < MAX_WORDS for i in by_id):
         raise ValueError(f"{path}: ids in model.vocab or added_tokens aren't numbers from 0 up")
-    types = dict.fromkeys(by_id, NORMAL)
-    types |= {i: CONTROL if t.get("special") else USER_DEFINED for i, t in added.items()}
+    types = dict.fromkeys(by_id, Kind.NORMAL)
+    types |= {i: Kind.CONTROL if t.get("special") else Kind.USER_DEFINED for i, t in added.items()}
     return by_id, types
 
 
