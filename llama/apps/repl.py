@@ -6,23 +6,19 @@ rank 0 alone has one and a terminal, and tells the others what to compute.
 
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
 
-from llama.apps.terminal import Plain, Rich, is_capable, pick_terminal
-from llama.backends.options import ModelOptions
+from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of
 from llama.text.files import beside, write_json
-
-WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
 
 COMMANDS = {
     "help": "this list",
@@ -300,6 +296,16 @@ def _read(path: Path) -> List[Message]:
 # --- the command ---------------------------------------------------------------------------------
 
 
+def check_packages() -> None:
+    """Raises ValueError if a terminal lacks the packages that edit lines and render markdown."""
+    if is_capable():  # a pipe needs neither
+        try:
+            import prompt_toolkit  # noqa: F401
+            import rich  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
+
+
 def talk(session: Session, terminal: Plain) -> None:
     """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
     while True:
@@ -333,33 +339,3 @@ def follow(llama: Llama) -> None:
                 pass
         except ValueError:
             pass  # raised on all ranks alike, and shown by rank 0
-
-
-def converse(
-    model: ModelOptions,
-    sampling: SamplingParams,
-    system: Optional[str],
-    max_gen_len: Optional[int],
-    speculate: Optional[Literal["lookup", "draft", "off"]],
-    history: Optional[str],
-) -> None:
-    """`llama chat`, which says what its options mean. One row is computed at a time."""
-    if is_capable():  # a pipe needs neither
-        try:
-            import prompt_toolkit  # noqa: F401
-            import rich  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
-    parallel.initialize(device=model.device, timeout=WEEK)
-    if not parallel.is_rank_zero():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
-    llama = Llama.build(**{**vars(model), "max_batch_size": 1})
-    params = SamplingParams(**vars(sampling))
-    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
-    if not parallel.is_rank_zero():
-        return follow(llama)
-    terminal = pick_terminal(history)
-    if isinstance(terminal, Rich):
-        terminal.show("/help lists the commands")
-    talk(session, terminal)
-    parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step

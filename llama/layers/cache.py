@@ -148,12 +148,14 @@ class KVCache:
     def spread(self, sources: Sequence[int]) -> None:
         """Copy row sources[i] to row i, for all i; sources ascend, with sources[i] <= i."""
         lengths = [self.lengths[source] for source in sources]
-        for new in reversed(range(len(sources))):
-            old, n = sources[new], lengths[new]
-            if new != old:
-                for part in self._parts.values():
-                    part[:, new, :, :n] = part[:, old, :, :n]
+        for row in reversed(range(len(sources))):
+            self._copy(sources[row], row)
         self.lengths = lengths
+
+    def _copy(self, old: int, new: int) -> None:
+        n = self.lengths[old]
+        for part in self._parts.values() if new != old else ():
+            part[:, new, :, :n] = part[:, old, :, :n]
 
     def gather(self, sources: Sequence[int]) -> None:
         """Copy row sources[i] to row i, for all i, in any order."""
@@ -182,10 +184,7 @@ class KVCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only the given rows (ascending), which become rows 0, 1, ..."""
         for new, old in enumerate(rows):
-            if new != old:
-                n = self.lengths[old]
-                for part in self._parts.values():
-                    part[:, new, :, :n] = part[:, old, :, :n]
+            self._copy(old, new)
         self.lengths = [self.lengths[row] for row in rows]
 
 
