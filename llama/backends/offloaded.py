@@ -85,8 +85,8 @@ def plan(
         asked = "compile=True" if quantize is None else f"quantize={quantize!r}"
         raise ValueError(
             f"this can't fit: {need}, {size(have)} available on {device}; and "
-            'offload="auto" streams plain weights only: '
-            f"leave out {asked}" + ("" if quantize else ", or quantize with it until it fits")
+            f'offload="auto" streams plain weights only: leave out {asked}'
+            + ("" if quantize else ", or quantize with it until it fits")
         )
     block, output = _nbytes(args, world, dtype)
     around = need.cache + reserve + memory.working(args, world, dtype) + args.dim * dtype.itemsize
@@ -137,7 +137,6 @@ def load(
         nbytes = [block] * n_blocks + [piece] * (len(pieces) - n_blocks)
         loader = _CudaLoader(pieces, nbytes, device)
     ring = Ring(loader)
-
     output = None if plan.output else StreamedOutput(ring, n_blocks, rows)
 
     def stand_in(name: str) -> Optional[nn.Module]:

@@ -16,6 +16,10 @@ from llama.text.files import beside
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
+FORMAT_NAMES: Dict[type, str] = {
+    meta.MetaCheckpoint: "Meta", huggingface.HFCheckpoint: "Hugging Face",
+    gguf.GGUFCheckpoint: "GGUF",
+}  # fmt: skip
 
 
 def convert(
@@ -124,18 +128,10 @@ class Description(NamedTuple):
 
 def describe(source: Checkpoint) -> Description:
     """Look at a checkpoint's table of tensors, not at its weights."""
-    names = {
-        meta.MetaCheckpoint: "Meta",
-        huggingface.HFCheckpoint: "Hugging Face",
-        gguf.GGUFCheckpoint: "GGUF",
-    }
     shapes: Dict[str, Shape] = source.shapes()
     by_dtype: Dict[str, int] = {}
     for name, shape in shapes.items():
         kind = source.stored_as(name)
         by_dtype[kind] = by_dtype.get(kind, 0) + ggml.stored_bytes(shape, kind)
-    return Description(
-        next(text for kind, text in names.items() if isinstance(source, kind)),
-        sum(math.prod(shape) for shape in shapes.values()),
-        by_dtype,
-    )
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return Description(FORMAT_NAMES[type(source)], parameters, by_dtype)

@@ -11,7 +11,6 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
-from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.names import HF
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
@@ -173,20 +172,19 @@ class HFCheckpoint:
     def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
         self.path = Path(path)
         fields = read_config(self.path / "config.json", known)
-        self._placed: Dict[str, Tuple[Path, Stored]] = {}  # by name, the file and the place in it
+        self._stored: Dict[str, Stored] = {}
         for file in self._files():
             for name, stored in index_tensors(file).items():
                 name = HF.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
-                if name in self._placed:
-                    raise ValueError(
-                        f"{name} is both in {self._placed[name][0].name} and in {file}"
-                    )
-                self._placed[name] = file, stored
-        self.args = checked_args(self.path / "config.json", fields, len(self._placed))
+                if name in self._stored:
+                    other = self._stored[name].file.name
+                    raise ValueError(f"{name} is both in {other} and in {file}")
+                self._stored[name] = stored
+        self.args = checked_args(self.path / "config.json", fields, len(self._stored))
         if self.args.tied_embeddings:
-            self._placed.pop("output.weight", None)  # as transformers does
+            self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
 
     def _files(self) -> List[Path]:
@@ -219,22 +217,20 @@ class HFCheckpoint:
         return [self.path / name for name in sorted(names)]
 
     def shapes(self) -> Dict[str, Shape]:
-        return {name: stored.shape for name, (_, stored) in self._placed.items()}
+        return {name: stored.shape for name, stored in self._stored.items()}
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self._placed[name][1].dtype)
+        return dtype_name(self._stored[name].dtype)
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        file, stored = self._placed[name]
+        stored = self._stored[name]
         if not name.endswith(ROTATED):
-            return read_slice(file, stored.offset, stored.shape, stored.dtype, axis, start, stop)
+            return stored.read(axis, start, stop)
         if axis != 0:
-            whole = self.read(name, 0, 0, stored.shape[0])
-            return whole.narrow(axis, start, stop - start)
+            return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
         d = self.args.head_dim
         first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
-        rows = read_slice(file, stored.offset, stored.shape, stored.dtype, 0, first, last)
-        return interleave(rows, d)[start - first : stop - first]
+        return interleave(stored.read(0, first, last), d)[start - first : stop - first]
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:

@@ -6,6 +6,7 @@ from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 
+from llama.checkpoint.mapped import read_slice
 from llama.model import ModelArgs
 
 Shape = Tuple[int, ...]
@@ -19,11 +20,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies in a file, row-major."""
+    """A tensor in a file, row-major."""
 
+    file: Path
     offset: int  # of its first byte
     shape: Shape
     dtype: torch.dtype
+
+    def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) along an axis; see `mapped.read_slice`."""
+        return read_slice(*self, axis, start, stop)
 
 
 class Checkpoint(Protocol):
