@@ -17,6 +17,7 @@ import torch
 from llama.engine.prefill import prefill
 from llama.layers import parallel
 from llama.layers.cache import KVCache
+from llama.layers.ids import common_length
 from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.text.files import beside
@@ -118,7 +119,7 @@ class PrefixCache:
         node, at, path = self._root, 0, []
         self._clock += 1
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
-            n = _common_length(child.ids, ids[at : at + len(child.ids)])
+            n = common_length(child.ids, ids[at : at + len(child.ids)])
             path.append((child, n))
             child.used, at, node = self._clock, at + n, child
             if n < len(child.ids):
@@ -244,7 +245,7 @@ def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
     while todo:
         texts, known = todo.pop()
         # Sorted texts all share the prefix that the first and the last share.
-        n = min(_common_length(texts[0], texts[-1]), len(texts[0]) - 1)
+        n = min(common_length(texts[0], texts[-1]), len(texts[0]) - 1)
         if len(texts) > 1 and n >= known + MIN_SHARED:
             yield texts[0][:n]
             known = n
@@ -252,10 +253,3 @@ def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
         for text in texts:
             groups.setdefault(text[n] if n < len(text) else -1, []).append(text)
         todo += [(g, known) for g in groups.values() if 1 < len(g) < len(texts)]
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    if list(a) == list(b):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

@@ -1,4 +1,4 @@
-"""Checks token ids against the vocabulary, and pads them into tensors.
+"""Checks token ids against the vocabulary, compares them, and pads them into tensors.
 
 An embedding that is sharded over ranks silently returns zeros for ids outside of the vocabulary: a
 wrong tokenizer, or padding with -1, would go unnoticed.
@@ -35,3 +35,10 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Rows of ids as a tensor (B, T), padded with zeros on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows]).to(device)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix of two sequences of ids."""
+    if list(a) == list(b):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

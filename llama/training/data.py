@@ -5,7 +5,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from llama.layers.ids import padded
+from llama.layers.ids import common_length, padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
 from llama.text.files import objects, read_text, string
 from llama.tokenizer import Tokenizer
@@ -106,9 +106,7 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
     for i, message in enumerate(dialog):
         if message["role"] == "assistant":
             prompt = formatter.encode_dialog_prompt(dialog[:i])
-            same = next(
-                (at for at, id in enumerate(prompt) if ids[at : at + 1] != [id]), len(prompt)
-            )
+            same = common_length(prompt, ids)
             stops = (at for at in range(len(prompt), len(ids)) if ids[at] in tokenizer.stop_tokens)
             end = next(stops, -1) + 1
             begin = len(prompt) if same == len(prompt) else same + 1
