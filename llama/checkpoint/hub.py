@@ -10,10 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-import huggingface_hub as library
-from huggingface_hub import constants, errors
-from huggingface_hub.utils import tqdm
-
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.transfer import Unreachable, check_space, failure, is_right, say
 
@@ -30,11 +26,19 @@ class Name(NamedTuple):
     path: str
 
 
-class Bars(tqdm):
-    """Progress bars, on a terminal only."""
+def _snapshot(repo: str, files: Collection[str], **options: Any) -> Path:
+    """huggingface_hub's download of some files, with progress bars on a terminal only."""
+    import huggingface_hub as library  # takes 0.3 s, which only those who use it should wait
+    from huggingface_hub.utils import tqdm
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "disable": None})
+    class Bars(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": None})
+
+    patterns = [*map(glob.escape, files)]
+    return Path(
+        library.snapshot_download(repo, allow_patterns=patterns, tqdm_class=Bars, **options)
+    )
 
 
 def parse(name: str) -> Name:
@@ -57,15 +61,21 @@ def cached(text: str) -> Path:
         FileNotFoundError: no such repository, revision or file.
         ValueError: no access, no network and no earlier copy, several checkpoints.
     """
+    import huggingface_hub as library
+    from huggingface_hub import errors
+
     name = parse(text)
-    snapshot = partial(library.snapshot_download, name.repo, revision=name.revision)
     try:
         with _explained(name):
             _, place, files = _look(name)
-            return Path(snapshot(allow_patterns=[*map(glob.escape, files)], tqdm_class=Bars), place)
+            return _snapshot(name.repo, files, revision=name.revision) / place
     except Unreachable as problem:
         try:  # the other files of the repository may be missing: they were never wanted
-            copy = Path(snapshot(local_files_only=True, ignore_patterns="*"))
+            copy = Path(
+                library.snapshot_download(
+                    name.repo, revision=name.revision, local_files_only=True, ignore_patterns="*"
+                )
+            )
         except errors.LocalEntryNotFoundError:
             raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
         names = [path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()]
@@ -89,10 +99,7 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
             for path in wrong:  # huggingface_hub would go by its own records
                 (folder / path).unlink(missing_ok=True)
             say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
-        library.snapshot_download(
-            name.repo, revision=commit, local_dir=folder,
-            allow_patterns=[*map(glob.escape, files)], tqdm_class=Bars,
-        )  # fmt: skip
+        _snapshot(name.repo, files, revision=commit, local_dir=folder)
         for path in wrong:
             if not _is_right(folder / path, files[path]):
                 raise ValueError(f"{folder / path} isn't what {name.repo} has: run this again")
@@ -104,6 +111,8 @@ def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str
 
     The folder is where files are to go, if not into huggingface_hub's cache.
     """
+    import huggingface_hub as library
+
     info = library.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     about = {file.rfilename: file for file in info.siblings or ()}
     if not info.sha or not about:
@@ -162,6 +171,8 @@ def _choose(
 @contextlib.contextmanager
 def _explained(name: Name) -> Iterator[None]:
     """Turns what huggingface_hub raises into FileNotFoundError and ValueError."""
+    from huggingface_hub import constants, errors
+
     page = f"{constants.ENDPOINT}/{name.repo}"
     login = "log in with `hf auth login`, or put a token that may read it in HF_TOKEN"
     try:

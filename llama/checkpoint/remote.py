@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Optional, Tuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from llama.checkpoint import transfer
+from llama.checkpoint import hub, transfer
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.transfer import Files, Refused, Source, Unreachable, locked, say, shown
 from llama.text.cache_dir import cache_dir
@@ -36,8 +36,6 @@ def local_path(path: str | Path) -> Path:
     if not match:
         return Path(path)
     if match[1].lower() == "hf":
-        from llama.checkpoint import hub
-
         return hub.cached(match[2].rstrip("/"))
     parts = urlsplit(f"{match[1].lower()}://{match[2]}")
     url = urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
