@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 #
 # Fetches model files into checkpoints/, as Meta's script of this name does. `llama download` does
-# the work; here its Python is found, and options become its own. `./download.sh --help` lists them.
-#
-# Kept to bash 3.2 (what macOS ships): no associative arrays, no ${name,,}.
+# the work; here its Python is found, and options become its own. Kept to macOS's bash, 3.2.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "$0")" && pwd)
@@ -28,14 +26,11 @@ https://llama.meta.com/llama-downloads/) and for the models to fetch with it.
   -h, --help     this text
 
 Environment:
-  PRESIGNED_URL  the link from the e-mail (there is no option for it: it is a secret, and
-                 command lines can be read by every user of the machine)
+  PRESIGNED_URL  the link from the e-mail; no option, as every user can read command lines
   HF_TOKEN       your Hugging Face token, for gated models (no option either); \`hf auth login\`
                  does instead. HF_ENDPOINT: another server than https://huggingface.co
-  PYTHON         the Python with this package (default: .venv/bin/python beside this script, else
-                 python3)
-  LLAMA_CACHE    where smollm2 and tokenizer are kept between checkouts
-                 (default: llama-reference in your user's cache, ~/.cache on Linux)
+  PYTHON         the Python with this package (default: .venv/bin/python here, else python3)
+  LLAMA_CACHE    where smollm2 and tokenizer are kept (default: ~/.cache/llama-reference, on Linux)
 
 Examples:
   ./download.sh smollm2
@@ -69,10 +64,8 @@ meta=''
 if [ "${#words[@]}" = 0 ] && [ -z "$list" ]; then meta=--meta; fi
 [ "$source$meta" != hf--meta ] || misuse "--source hf needs a repository, OWNER/NAME"
 for word in ${words[@]+"${words[@]}"}; do # bash 3.2 holds an empty list for unset
-    case $source:$word in
-        hf:*/*) ;;
-        hf:*) misuse "'$word' is not OWNER/NAME or OWNER/NAME/FILE, as --source hf needs it" ;;
-    esac
+    [[ $source != hf || $word == */* ]] ||
+        misuse "'$word' is not OWNER/NAME or OWNER/NAME/FILE, as --source hf needs it"
 done
 
 python=${PYTHON-}

@@ -23,28 +23,11 @@ if TYPE_CHECKING:  # what type checkers see; at run time, __getattr__ does it
     from llama.training.classification import SequenceClassifier
 
 __all__ = [
-    "ChatFormat",
-    "ChatPrediction",
-    "CompletionPrediction",
-    "Dialog",
-    "Event",
-    "KVCache",
-    "Llama",
-    "Message",
-    "ModelArgs",
-    "ModelOptions",
-    "SamplingParams",
-    "SequenceClassifier",
-    "Tokenizer",
-    "Trainer",
-    "Transformer",
-    "__version__",
-    "checkpoint",
-    "convert",
-    "parse_tool_calls",
-    "tool_schema",
-    "trace",
-]
+    "ChatFormat", "ChatPrediction", "CompletionPrediction", "Dialog", "Event", "KVCache", "Llama",
+    "Message", "ModelArgs", "ModelOptions", "SamplingParams", "SequenceClassifier", "Tokenizer",
+    "Trainer", "Transformer", "__version__", "checkpoint", "convert", "parse_tool_calls",
+    "tool_schema", "trace",
+]  # fmt: skip
 
 _HOME = {  # the module that a name is from
     "backends.options": ["ModelOptions"],

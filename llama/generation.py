@@ -11,12 +11,7 @@ from llama.backends.options import ModelOptions, takes
 from llama.engine import embeddings, loop, scoring
 from llama.engine.beam import beam_search
 from llama.engine.params import SamplingParams
-from llama.engine.predictions import (
-    BeamPrediction,
-    ChatPrediction,
-    CompletionPrediction,
-    Event,
-)
+from llama.engine.predictions import BeamPrediction, ChatPrediction, CompletionPrediction, Event
 from llama.engine.prefixes import PrefixCache
 from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_rows
 from llama.engine.sampling import sample_top_p
@@ -51,7 +46,8 @@ class Llama:
 
         Works in a plain Python process and under torchrun, regardless of how the checkpoint is
         sharded. Takes the fields of `ModelOptions`, which says what each means:
-        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`.
+        `Llama.build(ckpt_dir, max_seq_len=4096, device="cpu")`. The checkpoint may be remote:
+        `Llama.build("hf://owner/repo")`.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there.

@@ -4,6 +4,8 @@ from typing import Literal, Optional
 
 from llama.apps.options import SAMPLING, CachingModel, Sampling, Text
 
+WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
+
 
 def chat(
     model: CachingModel,
@@ -26,6 +28,25 @@ def chat(
     Raises:
         ValueError: a checkpoint without a chat format, or what `Llama.build` raises.
     """
-    from llama.apps.repl import converse
+    import signal
 
-    converse(model, sampling, system, max_gen_len, speculate, history)
+    from llama.apps import repl
+    from llama.apps.terminal import Rich, pick_terminal
+    from llama.engine.params import SamplingParams
+    from llama.generation import Llama
+    from llama.layers import parallel
+
+    repl.check_packages()
+    parallel.initialize(device=model.device, timeout=WEEK)
+    if not parallel.is_rank_zero():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
+    llama = Llama.build(**{**vars(model), "max_batch_size": 1})  # one dialog at a time
+    params = SamplingParams(**vars(sampling))
+    session = repl.Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
+    if not parallel.is_rank_zero():
+        return repl.follow(llama)
+    terminal = pick_terminal(history)
+    if isinstance(terminal, Rich):
+        terminal.show("/help lists the commands")
+    repl.talk(session, terminal)
+    parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step

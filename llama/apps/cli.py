@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from functools import partial
 from typing import Annotated, Any, Callable, List, Literal, Optional, Sequence, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from llama._version import __version__
 
@@ -153,11 +153,18 @@ def _discard_output() -> None:
 
 
 def parse(words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks for. Raises CycloptsError or ValueError if it is a wrong one."""
+    """The call that a command line asks for. Raises CycloptsError or ValueError for wrong usage."""
     if words and words[0] in COMMANDS:
         command = app[words[0]]
         command.help = command.default_command.__doc__  # more than the line in the list
-    function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
+    try:
+        function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        word = (error.unused_tokens or [""])[0]
+        raise ValueError(
+            f"unexpected argument {word!r}: a text with spaces needs quotes; see llama {words[0]} "
+            "--help"
+        ) from None
     return partial(function, *bound.args, **bound.kwargs)
 
 

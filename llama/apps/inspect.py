@@ -34,5 +34,4 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     for world in (w for w in range(1, args.n_heads + 1) if args.n_heads % w == 0):
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
-            parts = f"weights {memory.size(need.weights)} + cache {memory.size(need.cache)}"
-            print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {parts}")
+            print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {need}")

@@ -6,11 +6,11 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import List, NamedTuple, NoReturn, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
 from llama.checkpoint import transfer
-from llama.checkpoint.transfer import digest, say
+from llama.checkpoint.transfer import is_right, say
 
 REQUEST_PAGE = "https://llama.meta.com/llama-downloads/"
 tell = partial(print, flush=True)  # results; what goes on meanwhile is said on stderr
@@ -75,21 +75,27 @@ def table() -> str:
     return "\n".join([*lines, "No link needed: smollm2 (98 MB), tokenizer (2 MB), OWNER/NAME"])
 
 
-def names(family: str = "") -> str:
-    return " ".join(model.name for model in MODELS if family in ("", model.family))
+def known() -> str:
+    """What can be named, for errors."""
+    others = "there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, and from Meta"
+    return " ".join([others, *(model.name for model in MODELS)])
 
 
 def find(name: str) -> Model:
+    """Raises ValueError if there is no such model."""
     for found in MODELS:
         if name.lower() in (found.name.lower(), found.folder.lower()):
             return found
-    raise ValueError(
-        f"unknown model '{name}': there are smollm2, tokenizer, OWNER/NAME on the Hugging Face "
-        f"Hub, and from Meta {names()}"
-    )
+    raise ValueError(f"unknown model '{name}': {known()}")
 
 
 def fetch(models: List[Model], out: Path) -> None:
+    """Fetch models with the link in PRESIGNED_URL, or else asked for; asks which if none is named.
+
+    Raises:
+        FileNotFoundError: the link serves no such file.
+        ValueError: no usable link, no access, no network, a wrong checksum.
+    """
     link = os.environ.get("PRESIGNED_URL") or _ask("Link from Meta's e-mail: ")
     link = _checked(link.strip())
     if not models:
@@ -156,39 +162,36 @@ def _family(host: str) -> str:
 def _fetch_model(link: str, model: Model, out: Path) -> bool:
     """Fetch what is missing of a model; returns whether its files have the right checksums."""
     folder = out / model.folder
-    folder.mkdir(parents=True, exist_ok=True)
     say(f"{model.folder} -> {folder}")
-    source = transfer.Web()
     # Llama 2 has one tokenizer for all of its models, with a checksum of its own.
     above = ["tokenizer_checklist.chk", "tokenizer.model"] if model.family == "Llama 2" else []
     names = ["checklist.chk", *above, "params.json", "tokenizer.model"]
     names += [f"consolidated.{shard:02d}.pth" for shard in range(int(model.shards))]
-    paths = model.paths.split(",")
-    missing: List[Tuple[str, str, Optional[int]]] = []  # name, URL, size
-    for name in dict.fromkeys(names):
-        if not (folder / name).exists():
-            places = [""] if name in above else [f"{path}/" for path in paths]
-            place, url, size = _locate(source, link, model, name, places)
-            missing.append((name, url, size))
-            if place:
-                paths = [place.rstrip("/")]
-    for name in ("LICENSE", "USE_POLICY" if model.family == "Llama 3" else "USE_POLICY.md"):
-        if not (folder / name).exists():  # beside the model, as every family has its own
+    terms = ["LICENSE", "USE_POLICY" if model.family == "Llama 3" else "USE_POLICY.md"]
+    source = transfer.Web()
+    places = [f"{path}/" for path in model.paths.split(",")]
+    missing: transfer.Files = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with transfer.locked(folder):
+        for name in dict.fromkeys([*names, *terms]):
+            if (folder / name).exists():
+                continue
+            above_it = name in above or name in terms
             try:
-                _, url, size = _locate(source, link, model, name, [""])
-                missing.append((name, url, size))
+                place, url, size = _locate(source, link, model, name, [""] if above_it else places)
             except (transfer.Refused, FileNotFoundError):
+                if name not in terms:
+                    raise
                 say(f"the link serves no {name}; {model.family}'s terms are at {REQUEST_PAGE}")
-    if not missing:
-        tell(f"{folder} is already there; nothing to download.")
-    parts = sum(part.stat().st_size for part in folder.glob("*.part"))
-    needed = sum(size or 0 for *_, size in missing) - parts
-    transfer.check_space(folder, needed, model.folder, "choose a folder on")
-    for name, url, size in missing:
+                continue
+            missing[name] = url, size
+            places = [place] if place else places
+        if not missing:
+            tell(f"{folder} is already there; nothing to download.")
         try:
-            transfer.fetch(source, url, size, folder / name)
+            transfer.fetch(source, missing, folder, model.folder)
         except (transfer.Refused, FileNotFoundError) as problem:
-            _refused(problem, name, model)
+            raise _explained(problem, model.folder, model) from None
     say(f"verifying {folder}")
     return _verified(folder, [name for name in names if not name.endswith(".chk")])
 
@@ -198,26 +201,25 @@ def _locate(
 ) -> Tuple[str, str, Optional[int]]:
     """The first place that has a file, its URL there and its size."""
     before, _, after = link.partition("*")
-    first: Optional[Exception] = None
+    failures = []
     for place in places:
         url = f"{before}{place}{name}{after}"
         try:
             return place, url, source.size(url)
         except (transfer.Refused, FileNotFoundError) as problem:
-            first = first or problem
-    assert first
-    _refused(first, places[0] + name, model)
+            failures.append(_explained(problem, place + name, model))
+    raise failures[0]
 
 
-def _refused(problem: Exception, file: str, model: Model) -> NoReturn:
+def _explained(problem: Exception, what: str, model: Model) -> Exception:
     if isinstance(problem, transfer.Refused):
-        raise transfer.Refused(
-            f"the server refuses the link for {file} ({problem}). Links expire after 24 hours and "
+        return transfer.Refused(
+            f"the server refuses the link for {what} ({problem}). Links expire after 24 hours and "
             f"after a number of downloads: request a new one at {REQUEST_PAGE} and run this again; "
             f"what has been downloaded is kept. Also make sure that the link is for {model.family}"
         )
-    raise FileNotFoundError(
-        f"the server has no {file} ({problem}). Is the link for {model.family}, and not for "
+    return FileNotFoundError(
+        f"the server has no {what} ({problem}). Is the link for {model.family}, and not for "
         "another model family? A link only serves the models it was requested for"
     )
 
@@ -231,13 +233,10 @@ def _verified(folder: Path, names: List[str]) -> bool:
             listed[name.strip().removeprefix("*").removeprefix("./")] = total
     good = True
     for name in dict.fromkeys(names):
-        expected = listed.get(name)
-        if not expected:
-            say(f"not in checklist.chk: {folder / name}")
-        elif digest(folder / name, "sha256" if len(expected) == 64 else "md5") != expected:
-            say(f"checksum mismatch: {folder / name}")
-        else:
+        if is_right(folder / name, listed.get(name, "")):
             tell(f"{folder / name}: ok")
-            continue
-        good = False
+        else:
+            problem = "checksum mismatch" if name in listed else "not in checklist.chk"
+            say(f"{problem}: {folder / name}")
+            good = False
     return good

@@ -6,22 +6,19 @@ rank 0 alone has one and a terminal, and tells the others what to compute.
 
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
 
-from llama.apps.terminal import Plain, Rich, is_capable, pick_terminal
-from llama.backends.options import ModelOptions
+from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of
-
-WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
+from llama.text.files import beside, write_json
 
 COMMANDS = {
     "help": "this list",
@@ -31,7 +28,7 @@ COMMANDS = {
     "regenerate": "another answer to the last message",
     "save": "FILE  write the dialog as JSON",
     "load": "FILE  go on with a dialog from a file",
-    "params": "[NAME=VALUE ...]  show how tokens are drawn, or change it",
+    "params": "[NAME=VALUE ...]  show the sampling parameters, or change them",
     "stats": "speed of the last answer, and how full the context is",
     "exit": "leave, as Ctrl-D does",
 }
@@ -40,7 +37,7 @@ COMMANDS = {
 
 
 class Reply(NamedTuple):
-    """What a line leads to."""
+    """Result of a line."""
 
     text: str = ""  # to be shown
     wants_answer: bool = False  # the dialog ends with a message that is to be answered
@@ -58,7 +55,7 @@ class Turn(NamedTuple):
 
 @dataclass
 class Stats:
-    """Of the last answer."""
+    """Statistics of the last answer."""
 
     prompt_tokens: int
     tokens: int = 0
@@ -71,7 +68,8 @@ class Stats:
         text = f"{self.tokens} tokens: first after {self.first:.2f} s, then {speed} tokens/s"
         if self.speculation is None:
             return text
-        return text + "; {accepted} of {proposed} guesses right".format(**self.speculation)
+        accepted, proposed = self.speculation["accepted"], self.speculation["proposed"]
+        return f"{text}; {accepted} of {proposed} proposed tokens accepted"
 
 
 class Session:
@@ -79,12 +77,12 @@ class Session:
 
     Args:
         send: called with each Turn before it is computed; on several ranks, it tells the others.
-        speculate: how tokens are guessed; see `llama.engine.speculative`.
+        speculate: how draft tokens are proposed; see `llama.engine.speculative`.
         max_gen_len: tokens of an answer; None fills the context.
 
     Attributes:
         dialog: what was said, a system message included.
-        params: how tokens are drawn.
+        params: how tokens are sampled.
         stats: of the last answer, or None.
         note: why the last answer isn't whole, or "".
     """
@@ -230,15 +228,9 @@ class Session:
                 _read(path)
             except ValueError:
                 raise ValueError(f"{path} exists and is no dialog: choose another name") from None
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(
-                json.dumps(self.dialog, ensure_ascii=False, indent=1) + "\n", "utf-8"
-            )
-            partial.replace(path)
-        finally:
-            if partial.is_file():
-                partial.unlink()
+        path.parent.stat()  # raises OSError for a directory that doesn't exist
+        with beside(path, force=True) as partial:
+            write_json(partial, self.dialog)
         return Reply(f"{len(self.dialog)} messages saved to {path}")
 
     def _load(self, rest: str) -> Reply:
@@ -257,9 +249,8 @@ class Session:
             try:
                 changes[name] = type(getattr(SamplingParams(), name))(value)
             except ValueError:
-                raise ValueError(
-                    f"{pair}: write {name}=NUMBER, {known[name]} for example"
-                ) from None
+                example = f"{name}=NUMBER, {known[name]} for example"
+                raise ValueError(f"{pair}: write {example}") from None
         self.params = replace(self.params, **changes)
         return Reply(" ".join(f"{name}={getattr(self.params, name)}" for name in known))
 
@@ -305,6 +296,16 @@ def _read(path: Path) -> List[Message]:
 # --- the command ---------------------------------------------------------------------------------
 
 
+def check_packages() -> None:
+    """Raises ValueError if a terminal lacks the packages that edit lines and render markdown."""
+    if is_capable():  # a pipe needs neither
+        try:
+            import prompt_toolkit  # noqa: F401
+            import rich  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
+
+
 def talk(session: Session, terminal: Plain) -> None:
     """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
     while True:
@@ -338,33 +339,3 @@ def follow(llama: Llama) -> None:
                 pass
         except ValueError:
             pass  # raised on all ranks alike, and shown by rank 0
-
-
-def converse(
-    model: ModelOptions,
-    sampling: SamplingParams,
-    system: Optional[str],
-    max_gen_len: Optional[int],
-    speculate: Optional[Literal["lookup", "draft", "off"]],
-    history: Optional[str],
-) -> None:
-    """`llama chat`, which says what its options mean. One row is computed at a time."""
-    if is_capable():  # a pipe needs neither
-        try:
-            import prompt_toolkit  # noqa: F401
-            import rich  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
-    parallel.initialize(device=model.device, timeout=WEEK)
-    if not parallel.is_rank_zero():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
-    llama = Llama.build(**{**vars(model), "max_batch_size": 1})
-    params = SamplingParams(**vars(sampling))
-    session = Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
-    if not parallel.is_rank_zero():
-        return follow(llama)
-    terminal = pick_terminal(history)
-    if isinstance(terminal, Rich):
-        terminal.show("/help lists the commands")
-    talk(session, terminal)
-    parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step

@@ -6,13 +6,7 @@ from typing import Optional
 import torch
 
 from llama import checkpoint
-from llama.families.flax_model import (
-    Transformer,
-    check_mesh,
-    partition_spec,
-    placed_on,
-    weights,
-)
+from llama.families.flax_model import Transformer, check_mesh, partition_spec, placed_on, weights
 from llama.layers import parallel
 
 import jax  # isort: skip  # after the module that says what to install

@@ -33,6 +33,9 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         return self.weights + self.cache
 
+    def __str__(self) -> str:
+        return f"weights {size(self.weights)} + cache {size(self.cache)}"
+
 
 def estimate(
     args: ModelArgs,
@@ -152,8 +155,7 @@ def preflight(
     need, have = estimate(args, world, dtype, quantize, kv_cache), available(device)
     held = " and ".join(filter(None, (quantize, str(dtype)[6:])))
     line = (
-        f"weights {size(need.weights)} + cache {size(need.cache)} "
-        f"({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
+        f"{need} ({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
         + (f" + prefixes {size(prefix_cache)}" if prefix_cache else "")
         + (f" on each of {world} ranks" if world > 1 else "")
         + f"; {size(have)} available on {device}"

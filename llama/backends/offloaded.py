@@ -1,9 +1,9 @@
-"""Offloading, for models larger than memory: blocks that don't fit are streamed in for each pass.
+"""Offloading, for models larger than memory: blocks that don't fit are streamed for each pass.
 
 As many transformer blocks as fit stay in memory. Of the others, two are in memory at any time: the
-one that computes and the next, which a thread reads meanwhile; the first of the next pass is read
-while the last of this pass computes. Of the embedding, only the rows of a pass's tokens are read.
-The output layer stays if it fits, otherwise it is streamed in pieces.
+one that computes and the next, which a thread loads meanwhile (after the last block, the first one
+of the next pass). Of the embedding, only the rows of a pass's tokens are read. The output layer
+stays in memory if it fits, otherwise it is streamed in pieces.
 
 On a CPU, weights are read from the checkpoint by `read_shard`, as on loading: any format, any
 number of ranks. On a GPU, they are copied on a separate CUDA stream from pinned host memory, if
@@ -50,8 +50,8 @@ class Plan(NamedTuple):
     output: bool
 
     def streams(self, layer: int, n_layers: int) -> bool:
-        """Whether a block is streamed. Streamed ones are spread evenly among the others, during
-        which they are read."""
+        """Whether a block is streamed. Streamed blocks are spread evenly: each is loaded while
+        resident ones before it compute."""
         n = n_layers - self.resident
         return layer * n // n_layers != (layer + 1) * n // n_layers
 
@@ -68,14 +68,14 @@ def plan(
     compile: bool = False,
     reserve: int = 0,
 ) -> Optional[Plan]:
-    """What stays in memory, by the estimate and the memory available; None if everything fits.
+    """Decides what stays in memory, by estimated and available memory; None if everything fits.
 
     Args:
         reserve: bytes to leave free for other uses.
 
     Raises:
-        ValueError: not even two blocks fit, or quantized or compiled layers, which can't be
-            streamed.
+        ValueError: not even two blocks fit, or layers are to be quantized or compiled, which can't
+            be streamed.
     """
     need, have = memory.estimate(args, world, dtype, quantize, kv_cache), memory.available(device)
     have //= memory.sharers(device)
@@ -84,9 +84,9 @@ def plan(
     if quantize is not None or compile:
         asked = "compile=True" if quantize is None else f"quantize={quantize!r}"
         raise ValueError(
-            f"this can't fit: weights {size(need.weights)} + cache {size(need.cache)}, "
-            f'{size(have)} available on {device}; and offload="auto" streams plain weights only: '
-            f"leave out {asked}" + ("" if quantize else ", or quantize with it until it fits")
+            f"this can't fit: {need}, {size(have)} available on {device}; and "
+            f'offload="auto" streams plain weights only: leave out {asked}'
+            + ("" if quantize else ", or quantize with it until it fits")
         )
     block, output = _nbytes(args, world, dtype)
     around = need.cache + reserve + memory.working(args, world, dtype) + args.dim * dtype.itemsize
@@ -113,9 +113,10 @@ def plan(
 def load(
     source: Checkpoint, args: ModelArgs, plan: Plan, *, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """Load what stays in memory, with layers that stream the rest. For inference only.
+    """Load a model whose layers stream what doesn't stay in memory. For inference only.
 
-    Streamed weights aren't checked for NaN.
+    Streamed weights aren't checked for NaN. The model's attribute `placement` is a line of text:
+    what stays in memory, what is streamed, and how fast.
 
     Raises:
         ValueError: what `checkpoint.load` raises.
@@ -136,6 +137,7 @@ def load(
         nbytes = [block] * n_blocks + [piece] * (len(pieces) - n_blocks)
         loader = _CudaLoader(pieces, nbytes, device)
     ring = Ring(loader)
+    output = None if plan.output else StreamedOutput(ring, n_blocks, rows)
 
     def stand_in(name: str) -> Optional[nn.Module]:
         if name.startswith("layers."):
@@ -143,28 +145,15 @@ def load(
             return model.get_submodule(owner) if int(name.split(".")[1]) in streamed else None
         if name == "tok_embeddings.weight" and not (args.tied_embeddings and plan.output):
             return RowsOfFile(source, name, dtype, device)
-        if name == "output.weight" and not plan.output:
-            return StreamedOutput(ring, n_blocks, rows)
-        return None
+        return output if name == "output.weight" else None
 
     checkpoint.load(source, model, dtype=dtype, device=device, replace=stand_in)
-    if args.tied_embeddings and not plan.output:
-        model.output = StreamedOutput(ring, n_blocks, rows)  # type: ignore[assignment]
+    if args.tied_embeddings and output is not None:
+        model.output = output  # type: ignore[assignment]
     for index, i in enumerate(streamed):
         model.layers[i] = StreamedBlock(model.layers[i], ring, index)  # type: ignore[arg-type]
-    model.__class__ = OffloadedTransformer
     model.placement = _report(ring, args, plan, n_blocks)  # type: ignore[assignment]
     return model.requires_grad_(False)
-
-
-class OffloadedTransformer(Transformer):
-    """A Transformer with some layers streamed from disk or host memory.
-
-    Attributes:
-        placement: a line of text: what stays in memory, what is streamed, and how fast.
-    """
-
-    placement: str
 
 
 class Ring:
@@ -393,9 +382,9 @@ def _output_step(args: ModelArgs) -> int:
 
 
 def _report(ring: Ring, args: ModelArgs, plan: Plan, n_blocks: int) -> str:
-    """A line: what stays, what is streamed, and how fast, from timed loads and matrix products.
+    """One line: what stays in memory, what is streamed, and the expected speed, by timing both.
 
-    Products are timed without communication between ranks, of which some may not be streaming.
+    Matrix products are timed without communication: other ranks may not be streaming.
     """
     line = f"{plan.resident} of {args.n_layers} blocks" + " and the output layer" * plan.output
     loader = ring.loader

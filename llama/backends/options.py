@@ -28,7 +28,8 @@ class ModelOptions:
     Attributes:
         ckpt_dir: a directory with Meta's params.json and consolidated.*.pth, with Hugging Face's
             config.json and *.safetensors, or with a .gguf file; or a .gguf file. It may be remote
-            (https://, gs://, az://): then it is downloaded once, into a cache.
+            (hf://owner/repo on the Hugging Face Hub, https://, gs://, az://): then it is downloaded
+            once, into a cache.
         tokenizer_path: Llama 3's tokenizer.model, a tokenizer.json or a .gguf file, remote or not;
             by default the one found with the checkpoint.
         max_seq_len: tokens of prompt and answer together, 1 or more.

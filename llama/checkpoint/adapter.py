@@ -15,7 +15,6 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import torch
 
 from llama.checkpoint.huggingface import index_tensors
-from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.names import HF
 from llama.checkpoint.safetensors import ROTATED, interleave, split_halves, write_safetensors
 from llama.checkpoint.shapes import weight_shapes
@@ -89,8 +88,7 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
         name = HF.meta(match[1] + ".weight") if match else key
         if match is None or len(shapes.get(name, ())) != 2 or "layers." not in name:
             raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
-        tensor = read_slice(file, where.offset, where.shape, where.dtype, 0, 0, where.shape[0])
-        halves.setdefault(name, {})[match[2]] = tensor.float()
+        halves.setdefault(name, {})[match[2]] = where.read(0, 0, where.shape[0]).float()
     if not halves:
         raise ValueError(f"{file} holds no weights")
     pairs = {}

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import torch
 from tqdm import tqdm
@@ -16,6 +16,10 @@ from llama.text.files import beside
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
+FORMAT_NAMES: Dict[type, str] = {
+    meta.MetaCheckpoint: "Meta", huggingface.HFCheckpoint: "Hugging Face",
+    gguf.GGUFCheckpoint: "GGUF",
+}  # fmt: skip
 
 
 def convert(
@@ -73,22 +77,14 @@ def convert(
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=silent, delay=0.5)
     with beside(path, force) as partial:
         with bar:
+            common: Any = dict(tokenizer=tokenizer, progress=bar.update)
             if to == "meta":
-                meta.write(
-                    opened, partial, model_parallel_size, dtype,
-                    tokenizer=tokenizer, progress=bar.update,
-                )  # fmt: skip
+                meta.write(opened, partial, model_parallel_size, dtype, **common)
             elif to == "hf":
-                huggingface.write(
-                    opened, partial, dtype,
-                    tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, progress=bar.update,
-                )  # fmt: skip
+                huggingface.write(opened, partial, dtype, max_shard_bytes=max_shard_bytes, **common)
             else:
                 kind = quant or dtype_name(dtype or _widest(opened)).lower()
-                gguf.write(
-                    opened, partial, kind,
-                    name=path.stem, tokenizer=tokenizer, progress=bar.update,
-                )  # fmt: skip
+                gguf.write(opened, partial, kind, name=path.stem, **common)
         if verify:
             check_equal(opened, open_checkpoint(partial), quiet=quiet)
     return path
@@ -113,9 +109,8 @@ def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) ->
     for name, shape in tqdm(shapes.items(), desc="verifying", disable=quiet or None):
         stored = written.stored_as(name)
         for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
-            ours = source.read(name, 0, start, stop)
+            ours = gguf.as_stored(source.read(name, 0, start, stop), stored)
             theirs = written.read(name, 0, start, stop)
-            ours = gguf.as_stored(ours, stored)
             # by bytes: a NaN isn't equal to itself, and 0.0 is equal to -0.0
             if ours.dtype != theirs.dtype or bytes_of(ours) != bytes_of(theirs):
                 raise ValueError(
@@ -133,18 +128,10 @@ class Description(NamedTuple):
 
 def describe(source: Checkpoint) -> Description:
     """Look at a checkpoint's table of tensors, not at its weights."""
-    names = {
-        meta.MetaCheckpoint: "Meta",
-        huggingface.HFCheckpoint: "Hugging Face",
-        gguf.GGUFCheckpoint: "GGUF",
-    }
     shapes: Dict[str, Shape] = source.shapes()
     by_dtype: Dict[str, int] = {}
     for name, shape in shapes.items():
         kind = source.stored_as(name)
         by_dtype[kind] = by_dtype.get(kind, 0) + ggml.stored_bytes(shape, kind)
-    return Description(
-        next(text for kind, text in names.items() if isinstance(source, kind)),
-        sum(math.prod(shape) for shape in shapes.values()),
-        by_dtype,
-    )
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return Description(FORMAT_NAMES[type(source)], parameters, by_dtype)

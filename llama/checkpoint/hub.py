@@ -4,13 +4,14 @@ It finds the token (HF_TOKEN, or what `hf auth login` stored) and the server (HF
 """
 
 import contextlib
-import hashlib
+import glob
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from llama.checkpoint.listing import checkpoint_files
-from llama.checkpoint.transfer import Unreachable, check_space, digest, say
+from llama.checkpoint.transfer import Unreachable, check_space, failure, is_right, say
 
 PART = r"[A-Za-z0-9][\w.-]*"
 NAME = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/{PART}|[^/@]+))?(?:/([^/].*))?", re.A)
@@ -25,12 +26,23 @@ class Name(NamedTuple):
     path: str
 
 
-def parse(name: str) -> Name:
-    """Split OWNER/NAME[@REVISION][/PATH].
+def _snapshot(repo: str, files: Collection[str], **options: Any) -> Path:
+    """huggingface_hub's download of some files, with progress bars on a terminal only."""
+    import huggingface_hub as library  # takes 0.3 s, which only those who use it should wait
+    from huggingface_hub.utils import tqdm
 
-    Raises:
-        ValueError: it isn't of this form.
-    """
+    class Bars(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": None})
+
+    patterns = [*map(glob.escape, files)]
+    return Path(
+        library.snapshot_download(repo, allow_patterns=patterns, tqdm_class=Bars, **options)
+    )
+
+
+def parse(name: str) -> Name:
+    """Split OWNER/NAME[@REVISION][/PATH]. Raises ValueError if it isn't of this form."""
     match = NAME.fullmatch(name)
     if not match or match[0].endswith("/"):
         raise ValueError(
@@ -49,35 +61,25 @@ def cached(text: str) -> Path:
         FileNotFoundError: no such repository, revision or file.
         ValueError: no access, no network and no earlier copy, several checkpoints.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    import huggingface_hub as library
+    from huggingface_hub import errors
 
     name = parse(text)
     try:
         with _explained(name):
-            commit, names = _listing(name, HfApi().model_info(name.repo, revision=name.revision))
-            read = lambda file: Path(  # noqa: E731
-                hf_hub_download(name.repo, file, revision=commit)
-            ).read_bytes()
-            place, files = _choose(name, names, read)
-            folder = snapshot_download(
-                name.repo,
-                revision=name.revision,
-                allow_patterns=[_literally(file) for file in files],
-                tqdm_class=_bars(),
-            )
-            return Path(folder, place)
+            _, place, files = _look(name)
+            return _snapshot(name.repo, files, revision=name.revision) / place
     except Unreachable as problem:
-        try:
-            folder = snapshot_download(name.repo, revision=name.revision, local_files_only=True)
-        except LocalEntryNotFoundError as error:
-            # A repository's other files were never wanted; that they're missing is no error.
-            folder = getattr(error, "snapshot_path", "")
-            if not folder:
-                raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
-        copy = Path(folder)
-        names = [file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()]
-        place, _ = _choose(name, names, lambda file: (copy / file).read_bytes())
+        try:  # the other files of the repository may be missing: they were never wanted
+            copy = Path(
+                library.snapshot_download(
+                    name.repo, revision=name.revision, local_files_only=True, ignore_patterns="*"
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            raise Unreachable(f"{problem}, and there is no copy of it in the cache") from None
+        names = [path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()]
+        place, _ = _choose(name, names, lambda *path: copy.joinpath(*path).read_bytes())
         say(f"{problem}; using the copy in {copy}")
         return copy / place
 
@@ -87,64 +89,59 @@ def download(name: Name, folder: Path) -> Tuple[Path, bool]:
 
     Raises: as `cached`, but for a copy offline; ValueError too if checksums are wrong.
     """
+    with _explained(name):
+        commit, place, files = _look(name, folder)
+        wrong = [path for path, file in files.items() if not _is_right(folder / path, file)]
+        if wrong:
+            folder.mkdir(parents=True, exist_ok=True)
+            needed = sum(files[path].size or 0 for path in wrong)
+            check_space(folder, needed, name.repo)
+            for path in wrong:  # huggingface_hub would go by its own records
+                (folder / path).unlink(missing_ok=True)
+            say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
+        _snapshot(name.repo, files, revision=commit, local_dir=folder)
+        for path in wrong:
+            if not _is_right(folder / path, files[path]):
+                raise ValueError(f"{folder / path} isn't what {name.repo} has: run this again")
+    return folder / place, bool(wrong)
+
+
+def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str, Any]]:
+    """The commit, the checkpoint's path in the repository, and what the server tells of its files.
+
+    The folder is where files are to go, if not into huggingface_hub's cache.
+    """
     import huggingface_hub as library
 
-    with _explained(name):
-        info = library.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
-        commit, names = _listing(name, info)
+    info = library.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    about = {file.rfilename: file for file in info.siblings or ()}
+    if not info.sha or not about:
+        raise FileNotFoundError(f"{name.repo} is an empty repository")
+    if folder:
         # Contents may be refused where the list of files is public; and with files at hand,
         # huggingface_hub carries on without the server and calls that success.
-        first = next((file for file in names if file.endswith("config.json")), names[0])
-        library.get_hf_file_metadata(library.hf_hub_url(name.repo, first, revision=commit))
-        read = lambda file: Path(  # noqa: E731
-            library.hf_hub_download(name.repo, file, revision=commit, local_dir=folder)
-        ).read_bytes()
-        place, files = _choose(name, names, read)
-        wanted = [(folder / f.rfilename, f) for f in info.siblings or () if f.rfilename in files]
-        if missing := [
-            (path, file, ok) for path, file in wanted if not (ok := _is_right(path, file))
-        ]:
-            needed = sum(file.size or 0 for _, file, _ in missing)
-            folder.mkdir(parents=True, exist_ok=True)
-            check_space(folder, needed, name.repo, "choose a folder on")
-            for path, _, ok in missing:
-                if ok is False:  # huggingface_hub would go by its own records
-                    path.unlink(missing_ok=True)
-            say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
-            library.snapshot_download(
-                name.repo,
-                revision=commit,
-                local_dir=folder,
-                allow_patterns=[_literally(file) for file in files],
-                tqdm_class=_bars(),
-            )
-        for path, file, _ in missing:
-            if _is_right(path, file) is False:
-                raise ValueError(f"{path} isn't what {name.repo} has: run this again")
-    return folder / place, bool(missing)
+        first = next((file for file in about if file.endswith("config.json")), min(about))
+        library.get_hf_file_metadata(library.hf_hub_url(name.repo, first, revision=info.sha))
+
+    def read(place: str, file: str) -> bytes:
+        file = f"{place}/{file}".lstrip("/")
+        path = library.hf_hub_download(name.repo, file, revision=info.sha, local_dir=folder)
+        return Path(path).read_bytes()
+
+    place, files = _choose(name, about, read)
+    return info.sha, place, {file: about[file] for file in files}
 
 
-def _is_right(path: Path, file: Any) -> Optional[bool]:
-    """Whether a file here is the repository's; None if the server tells no checksum."""
+def _is_right(path: Path, file: Any) -> bool:
+    """Whether a file here is the repository's, as far as the server tells."""
     if not path.is_file() or file.size not in (None, path.stat().st_size):
         return False
-    if file.lfs:
-        return digest(path, "sha256") == file.lfs.sha256
-    content = path.read_bytes() if file.blob_id else b""  # small: of large ones lfs tells
-    as_git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    return as_git == file.blob_id if file.blob_id else None
-
-
-def _listing(name: Name, info: Any) -> Tuple[str, List[str]]:
-    """The commit that a revision is, and the files in it."""
-    names = [file.rfilename for file in info.siblings or []]
-    if not info.sha or not names:
-        raise FileNotFoundError(f"{name.repo} is an empty repository")
-    return info.sha, names
+    checksum = file.lfs.sha256 if file.lfs else file.blob_id
+    return not checksum or is_right(path, checksum)
 
 
 def _choose(
-    name: Name, names: Collection[str], read: Callable[[str], bytes]
+    name: Name, names: Collection[str], read: Callable[[str, str], bytes]
 ) -> Tuple[str, List[str]]:
     """The path of a checkpoint within its repository, and the files that it needs.
 
@@ -154,12 +151,12 @@ def _choose(
         return name.path, [name.path]
     for place in [name.path] if name.path else ["", "original"]:
         below = f"{place}/" if place else ""
-        inside = {file.removeprefix(below): file for file in names if file.startswith(below)}
-        where = "/".join(filter(None, (name.repo, place)))
-        files = checkpoint_files(where, inside.__contains__, _renamed(read, inside), inside)
+        inside = [file.removeprefix(below) for file in names if file.startswith(below)]
+        where = f"{name.repo}/{place}".rstrip("/")
+        files = checkpoint_files(where, inside.__contains__, partial(read, place), inside)
         if files:
             files += sorted(file for file in inside if TERMS.fullmatch(file))
-            return place, [inside[file] for file in files]
+            return place, [below + file for file in files]
     if name.path:
         raise FileNotFoundError(
             f"{name.repo} has no file {name.path}, nor a checkpoint of this name"
@@ -169,26 +166,6 @@ def _choose(
         "params.json with consolidated.00.pth, nor a .gguf file. For one file of it: "
         f"{name.repo}/FILE"
     )
-
-
-def _renamed(read: Callable[[str], bytes], names: dict[str, str]) -> Callable[[str], bytes]:
-    return lambda file: read(names[file])
-
-
-def _bars() -> Any:
-    """Progress bars on a terminal, nothing elsewhere."""
-    from huggingface_hub.utils import tqdm
-
-    class Bars(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": None})
-
-    return Bars
-
-
-def _literally(file: str) -> str:
-    """A pattern that matches this name alone."""
-    return re.sub(r"([*?[])", r"[\1]", file)
 
 
 @contextlib.contextmanager
@@ -211,22 +188,14 @@ def _explained(name: Name) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{page} has no revision {name.revision}") from None
-    except Exception as problem:
-        if isinstance(problem, errors.LocalEntryNotFoundError):  # it was looked for there as well
-            problem = problem.__cause__ if isinstance(problem.__cause__, Exception) else problem
-        response = getattr(problem, "response", None)
-        status = response.status_code if response is not None else None
-        if isinstance(problem, errors.OfflineModeIsEnabled):
-            raise Unreachable(f"HF_HUB_OFFLINE is set, so {name.repo} isn't fetched") from None
+    except errors.OfflineModeIsEnabled:
+        raise Unreachable(f"HF_HUB_OFFLINE is set, so {name.repo} isn't fetched") from None
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as problem:
+        cause = problem.__cause__ or problem  # huggingface_hub has looked in its cache as well
+        status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             raise ValueError(
                 f"{page}: the server refuses access (HTTP {status}). If it is gated, accept its "
                 f"licence there, and {login}"
             ) from None
-        if isinstance(problem, errors.HfHubHTTPError) and status and status != 429 and status < 500:
-            raise ValueError(f"cannot read {page}: HTTP {status}") from None
-        known = isinstance(problem, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError))
-        if known or type(problem).__module__.startswith("httpx"):
-            what = f"HTTP {status}" if status else problem
-            raise Unreachable(f"cannot reach {page}: {what}") from None
-        raise
+        raise failure(page, status or 0, f"HTTP {status}" if status else str(cause)) from None

@@ -7,11 +7,10 @@ import math
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import AbstractSet, Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
-from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.names import HF
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
@@ -57,6 +56,29 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
 }
 
 
+# The fields of ModelArgs: the key of config.json, its type, and the default where it is left out.
+FIELDS: Dict[str, Tuple[str, type, Any]] = {
+    "n_heads": ("num_attention_heads", int, None),
+    "dim": ("hidden_size", int, None),
+    "n_layers": ("num_hidden_layers", int, None),
+    "n_kv_heads": ("num_key_value_heads", int, None),  # by default as many as n_heads
+    "hidden_dim": ("intermediate_size", int, None),
+    "vocab_size": ("vocab_size", int, None),
+    "norm_eps": ("rms_norm_eps", float, 1e-6),
+    "tied_embeddings": ("tie_word_embeddings", bool, False),
+    "max_seq_len": ("max_position_embeddings", int, 2048),
+}
+# The settings of each type of RoPE beside rope_theta, with the fields of ModelArgs.
+ROPE: Dict[str, Dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "rope_linear_factor"},
+    "llama3": {
+        "factor": "rope_scaling_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_max_seq_len",
+    },
+}
 # What transformers takes where the config of a Mistral doesn't say.
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
@@ -90,18 +112,9 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
             raise ValueError(f"{path}: {key}={value!r} isn't a positive {kind.__name__}")
         return float(value) if kind is float else value
 
-    n_heads = take("num_attention_heads", int)
-    args: Dict[str, Any] = dict(
-        dim=take("hidden_size", int),
-        n_layers=take("num_hidden_layers", int),
-        n_heads=n_heads,
-        n_kv_heads=take("num_key_value_heads", int, n_heads),
-        hidden_dim=take("intermediate_size", int),
-        vocab_size=take("vocab_size", int),
-        norm_eps=take("rms_norm_eps", float, 1e-6),
-        tied_embeddings=take("tie_word_embeddings", bool, False),
-        max_seq_len=take("max_position_embeddings", int, 2048),
-    )
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
+    args = {ours: take(*of) for ours, of in FIELDS.items()}
     if config.get("head_dim") is not None:
         args["head_dim"] = take("head_dim", int)
     config.pop("head_dim", None)
@@ -129,20 +142,10 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     """Both spellings: `rope_scaling` with `type` or `rope_type`, and `rope_parameters`."""
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
-    names = {"rope_theta": "rope_theta"}
-    if kind == "llama3":
-        names |= {
-            "factor": "rope_scaling_factor",
-            "low_freq_factor": "rope_low_freq_factor",
-            "high_freq_factor": "rope_high_freq_factor",
-            "original_max_position_embeddings": "rope_original_max_seq_len",
-        }
-    elif kind == "linear":
-        names |= {"factor": "rope_linear_factor"}
-    elif kind != "default":
+    if not isinstance(kind, str) or kind not in ROPE:
         raise ValueError(f"{path}: rope_type={kind!r}; known are default, llama3 and linear")
     args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
-    for theirs, ours in names.items():
+    for theirs, ours in {"rope_theta": "rope_theta", **ROPE[kind]}.items():
         value = rope.pop(theirs, None)
         if type(value) not in (int, float) or not 0 < value < 1 << 31:
             raise ValueError(f"{path}: RoPE of the type {kind!r} with {theirs}={value!r}")
@@ -163,32 +166,25 @@ def index_tensors(file: Path) -> Dict[str, Stored]:
     return (index_safetensors if file.suffix == ".safetensors" else index_pth)(file)
 
 
-class _Placed(NamedTuple):
-    """A tensor and the file that it lies in."""
-
-    file: Path
-    stored: Stored
-
-
 class HFCheckpoint:
     """A directory in Hugging Face's format, of an architecture that is known."""
 
     def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
         self.path = Path(path)
         fields = read_config(self.path / "config.json", known)
-        self._placed: Dict[str, _Placed] = {}
+        self._stored: Dict[str, Stored] = {}
         for file in self._files():
             for name, stored in index_tensors(file).items():
                 name = HF.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
-                if name in self._placed:
-                    other = self._placed[name].file.name
+                if name in self._stored:
+                    other = self._stored[name].file.name
                     raise ValueError(f"{name} is both in {other} and in {file}")
-                self._placed[name] = _Placed(file, stored)
-        self.args = checked_args(self.path / "config.json", fields, len(self._placed))
+                self._stored[name] = stored
+        self.args = checked_args(self.path / "config.json", fields, len(self._stored))
         if self.args.tied_embeddings:
-            self._placed.pop("output.weight", None)  # as transformers does
+            self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
 
     def _files(self) -> List[Path]:
@@ -200,60 +196,50 @@ class HFCheckpoint:
                 weight_map = read_object(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise ValueError(f"{index} has no weight_map")
-                names = sorted({str(name) for name in weight_map.values()})
-                here = {file.name for file in self.path.iterdir()}
-                for name in names:
-                    if Path(name).name != name or not name.endswith("." + suffix):
-                        raise ValueError(
-                            f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
-                        )
-                    if name not in here:
-                        raise ValueError(f"{index} names {name}, which is missing; fetch it")
-                self._check_extra(suffix, names, index)
-                return [self.path / name for name in names]
+                return self._indexed(index, suffix, {str(name) for name in weight_map.values()})
             if single.is_file():
                 return [single]
         raise ValueError(f"{self.path} has no model.safetensors, pytorch_model.bin or their index")
 
-    def _check_extra(self, suffix: str, names: List[str], index: Path) -> None:
-        stem = names[0].split("-")[0]
-        extra = {f.name for f in self.path.glob(f"{stem}-*-of-*.{suffix}")} - set(names)
+    def _indexed(self, index: Path, suffix: str, names: Set[str]) -> List[Path]:
+        """The files that an index names, all of which must be there, and no others."""
+        for name in sorted(names):
+            if Path(name).name != name or not name.endswith("." + suffix):
+                raise ValueError(
+                    f"{index}: weight_map has {name!r}, not a .{suffix} file beside it"
+                )
+            if not (self.path / name).exists():
+                raise ValueError(f"{index} names {name}, which is missing; fetch it")
+        stem = min(names).split("-")[0]
+        extra = {f.name for f in self.path.glob(f"{stem}-*-of-*.{suffix}")} - names
         if extra:
             raise ValueError(f"{index} doesn't know {min(extra)}: two checkpoints in one place?")
+        return [self.path / name for name in sorted(names)]
 
     def shapes(self) -> Dict[str, Shape]:
-        return {name: placed.stored.shape for name, placed in self._placed.items()}
+        return {name: stored.shape for name, stored in self._stored.items()}
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self._placed[name].stored.dtype)
+        return dtype_name(self._stored[name].dtype)
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        file, stored = self._placed[name]
+        stored = self._stored[name]
         if not name.endswith(ROTATED):
-            return read_slice(file, stored.offset, stored.shape, stored.dtype, axis, start, stop)
+            return stored.read(axis, start, stop)
         if axis != 0:
-            whole = self.read(name, 0, 0, stored.shape[0])
-            return whole.narrow(axis, start, stop - start)
+            return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
         d = self.args.head_dim
         first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
-        rows = read_slice(file, stored.offset, stored.shape, stored.dtype, 0, first, last)
-        return interleave(rows, d)[start - first : stop - first]
+        return interleave(stored.read(0, first, last), d)[start - first : stop - first]
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:
     """config.json for a shape, as transformers writes it."""
-    rope: Dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.use_scaled_rope:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
-            "low_freq_factor": args.rope_low_freq_factor,
-            "high_freq_factor": args.rope_high_freq_factor,
-            "original_max_position_embeddings": args.rope_original_max_seq_len,
-        }
-    elif args.rope_linear_factor != 1.0:
-        rope |= {"rope_type": "linear", "factor": args.rope_linear_factor}
-    return {
+    kind = "linear" if args.rope_linear_factor != 1.0 else "default"
+    kind = "llama3" if args.use_scaled_rope else kind
+    rope = {theirs: getattr(args, ours) for theirs, ours in ROPE[kind].items()}
+    config = {theirs: getattr(args, ours) for ours, (theirs, _, _) in FIELDS.items()}
+    return config | {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": bos_id,
@@ -261,18 +247,9 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "eos_token_id": eos if len(eos) != 1 else eos[0],
         "head_dim": args.head_dim,
         "hidden_act": "silu",
-        "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
-        "max_position_embeddings": args.max_seq_len,
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": args.n_heads,
-        "num_hidden_layers": args.n_layers,
-        "num_key_value_heads": args.n_kv_heads,
-        "rms_norm_eps": args.norm_eps,
-        "rope_parameters": rope,
-        "tie_word_embeddings": args.tied_embeddings,
-        "vocab_size": args.vocab_size,
+        "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
     }
 
 
@@ -302,17 +279,14 @@ def write(
         FileExistsError: the directory exists, without `force`.
     """
     path, args = Path(path), source.args
-    names = list(weight_shapes(args))
-    dtypes = {name: dtype or dtype_of(source, name) for name in names}
+    shapes = weight_shapes(args)
+    dtypes = {name: dtype or dtype_of(source, name) for name in shapes}
+    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
     shards: List[List[str]] = [[]]
-    room = max_shard_bytes
-    for name in names:
-        size = math.prod(weight_shapes(args)[name]) * dtypes[name].itemsize
-        if size > room and shards[-1]:
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > max_shard_bytes:
             shards.append([])
-            room = max_shard_bytes
         shards[-1].append(name)
-        room -= size
     with beside(path, force) as partial:
         partial.mkdir()
         files = ["model.safetensors"]
@@ -328,8 +302,7 @@ def write(
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])
-            total = sum(math.prod(weight_shapes(args)[n]) * dtypes[n].itemsize for n in names)
-            total += sum(weight.nbytes for weight in head.values())
+            total = sum([*sizes.values(), *(weight.nbytes for weight in head.values())])
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(partial / "model.safetensors.index.json", index)
         bos_id: Optional[int] = None
@@ -337,6 +310,6 @@ def write(
         if tokenizer is not None:
             bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
             writing_vocabulary.write_for_hugging_face(tokenizer.vocabulary, partial)
-        config = config_of(args, dtypes[names[0]], bos_id, eos)
+        config = config_of(args, next(iter(dtypes.values())), bos_id, eos)
         write_json(partial / "config.json", {**config, **settings})
     return path

@@ -19,19 +19,16 @@ def checkpoint_files(
 ) -> List[str]:
     """The files of the checkpoint or adapter in a directory; none if there is none in it.
 
-    Args:
-        where: what to call the directory in messages.
-        has: whether it has a file.
-        read: the contents of a file.
-        names: all its files, if that is known.
+    `has` says whether it has a file, `read` what is in one; `names` are all, where they are known;
+    `where` is what to call it in messages.
 
     Raises:
         FileNotFoundError: a checkpoint that lacks files.
         ValueError: several checkpoints, or a broken index.
     """
-    if has("params.json") and has("consolidated.00.pth"):
-        shards = (f"consolidated.{n:02d}.pth" for n in itertools.count())
-        return ["params.json", *itertools.takewhile(has, shards), *_those(has, "tokenizer.model")]
+    shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
+    if has("params.json") and (files := list(shards)):
+        return ["params.json", *files, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
         for weights in ("model.safetensors", "pytorch_model.bin"):
             if has(index := f"{weights}.index.json"):
@@ -39,9 +36,9 @@ def checkpoint_files(
                 for name in files:
                     if not has(name):
                         raise FileNotFoundError(f"{where} has {index}, but not its {name}")
-                return ["config.json", index, *files, *_those(has, *BESIDE_HF_WEIGHTS)]
+                return ["config.json", index, *files, *filter(has, BESIDE_HF_WEIGHTS)]
             if has(weights):
-                return ["config.json", weights, *_those(has, *BESIDE_HF_WEIGHTS)]
+                return ["config.json", weights, *filter(has, BESIDE_HF_WEIGHTS)]
         raise FileNotFoundError(
             f"{where} has config.json, but no model.safetensors and no pytorch_model.bin"
         )
@@ -53,11 +50,7 @@ def checkpoint_files(
     ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
     if len(ggufs) > 1:
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
-    return _those(has, *ggufs)
-
-
-def _those(has: Callable[[str], bool], *names: str) -> List[str]:
-    return [name for name in names if has(name)]
+    return ggufs
 
 
 def _indexed(index: str, content: bytes) -> List[str]:

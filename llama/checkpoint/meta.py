@@ -11,17 +11,10 @@ from typing import Dict, List, Optional, Tuple
 import torch
 
 from llama.checkpoint.loading import read_shard
-from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.pth import index_pth, mend_checksums
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
-from llama.checkpoint.writing import (
-    Progress,
-    bytes_of,
-    dtype_of,
-    no_progress,
-    write_tensor,
-)
+from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
@@ -173,22 +166,16 @@ class MetaCheckpoint:
             raise AssertionError(f"{name} was read without check_shapes")
         split_axis, ranges = layout
         if axis != split_axis:  # every shard has a part of what is asked for
-            parts = [self._slice(i, name, axis, start, stop) for i in range(len(ranges))]
+            parts = [shard[name].read(axis, start, stop) for shard in self._shards]
             return torch.cat(parts, split_axis)
         parts = []
         while start < stop:
             shard = next(i for i, (low, high) in enumerate(ranges) if low <= start < high)
             low, high = ranges[shard]
             end = min(stop, high)
-            parts.append(self._slice(shard, name, axis, start - low, end - low))
+            parts.append(self._shards[shard][name].read(axis, start - low, end - low))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-
-    def _slice(self, shard: int, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        stored = self._shards[shard][name]
-        return read_slice(
-            self._files[shard], stored.offset, stored.shape, stored.dtype, axis, start, stop
-        )
 
 
 def params_of(args: ModelArgs) -> dict:
@@ -204,13 +191,7 @@ def params_of(args: ModelArgs) -> dict:
             "rope_original_max_seq_len",
         ]  # fmt: skip
     params = {name: getattr(args, name) for name in names}
-    derived = ModelArgs(
-        dim=args.dim,
-        n_heads=args.n_heads,
-        multiple_of=args.multiple_of,
-        ffn_dim_multiplier=args.ffn_dim_multiplier,
-        head_dim=args.head_dim,
-    ).hidden_dim
+    derived = dataclasses.replace(args, hidden_dim=None).hidden_dim  # type: ignore[arg-type]
     if derived != args.hidden_dim:
         # Meta's formula reaches any width when it is rounded up to a multiple of itself.
         params["multiple_of"] = args.hidden_dim

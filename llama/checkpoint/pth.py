@@ -41,7 +41,7 @@ def index_pth(path: Path) -> Dict[str, Stored]:
         if start is None or not tensor.is_contiguous():
             raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
         offset = start + tensor.storage_offset() * tensor.dtype.itemsize
-        stored[name] = Stored(offset, tuple(tensor.shape), tensor.dtype)
+        stored[name] = Stored(path, offset, tuple(tensor.shape), tensor.dtype)
     return stored
 
 

@@ -5,22 +5,18 @@ Web servers don't list their directories, so a checkpoint's files are tried ther
 
 import contextlib
 import hashlib
-import json
-import os
 import re
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, Optional
+from typing import Optional, Tuple
 from urllib.parse import unquote, urlsplit, urlunsplit
-
-from filelock import FileLock, Timeout
 
 from llama.checkpoint import hub, transfer
 from llama.checkpoint.listing import checkpoint_files
-from llama.checkpoint.transfer import Refused, Sizes, Source, Unreachable, say, shown
+from llama.checkpoint.transfer import Files, Refused, Source, Unreachable, locked, say, shown
 from llama.text.cache_dir import cache_dir
 
-RECORD = ".remote.json"  # in a folder of the cache: what a complete fetch put there
+RECORD = ".complete"  # in a folder of the cache whose files are: the name of the file, if one
 FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".safetensors", ".bin"}
 
 
@@ -46,9 +42,9 @@ def local_path(path: str | Path) -> Path:
     source = _source(url)
     folder = _cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as waited:
+    with locked(folder) as waited:
         record = folder / RECORD
-        cached = json.loads(record.read_text()) if record.exists() else None
+        cached = record.read_text() if record.exists() else None
         if cached is None or not waited:  # else the process that was waited for has just looked
             try:
                 cached = _update(source, url, folder)
@@ -56,7 +52,7 @@ def local_path(path: str | Path) -> Path:
                 if cached is None:
                     raise
                 say(f"{problem}; using the copy in {folder}")
-    return folder / cached["file"] if cached["file"] else folder
+    return folder / cached
 
 
 def _source(url: str) -> Source:
@@ -80,42 +76,21 @@ def _cache_folder(url: str) -> Path:
     return cache_dir() / "remote" / f"{readable}-{digest}"
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Keeps other processes of this machine out; True if one of them had to be waited for."""
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-        waited = False
-    except Timeout:
-        lock.acquire()
-        waited = True
-    try:
-        yield waited
-    finally:
-        lock.release()
-
-
-def _update(source: Source, url: str, folder: Path) -> Dict[str, Any]:
-    """Fetch what is missing; returns the record of what is there now."""
-    file, sizes = _look(source, url, folder)
-    missing = {name: size for name, size in sizes.items() if not _has(folder, name, size)}
+def _update(source: Source, url: str, folder: Path) -> str:
+    """Fetch what is missing; returns the name of the file at the URL, "" for a directory."""
+    file, files = _look(source, url, folder)
+    missing = {name: found for name, found in files.items() if not _has(folder, name, found[1])}
     record = folder / RECORD
     if missing:
         record.unlink(missing_ok=True)
-        parts = sum(path.stat().st_size for path in folder.glob("*.part"))
-        needed = sum(size or 0 for size in missing.values()) - parts
-        transfer.check_space(folder, needed, shown(url), "set LLAMA_CACHE to")
-    for name, size in missing.items():
-        transfer.fetch(source, url if file else _join(url, name), size, folder / name)
-    for stale in set(folder.iterdir()) - {folder / name for name in sizes}:
-        if stale.suffix in {*FILE_SUFFIXES, ".part"} and stale != record:
+        transfer.fetch(source, missing, folder, shown(url))
+    for stale in set(folder.iterdir()) - {folder / name for name in files}:
+        if stale.suffix in {*FILE_SUFFIXES, ".part"}:
             stale.unlink()  # one shard too many would be taken for a part of the model
-    found = {"url": shown(url), "file": file, "sizes": sizes}
     part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(found, indent=1))
-    os.replace(part, record)
-    return found
+    part.write_text(file)
+    part.replace(record)
+    return file
 
 
 def _has(folder: Path, name: str, size: Optional[int]) -> bool:
@@ -123,47 +98,46 @@ def _has(folder: Path, name: str, size: Optional[int]) -> bool:
     return path.exists() and size in (None, path.stat().st_size)
 
 
-def _look(source: Source, url: str, folder: Path) -> tuple[Optional[str], Sizes]:
-    """What is at a URL: a file's name, or None for a directory, and the sizes."""
+def _look(source: Source, url: str, folder: Path) -> Tuple[str, Files]:
+    """What is at a URL: the name of a file, or "" for a directory, and what to fetch."""
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     is_file = PurePosixPath(name).suffix.lower() in FILE_SUFFIXES  # to try first, at least
-    refused = None
+    failure: Exception = FileNotFoundError(
+        f"{shown(url)}: there's no such file, nor a directory with a checkpoint (params.json and "
+        "consolidated.00.pth, or config.json and model.safetensors); check the address"
+    )
     for as_file in (is_file, not is_file):
         try:
-            if not as_file and (sizes := _directory(source, url, folder)):
-                return None, sizes
             if as_file and name:
-                return name, {name: source.size(url)}
+                return name, {name: (url, source.size(url))}
+            if not as_file and (files := _directory(source, url, folder)):
+                return "", files
         except FileNotFoundError:
             if not as_file:  # begins like a checkpoint, but isn't complete
                 raise
         except Refused as problem:
-            refused = problem
-    if refused:
-        raise refused
-    raise FileNotFoundError(
-        f"{shown(url)}: there's no such file, nor a directory with a checkpoint (params.json and "
-        "consolidated.00.pth, or config.json and model.safetensors); check the address"
-    )
+            failure = problem
+    raise failure
 
 
-def _directory(source: Source, url: str, folder: Path) -> Sizes:
-    """The files of the checkpoint in a directory, and their sizes; none if there is none."""
+def _directory(source: Source, url: str, folder: Path) -> Files:
+    """The files of the checkpoint in a directory; none if there is none."""
     listing = source.listing(url)
-    sizes: Sizes = {}
+    files: Files = {name: (_join(url, name), size) for name, size in (listing or {}).items()}
 
     @cache
     def has(name: str) -> bool:
-        with contextlib.suppress(FileNotFoundError, Refused, KeyError):
-            sizes[name] = source.size(_join(url, name)) if listing is None else listing[name]
-        return name in sizes
+        if listing is None:
+            with contextlib.suppress(FileNotFoundError, Refused):
+                files[name] = _join(url, name), source.size(_join(url, name))
+        return name in files
 
     def read(name: str) -> bytes:
-        if not _has(folder, name, sizes[name]):
-            transfer.fetch(source, _join(url, name), sizes[name], folder / name)
+        if not _has(folder, name, files[name][1]):
+            transfer.fetch(source, {name: files[name]}, folder, shown(url))
         return (folder / name).read_bytes()
 
-    return {name: sizes[name] for name in checkpoint_files(shown(url), has, read, listing or ())}
+    return {name: files[name] for name in checkpoint_files(shown(url), has, read, listing or ())}
 
 
 def _join(url: str, name: str) -> str:

@@ -78,7 +78,7 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
                     f"bytes {begin} to {end}"
                 )
             ends.append(end)
-            stored[name] = Stored(8 + length + begin, shape, dtype)
+            stored[name] = Stored(path, 8 + length + begin, shape, dtype)
         if ends[-1] != size - 8 - length:
             raise ValueError(f"its tensors end at {ends[-1]} of {size - 8 - length} bytes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

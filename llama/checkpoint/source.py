@@ -6,16 +6,12 @@ from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 
+from llama.checkpoint.mapped import read_slice
 from llama.model import ModelArgs
 
 Shape = Tuple[int, ...]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -24,11 +20,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies in a file, row-major."""
+    """A tensor in a file, row-major."""
 
+    file: Path
     offset: int  # of its first byte
     shape: Shape
     dtype: torch.dtype
+
+    def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) along an axis; see `mapped.read_slice`."""
+        return read_slice(*self, axis, start, stop)
 
 
 class Checkpoint(Protocol):

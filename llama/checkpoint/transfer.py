@@ -7,21 +7,25 @@ the web is read with urllib.
 import contextlib
 import hashlib
 import http.client
-import os
 import shutil
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterator, Optional, Union
+from pathlib import Path
+from typing import Dict, Iterator, Optional, Tuple, Union
 from urllib.parse import quote, urlsplit, urlunsplit
+
+from filelock import FileLock, Timeout
+
+from llama.text.cache_dir import cache_dir
 
 BLOCK = 1 << 23
 PIECE = 25 * 10**9  # bytes per request: CloudFront, Meta's server, refuses more than 50 GiB
 ATTEMPTS = 3  # at a transfer that breaks off
 TIMEOUT = 30  # seconds without an answer
 
-Sizes = Dict[str, Optional[int]]  # by file name, in bytes; None where a server doesn't tell
+# By the name of a file here: its URL, and its size in bytes, None where a server doesn't tell.
+Files = Dict[str, Tuple[str, Optional[int]]]
 
 
 class Refused(ValueError):
@@ -32,29 +36,45 @@ class Unreachable(ValueError):
     """No answer, or none for the moment."""
 
 
-def fetch(source: "Source", url: str, size: Optional[int], target: Path) -> None:
-    """Fetch a file; until it is complete it is called TARGET.part, from where a later run resumes.
+def fetch(source: "Source", files: Files, folder: Path, what: str) -> None:
+    """Fetch files into a folder; `what` they are is for errors.
+
+    Until a file is complete it is called NAME.part, from where a later run resumes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no access, or a transfer that keeps breaking off.
+        ValueError: no access, too little space, or a transfer that keeps breaking off.
     """
+    parts = sum(path.stat().st_size for path in folder.glob("*.part"))
+    check_space(folder, sum(size or 0 for _, size in files.values()) - parts, what)
+    for name, (url, size) in files.items():
+        _fetch_file(source, url, size, folder / name)
+
+
+def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -> None:
+    from tqdm import tqdm
+
     part = target.with_name(target.name + ".part")
     for attempt in range(ATTEMPTS):
         have = part.stat().st_size if size is not None and part.exists() else 0
         have = have if size is None or have <= size else 0
+        if not attempt and not sys.stderr.isatty():
+            told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+            say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
+        bar = tqdm(
+            total=size, initial=have, desc=target.name, unit="B", unit_scale=True, disable=None
+        )
         problem = ""
-        with open(part, "ab") as out, _progress(url, size, have, again=attempt > 0) as advance:
+        with open(part, "ab") as out, bar:
             out.truncate(have)
             try:
                 for block in source.blocks(url, have, size) if have != size else ():
-                    out.write(block)
-                    advance(len(block))
+                    bar.update(out.write(block))
             except Unreachable as broken:
                 problem = f" ({broken})"
         have = part.stat().st_size
         if have == size or (size is None and not problem):
-            os.replace(part, target)
+            part.replace(target)
             return
     raise ValueError(
         f"the transfer of {shown(url)} keeps breaking off, lastly after {have} of "
@@ -63,39 +83,35 @@ def fetch(source: "Source", url: str, size: Optional[int], target: Path) -> None
     )
 
 
-@contextlib.contextmanager
-def _progress(
-    url: str, size: Optional[int], have: int, again: bool
-) -> Iterator[Callable[[int], Any]]:
-    """A progress bar on a terminal, one line per file elsewhere."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        name = PurePosixPath(urlsplit(url).path).name
-        with tqdm(total=size, initial=have, desc=name, unit="B", unit_scale=True) as bar:
-            yield bar.update
-    else:
-        if not again:
-            told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
-            say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
-        yield lambda _: None
-
-
-def check_space(folder: Path, needed: float, what: str, way_out: str) -> None:
+def check_space(folder: Path, needed: float, what: str) -> None:
     """Raises ValueError if a disk has less than this number of bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{what} needs another {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} are "
-            f"free: free some, or {way_out} another disk"
+            "free: free some, or choose a folder on another disk (for the cache, set LLAMA_CACHE)"
         )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Keeps other processes out of a folder; True if one of them had to be waited for."""
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:12]}.lock")
+    try:
+        held, waited = lock.acquire(timeout=0), False
+    except Timeout:
+        held, waited = lock.acquire(), True
+    with held:
+        yield waited
 
 
 class Web:
     """Any web server. What isn't there is FileNotFoundError, every other failure ValueError."""
 
-    def listing(self, url: str) -> Optional[Sizes]:
-        """The files in a directory; None as that can't be asked."""
+    def listing(self, url: str) -> Optional[Dict[str, int]]:
+        """The sizes of the files in a directory; None as that can't be asked."""
         return None
 
     def size(self, url: str) -> Optional[int]:
@@ -150,13 +166,10 @@ class Blobs:
             log_callback=say, retry_limit=5, save_access_token_to_disk=False
         )
 
-    def listing(self, url: str) -> Optional[Sizes]:
-        with _explained(url):
-            try:
-                entries = list(self.context.scandir(url))
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-        return {entry.name: entry.stat.size for entry in entries if entry.stat}
+    def listing(self, url: str) -> Optional[Dict[str, int]]:
+        with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return {file.name: file.stat.size for file in self.context.scandir(url) if file.stat}
+        return {}
 
     def size(self, url: str) -> Optional[int]:
         with _explained(url):
@@ -181,33 +194,37 @@ def _explained(url: str) -> Iterator[None]:
         raise FileNotFoundError(f"{shown(url)}: no such file") from None
     except urllib.error.HTTPError as problem:
         problem.close()
-        raise _failure(url, problem.code, f"HTTP {problem.code} {problem.reason}") from None
+        raise failure(shown(url), problem.code, f"HTTP {problem.code} {problem.reason}") from None
     except (OSError, http.client.HTTPException) as problem:
         reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
-        raise _failure(url, 0, str(reason)) from None
+        raise failure(shown(url), 0, str(reason)) from None
     except Exception as problem:
         if not type(problem).__module__.startswith(("blobfile", "urllib3")):
             raise
-        status = getattr(problem, "response_status", None)
-        message = str(getattr(problem, "message", problem)).strip()
-        raise _failure(url, status, message) from None
+        status = getattr(problem, "response_status", 400)  # no credentials, say
+        reason = str(getattr(problem, "message", problem)).strip()
+        raise failure(shown(url), status, reason) from None
 
 
-def _failure(url: str, status: Optional[int], reason: str) -> Exception:
-    """The exception for an HTTP status; 0 is for no answer at all, None for other reasons."""
+def failure(where: str, status: int, reason: str) -> Exception:
+    """The exception for an HTTP status; 0 is for no answer at all."""
     if status in (401, 403, 405, 501):
-        return Refused(f"{shown(url)}: the server refuses access ({reason})")
+        return Refused(f"{where}: the server refuses access ({reason})")
     if status in (404, 410, 600):  # 600: blobfile's for an Azure account that doesn't exist
-        return FileNotFoundError(f"{shown(url)}: no such file ({reason})")
-    if status == 0 or status in (408, 425, 429) or (status or 0) >= 500:
-        return Unreachable(f"cannot reach {shown(url)}: {reason}")
-    return ValueError(f"cannot read {shown(url)}: {reason}")
+        return FileNotFoundError(f"{where}: no such file ({reason})")
+    if status in (0, 408, 425, 429) or status >= 500:
+        return Unreachable(f"cannot reach {where}: {reason}")
+    return ValueError(f"cannot read {where}: {reason}")
 
 
-def digest(file: Path, kind: str) -> str:
-    """Of a file's contents: kind is md5 or sha256."""
+def is_right(file: Path, checksum: str) -> bool:
+    """Whether a file is there with this MD5, SHA-256 or, of 40 digits, git's SHA-1 of a blob."""
+    if not file.is_file():
+        return False
+    git = lambda: hashlib.sha1(b"blob %d\0" % file.stat().st_size)  # noqa: E731
+    kind = {40: git, 64: hashlib.sha256}.get(len(checksum), hashlib.md5)
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, kind).hexdigest()
+        return hashlib.file_digest(content, kind).hexdigest() == checksum
 
 
 def shown(url: str) -> str:

@@ -1,7 +1,7 @@
-"""Beam search: the most probable answers that keeping a few candidates at each step finds.
+"""Beam search: approximates the most probable answers by extending several at each step.
 
-It takes transformers' decisions (`generate(num_beams=...)`), down to when to stop: a candidate is
-finished by a stop token or at the greatest length, and is rated by its log-probability divided by
+It decides as transformers' `generate(num_beams=...)` does, including when to stop. A beam is
+finished by a stop token or at the maximum length, and its score is its log-probability divided by
 length ** length_penalty.
 """
 
@@ -14,7 +14,7 @@ from llama.model import Transformer
 
 
 class Beam(NamedTuple):
-    """An answer and its rating."""
+    """An answer and its score."""
 
     tokens: List[int]
     score: float  # log-probability (natural) / length ** length_penalty
@@ -36,12 +36,12 @@ def beam_search(
 
     Args:
         length_penalty: above 0 favours long answers, below 0 short ones.
-        early_stopping: True ends as soon as there are num_beams finished answers; False when no
-            running one, at its present length, is better than the worst of them; "never" when none
-            could become better at any length.
+        early_stopping: True stops as soon as there are num_beams finished beams; False when no
+            unfinished beam scores higher, at its current length, than the worst finished one;
+            "never" when none could score higher at any length.
 
     Raises:
-        ValueError: num_beams or max_gen_len below 1, or an early_stopping that isn't one.
+        ValueError: num_beams or max_gen_len below 1, or an unknown early_stopping.
     """
     if num_beams < 1 or max_gen_len < 1:
         raise ValueError(f"num_beams={num_beams} and max_gen_len={max_gen_len} must be at least 1")
@@ -54,7 +54,7 @@ def beam_search(
     for length in range(1, max_gen_len + 1):
         before = torch.tensor([[logprob] for _, logprob in running], device=h.device)
         logprobs = (model.logits(h).log_softmax(-1) + before).flatten()
-        # So many that num_beams of them go on, whatever stop tokens there are among the rest.
+        # Enough that num_beams of them continue, even if the others end in stop tokens.
         keep = max(2, 1 + len(stop_tokens)) * num_beams
         values, places = (part.tolist() for part in logprobs.topk(min(keep, len(logprobs))))
         full = len(finished) == num_beams

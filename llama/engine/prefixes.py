@@ -1,10 +1,10 @@
-"""Prefix caching: keys and values of earlier texts, for texts that begin with the same tokens.
+"""Prefix caching: reuses keys and values of earlier texts for texts with the same prefix.
 
 A radix tree over tokens: each node holds a run of tokens with their keys and values, its children
-the runs that followed; texts share the nodes of their common prefix. Its size is bounded in bytes,
+the runs that follow; texts share the nodes of their common prefix. Its size is limited in bytes,
 and least recently used entries are evicted first. (RadixAttention, arXiv 2312.07104, has such a
-tree over pages of a GPU's cache. Here cached tokens are copied, which takes milliseconds where
-computing them takes seconds.)
+tree over pages of a GPU's cache. Here cached entries are copied to a row's cache, in milliseconds
+where computing them takes seconds.)
 """
 
 import pickle
@@ -17,6 +17,7 @@ import torch
 from llama.engine.prefill import prefill
 from llama.layers import parallel
 from llama.layers.cache import KVCache
+from llama.layers.ids import common_length
 from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.text.files import beside
@@ -41,7 +42,7 @@ class PrefixCache:
     """A model's keys and values of earlier texts. Threads may share it.
 
     Args:
-        limit: its largest size in bytes, on each rank.
+        limit: maximum size in bytes, on each rank.
         fingerprint: identifies the model, in files.
 
     Attributes:
@@ -67,7 +68,7 @@ class PrefixCache:
                 self._root, self._revision = Node([], {}, None), revision(model)
 
     def cached(self, ids: Sequence[int]) -> int:
-        """How many of a prompt's tokens are cached; its last one always has to be computed."""
+        """Number of a prompt's tokens that are cached, without the last: its logits are needed."""
         with self._lock:
             return min(sum(n for _, n in self._path(ids)), len(ids) - 1)
 
@@ -81,7 +82,7 @@ class PrefixCache:
                 left -= n
 
     def add(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Add a row's keys and values of a text, unless the new ones alone exceed the limit."""
+        """Add a text's keys and values from a row, unless the new ones alone exceed the limit."""
         with self._lock:
             path = self._path(ids)
             at, node = sum(n for _, n in path), path[-1][0] if path else self._root
@@ -114,11 +115,11 @@ class PrefixCache:
         return cache
 
     def _path(self, ids: Sequence[int]) -> List[Tuple[Node, int]]:
-        """The nodes along a text, and how many tokens of each match it."""
+        """The nodes on a text's path, with the number of tokens of each that match it."""
         node, at, path = self._root, 0, []
         self._clock += 1
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
-            n = _common_length(child.ids, ids[at : at + len(child.ids)])
+            n = common_length(child.ids, ids[at : at + len(child.ids)])
             path.append((child, n))
             child.used, at, node = self._clock, at + n, child
             if n < len(child.ids):
@@ -126,8 +127,8 @@ class PrefixCache:
         return path
 
     def _split(self, node: Node, n: int) -> Node:
-        """Split a node after n tokens; returns the new node, of those. Both own their tensors, so
-        that each can be evicted alone."""
+        """Split a node after n tokens; returns the new parent, which has those. Tensors are copied,
+        so that evicting one node frees its memory."""
         parts = {name: part[:, :, :n].clone() for name, part in node.parts.items()}
         head = Node(node.ids[:n], parts, node.parent)
         assert node.parent is not None
@@ -155,7 +156,7 @@ class PrefixCache:
     # --- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path, model: Transformer, ids: Sequence[int]) -> None:
-        """Write a text's keys and values, of all ranks, to a file for any number of ranks.
+        """Write a text's keys and values to a file, which any number of ranks can load.
 
         Raises:
             FileExistsError: the file exists and isn't a saved prefix.
@@ -236,15 +237,15 @@ def _is_taken(path: Path) -> bool:
 
 
 def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
-    """The prefixes that two or more prompts share, without the last token of any.
+    """The prefixes that two or more prompts share, never a whole prompt.
 
-    Shorter ones come before the longer ones that extend them, by MIN_SHARED tokens or more.
+    A prefix comes before those that extend it, each by MIN_SHARED tokens or more.
     """
     todo = [(sorted(map(list, prompts)), 0)]
     while todo:
         texts, known = todo.pop()
         # Sorted texts all share the prefix that the first and the last share.
-        n = min(_common_length(texts[0], texts[-1]), len(texts[0]) - 1)
+        n = min(common_length(texts[0], texts[-1]), len(texts[0]) - 1)
         if len(texts) > 1 and n >= known + MIN_SHARED:
             yield texts[0][:n]
             known = n
@@ -252,10 +253,3 @@ def common_prefixes(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
         for text in texts:
             groups.setdefault(text[n] if n < len(text) else -1, []).append(text)
         todo += [(g, known) for g in groups.values() if 1 < len(g) < len(texts)]
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    if list(a) == list(b):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

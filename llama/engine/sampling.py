@@ -4,8 +4,8 @@
     banned_tokens, logits_processor; then, unless the temperature is 0,
     temperature, top_k, top_p, min_p, typical_p, and sampling
 
-This is the order of transformers' `generate`, with what it lacks beside the most similar. A token
-that is ruled out has the logit -inf.
+This is the order of transformers' `generate`; what it lacks comes next to the most similar step.
+Tokens that are ruled out get the logit -inf.
 """
 
 import math
@@ -16,14 +16,14 @@ import torch
 
 from llama.engine.params import SamplingParams
 
-HEAD = 1024  # most probable tokens, which mostly suffice for top_p
+HEAD = 1024  # most probable tokens, among which top_p usually stops
 
 
 class RandomNumbers:
-    """A row's random numbers, uniform in [0, 1): the n-th samples the answer's n-th token.
+    """A row's random numbers, uniform in [0, 1); the n-th one samples the answer's n-th token.
 
-    Each can be read any number of times: a draft model uses the one that the model itself will use,
-    and so mostly samples the same token.
+    Each can be read several times: a draft model samples with the number that the model will use,
+    so that both usually sample the same token.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -50,8 +50,8 @@ def sample_token(
     """Sample the next token of a row from its logits (vocab_size,).
 
     Args:
-        allow: sets the logits of the tokens that a constraint rules out to -inf. If params rule out
-            all that it allows, it alone is applied.
+        allow: sets the logits of tokens that violate a constraint to -inf. If params rule out all
+            others, only allow is applied.
     """
     own, logits = logits.float(), constrained(logits, params, prompt, answer)
     if allow is not None:
@@ -100,7 +100,7 @@ def constrained(
 
 
 def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Temperature, then the filters of less probable tokens: (vocab_size,) -> (vocab_size,)."""
+    """Temperature, then top_k, top_p, min_p and typical_p: (vocab_size,) -> (vocab_size,)."""
     logits = logits / params.temperature
     if params.top_k:
         logits = keep_top_k(logits, params.top_k)
@@ -131,19 +131,19 @@ def would_repeat(ids: Sequence[int], n: int) -> List[int]:
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k most probable tokens, and all as probable as the last of them."""
+    """Keep the k most probable tokens, and those tied with the last of them."""
     last = logits.topk(min(k, len(logits))).values[-1]
     return logits.masked_fill(logits < last, -math.inf)
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the smallest set of most probable tokens that together reach p; at least one.
+    """Keep the smallest set of most probable tokens whose probabilities add up to p; at least one.
 
-    Of tokens as probable as the last of them, it keeps those with the smallest ids.
+    Of tokens that are equally probable, those with smaller ids come first.
     """
     probs = torch.softmax(logits, -1)
     ordered = probs.topk(min(HEAD, len(probs))).values  # sorting all takes ten times as long
-    kept = int((ordered.cumsum(-1) - ordered <= p).sum())  # those more probable don't exceed p
+    kept = int((ordered.cumsum(-1) - ordered <= p).sum())  # the sum before each is at most p
     if kept == len(ordered) < len(probs):
         ordered = probs.sort(descending=True).values
         kept = int((ordered.cumsum(-1) - ordered <= p).sum())
@@ -160,7 +160,10 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the tokens whose information is nearest to the entropy, until they reach p together."""
+    """Keep the tokens whose -log p is closest to the entropy, until they add up to p.
+
+    Source: locally typical sampling, arXiv 2202.00666.
+    """
     logprobs = torch.log_softmax(logits, -1)
     probs = logprobs.exp()
     entropy = -(logprobs * probs).nansum()
@@ -182,5 +185,5 @@ def sample_top_p(
     """
     ordered, ids = torch.sort(probs, dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(before > p, 0.0)  # multinomial doesn't ask for a sum of 1
+    ordered = ordered.masked_fill(before > p, 0.0)  # multinomial normalizes
     return ids.gather(-1, torch.multinomial(ordered, num_samples=1, generator=generator))

@@ -11,7 +11,7 @@ from typing import Iterator, List, Literal, NamedTuple, Optional, Sequence, Tupl
 import torch
 
 from llama.engine.projection import logprobs_of
-from llama.layers.ids import check_ids
+from llama.layers.ids import check_ids, padded
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
@@ -214,13 +214,11 @@ def score_spans(
     order.sort(key=lambda row: -len(spans[row].ids))
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
-        tokens = torch.zeros(len(rows), len(spans[rows[0]].ids), dtype=torch.long)
-        wanted = torch.zeros(len(rows), tokens.shape[1] - 1, dtype=torch.bool)
+        tokens = padded([spans[row].ids for row in rows], device)
+        wanted = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
         for i, row in enumerate(rows):
             ids, start = spans[row]
-            tokens[i, : len(ids)] = torch.tensor(ids)
             wanted[i, start - 1 : len(ids) - 1] = True  # where ids[start:] are predicted
-        tokens, wanted = tokens.to(device), wanted.to(device)
         h = model.hidden(tokens[:, :-1])[wanted]  # (number of scored tokens, dim), row after row
         found = logprobs_of(model, h, tokens[:, 1:][wanted])
         logprobs, greedy = (part.tolist() for part in found)

@@ -312,12 +312,12 @@ class Speculators:
         """
         if speculate is None:
             speculate = "off" if self._draft is None else "draft"
-        if speculate not in ("off", "lookup", "draft"):
-            raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+        if speculate == "off":
+            return None
         if speculate == "lookup":
             return PromptLookup(self._lengths["lookup"])
-        if speculate == "draft" and self._draft is None:
+        if speculate != "draft":
+            raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+        if self._draft is None:
             raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
-        if self._draft is None or speculate == "off":
-            return None
         return DraftModel(self._draft, self._lengths["draft"])

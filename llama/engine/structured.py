@@ -1,5 +1,4 @@
-"""Structured outputs: constrains sampling to the tokens that keep a text within a schema or
-grammar.
+"""Structured outputs: constrains sampling so that a text follows a schema or grammar.
 
 A response format is a dict, of one of these types:
 
@@ -11,9 +10,9 @@ A response format is a dict, of one of these types:
     {"type": "choice", "choice": ["yes", "no"]}          one of these texts
     {"type": "grammar", "grammar": "start: ..."}         a grammar in Lark's syntax
 
-JSON is written as json.dumps does, ensure_ascii=False: ", " and ": ", no other white space, the
-properties in the schema's order. llguidance follows the grammar; what it doesn't support is an
-error.
+JSON is written as by json.dumps with ensure_ascii=False: ", " and ": ", no other white space, the
+properties in the schema's order. llguidance parses the grammars and computes the masks; what it
+doesn't support raises ValueError.
 """
 
 import json
@@ -40,7 +39,7 @@ _JSON = {
 _CACHED = 64  # compiled formats
 
 # The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
-# The rest is refused, since llguidance ignores unknown ones and takes options from "x-guidance".
+# Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
 _ONE = {"additionalProperties", "items"}
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}
@@ -87,10 +86,10 @@ class GrammarCompiler:
         self._compiled: Dict[str, Any] = {}
 
     def constraint(self, response_format: ResponseFormat, stop_tokens: Set[int]) -> "Constraint":
-        """A new row's constraint, for a text of this format that ends with one of these ids.
+        """A constraint for a new row: a text of this format, then one of the stop tokens.
 
         Raises:
-            ValueError: not a response format, or not a supported one; says which and why.
+            ValueError: not a response format, or not a supported one, with the reason.
         """
         if not stop_tokens:
             raise ValueError("response_format needs stop_tokens, one at least: they end the text")
@@ -143,12 +142,9 @@ class Constraint:
             return False
         if token in self._stops:
             return self._matcher.is_accepting()
-        if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
-            return False
         if self._found is not None or (self._of.at_start and not self._begun):
-            return bool(self._allowed()[token])
-        forced = self._spelled(self._matcher, self._begun)
-        return self._follows(self._matcher, forced, token)
+            return 0 <= token < self._of.vocab_size and bool(self._allowed()[token])
+        return self._follows(self._matcher, token, self._begun)
 
     def accept(self, token: int) -> None:
         """Advance by a sampled token; a stop token ends the text."""
@@ -167,36 +163,32 @@ class Constraint:
         return self._ended or (self._matcher.is_accepting() and not self._allowed().any())
 
     def forced(self) -> List[int]:
-        """The tokens of the only text that can follow; often none."""
+        """The next tokens where only one text can follow; often none."""
         ids = [] if self._ended else self._spelled(self._matcher, self._begun)
         return ids[: self.valid(ids)]
 
     def valid(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, are allowed one after another."""
-        if self._ended or not len(tokens):
+        """Length of the longest prefix of these tokens that is allowed."""
+        if not len(tokens) or not self.allows(tokens[0]):
             return 0
-        ahead, begun = self._matcher, self._begun
-        for count, token in enumerate(tokens):
-            if count == 0:
-                if not self.allows(token):
-                    return 0
-                if len(tokens) == 1 or token in self._stops:
-                    return 1
-                ahead = ahead.deep_copy()
-            elif token in self._stops:
+        if len(tokens) == 1 or tokens[0] in self._stops:
+            return 1
+        ahead = self._matcher.deep_copy()
+        ahead.consume_tokens(self._ids(tokens[0], self._begun))
+        for count, token in enumerate(tokens[1:], 1):
+            if token in self._stops:
                 return count + int(ahead.is_accepting())
-            elif not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+            if not self._follows(ahead, token, begun=True):
                 return count
-            else:
-                if not self._follows(ahead, self._spelled(ahead, begun), token):
-                    return count
-            ahead.consume_tokens(self._ids(token, begun))
-            begun = True
+            ahead.consume_tokens([token])
         return len(tokens)
 
-    @staticmethod
-    def _follows(matcher: Any, forced: List[int], token: int) -> bool:
-        """Whether an ordinary token is allowed; where text is forced, in one tokenization only."""
+    def _follows(self, matcher: Any, token: int, begun: bool) -> bool:
+        """Whether a token other than a stop token is allowed; where text is forced, in one
+        tokenization only."""
+        if not 0 <= token < self._of.vocab_size or not self._of.ordinary[token]:
+            return False
+        forced = self._spelled(matcher, begun)
         return (not forced or forced[0] == token) and matcher.validate_tokens([token]) == 1
 
     def _spelled(self, matcher: Any, begun: bool) -> List[int]:
@@ -259,8 +251,8 @@ class _Vocabulary:
 def call_format(
     tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
 ) -> Any:
-    """The response format of a call of any tool ("required") or of the named one; for "auto" that
-    of the options, if any.
+    """The response format for tool_choice: a call of any tool ("required") or of the named one; for
+    "auto" that of the options, if any.
 
     Raises:
         ValueError: no such tool, or one without a schema; the options have a response format too.
@@ -286,7 +278,7 @@ def call_format(
 def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
     """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
 
-    Unless its schema says otherwise, a tool takes no parameters but those it names.
+    Unless its schema says otherwise, a call has no parameters but those that the tool names.
 
     Args:
         schemas: as `llama.text.tools.split_tools` returns them.

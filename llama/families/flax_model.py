@@ -185,10 +185,7 @@ class Transformer(nnx.Module):
         return KVCache(k, v)
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        start_pos: int | jax.Array = 0,
-        cache: Optional[KVCache] = None,
+        self, tokens: jax.Array, start_pos: int | jax.Array = 0, cache: Optional[KVCache] = None
     ) -> jax.Array:
         """Logits of every given token: (B, T) ids -> (B, T, vocab_size), fp32.
 
@@ -205,10 +202,7 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens, start_pos, cache))
 
     def hidden(
-        self,
-        tokens: jax.Array,
-        start_pos: int | jax.Array = 0,
-        cache: Optional[KVCache] = None,
+        self, tokens: jax.Array, start_pos: int | jax.Array = 0, cache: Optional[KVCache] = None
     ) -> jax.Array:
         """`__call__` up to the last norm: (B, T, dim), for projecting only the rows one needs."""
         T = tokens.shape[1]

@@ -1,11 +1,11 @@
-"""What a forward pass computes on its way: hidden states, attention, rotated queries and keys.
+"""Records the intermediate values of a forward pass: hidden states, attention, queries and keys.
 
     with trace(model) as seen:
         model(tokens)
     seen.attentions[0]    # (B, n_heads, T, S)
 
-`model.py` stays as it is: while the context lasts, its attention is computed by the formula, so
-that the probabilities exist, and hooks keep what passes. Values are those of transformers'
+Within the context, hooks record hidden states, and attention is computed by its formula rather than
+a fused kernel, which wouldn't return probabilities. Values are those of transformers'
 `output_hidden_states` and `output_attentions`, and gradients flow through them.
 """
 
@@ -24,15 +24,15 @@ from llama.model import Attention, Step, Transformer, TransformerBlock
 
 @dataclass
 class Trace:
-    """Of the last forward pass, whole on every rank. S: the tokens that attention sees.
+    """Values of the last forward pass, unsharded on every rank. S: number of keys attended to.
 
     Attributes:
-        hidden_states: n_layers + 1 of (B, T, dim): the embeddings, and after each block; the last
-            one after the model's norm, as transformers has it.
-        attentions: per layer the probabilities (B, n_heads, T, S).
-        queries: per layer (B, T, n_heads, head_dim), turned by RoPE, in Meta's order of pairs.
-        keys: per layer the same of the new tokens, (B, T, n_kv_heads, head_dim); of ranks that
-            share key/value heads, as each holds them.
+        hidden_states: n_layers + 1 tensors (B, T, dim): the embeddings, and the output of each
+            block; the last one after the final norm, as in transformers.
+        attentions: attention probabilities (B, n_heads, T, S) of each layer.
+        queries: (B, T, n_heads, head_dim) of each layer, after RoPE, in Meta's order of pairs.
+        keys: the same of the new tokens, (B, T, n_kv_heads, head_dim). If ranks hold replicas of
+            key/value heads, these occur more than once.
     """
 
     hidden_states: List[torch.Tensor] = field(default_factory=list)
@@ -43,9 +43,9 @@ class Trace:
 
 @contextmanager
 def trace(model: Transformer) -> Iterator[Trace]:
-    """Record the forward passes of a model, the last one of them, while the context lasts.
+    """Record a model's forward passes within the context; each overwrites the one before.
 
-    Memory: n_layers · B · n_heads · T · S values for the attentions.
+    The attentions take n_layers · B · n_heads · T · S values.
 
     Raises:
         ValueError: a model with compiled layers.
@@ -111,7 +111,7 @@ def _attend(
 
 
 def _whole(of_rank: torch.Tensor, axis: int) -> torch.Tensor:
-    """The heads of all ranks; the others' without gradients."""
+    """The heads of all ranks; only this rank's have gradients."""
     if parallel.world_size() == 1:
         return of_rank
     parts = parallel.all_gather(of_rank.detach())

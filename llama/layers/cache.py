@@ -12,10 +12,10 @@ PASS = 4096  # tokens per forward pass at most, which bounds the memory of activ
 
 
 def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that, on the CPU, take memory only where they have been written to.
+    """A tensor of zeros; on the CPU, its pages take memory only once they are written to.
 
-    torch.zeros writes to each page; numpy calls calloc, whose pages the operating system maps on
-    first use. So a long cache takes memory only for the positions in use.
+    numpy calls calloc, whose pages the operating system maps on first use; torch.zeros writes to
+    each page. So a long cache takes memory only for the positions in use.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -27,9 +27,9 @@ class KVCache:
     """Keys and values of every layer, for rows (sequences of a batch) of different lengths.
 
     `k` and `v` have the shape (n_layers, rows, n_kv_heads, capacity, head_dim), with the key/value
-    heads of this rank; the capacity grows by GROWTH positions, up to max_len. Entries at and beyond
-    `lengths[row]` are never attended to, so truncating only changes that number. They are zeros at
-    first, since a masked NaN would still give NaN.
+    heads of this rank; the capacity grows by GROWTH positions, up to max_len. Entries from
+    `lengths[row]` on are masked, so truncating only changes that number. They are initialized to
+    zeros, since uninitialized memory may hold NaN, which a mask doesn't remove.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class KVCache:
         """Grow the capacity to n positions per row, rounded up to a multiple of GROWTH."""
         if n <= self.k.shape[3]:
             return
-        used = max(self.lengths)  # only these are copied: pages never written to take no memory
+        used = max(self.lengths)  # only these are copied: see _zeros
         capacity = min(-(-n // GROWTH) * GROWTH, self.max_len)
         for name, small in self._parts.items():
             shape = (small.shape[0], self.rows, small.shape[2], capacity, small.shape[4])
@@ -138,7 +138,7 @@ class KVCache:
         self.truncate(0)
 
     def part(self, start: int, stop: int) -> "KVCache":
-        """A view of rows start to stop as a cache: it shares their memory, not their lengths."""
+        """Rows start to stop as a cache of their own; it shares their memory, not their lengths."""
         part = copy.copy(self)
         for name, whole in self._parts.items():
             setattr(part, name, whole[:, start:stop])
@@ -148,12 +148,14 @@ class KVCache:
     def spread(self, sources: Sequence[int]) -> None:
         """Copy row sources[i] to row i, for all i; sources ascend, with sources[i] <= i."""
         lengths = [self.lengths[source] for source in sources]
-        for new in reversed(range(len(sources))):
-            old, n = sources[new], lengths[new]
-            if new != old:
-                for part in self._parts.values():
-                    part[:, new, :, :n] = part[:, old, :, :n]
+        for row in reversed(range(len(sources))):
+            self._copy(sources[row], row)
         self.lengths = lengths
+
+    def _copy(self, old: int, new: int) -> None:
+        n = self.lengths[old]
+        for part in self._parts.values() if new != old else ():
+            part[:, new, :, :n] = part[:, old, :, :n]
 
     def gather(self, sources: Sequence[int]) -> None:
         """Copy row sources[i] to row i, for all i, in any order."""
@@ -182,17 +184,14 @@ class KVCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only the given rows (ascending), which become rows 0, 1, ..."""
         for new, old in enumerate(rows):
-            if new != old:
-                n = self.lengths[old]
-                for part in self._parts.values():
-                    part[:, new, :, :n] = part[:, old, :, :n]
+            self._copy(old, new)
         self.lengths = [self.lengths[row] for row in rows]
 
 
 class Int8KVCache(KVCache):
     """Keys and values as int8, with one fp32 scale per head and position: half the memory of bf16.
 
-    `update` dequantizes a layer's, to the dtype of the new keys.
+    `update` returns a layer's dequantized, in the dtype of the new keys.
     """
 
     def __init__(

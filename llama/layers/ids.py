@@ -1,7 +1,7 @@
-"""Token ids that come from outside: checked against the vocabulary, and padded into tensors.
+"""Checks token ids against the vocabulary, compares them, and pads them into tensors.
 
-An embedding that is sharded over ranks returns zeros for ids outside of the vocabulary, without an
-error: a wrong tokenizer, or padding with -1, would pass unnoticed.
+An embedding that is sharded over ranks silently returns zeros for ids outside of the vocabulary: a
+wrong tokenizer, or padding with -1, would go unnoticed.
 """
 
 from typing import Sequence
@@ -10,8 +10,7 @@ import torch
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str = "prompt") -> None:
-    """Raises ValueError for an id outside of the vocabulary; `what` is the message's word for a
-    row."""
+    """Raises ValueError for an id outside of the vocabulary; the message calls a row `what`."""
     for row, ids in enumerate(rows):
         for wrong in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= wrong < vocab_size:
@@ -36,3 +35,10 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Rows of ids as a tensor (B, T), padded with zeros on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows]).to(device)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix of two sequences of ids."""
+    if list(a) == list(b):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905

@@ -131,7 +131,7 @@ def initialize(
 
 
 def ensure_initialized(device: Optional[str | torch.device] = None) -> None:
-    """Initialize the groups unless they are: for a network that is built without `Llama.build`."""
+    """Initialize the groups if they aren't yet: for models that are built without `Llama.build`."""
     if not (dist.is_initialized() and fs_init.model_parallel_is_initialized()):
         initialize(device="cpu" if device is None else device)
 
@@ -163,7 +163,7 @@ def is_rank_zero() -> bool:
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor` with rank 0's, in place, so that all ranks continue with the same."""
+    """Overwrite `tensor` with rank 0's, in place; returns it."""
     if world_size() > 1:
         dist.broadcast(
             tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()

@@ -1,4 +1,4 @@
-"""Counts changes to a model's weights, so that caches computed with old ones are invalidated."""
+"""Counts changes to a model's weights, so that caches computed with earlier ones are cleared."""
 
 from torch import nn
 

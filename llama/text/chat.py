@@ -3,7 +3,7 @@
 import datetime
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, List, Literal, Optional, Protocol, Sequence, TypedDict
+from typing import TYPE_CHECKING, Any, Dict, List, Literal, Optional, Protocol, Sequence, TypedDict
 
 from llama.text.encoder import Encoder
 from llama.text.tools import (
@@ -307,8 +307,7 @@ def write_call(call: ToolCall, call_format: CallFormat) -> str:
     if call_format == "function_tag":
         return f"<function={name}>{json.dumps(arguments)}</function>"
     if call_format == "python_list":
-        given = ", ".join(f"{key}={_python(value)}" for key, value in arguments.items())
-        return f"[{name}({given})]"
+        return f"[{name}({_assigned(arguments)})]"
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
 
 
@@ -316,10 +315,12 @@ def _python(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list):
-        return "[" + ", ".join(map(_python, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}={_python(one)}" for key, one in value.items()) + "}"
-    return str(value)
+        return f"[{', '.join(map(_python, value))}]"
+    return f"{{{_assigned(value)}}}" if isinstance(value, dict) else str(value)
+
+
+def _assigned(values: Dict[str, Any]) -> str:
+    return ", ".join(f"{key}={_python(value)}" for key, value in values.items())
 
 
 _ASK_USER = (

@@ -54,8 +54,8 @@ def oldest_turns_out(
         turns = [i for i, message in enumerate(kept) if i > start and message["role"] == "user"]
         if not turns:
             raise ValueError(
-                f"the last turn and the system message take {len(ids)} tokens, and there is room "
-                f"for {limit}: shorten them, ask for a shorter answer (max_gen_len), or build with "
+                f"the last turn and the system message take {len(ids)} tokens, and the limit "
+                f"is {limit}: shorten them, ask for a shorter answer (max_gen_len), or build with "
                 "a larger max_seq_len"
             )
         dropped += kept[start : turns[0]]

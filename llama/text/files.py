@@ -42,7 +42,7 @@ def read_object(path: Path) -> Dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file for people to read, too."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def read_text(path: Path, *, exact: bool = False) -> str:

@@ -85,15 +85,10 @@ class _Parser:
         return values
 
     def string(self) -> str:
-        (length,) = self.scalars("Q")
-        if length > min(len(self.data) - self.at, _MAX_LENGTH):
-            raise struct.error(f"a string of {length} bytes at {self.at}")
-        raw = self.data[self.at : self.at + length]
-        self.at += length
-        return raw.decode("utf-8")
+        return self.strings(1)[0]
 
     def strings(self, n: int) -> List[str]:
-        """As `string`, n times: a vocabulary's hundred thousand shouldn't take a second."""
+        """n strings, without a call for each: a vocabulary has a hundred thousand."""
         data, at, size, unpack = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
         found = []
         for _ in range(n):

@@ -123,12 +123,11 @@ class SequenceClassifier(nn.Module):
         if num_labels is not None and labels is not None and len(labels) != num_labels:
             raise ValueError(f"num_labels={num_labels} and {len(labels)} labels: pass one of them")
 
-        config_path, head = path / "config.json", None
-        config = read_object(config_path) if _is_classifier(path) else {}
+        config, head = _classifier_config(path), None
         source: Checkpoint
         if config:
             source = HFCheckpoint(path, {CLASSIFIER})
-            own, head = _read_head(source, config_path, config)
+            own, head = _read_head(source, path / "config.json", config)
             if labels is not None and list(labels) != own:
                 raise ValueError(f"{path} has the labels {own[:20]}: pass these or none")
             labels, problem_type = own, problem_type or config.get("problem_type")
@@ -341,11 +340,12 @@ class _Body:
         return self._source.read(name, axis, start, stop)
 
 
-def _is_classifier(path: Path) -> bool:
-    config = path / "config.json"
-    if not config.exists() or (path / "params.json").exists():
-        return False
-    return read_object(config).get("architectures") == [CLASSIFIER]
+def _classifier_config(path: Path) -> Dict[str, Any]:
+    """config.json of a classifier; empty for other checkpoints."""
+    if not (path / "config.json").exists() or (path / "params.json").exists():
+        return {}
+    config = read_object(path / "config.json")
+    return config if config.get("architectures") == [CLASSIFIER] else {}
 
 
 def _default_labels(n: int) -> List[str]:

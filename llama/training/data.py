@@ -1,11 +1,11 @@
-"""Training texts: JSONL of dialogs or texts, as ids and the labels of what is to be learned."""
+"""Training data: JSONL of dialogs or texts, as token ids and labels."""
 
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from llama.layers.ids import padded
+from llama.layers.ids import common_length, padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
 from llama.text.files import objects, read_text, string
 from llama.tokenizer import Tokenizer
@@ -20,30 +20,30 @@ class Example(NamedTuple):
 
     @property
     def asked(self) -> int:
-        """The number of tokens to learn; the first of a row isn't one: nothing comes before it."""
+        """The number of tokens in the loss. The first of a row never is: nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 class Examples(NamedTuple):
     rows: List[Example]
-    cut: int  # dialogs of which the end didn't fit
-    dropped: int  # dialogs of which nothing to learn did
+    cut: int  # dialogs that were truncated
+    dropped: int  # dialogs left out, since truncation left no token to train on
 
 
 def read_examples(
     path: str | Path, tokenizer: Tokenizer, formatter: Optional[Format], max_seq_len: int
 ) -> Examples:
-    """The examples of a file.
+    """Read the examples of a file.
 
-    A .jsonl file has a line {"messages": [{"role": ..., "content": ...}, ...]} or {"text": ...} for
-    each; any other file is one text. Of dialogs the assistant's tokens are learned, with the one
-    that ends each answer, and what comes beyond max_seq_len is cut off. Of texts all tokens are
-    learned, each once: a longer one becomes several rows.
+    Each line of a .jsonl file is {"messages": [{"role": ..., "content": ...}, ...]} or {"text":
+    ...}; any other file is one text. In dialogs, only the assistant's tokens are trained on, with
+    the token that ends each answer; a dialog longer than max_seq_len is truncated. In texts, all
+    tokens are trained on; a text longer than max_seq_len is split into several rows.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: lines of another kind, by number; a dialog without an answer, or for a model
-            without a chat format; nothing to learn at all.
+        ValueError: a line that is neither, by number; a dialog without an answer, or for a model
+            without a chat format; no token to train on.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
@@ -76,7 +76,7 @@ def read_examples(
 
 
 def text_examples(text: str, tokenizer: Tokenizer, max_seq_len: int) -> List[Example]:
-    """A text in rows that overlap by a token, so that each token but the first is asked once."""
+    """Split a text into rows. They overlap by one token, so that each but the first is a target."""
     ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=True)
     step = max_seq_len - 1
     pieces = [ids[i : i + max_seq_len] for i in range(0, max(1, len(ids) - 1), step)]
@@ -84,15 +84,15 @@ def text_examples(text: str, tokenizer: Tokenizer, max_seq_len: int) -> List[Exa
 
 
 def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[Format]) -> Example:
-    """The ids of a dialog and, as labels, those that the model itself would have had to generate.
+    """A dialog's ids, with labels for the tokens that the model would generate.
 
-    An answer is what stands between the prompt for it and the token that ends it, in the ids of a
-    dialog that goes on: so whatever the format, what is learned is what generation continues. A
-    token that is made of the end of a prompt and of space before the answer isn't learned.
+    In the ids of the whole dialog, an answer begins where the prompt for it ends, and extends to
+    its stop token. So training matches generation, whatever the chat format. A token that merges
+    the end of a prompt with white space before the answer gets no label.
 
     Raises:
-        ValueError: no dialog, no answer at its end, no chat format, or one that writes an answer
-            differently once the dialog goes on.
+        ValueError: not a dialog, no answer at its end, no chat format, or one that writes an answer
+            differently when messages follow.
     """
     if formatter is None:
         raise ValueError('this checkpoint has no chat format: train it on {"text": ...}')
@@ -106,13 +106,11 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
     for i, message in enumerate(dialog):
         if message["role"] == "assistant":
             prompt = formatter.encode_dialog_prompt(dialog[:i])
-            same = next(
-                (at for at, id in enumerate(prompt) if ids[at : at + 1] != [id]), len(prompt)
-            )
+            same = common_length(prompt, ids)
             stops = (at for at in range(len(prompt), len(ids)) if ids[at] in tokenizer.stop_tokens)
             end = next(stops, -1) + 1
             begin = len(prompt) if same == len(prompt) else same + 1
-            # What is found must end as the message does, or an answer has no end of its own here.
+            # The ids found must end as the message does; otherwise this format has no stop token.
             said = tokenizer.decode(ids[same : end - 1]).strip()
             text = "" if message.get("tool_calls") else content_of(message).strip()
             if not end or same < len(prompt) - 1 or not said.endswith(text):
@@ -127,7 +125,7 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
 def batch(
     rows: Sequence[Example], device: Optional[torch.device] = None
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels, (B, T) both, padded on the right with what isn't asked for."""
+    """Tokens and labels, both (B, T), padded on the right with 0 and IGNORED."""
     tokens = padded([row.tokens for row in rows], device or torch.device("cpu"))
     labels = torch.full_like(tokens, IGNORED)
     for i, row in enumerate(rows):
@@ -136,6 +134,6 @@ def batch(
 
 
 def order(n: int, epoch: int, seed: int) -> List[int]:
-    """The order in which n examples are learned in an epoch, a function of nothing else."""
+    """The order of n examples in an epoch, a function of these arguments only."""
     seed = ((seed << 20) + epoch) % (1 << 63)
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,11 +1,10 @@
-"""LoRA adapters on a model that is in use: several at once, switched, merged, trained, written.
+"""LoRA adapters of a loaded model: several at once, switched, merged, trained, written.
 
     attach(model, read_adapter("poet", model.params), "poet")
-    use(model, "poet")          # or another's name, or None
+    use(model, "poet")          # or another name, or None for the base model
 
-y = W x + scale · B (A x) (arXiv 2106.09685): the model's own weights stay as they are. To have an
-adapter in the weights from the start, quantized and compiled models too, there is
-`Llama.build(..., adapter_dir=...)`.
+y = W x + scale · B (A x) (arXiv 2106.09685); W is unchanged. `Llama.build(..., adapter_dir=...)`
+instead merges an adapter into the weights on loading, for quantized and compiled models too.
 """
 
 import math
@@ -25,7 +24,7 @@ from llama.layers import parallel
 from llama.layers.revision import changed
 from llama.model import Transformer, TransformerBlock
 
-# The matrices of a block by Meta's names, with Hugging Face's.
+# The matrices of a block: Meta's names, and Hugging Face's.
 MATRICES = {
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
     "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
@@ -33,14 +32,14 @@ MATRICES = {
 
 
 class LoRALinear(nn.Module):
-    """A linear layer of a block and what is added to it, one of several pairs or none.
+    """A linear layer with LoRA adapters, of which at most one is active.
 
-    Where a rank has a part of the layer's outputs it has all of A and these rows of B; where it has
-    a part of the inputs, these columns of A and all of B. What both make is whole in between.
+    Of a column-parallel layer, a rank has its rows of B and all of A; of a row-parallel layer, its
+    columns of A and all of B.
 
     Attributes:
-        base: the layer. Its name in the model gets ".base" appended.
-        active: the name of the pair that is added, or None.
+        base: the layer itself. Its name in the model gets ".base" appended.
+        active: the name of the active adapter, or None.
     """
 
     def __init__(self, base: nn.Module, weight_name: str):
@@ -69,11 +68,11 @@ class LoRALinear(nn.Module):
 
 
 def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
-    """Add an adapter under a name, and use it.
+    """Add an adapter under a name, and activate it.
 
     Raises:
-        ValueError: a name that is taken or can't be one, layers that take no adapter, or an
-            adapter of another model. Nothing is added then.
+        ValueError: a name that is taken or invalid, layers that take no adapter, or an adapter of
+            another model. Nothing is added then.
     """
     if name in names(model):
         raise ValueError(f"an adapter {name!r} is there already: detach it, or name this otherwise")
@@ -103,12 +102,12 @@ def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
 
 
 def use(model: Transformer, name: Optional[str]) -> None:
-    """Switch to the adapter of this name; None: to the model as it is.
+    """Activate the adapter of this name; None deactivates all.
 
-    Prefixes that were kept are forgotten (`llama.engine.prefixes`).
+    Cached prefixes are invalidated (`llama.engine.prefixes`).
 
     Raises:
-        ValueError: a name that no adapter has.
+        ValueError: no adapter of this name.
     """
     known = names(model)
     if name is not None and name not in known:
@@ -119,13 +118,13 @@ def use(model: Transformer, name: Optional[str]) -> None:
 
 
 def detach(model: Transformer, name: str) -> None:
-    """Forget an adapter. The last one to go leaves the model as it was before the first.
+    """Remove an adapter. Without any, the model has its original layers again.
 
     Raises:
-        ValueError: a name that no adapter has.
+        ValueError: no adapter of this name.
     """
     if name not in names(model):
-        use(model, name)  # says which there are
+        use(model, name)  # raises, with the names there are
     changed(model)
     for layer in list(layers(model)):
         if name in layer.scale:
@@ -137,10 +136,10 @@ def detach(model: Transformer, name: str) -> None:
 
 @torch.no_grad()
 def merge(model: Transformer, name: str) -> None:
-    """Add an adapter to the weights themselves, in fp32 rounded once, and forget it.
+    """Merge an adapter into the weights, computed in fp32 and rounded once, and remove it.
 
     Raises:
-        ValueError: a name that no adapter has, or weights in blocks.
+        ValueError: no adapter of this name, or quantized or offloaded weights.
     """
     chosen = [layer for layer in layers(model) if name in layer.scale]
     for layer in chosen:
@@ -164,13 +163,13 @@ def fresh(
     matrices: Iterable[str] = tuple(MATRICES),
     seed: int = 1,
 ) -> Adapter:
-    """A new adapter to be trained, which adds nothing yet: A uniform as PEFT draws it, B zeros.
+    """A new adapter to train, initialized as by PEFT: A uniform, B zeros, so it adds nothing yet.
 
     Args:
-        matrices: of a block, by Meta's names or Hugging Face's.
+        matrices: those of a block to add it to, by Meta's or Hugging Face's names.
 
     Raises:
-        ValueError: a rank below 1, or matrices that a block doesn't have.
+        ValueError: a rank below 1, or unknown matrices.
     """
     matrices = matrix_names(matrices)
     if rank < 1:
@@ -186,10 +185,10 @@ def fresh(
 
 
 def matrix_names(names: Iterable[str]) -> List[str]:
-    """Meta's names of the matrices of a block, given in these or in Hugging Face's; each once.
+    """Meta's names of a block's matrices, given by Meta's or Hugging Face's names; each once.
 
     Raises:
-        ValueError: a name that is neither, or none at all.
+        ValueError: an unknown name, or none at all.
     """
     known = {theirs: ours for ours, theirs in MATRICES.items()} | {ours: ours for ours in MATRICES}
     given = [name.strip() for name in names]
@@ -203,10 +202,10 @@ def matrix_names(names: Iterable[str]) -> List[str]:
 
 
 def adapter_of(model: Transformer, name: str) -> Adapter:
-    """The adapter of this name, whole, on every rank.
+    """The adapter of this name, unsharded, on every rank.
 
     Raises:
-        ValueError: a name that no adapter has.
+        ValueError: no adapter of this name.
     """
     if name not in names(model):
         use(model, name)
@@ -230,12 +229,12 @@ def layers(model: Transformer) -> Iterator[LoRALinear]:
 
 
 def names(model: Transformer) -> Tuple[str, ...]:
-    """The names of the adapters that a model has."""
+    """The names of a model's adapters."""
     return tuple(sorted({name for layer in layers(model) for name in layer.scale}))
 
 
 def _shard(model: Transformer, name: str, pair: Pair) -> Pair:
-    """This rank's part of a pair: of B's rows as of the weight's, or of A's columns."""
+    """This rank's shard of a pair: rows of B, or columns of A, as the weight is sharded."""
     heads = model.params.n_heads, model.params.n_kv_heads
     if parallel.shard_axis(name) == 0:
         return pair._replace(B=parallel.part(name, pair.B, *heads))

@@ -23,7 +23,7 @@ from llama.layers import parallel
 from llama.layers.ids import check_ids
 from llama.layers.revision import changed
 from llama.model import Transformer
-from llama.text.files import beside
+from llama.text.files import beside, read_object, write_json
 from llama.training.data import Example, batch, order
 from llama.training.losses import summed_loss
 
@@ -262,8 +262,7 @@ class Trainer:
         with _together(path) as partial:
             torch.save(content, partial / _file())
             if parallel.is_rank_zero():
-                text = json.dumps(self._about(about), indent=2, default=str) + "\n"
-                (partial / "about.json").write_text(text, encoding="utf-8")
+                write_json(partial / "about.json", self._about(about))
 
     def load(self, path: Path, about: Dict[str, Any]) -> None:
         """Continue from what `save` wrote.
@@ -271,8 +270,7 @@ class Trainer:
         Raises:
             ValueError: it is of another run, by what differs.
         """
-        before = json.loads((path / "about.json").read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(self._about(about), default=str))
+        before, now = read_object(path / "about.json"), self._about(about)
         for key in now:
             if before.get(key) != now[key]:
                 raise ValueError(
@@ -290,7 +288,8 @@ class Trainer:
     def _about(self, about: Dict[str, Any]) -> Dict[str, Any]:
         examples = {"examples": len(self.rows), "their ids": self._examples}
         ranks = {"ranks": parallel.world_size()}
-        return {**asdict(self.recipe), **examples, **ranks, **about}
+        whole = {**asdict(self.recipe), **examples, **ranks, **about}
+        return json.loads(json.dumps(whole, default=str))
 
 
 def _file() -> str:

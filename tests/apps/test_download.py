@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT
 from web import closed_url, point_hub_at, serving
 
-from llama.apps import fetching as module
+from llama.apps import wheels as module
 from llama.apps.download import download
-from llama.apps.fetching import WHEELS
+from llama.apps.wheels import WHEELS
 from llama.checkpoint import transfer
 
 SIGNATURE = "s3cr3t-Sig~nature_"
@@ -900,7 +900,7 @@ def test_interrupt(server, out, signum):
     started = time.monotonic()
     stdout, stderr = process.communicate(timeout=10)
     assert time.monotonic() - started < 5
-    assert process.returncode == 143 if signum == signal.SIGTERM else process.returncode > 0
+    assert process.returncode == (143 if signum == signal.SIGTERM else 130)
     assert SIGNATURE not in stdout + stderr and "Traceback" not in stderr
     kept = part.read_bytes()
     assert data.startswith(kept) and not part.with_suffix("").exists()
@@ -909,6 +909,16 @@ def test_interrupt(server, out, signum):
     download("8B")
     assert server.gets(WEIGHTS)[-1][0] == (len(kept) or None)
     assert part.with_suffix("").read_bytes() == data
+
+
+def test_two_downloads_into_one_folder(server, out):
+    add_model(server, "8b_pre_trained", 1, big=BIG)
+    server.delay = 0.1
+    processes = [start("--models", "8B", "--out", out) for _ in range(2)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sorted(server.bodies()) == sorted(set(server.bodies()))  # each file once
+    assert sum("already there" in stdout for stdout, _ in said) == 1
 
 
 def test_wheel_interrupted(package, monkeypatch):

@@ -240,7 +240,7 @@ def test_stats(session):
     assert text.endswith(" tokens/s; context 4 / 32")
     guessing = repl.Session(FakeLlama(), speculate="lookup")
     say(guessing, "Hi there")
-    assert " tokens/s; 3 of 5 guesses right; context " in guessing.take("/stats").text
+    assert " tokens/s; 3 of 5 proposed tokens accepted; context " in guessing.take("/stats").text
 
 
 def test_exit(session):
@@ -556,7 +556,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
 
 
 def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
-    """Reuse of the first turn and guesses change nothing of what is said."""
+    """Prefix caching and speculative decoding change nothing of what is said."""
     lines = "What is the capital of France?\nSay that again.\n/stats\n"
     command = [sys.executable, "-m", "llama", "chat", str(smollm2_path)]
     command += ["--temperature", "0", "--dtype", "fp32", "--device", "cpu", "--max_gen_len", "30"]
@@ -568,7 +568,7 @@ def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines())
     assert said[0][:-1] == said[1][:-1] and "Paris" in said[0][0]
-    assert "guesses right" in said[1][-1] and "guesses" not in said[0][-1]
+    assert "tokens accepted" in said[1][-1] and "accepted" not in said[0][-1]
 
 
 @pytest.mark.slow

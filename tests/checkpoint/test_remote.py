@@ -315,13 +315,13 @@ def test_who_waited_takes_what_the_other_fetched(server, monkeypatch):
     path = local_path(f"{server.url}/x.gguf")
     server.log.clear()
 
-    class Taken(remote.FileLock):
+    class Taken(transfer.FileLock):
         def acquire(self, timeout=None):
             if timeout == 0:
-                raise remote.Timeout(self.lock_file)
+                raise transfer.Timeout(self.lock_file)
             return super().acquire(timeout)
 
-    monkeypatch.setattr(remote, "FileLock", Taken)
+    monkeypatch.setattr(transfer, "FileLock", Taken)
     assert local_path(f"{server.url}/x.gguf") == path
     assert server.log == []
 

@@ -221,7 +221,7 @@ def test_frozen_prefixes_stay_as_they_are(tiny, reusing):
 # --- what prompts have in common -----------------------------------------------------------------
 
 
-def test_common_beginnings():
+def test_common_prefixes():
     a, b, c = [1] * MIN_SHARED, [2] * MIN_SHARED, [3] * MIN_SHARED
     assert list(common_prefixes([a])) == [] == list(common_prefixes([a, b]))
     assert list(common_prefixes([[*a, 5], [*a, 6]])) == [a]
@@ -234,7 +234,7 @@ def test_common_beginnings():
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, st.integers(1, 4))
-def test_common_beginnings_are_begun_with(texts, least):
+def test_common_prefixes_are_prefixes_of_several_prompts(texts, least):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama.engine.prefixes.MIN_SHARED", least)
         for found in common_prefixes(texts):

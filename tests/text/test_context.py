@@ -35,7 +35,7 @@ def test_the_oldest_turns_go_and_the_system_message_stays(limit, left):
 
 
 def test_what_must_stay_and_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="take 9 tokens, and there is room for 8"):
+    with pytest.raises(ValueError, match="take 9 tokens, and the limit is 8"):
         oldest_turns_out(DIALOG, encode, 8)
 
 

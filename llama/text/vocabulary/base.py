@@ -1,12 +1,17 @@
 """What a tokenizer file says, in one form for all kinds of files."""
 
+from enum import IntEnum
 from pathlib import Path
 from typing import AbstractSet, Dict, List, Literal, NamedTuple, Optional, Set, Tuple
 
 Names = Literal["all"] | AbstractSet[str]  # of special tokens
 
-# Kinds of tokens, numbered alike by SentencePiece and GGUF.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+class Kind(IntEnum):
+    """Kinds of tokens, numbered alike by SentencePiece and GGUF."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
 
 # Names under which vocabularies have an end of text, turn or message.
 STOP_NAMES = {

@@ -9,15 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import AbstractSet, Any, Dict, List, Optional
 
-from llama.text.vocabulary.base import (
-    CONTROL,
-    NORMAL,
-    STOP_NAMES,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    check_ids,
-)
+from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
 
 # How text is cut into words before BPE, by the names that GGUF gives these patterns.
 PATTERNS = {
@@ -36,6 +28,10 @@ PATTERNS = {
 # where tiktoken's regular expressions would give up.
 META_CUTS = (400_000, 25_000)
 SAFE_CUTS = (None, 400_000)
+
+
+class NotByteLevelError(ValueError):
+    """Not byte-level BPE as tiktoken does it, which merges in the order of ids."""
 
 
 def read_llama3(path: Path) -> Vocabulary:
@@ -65,7 +61,6 @@ def read_llama3(path: Path) -> Vocabulary:
         pre="llama-bpe",
         ranks=ranks,
         special_tokens=special,
-        decode_only={},
         user_defined=frozenset(),
         n_words=len(ranks) + len(special),
         bos_id=special["<|begin_of_text|>"],
@@ -81,19 +76,11 @@ def read_llama3(path: Path) -> Vocabulary:
 def llama3_special_tokens(n_ordinary: int) -> Dict[str, int]:
     """Meta's rule: 256 special tokens follow the ordinary ones. Names are those of Llama 3.1."""
     names = [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|reserved_special_token_1|>",
-        "<|finetune_right_pad_id|>",
-        "<|step_id|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eom_id|>",
-        "<|eot_id|>",
-        "<|python_tag|>",
+        "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
+        "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
         "<|image|>",
-    ]
+    ]  # fmt: skip
     names += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(names) + 2)]
     return {name: n_ordinary + i for i, name in enumerate(names)}
 
@@ -134,7 +121,7 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
             f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
         )
     tokens = strings("tokenizer.ggml.tokens")
-    types: List[int] = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    types: List[int] = metadata.get("tokenizer.ggml.token_type", [Kind.NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
     eos_id = require("tokenizer.ggml.eos_token_id")
@@ -171,7 +158,8 @@ def build(
     """Tokens in GPT-2's alphabet, with what each merge makes, in order: as tiktoken has them."""
     ids = {token: i for i, token in enumerate(tokens)}
     alphabet = byte_alphabet()
-    special = {token: i for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)}
+    special_kinds = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+    special = {token: i for token, i in ids.items() if types[i] in special_kinds}
     ranks: Dict[bytes, int] = {}
 
     # Characters of the alphabet become the bytes they stand for, any other what isn't a byte.
@@ -196,16 +184,13 @@ def build(
         if raw in ranks:
             continue  # reached by an earlier merge
         if ids[token] < last:
-            # tiktoken merges in the order of ids
-            raise ValueError(f"{path}: the merge to {token!r} is out of the order of ids")
+            raise NotByteLevelError(f"{path}: the merge to {token!r} is out of the order of ids")
         last = ids[token]
         ranks[raw] = last
     if pre == "llama-bpe":
         for token, i in ids.items():
-            if types[i] == NORMAL:
-                ranks[raw_of(token)] = (
-                    i  # Llama 3 takes a whole word that is a token, merges or not
-                )
+            if types[i] == Kind.NORMAL:
+                ranks[raw_of(token)] = i  # a whole word that is a token is taken without merges
     # What no merge makes, what is there twice, what is unused.
     encoded = {*ranks.values(), *special.values()}
     decode_only = {i: bytes_of(token) for i, token in enumerate(tokens) if i not in encoded}
@@ -217,7 +202,9 @@ def build(
         ranks=ranks,
         special_tokens=special,
         decode_only=decode_only,
-        user_defined=frozenset(name for name, i in special.items() if types[i] == USER_DEFINED),
+        user_defined=frozenset(
+            name for name, i in special.items() if types[i] == Kind.USER_DEFINED
+        ),
         n_words=len(tokens),
         bos_id=bos_id,
         eos_id=eos_id,

@@ -6,23 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
-from typing import (
-    Any,
-    Collection,
-    Dict,
-    FrozenSet,
-    Iterator,
-    List,
-    Literal,
-    Pattern,
-    Protocol,
-)
+from typing import Any, Collection, Dict, FrozenSet, Iterator, List, Literal, Pattern, Protocol
 
 import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Names, Vocabulary
+from llama.text.vocabulary.base import Kind, Names, Vocabulary
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -198,13 +188,13 @@ class SentencePiece(_Pieces):
         self._control.discard(self._unknown)
         self.token_bytes = [b""] * vocabulary.n_words
         for i, piece in enumerate(saved.pieces):
-            if piece.type == BYTE:
+            if piece.type == Kind.BYTE:
                 self.token_bytes[i] = bytes([int(piece.piece[1:-1], 16)])
-            elif piece.type == UNKNOWN:
+            elif piece.type == Kind.UNKNOWN:
                 self.token_bytes[i] = saved.trainer_spec.unk_surface.encode()
-            elif piece.type != CONTROL:
+            elif piece.type != Kind.CONTROL:
                 self.token_bytes[i] = piece.piece.replace(SPACE, " ").encode()
-        its_own = {piece.piece for piece in saved.pieces if piece.type == USER_DEFINED}
+        its_own = {piece.piece for piece in saved.pieces if piece.type == Kind.USER_DEFINED}
         self._cut_at = {name: i for name, i in self._special.items() if name not in its_own}
         for name, i in self._special.items():
             if i >= len(saved.pieces):

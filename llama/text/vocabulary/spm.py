@@ -10,15 +10,7 @@ from typing import Any, Dict, List
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from llama.text.vocabulary.base import (
-    BYTE,
-    CONTROL,
-    STOP_NAMES,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    check_ids,
-)
+from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
 from llama.text.vocabulary.config import TokenizerConfig
 
 proto: Any = sentencepiece_model_pb2  # its classes are made as it is imported
@@ -38,8 +30,8 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
     """
     model = load(path, data)
     pieces = proto.ModelProto.FromString(data).pieces
-    special = {p.piece: i for i, p in enumerate(pieces) if p.type in (UNKNOWN, CONTROL)}
-    user_defined = {p.piece: i for i, p in enumerate(pieces) if p.type == USER_DEFINED}
+    special = {p.piece: i for i, p in enumerate(pieces) if p.type in (Kind.UNKNOWN, Kind.CONTROL)}
+    user_defined = {p.piece: i for i, p in enumerate(pieces) if p.type == Kind.USER_DEFINED}
     added = {name: i for name, i in config.added.items() if i >= len(pieces)}
     special |= user_defined | added
     n_words = max(len(pieces) - 1, *added.values(), 0) + 1
@@ -80,8 +72,9 @@ def load(path: Path, data: bytes) -> SentencePieceProcessor:
     if not loaded or not model.get_piece_size():
         raise ValueError(f"{path} isn't a usable SentencePiece model")
     for i, piece in enumerate(proto.ModelProto.FromString(data).pieces):
-        named = isinstance(piece.piece, str)  # bytes, where they aren't UTF-8
-        if not named or (piece.type == BYTE and not re.fullmatch(r"<0x[0-9A-F]{2}>", piece.piece)):
+        pattern = r"<0x[0-9A-F]{2}>" if piece.type == Kind.BYTE else r"(?s:.*)"
+        # It is bytes where it isn't UTF-8.
+        if not isinstance(piece.piece, str) or not re.fullmatch(pattern, piece.piece):
             raise ValueError(f"{path} isn't a usable SentencePiece model: its piece {i} is damaged")
     return model
 
@@ -107,21 +100,19 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
     model = proto.ModelProto()
     names = set()
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
-        if kind not in range(1, 7):
+        if kind not in [*Kind]:
             raise ValueError(f"{path}: token {i} is of the unknown type {kind}")
-        # SentencePiece wants every piece to have a name of its own; one that comes again encodes
-        # nothing.
+        # SentencePiece wants unique names; one that comes again encodes nothing.
         if not token or token in names:
-            token, kind = f"[{i}] {token}", 5
+            token, kind = f"[{i}] {token}", Kind.UNUSED
         names.add(token)
         model.pieces.add(piece=token, score=score, type=kind)
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
-    model.trainer_spec.byte_fallback = types.count(BYTE) == 256
+    model.trainer_spec.byte_fallback = types.count(Kind.BYTE) == 256
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = bool(optional("add_space_prefix", True))
-    model.normalizer_spec.remove_extra_whitespaces = bool(
-        optional("remove_extra_whitespaces", False)
-    )
+    strips = bool(optional("remove_extra_whitespaces", False))
+    model.normalizer_spec.remove_extra_whitespaces = strips
     defaults = {"bos": ("bos", 1), "eos": ("eos", 2), "unk": ("unknown", 0), "pad": ("padding", -1)}
     for key, (theirs, default) in defaults.items():
         i = optional(f"{theirs}_token_id", default)

@@ -7,27 +7,15 @@ is left to the `tokenizers` package.
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import tokenizers
 
 from llama.text.files import read_object
 from llama.text.vocabulary import spm
-from llama.text.vocabulary.base import (
-    CONTROL,
-    MAX_WORDS,
-    NORMAL,
-    STOP_NAMES,
-    USER_DEFINED,
-    Vocabulary,
-    check_ids,
-)
-from llama.text.vocabulary.byte_level import build, pre_of
+from llama.text.vocabulary.base import MAX_WORDS, STOP_NAMES, Kind, Vocabulary, check_ids
+from llama.text.vocabulary.byte_level import NotByteLevelError, build, pre_of
 from llama.text.vocabulary.config import TokenizerConfig
-
-
-class _NotByteLevelError(ValueError):
-    """Not byte-level BPE that tiktoken could do."""
 
 
 def read(path: Path) -> Vocabulary:
@@ -54,11 +42,11 @@ def read(path: Path) -> Vocabulary:
         )
         stop = {eos_id, *config.stop}
         try:
-            pre, merges = _byte_level(path, data, by_id)
+            pre, merges = _byte_level(data, by_id)
             tokens = [by_id[i] for i in range(len(by_id))]
             kinds = [types[i] for i in range(len(by_id))]
             return build(path, pre, tokens, kinds, merges, stop=stop, **common)
-        except _NotByteLevelError:
+        except NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -69,7 +57,7 @@ def read(path: Path) -> Vocabulary:
     if original.is_file() and original.read_bytes()[:1] == b"\n":
         names = {token["content"]: token["id"] for token in data["added_tokens"]}
         config.added = names | config.added
-        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == USER_DEFINED}
+        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == Kind.USER_DEFINED}
         vocabulary = spm.from_model(original, original.read_bytes(), config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
@@ -78,13 +66,13 @@ def read(path: Path) -> Vocabulary:
         neutral: Dict[str, Any] = {"version": "1.0", **dict.fromkeys(_NULLABLE), "added_tokens": []}
         keys = [key for key in neutral if not _refusal(data | {key: neutral[key]})]
         raise ValueError(f"{path}: {(keys or ['model'])[0]} isn't usable: {refusal}")
-    special = {by_id[i]: i for i, kind in types.items() if kind != NORMAL}
+    special = {by_id[i]: i for i, kind in types.items() if kind != Kind.NORMAL}
     check_ids(path, [bos_id, common["pad_id"], *stop], max(by_id) + 1)
     return Vocabulary(
         name=path.name,
         kind="json",
         special_tokens=special,
-        user_defined=frozenset(by_id[i] for i, kind in types.items() if kind == USER_DEFINED),
+        user_defined=frozenset(by_id[i] for i, kind in types.items() if kind == Kind.USER_DEFINED),
         n_words=max(by_id) + 1,
         stop_tokens=stop | {special[name] for name in STOP_NAMES if name in special},
         model=json.dumps(data).encode(),
@@ -128,46 +116,34 @@ def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     by_id |= {i: token["content"] for i, token in added.items()}
     if not vocab or not all(type(i) is int and 0 <= i < MAX_WORDS for i in by_id):
         raise ValueError(f"{path}: ids in model.vocab or added_tokens aren't numbers from 0 up")
-    types = dict.fromkeys(by_id, NORMAL)
-    types |= {i: CONTROL if t.get("special") else USER_DEFINED for i, t in added.items()}
+    types = dict.fromkeys(by_id, Kind.NORMAL)
+    types |= {i: Kind.CONTROL if t.get("special") else Kind.USER_DEFINED for i, t in added.items()}
     return by_id, types
 
 
-def _byte_level(path: Path, data: Dict[str, Any], by_id: Dict[int, str]) -> Any:
+def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Tuple[str, List[str]]:
     """The rule for words and the merges, of byte-level BPE that tiktoken does exactly.
 
     Raises:
-        _NotByteLevelError: some setting asks for more.
+        NotByteLevelError: some setting asks for more.
     """
     model = data["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     plain = not any(model.get(key) for key in ("byte_fallback", "dropout", "fuse_unk", *affixes))
     if kind != "BPE" or not plain or data.get("normalizer"):
-        raise _NotByteLevelError
+        raise NotByteLevelError
     pre = pre_of(data["pre_tokenizer"] or {})
-    if pre is None or (pre != "llama-bpe" and model.get("ignore_merges")):
-        raise _NotByteLevelError
-    if pre == "llama-bpe" and not model.get("ignore_merges"):
-        raise _NotByteLevelError
+    if pre is None or (pre == "llama-bpe") != bool(model.get("ignore_merges")):
+        raise NotByteLevelError
     for token in data["added_tokens"]:
         odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
         if odd and not token.get("special"):
-            raise _NotByteLevelError
+            raise NotByteLevelError
     if sorted(by_id) != list(range(len(by_id))):
-        raise _NotByteLevelError
+        raise NotByteLevelError
     merges: List[str] = [
         merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
         for merge in model["merges"]
     ]
-    ids, last = {token: i for i, token in by_id.items()}, -1
-    seen = set()
-    for merge in merges:  # tiktoken merges in the order of ids
-        if merge not in ids:
-            raise ValueError(f"{path}: model.merges makes {merge!r}, which isn't a token")
-        if merge not in seen:
-            if ids[merge] < last:
-                raise _NotByteLevelError
-            last = ids[merge]
-        seen.add(merge)
     return pre, merges

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from llama.text.files import write_json
-from llama.text.vocabulary.base import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from llama.text.vocabulary.base import Kind, Vocabulary
 from llama.text.vocabulary.byte_level import byte_alphabet, llama3_special_tokens, split_rule
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -77,9 +77,8 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
             config["tokenizer_class"] = "LlamaTokenizer"
         else:
             write_json(directory / "tokenizer.json", twin)
-        config["added_tokens_decoder"] = {
-            str(token.pop("id")): token for token in _added_tokens(vocabulary)
-        }
+        added = _added_tokens(vocabulary)
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
     else:
         path = directory / "tokenizer.json"
         if vocabulary.kind == "json":
@@ -133,7 +132,7 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
     if model.trainer_spec.model_type != proto.TrainerSpec.BPE or not plain:
         return None
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    made = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    made = {piece.piece: piece.score for piece in model.pieces if piece.type == Kind.NORMAL}
     merges: List[Tuple[str, str]] = []
     for piece in sorted(made, key=lambda piece: (-made[piece], ids[piece])):
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
@@ -147,61 +146,62 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
     prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary),
-        "normalizer": {"type": "Sequence", "normalizers": [*prefixed, replace]},
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(vocabulary, tokens),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": tokens[model.trainer_spec.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.trainer_spec.byte_fallback,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    return _bpe_json(
+        vocabulary,
+        tokens,
+        normalizer={"type": "Sequence", "normalizers": [*prefixed, replace]},
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        unk_token=tokens[model.trainer_spec.unk_id],
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+        ignore_merges=False,
+        vocab=ids,
+        merges=merges,
+    )
 
 
 def _tokenizer_json(vocabulary: Vocabulary) -> Dict[str, Any]:
     """tokenizer.json of a byte-level vocabulary."""
     tokens = tokens_of(vocabulary)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    rules = [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}]
+    return _bpe_json(
+        vocabulary,
+        tokens,
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": rules},
+        decoder={**byte_level, "use_regex": False},
+        unk_token=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=vocabulary.pre == "llama-bpe",
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges_of(vocabulary),
+    )
+
+
+def _bpe_json(
+    vocabulary: Vocabulary,
+    tokens: List[str],
+    normalizer: Any,
+    pre_tokenizer: Any,
+    decoder: Any,
+    **model: Any,
+) -> Dict[str, Any]:
+    """tokenizer.json with a model of the kind BPE."""
+    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(vocabulary),
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}],
-        },
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": _post_processor(vocabulary, tokens),
-        "decoder": {**byte_level, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": vocabulary.pre == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges_of(vocabulary),
-        },
+        "decoder": decoder,
+        "model": {"type": "BPE", **dict.fromkeys(unset), **model},
     }
 
 
@@ -233,14 +233,15 @@ def write_gguf(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
 
 def _write_byte_level(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
     tokens = tokens_of(vocabulary)
-    kinds = {i: CONTROL for i in vocabulary.special_tokens.values()}
-    kinds |= {vocabulary.special_tokens[name]: USER_DEFINED for name in vocabulary.user_defined}
-    types = [kinds.get(i, NORMAL) for i in range(len(tokens))]
+    special = vocabulary.special_tokens
+    kinds = dict.fromkeys(special.values(), Kind.CONTROL)
+    kinds |= {special[name]: Kind.USER_DEFINED for name in vocabulary.user_defined}
+    types = [kinds.get(i, Kind.NORMAL) for i in range(len(tokens))]
     missing = range(len(tokens), vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(tokens + [f"[PAD{i}]" for i in missing])
-    writer.add_token_types(types + [UNUSED for _ in missing])
+    writer.add_token_types(types + [Kind.UNUSED for _ in missing])
     writer.add_token_merges([f"{a} {b}" for a, b in merges_of(vocabulary)])
 
 
@@ -249,8 +250,8 @@ def _write_pieces(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
     pieces = [(p.piece, p.score, p.type) for p in model.pieces]
     added = {i: name for name, i in vocabulary.special_tokens.items()}
     for i in range(len(pieces), max(vocab_size, vocabulary.n_words)):
-        kind = USER_DEFINED if added.get(i) in vocabulary.user_defined else CONTROL
-        pieces.append((added[i], 0.0, kind) if i in added else (f"[PAD{i}]", 0.0, UNUSED))
+        kind = Kind.USER_DEFINED if added.get(i) in vocabulary.user_defined else Kind.CONTROL
+        pieces.append((added[i], 0.0, kind) if i in added else (f"[PAD{i}]", 0.0, Kind.UNUSED))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece for piece, _, _ in pieces])

