@@ -59,7 +59,7 @@ class Llama:
         llama = Llama(built.model, built.tokenizer, draft=built.draft, seed=options.seed)
         if options.prefix_cache_mb:
             # Saved prefixes can't be shared between precisions: their keys and values differ.
-            kinds = [str(built.model.norm.weight.dtype)[6:], options.quantize]
+            kinds = [str(built.model.norm.weight.dtype)[6:], built.quantize]
             kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
             source = built.source
             llama.prefixes = PrefixCache(

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -27,6 +27,7 @@ class Built(NamedTuple):
     tokenizer: Tokenizer
     draft: Optional[Transformer]
     source: Checkpoint
+    quantize: Optional[str]  # one of `quantized.KINDS`; None: dense
 
 
 def assemble(options: ModelOptions) -> Built:
@@ -40,9 +41,13 @@ def assemble(options: ModelOptions) -> Built:
     )
     world = parallel.world_size()
     parallel.check_world(world, args.n_heads)
-    quantize, kv_cache, offload = options.quantize, options.kv_cache, options.offload
+    kv_cache, offload = options.kv_cache, options.offload
+    compile, obstacle = resolve_compile(options.compile, args, device, dtype)
+    if obstacle:
+        say(f"note: plain layers, several times slower than the CPU kernels: {obstacle}")
+    quantize = resolve_quantize(options.quantize, source, device, compile)
     reserve = options.prefix_cache_mb * 1_000_000
-    say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload))
+    say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload, source))
     if args.max_seq_len > source.args.max_seq_len:
         say(f"note: {options.ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
     tokenizer = open_tokenizer(source, options.tokenizer_path)
@@ -51,7 +56,7 @@ def assemble(options: ModelOptions) -> Built:
         draft_path = remote.local_path(options.draft_ckpt_dir)
         reserve += draft_bytes(draft_path, args, dtype, options.draft_quantize)
     model = prepare(
-        source, args, device=device, dtype=dtype, quantize=quantize,
+        source, args, device=device, dtype=dtype, quantize=options.quantize,
         kv_cache=kv_cache, compile=options.compile, offload=offload, reserve=reserve,
     )  # fmt: skip
     if draft_path is not None:
@@ -62,7 +67,7 @@ def assemble(options: ModelOptions) -> Built:
     took = f"{time.monotonic() - start:.1f} s"
     placement = getattr(model, "placement", None)  # of an offloaded one
     say(f"loaded {options.ckpt_dir} in {took}" + (f"; {placement}" if placement else ""))
-    return Built(model, tokenizer, draft, source)
+    return Built(model, tokenizer, draft, source, quantize)
 
 
 def open_checkpoint(ckpt_dir: str | Path, adapter_dir: Optional[str | Path] = None) -> Checkpoint:
@@ -99,15 +104,46 @@ def open_tokenizer(source: Checkpoint, tokenizer_path: Optional[str | Path] = No
     return tokenizer
 
 
+def resolve_compile(
+    compile: Optional[bool], args: ModelArgs, device: torch.device, dtype: torch.dtype
+) -> Tuple[bool, Optional[str]]:
+    """Whether to compile: as asked, or, by default, where the CPU kernels can serve; and why not.
+
+    Raises:
+        ValueError: compile=True, and they can't.
+    """
+    if device.type != "cpu" or compile is False:
+        return bool(compile), None
+    try:
+        cpu.check(args, device, dtype)
+    except ValueError as error:
+        if compile:
+            raise
+        return False, str(error)
+    return True, None
+
+
+def resolve_quantize(
+    quantize: Optional[str], source: Checkpoint, device: torch.device, compile: bool
+) -> Optional[str]:
+    """The option as one of `quantized.KINDS`, or None for dense weights.
+
+    By default weights stay as they are stored where the kernels compute with them.
+    """
+    if quantize is None and compile and device.type == "cpu" and quantized.has_blocks(source):
+        return "stored"
+    return None if quantize == "dense" else quantize
+
+
 def prepare(
     source: Checkpoint,
     args: ModelArgs,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quantize: Optional[Literal["int8", "int4"]] = None,
+    quantize: Optional[str] = None,
     kv_cache: Optional[Literal["int8"]] = None,
-    compile: bool = False,
+    compile: Optional[bool] = None,
     offload: Optional[Literal["auto"]] = None,
     reserve: int = 0,
 ) -> Transformer:
@@ -120,39 +156,36 @@ def prepare(
         ValueError: an unknown quantize, kv_cache or offload, a model that can't be compiled, or one
             that doesn't fit even with offload; and what `checkpoint.load` raises.
     """
-    if compile and device.type == "cpu":
-        cpu.check(args, device, dtype)  # before loading, which may take minutes
+    compiled, _ = resolve_compile(compile, args, device, dtype)  # before loading, which takes long
+    quantize = resolve_quantize(quantize, source, device, compiled)
     plan = None
     if offload is not None:
         plan = offloaded.plan(
             source, args, parallel.world_size(), dtype, device,
             quantize=quantize, kv_cache=kv_cache, compile=compile, reserve=reserve,
         )  # fmt: skip
+    model = Transformer(args, device="meta")
     if plan is not None:
-        model = offloaded.load(source, args, plan, dtype=dtype, device=device)
+        model, compiled = offloaded.load(source, args, plan, dtype=dtype, device=device), False
     elif quantize is None:
-        model = Transformer(args, device="meta")
         checkpoint.load(source, model, dtype=dtype, device=device)
     else:
-        model = Transformer(args, device="meta")
         quantized.load(source, model, quantize, dtype=dtype, device=device)
     if kv_cache is not None:
         model.new_cache = partial(model.new_cache, cache_type=Int8KVCache)  # type: ignore[method-assign]
-    if compile and device.type == "cpu":
+    if compiled and device.type == "cpu":
         cpu.swap(model)
-    elif compile:
-        from llama.backends import compiled
+    elif compiled:
+        from llama.backends import compiled as gpu
 
-        compiled.swap(model)
+        gpu.swap(model)
     return model
 
 
-def draft_bytes(
-    path: Path, args: ModelArgs, dtype: torch.dtype, quantize: Optional[Literal["int8", "int4"]]
-) -> int:
-    """Bytes that `prepare_draft` will take on each rank."""
-    args = _draft_args(checkpoint.open(path), args)
-    return memory.estimate(args, parallel.world_size(), dtype, quantize).total
+def draft_bytes(path: Path, args: ModelArgs, dtype: torch.dtype, quantize: Optional[str]) -> int:
+    """Bytes that `prepare_draft` will take on each rank, at most."""
+    args, kind = _draft_args(checkpoint.open(path), args), quantize if quantize != "dense" else None
+    return memory.estimate(args, parallel.world_size(), dtype, kind).total
 
 
 def _draft_args(source: Checkpoint, args: ModelArgs) -> ModelArgs:
@@ -166,8 +199,8 @@ def prepare_draft(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quantize: Optional[Literal["int8", "int4"]] = None,
-    compile: bool = False,
+    quantize: Optional[str] = None,
+    compile: Optional[bool] = None,
 ) -> Transformer:
     """Load the draft model for a model with these arguments and this tokenizer.
 
@@ -185,7 +218,9 @@ def prepare_draft(
     args = _draft_args(source, args)
     world = parallel.world_size()
     parallel.check_world(world, args.n_heads)
-    memory.preflight(args, world, dtype, device, quantize)
+    compiled, _ = resolve_compile(compile, args, device, dtype)
+    kind = resolve_quantize(quantize, source, device, compiled)
+    memory.preflight(args, world, dtype, device, kind, source=source)
     return prepare(source, args, device=device, dtype=dtype, quantize=quantize, compile=compile)
 
 

@@ -8,9 +8,8 @@ from typing import Iterator, NamedTuple, Optional
 import psutil
 import torch
 
-from llama.backends.quantized import block_bytes
-from llama.checkpoint import local_shape, weight_shapes
-from llama.checkpoint.ggml import VALUES
+from llama.backends.quantized import bytes_per_value
+from llama.checkpoint import Checkpoint, local_shape, weight_shapes
 from llama.layers.cache import PASS
 from llama.layers.parallel import kv_heads
 from llama.model import ModelArgs
@@ -43,13 +42,19 @@ def estimate(
     dtype: torch.dtype,
     quantize: Optional[str] = None,
     kv_cache: Optional[str] = None,
+    source: Optional[Checkpoint] = None,
 ) -> Estimate:
-    """The memory that a model of this shape needs on each of `world` ranks."""
+    """The memory that a model of this shape needs on each of `world` ranks.
+
+    Args:
+        quantize: one of `quantized.KINDS`; None: dense.
+        source: whose weights keep their block types, where quantize says so.
+    """
 
     def per_value(name: str) -> float:
         if quantize is None or "norm" in name:
             return dtype.itemsize
-        return block_bytes(name, quantize) / VALUES
+        return bytes_per_value(name, quantize, dtype, source)
 
     heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
     row = args.head_dim * dtype.itemsize if kv_cache is None else args.head_dim + 4  # and a scale
@@ -146,14 +151,16 @@ def preflight(
     kv_cache: Optional[str] = None,
     prefix_cache: int = 0,
     offload: Optional[str] = None,
+    source: Optional[Checkpoint] = None,
 ) -> str:
     """Compare needed and available memory, the prefix cache included; returns a line to print.
 
     Raises:
         ValueError: it doesn't fit, and offload is None.
     """
-    need, have = estimate(args, world, dtype, quantize, kv_cache), available(device)
-    held = " and ".join(filter(None, (quantize, str(dtype)[6:])))
+    need, have = estimate(args, world, dtype, quantize, kv_cache, source), available(device)
+    blocks = "stored blocks" if quantize == "stored" else quantize
+    held = " and ".join(filter(None, (blocks, str(dtype)[6:])))
     line = (
         f"{need} ({args.max_batch_size} rows of {args.max_seq_len} tokens) as {held}"
         + (f" + prefixes {size(prefix_cache)}" if prefix_cache else "")

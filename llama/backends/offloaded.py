@@ -65,7 +65,7 @@ def plan(
     *,
     quantize: Optional[str] = None,
     kv_cache: Optional[str] = None,
-    compile: bool = False,
+    compile: Optional[bool] = None,
     reserve: int = 0,
 ) -> Optional[Plan]:
     """Decides what stays in memory, by estimated and available memory; None if everything fits.
@@ -77,10 +77,13 @@ def plan(
         ValueError: not even two blocks fit, or layers are to be quantized or compiled, which can't
             be streamed.
     """
-    need, have = memory.estimate(args, world, dtype, quantize, kv_cache), memory.available(device)
+    need = memory.estimate(args, world, dtype, quantize, kv_cache, source)
+    have = memory.available(device)
     have //= memory.sharers(device)
     if need.total + reserve <= have:
         return None
+    if quantize == "stored":  # they are dequantized as they are streamed
+        quantize, need = None, memory.estimate(args, world, dtype, None, kv_cache)
     if quantize is not None or compile:
         asked = "compile=True" if quantize is None else f"quantize={quantize!r}"
         raise ValueError(

@@ -40,10 +40,13 @@ class ModelOptions:
         dtype: bf16, fp16 or fp32, of weights, activations and cache; by default bf16 where the
             hardware has it, else fp32.
         quantize: quantize matrices to 8 or 4 bits as they are loaded; those that a GGUF file
-            already holds quantized are kept as they are.
+            already holds in no more bits are kept as they are. By default the CPU kernels compute
+            with what the file holds, quantized or not, and other layers with dense weights, as
+            with dense everywhere.
         kv_cache: int8 stores keys and values in 8 bits, half the memory of bf16.
-        compile: compile faster code, which takes some seconds once per machine: CPU kernels, or
-            torch.compile on other devices.
+        compile: the CPU kernels, compiled once per machine in some seconds, or torch.compile on
+            other devices. By default the kernels wherever they can serve, else the plain layers;
+            false: the plain layers, for training, hooks and masks.
         draft_ckpt_dir: a smaller model with the same tokenizer, for speculative decoding.
         draft_quantize: like quantize, for the draft model.
         prefix_cache_mb: memory for prefix caching, in MB (10^6 bytes) on each rank: keys and values
@@ -65,11 +68,11 @@ class ModelOptions:
     _: KW_ONLY
     device: Optional[Device] = None
     dtype: Optional[DType] = None
-    quantize: Optional[Literal["int8", "int4"]] = None
+    quantize: Optional[Literal["int8", "int4", "dense"]] = None
     kv_cache: Optional[Literal["int8"]] = None
-    compile: bool = False
+    compile: Optional[bool] = None
     draft_ckpt_dir: Optional[str | Path] = None
-    draft_quantize: Optional[Literal["int8", "int4"]] = None
+    draft_quantize: Optional[Literal["int8", "int4", "dense"]] = None
     prefix_cache_mb: int = 0
     adapter_dir: Optional[str | Path] = None
     offload: Optional[Literal["auto"]] = None
@@ -83,8 +86,8 @@ class ModelOptions:
         if isinstance(self.device, str) and self.device.partition(":")[0] not in DEVICES:
             raise ValueError(f"device={self.device!r}: choose one of {', '.join(DEVICES)}")
         for name, known in (
-            ("quantize", ("int8", "int4")),
-            ("draft_quantize", ("int8", "int4")),
+            ("quantize", ("int8", "int4", "dense")),
+            ("draft_quantize", ("int8", "int4", "dense")),
             ("kv_cache", ("int8",)),
             ("offload", ("auto",)),
         ):

@@ -9,7 +9,7 @@ time. On a CPU, `llama.backends.cpu` computes with the blocks directly.
 """
 
 import warnings
-from typing import Any, Dict, Literal, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,13 @@ from llama.checkpoint import Checkpoint, ggml
 from llama.layers import parallel
 from llama.model import Transformer
 
-Kind = Literal["int8", "int4"]
-
-# For each kind, the block type that it quantizes to, and those that it keeps as stored.
+# For each kind, the block type that it quantizes to, and those that it keeps as stored. The kind
+# "stored" keeps all, and leaves dense weights dense.
+FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+ALL = (*FOUR_BITS, "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
-    "int8": ("Q8_0", ("Q8_0", "Q4_0", "Q4_1")),
-    "int4": ("Q4_1", ("Q4_0", "Q4_1")),
+    "int8": ("Q8_0", ALL),
+    "int4": ("Q4_1", FOUR_BITS),
 }
 # The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
@@ -112,7 +113,7 @@ class QuantizedEmbedding(nn.Module):
 def load(
     source: Checkpoint,
     model: Transformer,
-    kind: Kind,
+    kind: str,
     *,
     dtype: torch.dtype,
     device: Optional[torch.device] = None,
@@ -120,7 +121,8 @@ def load(
     """`checkpoint.load` with quantized matrices.
 
     Args:
-        kind: "int8" (Q8_0) or "int4" (Q4_1, and Q8_0 for the embedding and the output).
+        kind: "int8" (Q8_0), "int4" (Q4_1, and Q8_0 for the embedding and the output), or "stored":
+            those stay quantized that are stored so.
         dtype: of the norms and of activations.
 
     Raises:
@@ -130,9 +132,9 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        if "norm" in name:
+        found = None if "norm" in name else read(source, name, kind)
+        if found is None:
             return None
-        found = read(source, name, kind)
         found = found._replace(data=found.data.to(device))
         if name == "tok_embeddings.weight":
             if tied:
@@ -144,40 +146,57 @@ def load(
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
 
 
-def block_bytes(name: str, kind: Kind | str) -> int:
-    """Bytes per block of the type that a weight is quantized to.
+def has_blocks(source: Checkpoint) -> bool:
+    """Whether a checkpoint stores some weight in a block type that can be kept."""
+    return any(source.stored_as(name) in ALL for name in checkpoint.weight_shapes(source.args))
+
+
+def bytes_per_value(
+    name: str, kind: str, dtype: torch.dtype, source: Optional[Checkpoint] = None
+) -> float:
+    """Of a matrix that is loaded as this kind from a checkpoint, or from one of dense weights.
 
     Raises:
         ValueError: an unknown kind.
     """
-    return ggml.BYTES[_types(name, kind)[0]]
+    target, kept = _types(name, kind)
+    stored = source.stored_as(name) if source else None
+    block = stored if stored in kept else target
+    if block is None:
+        return dtype.itemsize
+    values, size = ggml.block(block)
+    return size / values
 
 
-def _types(name: str, kind: Kind | str) -> Tuple[str, Tuple[str, ...]]:
+def _types(name: str, kind: str) -> Tuple[Optional[str], Tuple[str, ...]]:
+    if kind == "stored":
+        return None, ALL
     if kind not in KINDS:
-        raise ValueError(f"quantize={kind!r}: choose one of {', '.join(KINDS)}, or None")
-    target, kept = KINDS[kind]
-    return ("Q8_0", KINDS["int8"][1]) if name in EDGES else (target, kept)
+        raise ValueError(f"quantize={kind!r}: choose one of {', '.join(KINDS)}, dense, or None")
+    return ("Q8_0", ALL) if name in EDGES else KINDS[kind]
 
 
-def read(source: Checkpoint, name: str, kind: Kind) -> Blocks:
-    """This rank's shard of a weight, quantized."""
+def read(source: Checkpoint, name: str, kind: str) -> Optional[Blocks]:
+    """This rank's shard of a weight, quantized; None if it is to be dense."""
     target, kept = _types(name, kind)
     rank, world = parallel.rank(), parallel.world_size()
     rows, cols = checkpoint.local_shape(source.args, name, rank, world)
-    if cols % ggml.VALUES:
-        raise ValueError(
-            f"quantize={kind!r}: {name} is {cols} wide on each of {world} rank(s), and a block "
-            f"holds {ggml.VALUES} values: use another number of ranks, or quantize=None"
-        )
     stored = source.stored_as(name)
     data = _stored_blocks(source, name, rank, world, stored) if stored in kept else None
     if data is not None:
-        missing = rows - data.shape[0], cols // ggml.VALUES * ggml.BYTES[stored] - data.shape[1]
+        values, size = ggml.block(stored)
+        missing = rows - data.shape[0], -(-cols // values) * size - data.shape[1]
         if any(missing):  # pad with blocks of zeros, like any sharded weight
             data = F.pad(data, (0, missing[1], 0, missing[0]))
         found = Blocks(data, stored)
+    elif target is None:
+        return None
     else:
+        if cols % ggml.VALUES:
+            raise ValueError(
+                f"quantize={kind!r}: {name} is {cols} wide on each of {world} rank(s), and a block "
+                f"holds {ggml.VALUES} values: use another number of ranks, or quantize='dense'"
+            )
         dense = checkpoint.read_shard(source, name, rank, world)
         step = max(1, ROWS * ggml.VALUES // cols)
         parts = [ggml.quantize(part, target) for part in dense.split(step)]
@@ -192,9 +211,12 @@ def _stored_blocks(
 ) -> Optional[torch.Tensor]:
     """The blocks of this rank's shard in the file; None if its boundaries fall within blocks."""
     args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
-    axis = parallel.shard_axis(name) or 0
+    axis, values = parallel.shard_axis(name) or 0, ggml.block(stored)[0]
     ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)
-    if axis == 1 and any(start % ggml.VALUES or stop % ggml.VALUES for start, stop in ranges):
+    width = checkpoint.local_shape(args, name, rank, world)[1]
+    if width % values or (
+        axis == 1 and any(start % values or stop % values for start, stop in ranges)
+    ):
         return None
     gguf: Any = source  # no other format has blocks
     parts = [gguf.read_blocks(name, axis, start, stop) for start, stop in ranges]

@@ -121,7 +121,13 @@ def load_model(
         adapter: arguments of `lora.fresh`, or None to learn all weights.
     """
     check_memory(args, "lora" if adapter else "full", low, device)
-    model = prepare(source, args, device=device, dtype=low if adapter else torch.float32)
+    model = prepare(
+        source,
+        args,
+        device=device,
+        dtype=low if adapter else torch.float32,
+        compile=False,
+    )
     if adapter:
         model.requires_grad_(False)
         lora.attach(model, lora.fresh(model, **adapter))

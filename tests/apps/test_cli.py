@@ -98,7 +98,7 @@ def test_help_of_shared_options_is_that_of_the_dataclasses(capsys):
                 "logits_processor",
             )
             assert (f"--{name.replace('_', '-')}" in text, about in said) == (shown, shown), name
-    assert "[choices: int8, int4]" in said and "[default: 0.0]" in said
+    assert "[choices: int8, int4, dense]" in said and "[default: 0.0]" in said
 
 
 def test_help_does_not_wait_for_torch():
@@ -142,7 +142,7 @@ def test_version(capsys):
 def test_options_are_written_in_either_spelling():
     one, two = (
         cli.parse(["complete", "ckpt", *words]).args[0]
-        for words in (["--max_seq_len", "7", "--no-compile"], ["--max-seq-len=7"])
+        for words in (["--max_seq_len", "7", "--no-compile"], ["--max-seq-len=7", "--compile=false"])
     )
     assert one == two and one.max_seq_len == 7 and not one.compile
     assert cli.parse(["score", "ckpt", "f", "--batch_size=2"]).args[0].max_batch_size == 2

@@ -241,7 +241,7 @@ def test_quantized_layers_learn_an_adapter(tmp_path):
     """The gradients are those of the same weights made dense."""
     args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)
     path = write_checkpoint(tmp_path / "base", args)
-    build = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
+    build = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128, "compile": False}
     gguf.write(checkpoint.open(path), tmp_path / "q.gguf", "q8_0",
                tokenizer=Tokenizer(path / "tokenizer.model"))  # fmt: skip
     tokenizer, tokens, found = path / "tokenizer.model", ids(2, 9), []
@@ -257,7 +257,8 @@ def test_quantized_layers_learn_an_adapter(tmp_path):
 def test_quantized_layers_take_an_adapter_but_no_merge(tmp_path):
     args = replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128)
     path = write_checkpoint(tmp_path / "base", args)
-    model = Llama.build(path, device="cpu", dtype="fp32", quantize="int8", max_seq_len=128).model
+    build = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128, "compile": False}
+    model = Llama.build(path, quantize="int8", **build).model
     tokens = ids(1, 5)
     before = model(tokens)
     lora.attach(model, adapter(args=args))
