@@ -196,6 +196,11 @@ void tile(T w, const Inputs &x, int first, float *y, size_t stride, int rows) {
             for (int r = 0; r < rows; r++) y[(first + m) * stride + r] = tile.sums[m][r];
 }
 
+#ifdef __AVX512F__
+constexpr int MOST = 8;  // rows of x in a tile, as registers allow
+#else
+constexpr int MOST = 2;
+#endif
 constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
 
 // This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
@@ -211,9 +216,11 @@ Share multiply(const Weight &w, const Inputs &x, int tokens, float *y) {
                 from.p = w.data + r / LANES * size;
                 const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
                 int m = begin;
-                for (; m + 8 <= end; m += 8) tile<T, 8>(from, x, m, y + r, w.rows, rows);
-                if (end - m & 4) tile<T, 4>(from, x, m, y + r, w.rows, rows), m += 4;
-                if (end - m & 2) tile<T, 2>(from, x, m, y + r, w.rows, rows), m += 2;
+                for (; m + MOST <= end; m += MOST) tile<T, MOST>(from, x, m, y + r, w.rows, rows);
+                if constexpr (MOST > 4)
+                    if (end - m & 4) tile<T, 4>(from, x, m, y + r, w.rows, rows), m += 4;
+                if constexpr (MOST > 2)
+                    if (end - m & 2) tile<T, 2>(from, x, m, y + r, w.rows, rows), m += 2;
                 if (end - m & 1) tile<T, 1>(from, x, m, y + r, w.rows, rows);
             }
     });
