@@ -49,8 +49,8 @@ def test_a_ragged_batch_equals_singles_token_for_token(tiny):
 def test_a_ragged_batch_of_the_real_model_equals_singles(smollm2, parity):
     prompts = [case["ids"] for case in parity["completions"]]
     prompts += [prompt + prompt for prompt in prompts] + [case["ids"] for case in parity["chats"]]
-    together, _ = smollm2.generate(prompts, 20, temperature=0)
-    assert together == [smollm2.generate([p], 20, temperature=0)[0][0] for p in prompts]
+    together, _ = smollm2.generate(prompts, 10, temperature=0)
+    assert together == [smollm2.generate([p], 10, temperature=0)[0][0] for p in prompts]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
