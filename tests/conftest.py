@@ -3,9 +3,11 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
 import torch
+from filelock import FileLock
 
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
@@ -38,11 +41,37 @@ TINY = ModelArgs(
 )
 
 
+SHARED = "LLAMA_TESTS_SHARED"
+
+
+def pytest_configure(config):
+    """A folder for what the workers share, which inherit its name."""
+    if SHARED not in os.environ:
+        os.environ[SHARED] = folder = tempfile.mkdtemp(prefix="llama-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(SHARED, None))
+
+
+def shared(name: str, make: Callable[[Path], object]) -> Path:
+    """Files that only the first worker to need them makes, for as long as the tests run."""
+    path = Path(os.environ[SHARED]) / name
+    with FileLock(path.with_name(f"{name}.lock")):
+        done = path.with_name(f"{name}.done")
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
+
+
 def pytest_collection_modifyitems(items):
-    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model."""
+    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model.
+
+    Those come first, so that at the end no worker waits long for the other's last test.
+    """
     for item in items:
         if "smollm2_path" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
@@ -136,9 +165,9 @@ def smollm2(smollm2_path) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def smollm2_hf(smollm2_path, tmp_path_factory) -> Path:
+def smollm2_hf(smollm2_path) -> Path:
     """The real model in Hugging Face's format, fp32."""
-    return convert(smollm2_path, tmp_path_factory.mktemp("real") / "hf", "hf", quiet=True)
+    return shared("hf", lambda path: convert(smollm2_path, path, "hf", quiet=True))
 
 
 @pytest.fixture(scope="session")

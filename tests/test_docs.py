@@ -38,6 +38,7 @@ COMMANDS: dict[str, str] = {  # as they are shown, by one spelling
 SHELL = "writes into the user's shell configuration: test_cli.py"
 LICENCE = "takes Meta's licence and its link: tests/apps/test_download.py, on a local server"
 NETWORK = "takes the network: tests/apps/test_download.py, on a local server"
+EXAMPLES = "test_examples.py, with shorter answers"
 MAKE = "test_make_does_what_the_commands_beneath_it_do"
 ELSEWHERE = {
     "make demo": MAKE,
@@ -67,6 +68,12 @@ ELSEWHERE = {
     "--json": "the harness downloads these tasks' data; evaluation.md's own task is run",
     ".venv/bin/llama chat checkpoints/SmolLM2-135M-Instruct": "the same with a message in a pipe",
     ".venv/bin/llama --install-completion": SHELL,
+    ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir "
+    "checkpoints/SmolLM2-135M-Instruct": EXAMPLES,
+    ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --temperature 0.6 "
+    "--max_seq_len 512": EXAMPLES,
+    ".venv/bin/torchrun --nproc_per_node 3 example_text_completion.py": EXAMPLES,
+    ".venv/bin/python example_text_completion.py --temperature 0 --max_gen_len 16": EXAMPLES,
 }
 TUNED = [command for command in COMMANDS.values() if "runs/lighthouse" in command]
 ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")

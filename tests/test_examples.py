@@ -1,8 +1,10 @@
 """The example scripts as a user starts them, and the notebook."""
 
 import inspect
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -19,14 +21,14 @@ def run(*command, timeout=300):
 
 
 def torchrun(ranks, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return run(*launcher, "--nproc_per_node", str(ranks), *arguments)
+    launcher = Path(sys.executable).parent / "torchrun"
+    return run(launcher, "--nproc_per_node", str(ranks), *arguments)
 
 
 def test_chat_under_torchrun_says_paris(smollm2_path):
     done = torchrun(
         1, "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
-        "--max_gen_len", "24",
+        "--max_gen_len", "24", "--temperature", "0.6", "--max_seq_len", "512",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     question, answer = done.stdout.split("==")[0].split("> Assistant:")
@@ -59,17 +61,27 @@ def test_more_dialogs_than_max_batch_size_are_answered_in_turns(smollm2_path):
 
 
 @pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
-def test_help_and_mistakes(script):
-    done = run(sys.executable, script, "--help")
-    assert done.returncode == 0
-    assert "ckpt_dir" in done.stdout + done.stderr
+def test_help_and_mistakes(script, monkeypatch, capfd):
+    """The script as the main program: once in a process of its own, else in this one."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return exit.value.code, *capfd.readouterr()
+
+    monkeypatch.chdir(ROOT)
+    done = run(sys.executable, script, "--ckpt_dir", "nowhere")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: no checkpoint at nowhere" in done.stderr and done.stdout == ""
+    code, out, err = main("--help")
+    assert code == 0 and "ckpt_dir" in out + err
     for arguments, message in (
         (["--ckpt_dir", "nowhere"], "error: no checkpoint at nowhere: `llama download smollm2`"),
         (["--max_seq_len", "0"], "error: max_seq_len=0 must be at least 1"),
     ):
-        done = run(sys.executable, script, *arguments)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert message in done.stderr and done.stdout == ""
+        code, out, err = main(*arguments)  # a text: python prints it and ends with 1, as above
+        assert message in str(code) and "Traceback" not in err and out == ""
 
 
 def test_arguments_are_metas():

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +49,12 @@ def here(capsys, *arguments):
     """In this process, since starting one takes seconds: exit code, stdout, stderr."""
     code = cli.main([*map(str, arguments)])
     return code, *capsys.readouterr()
+
+
+def ok_here(capsys, *arguments) -> str:
+    code, out, err = here(capsys, *arguments)
+    assert (code, err) == (0, "")
+    return out
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -256,16 +261,17 @@ def test_mistakes_are_one_line(tiny_dir, tmp_path, monkeypatch, capsys, mistake)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_end_with_1_and_no_traceback(tiny_dir, tmp_path):
+def test_mistakes_end_with_1_and_no_traceback(tiny_dir, tmp_path, capsys):
     commands = [
         ("convert", "nowhere", tmp_path / "out", "--to", "hf"),
         ("convert", tiny_dir, ROOT / "README.md", "--to", "gguf"),
         ("convert", tiny_dir, tmp_path / "out", "--to", "gguf", "--quant", "q9"),
     ]
-    with ThreadPoolExecutor(2) as threads:
-        for done in threads.map(lambda command: llama(*command), commands):
-            assert done.returncode == 1 and done.stdout == ""
-            assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    done = llama(*commands[0])  # as a process, once
+    found = [(done.returncode, done.stdout, done.stderr)]
+    for code, out, err in found + [here(capsys, *command) for command in commands]:
+        assert code == 1 and out == ""
+        assert re.fullmatch(r"error: [^\n]+\n", err), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -385,7 +391,7 @@ def test_faults_of_a_plain_process_name_no_rank():
 # --- what it does --------------------------------------------------------------------------------
 
 
-def test_convert_there_and_back(tiny_dir, tmp_path):
+def test_convert_there_and_back(tiny_dir, tmp_path, capsys):
     """From two shards to Hugging Face's format, to GGUF, and to four shards."""
     meta = write_checkpoint(tmp_path / "meta", TINY, mp=2)
     hf, quantized, back = (tmp_path / name for name in ("hf", "q.gguf", "back"))
@@ -394,26 +400,26 @@ def test_convert_there_and_back(tiny_dir, tmp_path):
     names = {path.name for path in hf.iterdir()}
     assert names == {"config.json", "model.safetensors", "generation_config.json",
                      "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
-    text = ok("convert", hf, quantized, "--to=gguf", "--quant=q8_0", "--verify")
+    text = ok_here(capsys, "convert", hf, quantized, "--to=gguf", "--quant=q8_0", "--verify")
     assert re.fullmatch(r"\S+q\.gguf: 0\.1\d MB, verified\n", text)
     assert checkpoint.open(quantized).stored_as("output.weight") == "Q8_0"
-    ok("convert", hf, back, "meta", "--mp", "4", "--dtype", "bf16")
+    ok_here(capsys, "convert", hf, back, "meta", "--mp", "4", "--dtype", "bf16")
     assert (back / "tokenizer.model").read_bytes() == (meta / "tokenizer.model").read_bytes()
     assert sorted(path.name for path in back.glob("*.pth"))[-1] == "consolidated.03.pth"
     name, weight = "norm.weight", random_weights(TINY)["norm.weight"]
     assert torch.equal(checkpoint.open(back).read(name, 0, 0, 64), weight.bfloat16())
-    assert f"{back}" in ok("convert", hf, back, "--to", "meta", "--force")
+    assert f"{back}" in ok_here(capsys, "convert", hf, back, "--to", "meta", "--force")
     assert torch.equal(checkpoint.open(back).read(name, 0, 0, 64), weight)
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_tokenizer_from_elsewhere(tmp_path):
+def test_a_tokenizer_from_elsewhere(tmp_path, capsys):
     meta = write_checkpoint(tmp_path / "meta", TINY)
     (meta / "tokenizer.model").rename(tmp_path / "elsewhere")
     hf = tmp_path / "hf"
-    ok("convert", meta, hf, "hf", "--tokenizer-path", tmp_path / "elsewhere")
+    ok_here(capsys, "convert", meta, hf, "hf", "--tokenizer-path", tmp_path / "elsewhere")
     expected = write_byte_tokenizer(tmp_path / "expected").read_bytes()
-    ok("convert", hf, tmp_path / "back", "meta")
+    ok_here(capsys, "convert", hf, tmp_path / "back", "meta")
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == expected
 
 

@@ -49,12 +49,15 @@ def test_it_says_what_the_plain_layers_say(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_its_bf16_and_its_blocks_are_close():
-    for kind, dtype, bound in ((None, torch.bfloat16, 0.05), ("int8", torch.float32, 1e-5)):
+    for kind, dtype, bound, step in (
+        (None, torch.bfloat16, 0.05, 1),
+        ("int8", torch.float32, 1e-5, 2),  # the graph of the prompt: single tokens have their own
+    ):
         plain, _ = pair(SMALL, kind, dtype)
         with torch.inference_mode():
             expected = plain(ids(2, 40))
         compiled.swap(plain)
-        assert difference(stepped(plain, ids(2, 40), 30), expected) < bound
+        assert difference(stepped(plain, ids(2, 40), 30, step), expected) < bound
 
 
 @pytest.mark.slow

@@ -12,11 +12,6 @@ TEXTS = [
     "Water boils at",
     "def add(a, b):",
     "Dear Sir or Madam,",
-    "The three primary colours are",
-    "1, 2, 3,",
-    "In the year 1969,",
-    "Roses are red,",
-    "My favourite food is",
 ]
 
 
@@ -56,7 +51,7 @@ def test_beams_are_transformers(smollm2, peer, prompts, options):
     """All of them, in their order, with their scores; a full stop ends an answer here."""
     n = options["num_beams"]
     ends = {*smollm2.tokenizer.stop_tokens, *smollm2.tokenizer.encode(".", bos=False, eos=False)}
-    for prompt in prompts if n == 4 else prompts[:4]:
+    for prompt in prompts if n == 4 else prompts[:3]:
         expected, found = theirs(
             peer, prompt, ends, max_new_tokens=10, num_return_sequences=n, **options
         )
@@ -93,7 +88,7 @@ def test_beam_search_of_texts(tiny):
             tiny.beam_search(["ab"], **options)
 
 
-@pytest.mark.parametrize("negative, count", [(None, 10), ("A boring text:", 3)])
+@pytest.mark.parametrize("negative, count", [(None, 4), ("A boring text:", 2)])
 def test_guidance_is_transformers(smollm2, peer, prompts, negative, count):
     prompts = prompts[:count]
     ids = negative and smollm2.tokenizer.encode(negative, bos=False, eos=False)

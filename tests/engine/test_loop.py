@@ -106,10 +106,10 @@ def test_samples_share_a_prefill_and_are_those_of_their_seeds(tiny):
 
 def test_stop_strings_cut_what_would_have_come(smollm2):
     prompts = ["One, two, three,", "The alphabet: A, B, C,"]
-    free = smollm2.text_completion(prompts, 0, max_gen_len=24)
+    free = smollm2.text_completion(prompts, 0, max_gen_len=12)
     stops = [[","], ["\n"], ["five", "E, F"], ["nowhere to be found"]]
     for stop in stops:
-        found = smollm2.text_completion(prompts, 0, max_gen_len=24, stop=stop)
+        found = smollm2.text_completion(prompts, 0, max_gen_len=12, stop=stop)
         for whole, part in zip(free, found, strict=True):
             assert part["generation"] == cut(whole["generation"], stop)
             if part["generation"] != whole["generation"]:

@@ -98,30 +98,30 @@ def test_any_guesses_leave_the_tokens_as_they_are(tiny, monkeypatch, params, see
             assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-4)
 
 
-@pytest.mark.parametrize("speculate", ["lookup", "draft"])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED], ids=["greedy", "drawn", "barred"])
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.slow
-def test_texts_are_those_of_plain_decoding(drafted, self_drafted, speculate, params, size):
+def test_texts_are_those_of_plain_decoding(drafted, self_drafted, params, size):
     for llama in (drafted, self_drafted):
         for begin in range(0, 16, size):
             batch = ids(16)[begin : begin + size]
             options = dict(max_gen_len=40, params=params, seed=begin, stop_tokens={3, 120})
             expected, _ = llama.generate(batch, **options, speculate="off")
-            found, _ = llama.generate(batch, **options, speculate=speculate)
-            assert found == expected
+            for speculate in ("lookup", "draft"):
+                found, _ = llama.generate(batch, **options, speculate=speculate)
+                assert found == expected
 
 
 def test_the_real_models_texts_too(smollm2_path, monkeypatch):
-    """30 prompts one by one and by eights, fp32, greedy; a draft of 4 bits that mostly agrees."""
+    """One by one and all together, fp32, greedy; a draft of 4 bits that mostly agrees."""
     monkeypatch.setattr(DraftLength, "choose", lambda self, guesses: 3)  # whatever it costs
     options = dict(device="cpu", dtype="fp32", compile=True)
     llama = Llama.build(smollm2_path, **options, draft_ckpt_dir=smollm2_path, draft_quantize="int4")
-    text = [f"Repeat after me: {prompt}. Repeat after me:" for prompt in prompts(15)]
-    text += [f"Question {i}: what is {i} + {i}? Answer:" for i in range(15)]
+    text = [f"Repeat after me: {prompt}. Repeat after me:" for prompt in prompts(4)]
+    text += [f"Question {i}: what is {i} + {i}? Answer:" for i in range(2, 6)]
     for size in (1, 8):
         accepted = {"lookup": 0, "draft": 0}
-        for begin in range(0, 30, size):
+        for begin in range(0, 8, size):
             batch = text[begin : begin + size]
             expected = llama.text_completion(batch, 0, max_gen_len=20, speculate="off")
             for speculate in accepted:

