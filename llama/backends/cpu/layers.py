@@ -136,8 +136,8 @@ class Workspace:
         if pairs and "BF16" in kinds:
             found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
         if kinds - dense:
-            found.codes = self.take(f"{name} codes", n // 2, torch.int32).data_ptr()
-            found.scaled = self.take(f"{name} scaled", n // 8, torch.int32).data_ptr()
+            words = n // 32 * 20  # struct Fixed, of 32 values
+            found.fixed = self.take(f"{name} fixed", words, torch.int32).data_ptr()
         return found
 
 

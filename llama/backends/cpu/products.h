@@ -53,7 +53,14 @@ inline ivec total(const Sums &sums) {
     return sums.a + sums.b;
 #endif
 }
-inline void encode(const int32_t *q, int32_t *codes) {  // 32 values -> 8 words a, 8 words b
+// A block of 32 activations in fixed point: value = scale * q.
+struct Fixed {
+    int32_t a[8], b[8];  // of each four values, as `dot` takes them
+    float scale;
+    float sum;        // of the values
+    int32_t sums[2];  // of the first and the last 16 of q
+};
+inline void encode(const int32_t *q, Fixed &to) {
     for (int j = 0; j < 8; j++, q += 4) {
 #ifdef __AVX512VNNI__
         uint32_t a = 0, b = 0;
@@ -61,10 +68,10 @@ inline void encode(const int32_t *q, int32_t *codes) {  // 32 values -> 8 words 
             a |= uint32_t((q[i] + 128) >> 8 & 255) << (8 * i);
             b |= uint32_t(q[i] & 255) << (8 * i);
         }
-        codes[j] = int32_t(a), codes[8 + j] = int32_t(b);
+        to.a[j] = int32_t(a), to.b[j] = int32_t(b);
 #else
-        codes[j] = int32_t((q[0] & 0xffff) | uint32_t(q[2]) << 16);
-        codes[8 + j] = int32_t((q[1] & 0xffff) | uint32_t(q[3]) << 16);
+        to.a[j] = int32_t((q[0] & 0xffff) | uint32_t(q[2]) << 16);
+        to.b[j] = int32_t((q[1] & 0xffff) | uint32_t(q[3]) << 16);
 #endif
     }
 }
@@ -72,18 +79,11 @@ constexpr float LARGEST = 32639;  // whose upper byte still rounds to 127
 
 // --- the inputs of a product ----------------------------------------------------------------------
 
-struct Scaled {
-    float scale;      // value = scale * q
-    int32_t sums[2];  // of the first and the last 16 values of q
-    int32_t unused;
-};
-
 // x (tokens, cols), in each of the forms that some weight needs; null in others.
 struct Inputs {
     float *floats;
     bf16 *halves;
-    int32_t *codes;
-    Scaled *scaled;
+    Fixed *fixed;
     int32_t cols;
 
     // Values 32 b to 32 b + 31 of row m.
@@ -91,109 +91,99 @@ struct Inputs {
         size_t at = m * cols + b * BLOCK;
         if (floats) store(floats + at, low), store(floats + at + LANES, high);
         if (halves) store(halves + at, low), store(halves + at + LANES, high);
-        if (!codes) return;
+        if (!fixed) return;
         vec a = low < 0 ? -low : low, c = high < 0 ? -high : high;
         float most = largest(larger(a, c)), broken = sum((low + high) * 0.0f);  // NaN stays NaN
         float inverse = most > 1e-30f ? LARGEST / most : 0;
         const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
         ivec q[2] = {__builtin_convertvector((low * inverse + magic) - magic, ivec),
                      __builtin_convertvector((high * inverse + magic) - magic, ivec)};
-        Scaled &head = scaled[at / BLOCK];
-        head.scale = (most > 1e-30f ? most / LARGEST : 0) + broken;
-        head.sums[0] = head.sums[1] = 0;
-        for (int i = 0; i < LANES; i++) head.sums[0] += q[0][i], head.sums[1] += q[1][i];
+        Fixed &to = fixed[at / BLOCK];
+        to.scale = (most > 1e-30f ? most / LARGEST : 0) + broken;
+        to.sums[0] = to.sums[1] = 0;
+        for (int i = 0; i < LANES; i++) to.sums[0] += q[0][i], to.sums[1] += q[1][i];
+        to.sum = to.scale * float(to.sums[0] + to.sums[1]);
         alignas(64) int32_t all[BLOCK];
         memcpy(all, q, sizeof all);
-        encode(all, codes + at / 2);
+        encode(all, to);
     }
 };
 
 // --- tiles: 16 rows of w by M rows of x -----------------------------------------------------------
 
 // Prefetch distance in bytes, about memory's latency times bandwidth.
-constexpr int AHEAD = 8192;
+constexpr int AHEAD = 4096;
 template <class T> inline void prefetch(const T &block) {
     for (int i = 0; i < LANES * block_bytes<T>(); i += 64)
-        __builtin_prefetch(block.p + i + AHEAD, 0, 2);
+        __builtin_prefetch(block.p + i + AHEAD, 0, 3);
 }
 
-template <int M> struct Tile {
-    const Inputs &x;
-    size_t first;  // of the rows of x
-    vec sums[M] = {};
-
-    // Adds the products with block b.
-    template <class T> void add(T w, size_t b) {
-        constexpr int PER = 8 / T::PARTS;
-        const size_t stride = x.cols / BLOCK;
-        w.open();
-        for (int s = 0; s < T::VALUES / BLOCK; s++) {
-            const size_t at = first * stride + b * (T::VALUES / BLOCK) + s;
-            for (int part = 0; part < T::PARTS; part++) {
-                Sums acc[M];
-                int all[M];
-                for (int m = 0; m < M; m++) {
-                    const int32_t *given = x.scaled[at + m * stride].sums;
-                    all[m] = T::PARTS == 1 ? given[0] + given[1] : given[part];
-                    acc[m] = {ivec{}, ivec{} - T::OFFSET * all[m]};
-                }
-#pragma GCC unroll 8
-                for (int j = part * PER; j < part * PER + PER; j++) {
-                    uvec q = w.quants(s, j);
-                    for (int m = 0; m < M; m++) {
-                        const int32_t *codes = x.codes + (at + m * stride) * 16;
-                        dot(acc[m], q, codes[j], codes[8 + j]);
-                    }
-                }
-                vec scale = w.scale(s, part);
-                for (int m = 0; m < M; m++) {
-                    float by = x.scaled[at + m * stride].scale;
-                    sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * by);
-                    if constexpr (T::HAS_LEAST) sums[m] += w.least(s, part) * (by * float(all[m]));
-                }
-            }
-        }
-    }
-    template <class T> void add_dense(const T &w, size_t b) {
-        vec acc[M] = {};
-        const float *at = x.floats + first * x.cols + b * BLOCK;
-#pragma GCC unroll 32
-        for (int i = 0; i < BLOCK; i++) {
-            vec value = w.value(i);
-            for (int m = 0; m < M; m++) acc[m] += value * at[size_t(m) * x.cols + i];
-        }
-        for (int m = 0; m < M; m++) sums[m] += acc[m];
-    }
-    template <class T> void add_pairs(const T &w, size_t b) {
-#ifdef __AVX512BF16__
-        vec acc[M] = {};
-        const bf16 *at = x.halves + first * x.cols + b * BLOCK;
-#pragma GCC unroll 16
-        for (int i = 0; i < BLOCK / 2; i++) {
-            __m512bh pairs = (__m512bh)w.template word<0>(i);
+// Each adds to M sums the products of a block of 16 rows of w with a block of M rows of x, which
+// begin at x[m] and are left behind.
+template <class T, int M> inline void add(T w, const Fixed **x, vec *sums) {
+    constexpr int PER = 8 / T::PARTS;
+    w.open();
+    for (int s = 0; s < T::VALUES / BLOCK; s++) {
+        for (int part = 0; part < T::PARTS; part++) {
+            Sums acc[M];
             for (int m = 0; m < M; m++) {
-                int two = read<int>(at + size_t(m) * x.cols + 2 * i);
-                acc[m] = (vec)_mm512_dpbf16_ps((__m512)acc[m], pairs, (__m512bh)_mm512_set1_epi32(two));
+                const int32_t *sums = x[m]->sums;
+                int all = T::PARTS == 1 ? sums[0] + sums[1] : sums[part];
+                acc[m] = {ivec{}, ivec{} - T::OFFSET * all};
+            }
+#pragma GCC unroll 8
+            for (int j = part * PER; j < part * PER + PER; j++) {
+                uvec q = w.quants(s, j);
+                for (int m = 0; m < M; m++) dot(acc[m], q, x[m]->a[j], x[m]->b[j]);
+            }
+            vec scale = w.scale(s, part);
+            for (int m = 0; m < M; m++) {
+                sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * x[m]->scale);
+                if constexpr (T::HAS_LEAST)
+                    sums[m] += w.least(s, part) *
+                               (T::PARTS == 1 ? x[m]->sum : x[m]->scale * float(x[m]->sums[part]));
             }
         }
-        for (int m = 0; m < M; m++) sums[m] += acc[m];
-#endif
+        for (int m = 0; m < M; m++) x[m]++;
     }
-};
+}
+template <class T, int M> inline void add(const T &w, const float **x, vec *sums) {
+    vec acc[M] = {};
+#pragma GCC unroll 32
+    for (int i = 0; i < BLOCK; i++) {
+        vec value = w.value(i);
+        for (int m = 0; m < M; m++) acc[m] += value * x[m][i];
+    }
+    for (int m = 0; m < M; m++) sums[m] += acc[m], x[m] += BLOCK;
+}
+template <class T, int M> inline void add(const T &w, const bf16 **x, vec *sums) {
+#ifdef __AVX512BF16__
+    vec acc[M] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < BLOCK / 2; i++) {
+        __m512bh pairs = (__m512bh)w.template word<0>(i);
+        for (int m = 0; m < M; m++)
+            acc[m] = (vec)_mm512_dpbf16_ps((__m512)acc[m], pairs,
+                                           (__m512bh)_mm512_set1_epi32(read<int>(x[m] + 2 * i)));
+    }
+    for (int m = 0; m < M; m++) sums[m] += acc[m], x[m] += BLOCK;
+#endif
+}
 
-// y[m][r] = w[r] · x[m] for M rows of x from `first` on, and `rows` <= 16 rows of w.
-template <class T, int M>
-void tile(T w, const Inputs &x, int first, float *y, size_t stride, int rows) {
-    Tile<M> tile{x, size_t(first)};
-    for (int b = 0; b < x.cols / T::VALUES; b++, w.p += LANES * block_bytes<T>()) {
-        if constexpr (T::IS_QUANTIZED) prefetch(w), tile.add(w, b);
-        else if (std::is_same<T, Type<BF16>>::value && x.halves) tile.add_pairs(w, b);
-        else tile.add_dense(w, b);
+// y[m][r] = w[r] · x[m] for M rows of x and `rows` <= 16 rows of w; `row` values of x are a row's.
+template <class T, int M, class X>
+void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int rows) {
+    vec sums[M] = {};
+    const X *at[M];
+    for (int m = 0; m < M; m++) at[m] = x + m * row;
+    for (int b = 0; b < blocks; b++, w.p += LANES * block_bytes<T>()) {
+        if (T::IS_QUANTIZED || M > 2) prefetch(w);  // else the processor does it better
+        add<T, M>(w, at, sums);
     }
     for (int m = 0; m < M; m++)
-        if (rows == LANES) store(y + (first + m) * stride, tile.sums[m]);
+        if (rows == LANES) store(y + m * stride, sums[m]);
         else
-            for (int r = 0; r < rows; r++) y[(first + m) * stride + r] = tile.sums[m][r];
+            for (int r = 0; r < rows; r++) y[m * stride + r] = sums[m][r];
 }
 
 #ifdef __AVX512F__
@@ -203,26 +193,41 @@ constexpr int MOST = 2;
 #endif
 constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
 
+// The same for any number of rows of each. `row`: of x, in its units.
+template <class T, class X>
+void product(const Weight &w, const X *x, size_t row, int tokens, float *y, Share mine) {
+    const int blocks = w.cols / T::VALUES, some = std::max(16, CACHED / (2 * w.cols) / 16 * 16);
+    for (int begin = 0; begin < tokens; begin += some)
+        for (int r = mine.begin; r < mine.end; r += LANES) {
+            T from;
+            from.p = w.data + size_t(r) * blocks * block_bytes<T>();
+            const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
+            int m = begin;
+            auto run = [&](auto count) {
+                constexpr int M = decltype(count)::value;
+                tile<T, M>(from, x + m * row, row, blocks, y + size_t(m) * w.rows + r, w.rows, rows);
+                m += M;
+            };
+            while (m + MOST <= end) run(std::integral_constant<int, MOST>());
+            if constexpr (MOST > 4)
+                if (end - m & 4) run(std::integral_constant<int, 4>());
+            if constexpr (MOST > 2)
+                if (end - m & 2) run(std::integral_constant<int, 2>());
+            if (end - m & 1) run(std::integral_constant<int, 1>());
+        }
+}
+
 // This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
 Share multiply(const Weight &w, const Inputs &x, int tokens, float *y) {
     Share mine = share(w.rows, BLOCK);
-    const int some = std::max(16, CACHED / (2 * w.cols) / 16 * 16);
     with_type(w.kind, [&](auto type) {
         typedef decltype(type) T;
-        const size_t size = LANES * size_t(w.cols / T::VALUES) * block_bytes<T>();
-        for (int begin = 0; begin < tokens; begin += some)
-            for (int r = mine.begin; r < mine.end; r += LANES) {
-                T from;
-                from.p = w.data + r / LANES * size;
-                const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
-                int m = begin;
-                for (; m + MOST <= end; m += MOST) tile<T, MOST>(from, x, m, y + r, w.rows, rows);
-                if constexpr (MOST > 4)
-                    if (end - m & 4) tile<T, 4>(from, x, m, y + r, w.rows, rows), m += 4;
-                if constexpr (MOST > 2)
-                    if (end - m & 2) tile<T, 2>(from, x, m, y + r, w.rows, rows), m += 2;
-                if (end - m & 1) tile<T, 1>(from, x, m, y + r, w.rows, rows);
-            }
+        if constexpr (T::IS_QUANTIZED)
+            product<T>(w, x.fixed, w.cols / BLOCK, tokens, y, mine);
+        else if (std::is_same<T, Type<BF16>>::value && x.halves)
+            product<Type<BF16>>(w, x.halves, w.cols, tokens, y, mine);
+        else
+            product<T>(w, x.floats, w.cols, tokens, y, mine);
     });
     return mine;
 }
