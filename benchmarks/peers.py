@@ -3,6 +3,7 @@
     make bench
     python -m benchmarks.peers --quick
     python -m benchmarks.peers --only decode --rounds 9
+    python -m benchmarks.peers --shape 1b
 
 What is measured:
 
@@ -23,7 +24,10 @@ of threads. They take turns, A B C A B C, each turn in a new process, and median
 compared: machines vary from hour to hour (temperature, other load) and processes with their place
 in memory, so only ratios within one run are meaningful. One of the sides measures the machine: how
 fast it reads memory and multiplies matrices; `limit` is the share of that a side reaches.
-Ours runs with compile=True; `eager` is without.
+`eager` is ours with the plain layers, compile=False.
+
+With --shape the weights are random, in the shape of Llama 3.2 1B or Llama 3 8B: see
+benchmarks/shapes.py.
 
 llama.cpp is llama-cpp-python if it is installed (CMAKE_ARGS=-DGGML_NATIVE=ON pip install
 llama-cpp-python compiles it for this machine, in some minutes), otherwise xllamacpp's wheel, which
@@ -33,6 +37,7 @@ Tables go to stdout, whose last line is JSON; with --out they are saved, with pl
 """
 
 import json
+import math
 import os
 import platform
 import random
@@ -44,15 +49,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import fire
 import torch
 
-from benchmarks import loading, plots
+from benchmarks import loading, plots, shapes
 from benchmarks.sides import Side, Tokens
 from llama import ModelArgs, checkpoint
-from llama.checkpoint import weight_shapes
+from llama.checkpoint import ggml, weight_shapes
 from llama.checkpoint.convert import convert
 
 
@@ -83,7 +88,7 @@ class Case:
 
         weights: bytes of all matrices, in the side's dtype. The cache is counted as bf16.
         """
-        matrices = sum(a * b for a, b in (s for s in weight_shapes(args).values() if len(s) == 2))
+        matrices = sum(a * b for _, (a, b) in multiplied(args))
         width = args.n_heads * args.head_dim
         per_key = 2 * args.n_kv_heads * args.head_dim * 2 * args.n_layers  # bytes
 
@@ -116,6 +121,13 @@ def cases(vocab_size: int, quick: bool) -> List[Case]:
     return [case for case in found if "2048" not in case.name] if quick else found
 
 
+def multiplied(args: ModelArgs) -> Iterator[Tuple[str, Tuple[int, ...]]]:
+    """Names and shapes of the matrices that a decoding step reads."""
+    for name, shape in weight_shapes(args).items():
+        if len(shape) == 2 and (args.tied_embeddings or name != "tok_embeddings.weight"):
+            yield name, shape
+
+
 Variant = Tuple[str, str, str, str]  # label, side, file, dtype
 
 VARIANTS: List[Variant] = [
@@ -134,6 +146,14 @@ VARIANTS: List[Variant] = [
 ]
 LIMIT: Variant = ("limit", "limit", "q4_1", "bf16")
 
+# With --shape: ours with default options.
+SHAPE_VARIANTS: List[Variant] = [
+    (f"{side} {kind.upper()}", side, kind, "stored")
+    for kind in shapes.KINDS
+    for side in ("llama", "llama.cpp")
+]
+SHAPE_CASES = ("decode at 128", "first token of 32", "first token of 512", "16 ragged")
+
 # The comparisons in the documentation: (title, case, ours, theirs).
 RATIOS = [
     ("decode, bf16", "decode at 128", ["llama bf16"], ["transformers bf16"]),
@@ -145,6 +165,11 @@ RATIOS = [
     ("16 ragged prompts, bf16", "16 ragged", ["llama bf16"], ["transformers bf16"]),
     ("16 ragged prompts, bf16", "16 ragged", ["llama bf16"], ["llama.cpp BF16"]),
     ("16 ragged prompts, the best of each", "16 ragged", ["llama "], ["llama.cpp "]),
+]
+RATIOS += [
+    (f"{case}, {kind.upper()}", case, [f"llama {kind.upper()}"], [f"llama.cpp {kind.upper()}"])
+    for case in SHAPE_CASES
+    for kind in shapes.KINDS
 ]
 
 
@@ -277,12 +302,10 @@ def weights_bytes(path: Path, dtype: str) -> float:
     """Bytes of the matrices that a decoding step reads."""
     source = checkpoint.open(path)
     dense = {"fp32": 4, "bf16": 2}.get(dtype.removeprefix("eager-"))
-    total = 0.0
-    for name, shape in weight_shapes(source.args).items():
-        if len(shape) == 2:
-            stored = {"Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_1": 20 / 32, "BF16": 2}
-            total += shape[0] * shape[1] * (dense or stored[source.stored_as(name)])
-    return total
+    return sum(
+        math.prod(shape) * dense if dense else ggml.stored_bytes(shape, source.stored_as(name))
+        for name, shape in multiplied(source.args)
+    )
 
 
 def processor() -> str:
@@ -314,6 +337,7 @@ def main(
     only: Optional[str] = None,
     quick: bool = False,
     out: Optional[str] = None,
+    shape: Optional[str] = None,
 ):
     """Measure, print tables and one line of JSON, and save them with plots.
 
@@ -324,12 +348,35 @@ def main(
         only: first, decode, batch or load; by default all of them.
         quick: 2 rounds, no prompt of 2048 tokens and no model of 2 GB.
         out: a directory for the tables, figures and plots.
+        shape: 1b or 8b, with random weights in place of ckpt's; without `load`.
     """
     if only not in (None, "first", "decode", "batch", "load"):
         raise ValueError(f"only={only!r}: choose first, decode, batch or load")
-    source = checkpoint.open(ckpt)
-    if source.path.suffix != ".gguf":
-        raise ValueError(f"{ckpt}: transformers and llama.cpp read .gguf files, not Meta's")
+    with tempfile.TemporaryDirectory() as directory:
+        if shape:
+            names = {kind: Path(directory) / f"{shape}.{kind}.gguf" for kind in shapes.KINDS}
+            by_kind = {kind: shapes.write(shape, kind, path) for kind, path in names.items()}
+            by_kind["q4_1"] = by_kind["q4_0"]  # for the limit, which reads none
+            return measure(by_kind, SHAPE_VARIANTS, rounds, threads, only, quick, out, False)
+        source = checkpoint.open(ckpt)
+        if source.path.suffix != ".gguf":
+            raise ValueError(f"{ckpt}: transformers and llama.cpp read .gguf files, not Meta's")
+        by_kind = files(source.path, Path(directory))
+        return measure(by_kind, VARIANTS, rounds, threads, only, quick, out, True)
+
+
+def measure(
+    by_kind: Dict[str, Path],
+    variants: List[Variant],
+    rounds: int,
+    threads: Optional[int],
+    only: Optional[str],
+    quick: bool,
+    out: Optional[str],
+    real: bool,
+) -> None:
+    """`main`, of files by kind; `real`: of a model that makes sense, which can be compared."""
+    source = checkpoint.open(by_kind["q4_1"])
     rounds = min(rounds, 2) if quick else rounds
     threads = threads or torch.get_num_threads()
     peer, build = llama_cpp()
@@ -348,30 +395,30 @@ def main(
     print("\n".join(f"{key:<14}{value}" for key, value in about.items()), flush=True)
     results: Dict[str, Any] = {**about}
     text = []
-    if only in (None, "load"):
+    if real and only in (None, "load"):
         columns = "dtype import s   load s    MB/s  weights   before     peak  allowed"
         print(f"\n{'load':<34}{columns}")
         results["load"] = loading.compare(source.path, peer, rounds, quick)
         print("(MB; peak: highest resident memory of the process; allowed: 1.3 x weights + 300)")
     chosen = [c for c in cases(source.args.vocab_size, quick) if only in (None, c.group)]
+    if not real:
+        chosen = [case for case in chosen if case.name in SHAPE_CASES or "2048" in case.name]
     if chosen:
-        with tempfile.TemporaryDirectory() as directory:
-            by_kind = files(source.path, Path(directory))
-            sizes = {label: weights_bytes(by_kind[f], d) for label, _, f, d in VARIANTS}
-            how = {label: rest for label, *rest in [*VARIANTS, LIMIT]}
+        sizes = {label: weights_bytes(by_kind[f], d) for label, _, f, d in variants}
+        how = {label: rest for label, *rest in [*variants, LIMIT]}
 
-            def start(label: str) -> Side:
-                kind, file, dtype = how[label]
-                kind = peer if kind == "llama.cpp" else kind
-                return Side(kind, by_kind[file], dtype, threads)
+        def start(label: str) -> Side:
+            kind, file, dtype = how[label]
+            kind = peer if kind == "llama.cpp" else kind
+            return Side(kind, by_kind[file], dtype, threads)
 
-            answers = take_turns(start, list(how), chosen, rounds)
-            results["generation"] = {
-                case.name: summary(case, answers[case.name], source.args, sizes) for case in chosen
-            }
-            ragged = [case for case in chosen if case.name == "16 ragged"]
-            if ragged:
-                results["equal_rows_fp32"] = equal_rows(source.path, threads, ragged[0])
+        answers = take_turns(start, list(how), chosen, rounds)
+        results["generation"] = {
+            case.name: summary(case, answers[case.name], source.args, sizes) for case in chosen
+        }
+        ragged = [case for case in chosen if case.name == "16 ragged"]
+        if real and ragged:
+            results["equal_rows_fp32"] = equal_rows(source.path, threads, ragged[0])
         text.append(table(results["generation"]))
         results["ratios"] = ratios(results["generation"])
         text.append(table_of_ratios(results["ratios"]))

@@ -7,8 +7,9 @@ answers with one: {"first": seconds until the first token of all, "rest": second
 last, "tokens": the new ids}. It sleeps between tasks, so that only one side computes at a time; all
 have the same number of threads.
 
-DTYPE is fp32 or bf16; for this code also int8 or int4, with activations in bf16, and all with
-`compile=True` unless it begins with "eager-". For llama.cpp the file determines it.
+DTYPE is fp32 or bf16, to which weights are converted; for this code also int8 or int4, or `stored`:
+as in the file, which is the default. `eager-` before it means the plain layers, compile=False. For
+llama.cpp the file determines it.
 """
 
 import http.client
@@ -25,7 +26,7 @@ from urllib.parse import urlparse
 Tokens = List[List[int]]
 Answer = Dict[str, Any]
 
-ROWS, CONTEXT = 16, 2176
+ROWS, CONTEXT = 16, 4224
 
 
 class Ours:
@@ -35,13 +36,15 @@ class Ours:
         from llama import Llama
 
         torch.set_num_threads(threads)
-        compile = not dtype.startswith("eager-")
-        dtype = dtype.removeprefix("eager-")
-        quantize: Any = dtype if dtype.startswith("int") else None
+        compile, dtype = not dtype.startswith("eager-"), dtype.removeprefix("eager-")
+        options: Dict[str, Any] = {"quantize": "dense", "dtype": dtype, "compile": compile}
+        if dtype == "stored":
+            options = {}
+        elif dtype.startswith("int"):
+            options.update(quantize=dtype, dtype="bf16")
         self._llama = Llama.build(
-            path, max_seq_len=CONTEXT, max_batch_size=rows, device="cpu",
-            dtype="bf16" if quantize else dtype, quantize=quantize, compile=compile,
-        )  # fmt: skip
+            path, max_seq_len=CONTEXT, max_batch_size=rows, device="cpu", **options
+        )
 
     def run(self, prompts: Tokens, n: int) -> Answer:
         times = [time.perf_counter()]

@@ -160,8 +160,10 @@ def llama3_tokenizer_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path) -> Llama:
-    """The real model, fp32 on the CPU."""
-    return Llama.build(smollm2_path, max_batch_size=16, device="cpu", dtype="fp32")
+    """The real model, in fp32 on the CPU."""
+    return Llama.build(
+        smollm2_path, max_batch_size=16, device="cpu", dtype="fp32", quantize="dense"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,10 @@ def test_version(capsys):
 def test_options_are_written_in_either_spelling():
     one, two = (
         cli.parse(["complete", "ckpt", *words]).args[0]
-        for words in (["--max_seq_len", "7", "--no-compile"], ["--max-seq-len=7", "--compile=false"])
+        for words in (
+            ["--max_seq_len", "7", "--no-compile"],
+            ["--max-seq-len=7", "--compile=false"],
+        )
     )
     assert one == two and one.max_seq_len == 7 and not one.compile
     assert cli.parse(["score", "ckpt", "f", "--batch_size=2"]).args[0].max_batch_size == 2

@@ -163,7 +163,9 @@ def test_the_harness_own_model_gives_the_same(smollm2_path, smollm2_hf, smollm2_
         pretrained=smollm2_transformers, tokenizer=AutoTokenizer.from_pretrained(smollm2_hf),
         max_length=48, batch_size=2,
     )  # fmt: skip
-    llama = Llama.build(smollm2_path, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32")
+    llama = Llama.build(
+        smollm2_path, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32", quantize="dense"
+    )
     ours = HarnessModel(llama)
     assert (ours.prefix_token_id, ours.eot_token_id) == (
         theirs.prefix_token_id,

@@ -9,21 +9,24 @@ from dataclasses import replace
 from functools import partial
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, random_model, random_weights, run_ranks, write_checkpoint
 
+from benchmarks import shapes
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.backends import cpu as native
 from llama.backends import quantized as quantize
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import Workspace
-from llama.backends.cpu.packing import Arena
+from llama.backends.cpu.layers import NativeTransformer, Workspace
+from llama.backends.cpu.packing import Arena, packed_bytes
 from llama.backends.quantized import Blocks
 from llama.checkpoint import InMemory, ggml
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache, KVCache
+from llama.text.gguf_header import read_header
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -218,6 +221,62 @@ def test_the_real_model_says_the_same(said, smollm2_path, options):
         assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-3)
 
 
+# --- quantized files, by default -----------------------------------------------------------------
+
+
+@pytest.fixture
+def file_of(tmp_path, monkeypatch):
+    """Writes a small .gguf file whose matrices are of a block type."""
+    args = ModelArgs(
+        dim=256, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=512, vocab_size=600,
+        tied_embeddings=True,
+    )  # fmt: skip
+    monkeypatch.setitem(shapes.SHAPES, "tiny", args)
+
+    def write(kind: str):
+        number = gguf.GGMLQuantizationType[kind]
+        monkeypatch.setitem(shapes.KINDS, kind, (number, gguf.LlamaFileType.GUESSED))
+        return shapes.write("tiny", kind, tmp_path / f"{kind}.gguf")
+
+    return write
+
+
+BLOCKS = [kind for kind in kernels.KINDS if kind not in ("F32", "F16", "BF16")]
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_file_of_any_block_type_is_computed_as_it_is(file_of, kind, capfd):
+    """And means what the gguf package says: 16-bit activations are all that differs."""
+    path = file_of(kind)
+    default, dense = (
+        Llama.build(path, max_seq_len=128, device="cpu", dtype="fp32", **options).model
+        for options in ({}, {"compile": False, "quantize": "dense"})
+    )
+    assert isinstance(default, NativeTransformer) and type(dense) is Transformer
+    assert {w.kind for layer in default.layers[0]._packed for w in layer} == {kind}
+    assert "as stored blocks and float32" in capfd.readouterr().err
+    with torch.inference_mode():
+        assert difference(default(ids(2, 40)), dense(ids(2, 40))) < 2e-4
+
+
+def test_what_the_kernels_are_not_for_is_said_and_runs(tmp_path, capfd):
+    path = write_checkpoint(tmp_path / "model", TINY)  # heads of 8
+    llama = Llama.build(path, max_seq_len=64, device="cpu")
+    assert type(llama.model) is Transformer
+    [note] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note")]
+    assert "several times slower" in note and "head_dim is 8" in note
+
+
+def test_a_quantized_file_with_broken_scales_is_told(file_of):
+    path = file_of("Q4_K")
+    raw = bytearray(path.read_bytes())
+    offset = read_header(path).tensors["blk.1.ffn_up.weight"].offset
+    raw[offset : offset + 2] = np.float16("nan").tobytes()
+    path.write_bytes(raw)
+    with pytest.warns(UserWarning, match="feed_forward.w3.weight holds NaN"):
+        Llama.build(path, max_seq_len=64, device="cpu")
+
+
 # --- the int8 cache ------------------------------------------------------------------------------
 
 
@@ -396,7 +455,7 @@ def test_a_product_is_the_exact_one(kind, is_bf16):
     work = Workspace(torch.bfloat16 if is_bf16 else torch.float32)
     for rows, cols in ((1, 256), (7, 768), (130, 2048)):
         stored, dense = stored_as(torch.randn(rows, cols), kind)
-        packed = Arena([stored]).pack(stored)
+        packed = Arena([packed_bytes(stored)]).pack(stored)
         taken = packed.take_rows(torch.arange(rows), torch.float32)
         assert ((taken - dense).abs() <= 2e-7 * dense.abs().amax()).all()
         for tokens in (1, 2, 3, 8, 33):

@@ -290,9 +290,10 @@ def test_a_width_that_is_not_whole_blocks_is_refused(tmp_path):
 
 def test_an_unknown_kind_is_refused(tiny_dir):
     for kind in ("int3", "", "INT8"):
-        with pytest.raises(ValueError, match=f"quantize='{kind}': choose one of int8, int4, dense, or N"):
+        message = f"quantize='{kind}': choose one of int8, int4, dense, or N"
+        with pytest.raises(ValueError, match=message):
             Llama.build(tiny_dir, device="cpu", quantize=kind)
-        with pytest.raises(ValueError, match=f"quantize='{kind}': choose one of int8, int4, dense, or N"):
+        with pytest.raises(ValueError, match=message):
             load(InMemory(TINY, random_weights(TINY)), kind)
 
 

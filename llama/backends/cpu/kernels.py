@@ -66,9 +66,7 @@ class Batch(ctypes.Structure):
 
 
 class Inputs(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("floats", "halves", "fixed")] + [
-        ("cols", Int)
-    ]
+    _fields_ = [(name, Pointer) for name in ("floats", "halves", "fixed")] + [("cols", Int)]
 
 
 class Scratch(ctypes.Structure):

@@ -16,7 +16,7 @@ from torch import nn
 
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
-from llama.backends.cpu.packing import Arena, Packed, weight_of
+from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
@@ -76,8 +76,9 @@ def swap(model: Transformer) -> Transformer:
     check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
     work = Workspace(weight.dtype)
-    linears = [_linears(block) for block in model.layers]  # type: ignore[arg-type]
-    arena = Arena([*(weight_of(x) for block in linears for x in block), weight_of(model.output)])
+    linears = [linear for block in model.layers for linear in _linears(block)]  # type: ignore[arg-type]
+    arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
+    del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     output = arena.pack(weight_of(model.output))

@@ -67,10 +67,13 @@ class Arena:
 
     One area rather than many, since a huge page of 2 MB is as large as many a weight. Its pages
     are taken as they are written to.
+
+    Args:
+        sizes: `packed_bytes` of each weight, in the order in which they will be packed.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor | Blocks]):
-        sizes = [math.ceil(packed_bytes(weight) / ALIGNMENT) * ALIGNMENT for weight in weights]
+    def __init__(self, sizes: Sequence[int]):
+        sizes = [math.ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes]
         huge = 1 << 21
         if hasattr(mmap, "MADV_HUGEPAGE"):
             area = mmap.mmap(-1, sum(sizes) + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -34,16 +34,23 @@ inline Share share(int n, int unit = 1) {
 struct Sums {
     ivec a, b;
 };
+// The sum of the products of two 16-bit halves, in each lane.
+inline ivec multiply_pairs(uvec w, int32_t x) {
+#ifdef __AVX2__
+    auto half = [&](auto v) { return (ints)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi32(x)); };
+    return both(half(lower((ivec)w)), half(upper((ivec)w)));
+#else
+    return (ivec)(w & 0xffff) * int16_t(x) + (ivec)(w >> 16) * (x >> 16);
+#endif
+}
 inline void dot(Sums &sums, uvec quants, int32_t a, int32_t b) {
 #ifdef __AVX512VNNI__
     sums.a = (ivec)_mm512_dpbusd_epi32((__m512i)sums.a, (__m512i)quants, _mm512_set1_epi32(a));
     sums.b = (ivec)_mm512_dpbusd_epi32((__m512i)sums.b, (__m512i)quants, _mm512_set1_epi32(b));
 #else
-    auto pairs = [](uvec w, int32_t x) {
-        return (ivec)(w & 255) * int16_t(x) + (ivec)(w >> 16 & 255) * (x >> 16);
-    };
-    sums.a += pairs(quants, a);
-    sums.b += pairs(quants >> 8, b);
+    const uvec bytes = uvec{} + 0x00ff00ff;
+    sums.a += multiply_pairs(quants & bytes, a);
+    sums.b += multiply_pairs(quants >> 8 & bytes, b);
 #endif
 }
 inline ivec total(const Sums &sums) {

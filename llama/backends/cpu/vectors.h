@@ -10,7 +10,7 @@
 #include <iterator>
 #include <omp.h>
 #include <utility>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -82,8 +82,16 @@ inline uvec lookup(const int8_t *table, uvec indices) {  // of each byte, 0 to 1
 #endif
 }
 
-inline auto lower(vec v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline auto upper(vec v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+template <class V> inline auto lower(V v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+template <class V> inline auto upper(V v) {
+    return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+typedef int32_t ints __attribute__((vector_size(32)));
+inline ivec both(ints a, ints b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 inline float sum(vec v) {
     auto half = lower(v) + upper(v);
     auto quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
