@@ -79,7 +79,7 @@ class Llama:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
-        self._speculators = Speculators(model, draft)
+        self._speculators = Speculators(draft)
         self.prefixes: Optional[PrefixCache] = None
         self._compiler: Optional[GrammarCompiler] = None
         self.device = model.norm.weight.device

@@ -54,8 +54,7 @@ class DraftLength:
     approached by doubling. Made once for a model: calls learn from those before.
     """
 
-    def __init__(self, limit: Optional[int] = None) -> None:
-        self._limit = limit  # tokens of a pass up to which results are bit-identical to single ones
+    def __init__(self) -> None:
         self._rates: Dict[Hashable, float] = {}  # of acceptance, by kind
         self._seconds: Dict[int, Deque[Tuple[int, float]]] = {}  # by tokens: (step, seconds)
         self._step = self._longest = 0
@@ -97,9 +96,8 @@ class DraftLength:
         return length
 
     def _most(self, proposals: Sequence[Proposal]) -> int:
-        """The longest proposal's length, as far as the limit allows as many for each row."""
-        longest = max((len(proposal.kinds) for proposal in proposals), default=0)
-        return longest if self._limit is None else min(longest, self._limit // len(proposals) - 1)
+        """The longest proposal's length."""
+        return max((len(proposal.kinds) for proposal in proposals), default=0)
 
     def _expected(self, kinds: Sequence[Hashable]) -> List[float]:
         """For each token of a proposal, the probability that it and all before it are accepted."""
@@ -298,11 +296,9 @@ class Speculators:
         draft: a smaller model, or None.
     """
 
-    def __init__(self, model: Transformer, draft: Optional[Transformer]):
+    def __init__(self, draft: Optional[Transformer]):
         self._draft = draft
-        # Backends may state up to how many tokens a pass is bit-identical to single tokens.
-        exact_tokens = getattr(model, "exact_tokens", None)
-        self._lengths = {name: DraftLength(exact_tokens) for name in ("lookup", "draft")}
+        self._lengths = {name: DraftLength() for name in ("lookup", "draft")}
 
     def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
         """The speculator of that name, for one call; by default "draft" if there is a draft model.

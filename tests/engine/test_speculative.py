@@ -310,19 +310,6 @@ def test_a_pace_begins_slowly_and_recovers_from_an_outlier():
     assert pace.choose([Proposal([], [])]) == 0 and pace.choose([]) == 0
 
 
-def test_passes_stay_within_what_is_exact(make_model):
-    """Where logits are those of single tokens to the bit, they stay so."""
-    pace = DraftLength(limit=40)
-    for rows, most in ((1, 31), (4, 7), (16, 1), (30, 0)):
-        guesses = [Proposal([1] * MAX_DRAFT, [16] * MAX_DRAFT) for _ in range(rows)]
-        for _ in range(30):
-            width = pace.choose(guesses)
-            pace.passed(rows * (1 + width), 1.0)
-            pace.learn(guesses, [[1] * (width + 1)] * rows)
-        assert width == most
-        assert max(pace.choose_or_probe(guesses) for _ in range(40)) == most
-
-
 def test_times_between_known_ones_are_interpolated():
     known = [(2, 1.0), (4, 2.0), (8, 3.0)]
     assert [_interpolate(known, n) for n in (1, 2, 3, 4, 6, 8, 99)] == [1, 1, 1.5, 2, 2.5, 3, 3]
