@@ -137,7 +137,7 @@ template <> struct Type<Q3_K> : Quantized<Type<Q3_K>, 256, 4, 2> {
     }
     uvec quants(int s, int j) const {
         return ((word<3>(s / 4 * 8 + j) >> (2 * (s & 3))) & every(3)) |
-               ((word<2>(j) >> s) & every(1)) << 2;
+               (rotate_right(word<2>(j), s - 2) & every(4));
     }
 };
 
@@ -165,7 +165,7 @@ template <> struct Type<Q5_K> : SixBits<Type<Q5_K>> {
     static constexpr Field FIELDS[] = {{0, 2, 1}, {2, 2, 1}, {4, 4, 3}, {16, 4, 8}, {48, 4, 32}};
     uvec quants(int s, int j) const {
         return nibbles(word<4>(s / 2 * 8 + j), s & 1) |
-               ((word<3>(j) >> s) & every(1)) << 4;
+               (rotate_right(word<3>(j), s - 4) & every(16));
     }
 };
 
@@ -177,7 +177,7 @@ template <> struct Type<Q6_K> : Quantized<Type<Q6_K>, 256, 32, 2> {
     }
     uvec quants(int s, int j) const {
         return nibbles(word<3>(s / 4 * 16 + (s & 1) * 8 + j), s >> 1 & 1) |
-               ((word<2>(s / 4 * 8 + j) >> (2 * (s & 3))) & every(3)) << 4;
+               (rotate_right(word<2>(s / 4 * 8 + j), 2 * (s & 3) - 4) & every(48));
     }
 };
 

@@ -118,24 +118,27 @@ struct Inputs {
 
 // --- tiles: 16 rows of w by M rows of x -----------------------------------------------------------
 
-// Prefetch distance in bytes, about memory's latency times bandwidth.
+// Prefetches part `i` of n of what lies one distance after a block: about memory's latency times its
+// bandwidth, in bytes. In parts, since more than some requests at once would have to wait.
 constexpr int AHEAD = 4096;
-template <class T> inline void prefetch(const T &block) {
-    for (int i = 0; i < LANES * block_bytes<T>(); i += 64)
-        __builtin_prefetch(block.p + i + AHEAD, 0, 3);
+template <class T> inline void prefetch(const T &block, int i, int n) {
+    constexpr int lines = (LANES * block_bytes<T>() + 63) / 64;
+    for (int line = lines * i / n; line < lines * (i + 1) / n; line++)
+        __builtin_prefetch(block.p + line * 64 + AHEAD);
 }
 
 // Each adds to M sums the products of a block of 16 rows of w with a block of M rows of x, which
 // begin at x[m] and are left behind.
 template <class T, int M> inline void add(T w, const Fixed **x, vec *sums) {
-    constexpr int PER = 8 / T::PARTS;
+    constexpr int SUBS = T::VALUES / BLOCK, PER = 8 / T::PARTS;
     w.open();
-    for (int s = 0; s < T::VALUES / BLOCK; s++) {
+    for (int s = 0; s < SUBS; s++) {
+        prefetch(w, s, SUBS);
         for (int part = 0; part < T::PARTS; part++) {
             Sums acc[M];
             for (int m = 0; m < M; m++) {
-                const int32_t *sums = x[m]->sums;
-                int all = T::PARTS == 1 ? sums[0] + sums[1] : sums[part];
+                const int32_t *given = x[m]->sums;
+                int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
                 acc[m] = {ivec{}, ivec{} - T::OFFSET * all};
             }
 #pragma GCC unroll 8
@@ -184,7 +187,7 @@ void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int 
     const X *at[M];
     for (int m = 0; m < M; m++) at[m] = x + m * row;
     for (int b = 0; b < blocks; b++, w.p += LANES * block_bytes<T>()) {
-        if (T::IS_QUANTIZED || M > 2) prefetch(w);  // else the processor does it better
+        if (!T::IS_QUANTIZED && M > 2) prefetch(w, 0, 1);  // else the processor does it better
         add<T, M>(w, at, sums);
     }
     for (int m = 0; m < M; m++)

@@ -66,6 +66,13 @@ inline vec halves(const void *p) {  // 16 fp16 values
     return v;
 #endif
 }
+inline uvec rotate_right(uvec v, int n) {  // by n modulo 32 bits
+#ifdef __AVX512F__
+    return (uvec)_mm512_rorv_epi32((__m512i)v, _mm512_set1_epi32(n));
+#else
+    return n & 31 ? (v >> (n & 31)) | (v << (32 - (n & 31))) : v;
+#endif
+}
 inline vec whole(const int8_t *p) {  // 16 integers
     typedef int8_t chars __attribute__((vector_size(16)));
     return __builtin_convertvector(__builtin_convertvector(read<chars>(p), ivec), vec);
