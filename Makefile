@@ -36,6 +36,8 @@ lint: $(VENV)/installed-test  ## style and types
 
 bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, side by side, and what is saved
 	$(BIN)/llama download smollm2
+	$(BIN)/python -m benchmarks.peers --shape 1b --out benchmarks/results/1b
+	$(BIN)/python -m benchmarks.peers --shape 8b --out benchmarks/results/8b
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 

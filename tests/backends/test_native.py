@@ -335,6 +335,7 @@ def test_compiled_once(tmp_path):
     [
         ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
         ({"CXX": "false"}, "can't compile"),
+        ({"LLAMA_NATIVE": "avx3"}, "LLAMA_NATIVE='avx3': choose one of avx512, avx2, plain"),
         ({"XDG_CACHE_HOME": "/dev/null"}, "can't be kept in /dev/null/llama-reference"),
     ],
 )
@@ -349,14 +350,17 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
     assert not list(tmp_path.rglob("*.so"))
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64-v3"])
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "plain"])
 @pytest.mark.slow
-def test_other_processors_compute_the_same(tmp_path, flags):
+def test_other_processors_compute_the_same(tmp_path, instructions):
     """The code that isn't written for AVX-512, on this processor, if it is one that knows it."""
     code = (
         "import sys; sys.path[:0] = ['tests', 'tests/backends']\n"
         "import torch\n"
-        "from test_native import SMALL, difference, ids, pair, stepped\n"
+        "from test_native import SMALL, difference, ids, kernels, pair, stepped\n"
+        "from test_native import test_a_product_is_the_exact_one as exact\n"
+        "for kind in kernels.KINDS:\n"
+        "    exact(kind, False), exact(kind, True)\n"
         "for kind in (None, 'int8', 'int4'):\n"
         "    fp32 = 1e-4 if kind else 1e-5\n"
         "    for dtype, bound in ((torch.float32, fp32), (torch.bfloat16, 0.05)):\n"
@@ -365,7 +369,7 @@ def test_other_processors_compute_the_same(tmp_path, flags):
         "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
         "        assert found < bound, (kind, dtype, found)\n"
     )
-    done = in_a_process(tmp_path, code, CXXFLAGS=flags)
+    done = in_a_process(tmp_path, code, LLAMA_NATIVE=instructions)
     assert done.returncode == 0, done.stderr
 
 

@@ -88,6 +88,26 @@ def _compiler() -> str:
     )
 
 
+# Instruction sets other than this processor's own, by the names that LLAMA_NATIVE takes.
+INSTRUCTIONS = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "plain": "-march=x86-64"}
+
+
+def _instructions() -> str:
+    """The compiler's flag for an instruction set.
+
+    Raises:
+        ValueError: an unknown name in LLAMA_NATIVE.
+    """
+    name = os.environ.get("LLAMA_NATIVE", "")
+    if name and name not in INSTRUCTIONS:
+        raise ValueError(
+            f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, leave it out for "
+            "this processor's own instructions, or build with compile=False"
+        )
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return INSTRUCTIONS.get(name) or ("-march=native" if x86 else "-mcpu=native")
+
+
 def _processor() -> str:
     """The properties of this processor that compiled code depends on: its name and features."""
     info = Path("/proc/cpuinfo")
@@ -104,8 +124,7 @@ def library() -> ctypes.CDLL:
         ValueError: no compiler, or one that can't compile them; a cache that can't be written to.
     """
     compiler = _compiler()
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    flags = ["-std=c++17", "-O3", native, "-fopenmp", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O3", _instructions(), "-fopenmp", "-shared", "-fPIC"]
     flags += os.environ.get("CXXFLAGS", "").split()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     text = "".join(file.read_text() for file in (SOURCE, *HEADERS))
