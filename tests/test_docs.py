@@ -27,13 +27,15 @@ def spelled(command: str) -> str:
     return OPTION.sub(lambda option: option[0].replace("_", "-"), command)
 
 
-COMMANDS: dict[str, str] = {  # as they are shown, by one spelling
-    spelled(line.split("  #")[0].strip()): line.split("  #")[0].strip()
-    for page in TEXTS
-    for block in code(page, "bash")
-    for line in block.splitlines()
-    if line.split("#")[0].strip()
-}
+COMMANDS: dict[str, str] = {}  # as they are shown, by one spelling
+FIRST: dict[str, str] = {}  # the pages that show them first
+for _page in TEXTS:
+    for _block in code(_page, "bash"):
+        for _line in _block.splitlines():
+            if _line.split("#")[0].strip():
+                _command = _line.split("  #")[0].strip()
+                COMMANDS[spelled(_command)] = _command
+                FIRST.setdefault(spelled(_command), _page)
 
 SHELL = "writes into the user's shell configuration: test_cli.py"
 LICENCE = "takes Meta's licence and its link: tests/apps/test_download.py, on a local server"
@@ -88,11 +90,20 @@ def run(command: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", [c for key, c in COMMANDS.items() if key not in ELSEWHERE])
-def test_command(smollm2_path, command):
-    done = run(command)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert done.stdout or any(part in command for part in QUIET)
+def commands_of(page: str) -> list[str]:
+    """A page's commands that are run here, in order; what several pages show, with the first."""
+    return [
+        command for key, command in COMMANDS.items() if key not in ELSEWHERE and FIRST[key] == page
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if commands_of(page)])
+def test_commands(smollm2_path, page):
+    """In order, since some use what those before have written."""
+    for command in commands_of(page):
+        done = run(command)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+        assert done.stdout or any(part in command for part in QUIET), command
 
 
 def test_nothing_is_left_out_that_is_not_shown():

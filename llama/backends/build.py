@@ -164,12 +164,13 @@ def prepare(
             source, args, parallel.world_size(), dtype, device,
             quantize=quantize, kv_cache=kv_cache, compile=compile, reserve=reserve,
         )  # fmt: skip
-    model = Transformer(args, device="meta")
     if plan is not None:
         model, compiled = offloaded.load(source, args, plan, dtype=dtype, device=device), False
     elif quantize is None:
+        model = Transformer(args, device="meta")
         checkpoint.load(source, model, dtype=dtype, device=device)
     else:
+        model = Transformer(args, device="meta")
         quantized.load(source, model, quantize, dtype=dtype, device=device)
     if kv_cache is not None:
         model.new_cache = partial(model.new_cache, cache_type=Int8KVCache)  # type: ignore[method-assign]
