@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items):
     Those come first, so that at the end no worker waits long for the other's last test.
     """
     for item in items:
-        if "smollm2_path" in item.fixturenames:
+        if {"smollm2_path", "either"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -160,9 +160,17 @@ def llama3_tokenizer_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path) -> Llama:
-    """The real model, in fp32 on the CPU."""
+    """The real model, in fp32, with the CPU kernels."""
     return Llama.build(
         smollm2_path, max_batch_size=16, device="cpu", dtype="fp32", quantize="dense"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2_plain(smollm2_path) -> Llama:
+    """The same with the plain layers of model.py."""
+    return Llama.build(
+        smollm2_path, max_batch_size=16, device="cpu", dtype="fp32", quantize="dense", compile=False
     )
 
 

@@ -13,7 +13,14 @@ from llama.engine.prefill import similar
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
 
 
-def test_the_reference_prompt_logprobs_logits_and_continuations(smollm2, parity):
+@pytest.fixture(params=["smollm2", "smollm2_plain"])
+def either(request):
+    """The real model with the CPU kernels, and with the plain layers."""
+    return request.getfixturevalue(request.param)
+
+
+def test_the_reference_prompt_logprobs_logits_and_continuations(either, parity):
+    smollm2 = either
     prompts = [case["ids"] for case in parity["completions"]]
     tokens, _ = smollm2.generate(prompts, 48, temperature=0, stop_tokens=set())
     assert tokens == [case["greedy"] for case in parity["completions"]]
@@ -30,7 +37,8 @@ def test_the_reference_prompt_logprobs_logits_and_continuations(smollm2, parity)
         assert max(gaps) <= 1e-3
 
 
-def test_the_reference_chats(smollm2, parity):
+def test_the_reference_chats(either, parity):
+    smollm2 = either
     dialogs = [case["dialog"] for case in parity["chats"]]
     answers = smollm2.chat_completion(dialogs, temperature=0, max_gen_len=48)
     for case, answer in zip(parity["chats"], answers, strict=True):

@@ -202,10 +202,10 @@ def test_bf16_is_no_further_from_exact_than_the_plain_layers(smollm2_path):
 
 
 @pytest.fixture(scope="module")
-def said(smollm2):
+def said(smollm2_plain):
     """16 unlike prompts, and what the plain layers make of them: tokens and log-probabilities."""
     prompts = [ids(n, seed=n).tolist() for n in range(1, 160, 10)]
-    return prompts, *smollm2.generate(prompts, 24, temperature=0, logprobs=True)
+    return prompts, *smollm2_plain.generate(prompts, 24, temperature=0, logprobs=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int4"}, {"quantize": "int8"}])
