@@ -11,9 +11,9 @@ from torch import nn
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import address
 from llama.backends.quantized import Blocks, QuantizedLinear
+from llama.checkpoint.source import dtype_name
 
 LANES, ALIGNMENT = 16, 64
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor | Blocks:
@@ -30,6 +30,7 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor | Blocks, data: torch.Tensor):
         raw, self.kind = _raw(weight)
+        raw = raw.contiguous()
         self.rows, self.cols = weight.shape
         self.data = data
         number = kernels.KINDS.index(self.kind)
@@ -51,15 +52,14 @@ class Packed:
 
 def _raw(weight: torch.Tensor | Blocks) -> Tuple[torch.Tensor, str]:
     if isinstance(weight, Blocks):
-        return weight.data.contiguous(), weight.kind
-    return weight.detach().contiguous(), DTYPES[weight.dtype]
+        return weight.data, weight.kind
+    return weight.detach(), dtype_name(weight.dtype)
 
 
 def packed_bytes(weight: torch.Tensor | Blocks) -> int:
     """Bytes that a weight takes once it is packed: those of the file, in whole groups of rows."""
     raw, _ = _raw(weight)
-    rows = len(raw)
-    return raw.nbytes // rows * (math.ceil(rows / LANES) * LANES)
+    return raw.nbytes // len(raw) * (math.ceil(len(raw) / LANES) * LANES)
 
 
 class Arena:
