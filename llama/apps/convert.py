@@ -26,7 +26,8 @@ def convert(
         to: the format to write.
         mp: number of shards, for meta.
         dtype: of the weights; by default what they are stored in (fp32 if quantized).
-        quant: q8_0, q4_0 or q4_1, for gguf.
+        quant: for gguf, one type: q8_0, q4_0, q4_1; or a mixture of types as llama.cpp's: q4_k_s,
+            q4_k_m, q5_k_s, q5_k_m, q6_k.
         tokenizer_path: by default the one found with the source.
         adapter_dir: a LoRA adapter in PEFT's layout, merged into the weights that are written.
         force: overwrite dst, once the new checkpoint is complete.

@@ -42,7 +42,8 @@ def convert(
         to: "meta", "hf" or "gguf"; the last is a file, the others are directories.
         model_parallel_size: shards, for Meta's format.
         dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
-        quant: "q8_0", "q4_0" or "q4_1", for GGUF.
+        quant: for GGUF, "q8_0", "q4_0", "q4_1", or one of llama.cpp's mixtures, "q4_k_m" for
+            instance: see `gguf.write`.
         tokenizer_path: by default what is found with the source.
         max_shard_bytes: size of a .safetensors file, about.
         force: overwrite what is there, once the new checkpoint is complete.

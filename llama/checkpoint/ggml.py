@@ -1,13 +1,15 @@
 """ggml's quantization types: blocks of 32 neighbours in a row share a scale. Quantize, dequantize.
 
-Three of them are done here with torch, on all cores and any device; any other goes through the
-`gguf` package, which is imported where it is needed, since it takes 0.2 s.
-Layouts: github.com/ggml-org/ggml, ggml-common.h. Every scale is fp16 and first.
+Five of them are done here with torch, on all cores and any device. K-quants are quantized in
+`kquants`; what is left goes through the `gguf` package, imported where it is needed, since it takes
+0.2 s. Layouts: github.com/ggml-org/ggml, ggml-common.h. Every scale is fp16 and first.
 
     Q8_0    value = scale · q, q a signed byte
     Q4_0    value = scale · (q - 8), q four bits: value i in the low half of byte i, and value
             i + 16 in the high half
     Q4_1    value = scale · q + least, least being fp16 too
+    Q5_0    value = scale · (q - 16), q five bits: the highest of each are 32 bits before the others
+    Q5_1    value = scale · q + least
 """
 
 import math
@@ -15,8 +17,10 @@ from typing import Dict, Tuple
 
 import torch
 
+from llama.checkpoint import kquants
+
 VALUES = 32  # of a block
-BYTES: Dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+BYTES: Dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
 
 # Where in a block its fp16 scales (and minima) are.
 SCALES: Dict[str, Tuple[int, ...]] = {
@@ -61,12 +65,15 @@ def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:
     blocks = raw.view(-1, BYTES[kind])
     scale = blocks[:, :2].view(torch.float16).float()
     if kind == "Q8_0":
-        values = blocks[:, 2:].view(torch.int8).float().mul_(scale)
-    elif kind == "Q4_0":
-        values = _nibbles(blocks[:, 2:]).sub_(8).mul_(scale)
+        return blocks[:, 2:].view(torch.int8).float().mul_(scale).view(len(raw), -1)
+    values = _nibbles(blocks[:, -16:])
+    if kind in ("Q5_0", "Q5_1"):
+        high = blocks[:, -20:-16, None] >> torch.arange(8, dtype=torch.uint8, device=raw.device)
+        values += high.bitwise_and_(1).flatten(1) * 16
+    if kind in ("Q4_0", "Q5_0"):
+        values.sub_(8 if kind == "Q4_0" else 16).mul_(scale)
     else:
-        least = blocks[:, 2:4].view(torch.float16).float()
-        values = _nibbles(blocks[:, 4:]).mul_(scale).add_(least)
+        values.mul_(scale).add_(blocks[:, 2:4].view(torch.float16).float())
     return values.view(len(raw), -1)
 
 
@@ -80,9 +87,13 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 def quantize(values: torch.Tensor, kind: str) -> torch.Tensor:
     """(rows, values of a row) -> (rows, bytes of a row), to the bit as gguf.quantize.
 
+    K-quants, which that doesn't write, are bit-identical to llama.cpp's: see `kquants`.
+
     Raises:
-        ValueError: rows that aren't whole blocks.
+        ValueError: rows that aren't whole blocks; for K-quants, values that aren't finite.
     """
+    if kind in kquants.BYTES:
+        return kquants.quantize(values, kind)
     rows, width = values.shape
     if width % VALUES:
         raise ValueError(f"{kind} takes rows of whole blocks of {VALUES} values, not of {width}")
@@ -95,15 +106,17 @@ def quantize(values: torch.Tensor, kind: str) -> torch.Tensor:
         whole += q.abs() - whole >= 0.5
         packed = whole.copysign_(q).to(torch.int8).view(torch.uint8)
         parts: Tuple[torch.Tensor, ...] = (scale,)
-    elif kind == "Q4_0":
-        extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # with its sign, it becomes -8
-        scale = extreme / -8
-        packed = _pack(x * _inverse(scale) + 8.5)
+    elif kind in ("Q4_0", "Q5_0"):
+        half = 8 if kind == "Q4_0" else 16
+        extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # with its sign, it becomes -half
+        scale = extreme / -half
+        packed = _pack(x * _inverse(scale) + (half + 0.5), 2 * half - 1)
         parts = (scale,)
     else:
-        least, most = x.aminmax(dim=1, keepdim=True)
-        scale = (most - least) / 15
-        packed = _pack((x - least) * _inverse(scale) + 0.5)
+        most = 15 if kind == "Q4_1" else 31
+        least, greatest = x.aminmax(dim=1, keepdim=True)
+        scale = (greatest - least) / most
+        packed = _pack((x - least) * _inverse(scale) + 0.5, most)
         parts = (scale, least)
     heads = [part.half().view(torch.uint8) for part in parts]
     return torch.cat([*heads, packed], 1).view(rows, -1)
@@ -113,6 +126,11 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, scale, 1 / scale)
 
 
-def _pack(q: torch.Tensor) -> torch.Tensor:
-    q = q.clamp_(0, 15).to(torch.uint8)
-    return q[:, :16] | q[:, 16:] << 4
+def _pack(q: torch.Tensor, most: int) -> torch.Tensor:
+    q = q.clamp_(0, most).to(torch.uint8)
+    nibbles = q[:, :16] & 15 | q[:, 16:] << 4
+    if most == 15:
+        return nibbles
+    places = torch.arange(8, dtype=torch.uint8, device=q.device)
+    high = (q >> 4).view(-1, 4, 8) << places
+    return torch.cat([high.sum(2, dtype=torch.uint8), nibbles], 1)

@@ -14,6 +14,7 @@ import torch
 
 from llama.checkpoint import ggml
 from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.names import GGUF
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
@@ -32,6 +33,7 @@ WRITABLE = {
     "Q8_0": "MOSTLY_Q8_0",
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_1": "MOSTLY_Q4_1",
+    **{mixture: f"MOSTLY_{mixture}" for mixture in MIXTURES},
 }
 
 ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
@@ -190,26 +192,23 @@ def write(
     """Write a .gguf file that llama.cpp loads; returns its path.
 
     Args:
-        kind: f32, f16, bf16, q8_0, q4_0 or q4_1. Norms are always fp32. Rows that don't divide into
-            the 32 values of a quantized block are written as f16, as llama.cpp's tools do.
+        kind: f32, f16, bf16, q8_0, q4_0, q4_1, or one of llama.cpp's mixtures: q4_k_s, q4_k_m,
+            q5_k_s, q5_k_m, q6_k. Norms are always fp32. As llama.cpp's tools do, rows that don't
+            divide into a K-quant's blocks of 256 values are written as q5_0, q5_1 or q8_0, and
+            those that don't divide into 32 as f16.
         name: what the file says the model is called; by default its own name.
         tokenizer: whose vocabulary and template are written into the file.
         force: overwrite what is there, once the new file is complete.
 
     Raises:
         FileExistsError: the file exists, without `force`.
-        ValueError: an unknown kind.
+        ValueError: an unknown kind; a weight that it can't hold.
     """
     if kind.upper() not in WRITABLE:
         raise ValueError(f"{kind!r} can't be written; choose one of {', '.join(WRITABLE).lower()}")
     import gguf  # it takes 0.2 s, which only those who use the format should wait
 
     wanted, args, path = kind.upper(), source.args, Path(path)
-
-    def kind_of(shape: Shape) -> str:
-        if len(shape) == 1:
-            return "F32"
-        return "F16" if shape[-1] % ggml.block(wanted)[0] else wanted
 
     with beside(path, force) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
@@ -245,6 +244,7 @@ def write(
             writing_vocabulary.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
 
         shapes = weight_shapes(args)
+        kinds = {name: kind_of(name, shape, args, wanted) for name, shape in shapes.items()}
         if args.use_scaled_rope:
             plain = rope_frequencies(dataclasses.replace(args, use_scaled_rope=False))
             factors = (plain / rope_frequencies(args)).numpy()
@@ -252,7 +252,7 @@ def write(
                 ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=None
             )
         for name, shape in shapes.items():
-            target = gguf.GGMLQuantizationType[kind_of(shape)]
+            target = gguf.GGMLQuantizationType[kinds[name]]
             row = gguf.quant_shape_to_byte_shape(shape, target)
             writer.add_tensor_info(
                 GGUF.theirs(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
@@ -270,9 +270,12 @@ def write(
         if args.use_scaled_rope:
             out.write(factors.tobytes())
             align()
-        for name, shape in shapes.items():
+        for name, stored in kinds.items():
             for part in rows(source, name):
-                out.write(_encoded(part, kind_of(shape)))
+                try:
+                    out.write(_encoded(part, stored))
+                except ValueError as error:
+                    raise ValueError(f"{source.path}: {name}: {error}") from None
                 progress(part.numel() * part.itemsize)
             align()
         writer.close()

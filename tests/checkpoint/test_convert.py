@@ -337,6 +337,22 @@ def test_quantized_files_are_ggmls_and_llama_cpp_reads_them(ring, tmp_path, pari
         assert logits.max() - logits[token] < 0.5
 
 
+@pytest.mark.parametrize("quant", ["q4_k_m", "q6_k"])
+def test_mixtures_of_k_quants_answer_as_llama_cpp(ring, tmp_path, parity, quant):
+    """Rows of 576 values fall back to smaller blocks; w2's of 1536 are K-quants."""
+    path = convert(ring["meta"], tmp_path / "q.gguf", "gguf", quant=quant, quiet=True)
+    prompts = [case["ids"] for case in parity["completions"][:3]]
+    dense = Llama.build(path, device="cpu", dtype="fp32", quantize="dense", max_seq_len=64)
+    kernels = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=64, max_batch_size=3)
+    ours, _ = kernels.generate(prompts, 1, temperature=0, stop_tokens=set())
+    theirs = LlamaCpp(path, 3).greedy(prompts, 1)
+    for prompt, tokens in zip(prompts, zip(ours, theirs, strict=True), strict=True):
+        with torch.inference_mode():
+            logits = dense.model(torch.tensor([prompt]))[0, -1]
+        for (token,) in tokens:  # of activations that are rounded to 8 bits, too
+            assert logits.max() - logits[token] < 0.5
+
+
 # --- options -------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from llama.checkpoint import ggml
 Type = gguf.GGMLQuantizationType
 KINDS = pytest.mark.parametrize("kind", ggml.BYTES)
 
-STEPS = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15}  # that the largest value (Q4_1: the range) is made of
+# That the largest value is made of; with a least value, the range.
+STEPS = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31}
 
 
 def normal(*shape):
@@ -40,6 +41,8 @@ INPUTS = {
     "ties of Q8_0": halves(-127, 127, holding=[127.0]),
     "ties of Q4_0": halves(-8, 8, holding=[-8.0]),
     "ties of Q4_1": halves(0, 15, holding=[0.0, 15.0]),
+    "ties of Q5_0": halves(-16, 16, holding=[-16.0]),
+    "ties of Q5_1": halves(0, 31, holding=[0.0, 31.0]),
 }  # fmt: skip
 
 
@@ -90,14 +93,14 @@ def test_rounding_is_by_half_a_step(name, kind):
     x = INPUTS[name].float().reshape(-1, 32).double()
     raw = ggml.quantize(INPUTS[name], kind).view(-1, ggml.BYTES[kind])
     error = (ggml.dequantize(raw, kind).double() - x).abs()
-    span = x.amax(1) - x.amin(1) if kind == "Q4_1" else x.abs().amax(1)
+    span = x.amax(1) - x.amin(1) if kind.endswith("_1") else x.abs().amax(1)
     step = (span / STEPS[kind])[:, None]
     bound = step / 2
-    if kind == "Q4_0":  # the largest becomes -8, and the 4 bits end at 7: beyond that they clip
-        extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
-        bound = step * (-8 * x / extreme - 7).nan_to_num(0).clamp_min(0.5)
+    if kind in ("Q4_0", "Q5_0"):  # the largest becomes -8, 4 bits end at 7: beyond that they clip
+        most, extreme = STEPS[kind], x.gather(1, x.abs().argmax(1, keepdim=True))
+        bound = step * (-most * x / extreme - most + 1).nan_to_num(0).clamp_min(0.5)
     bound = bound + STEPS[kind] * half_ulp(step)
-    if kind == "Q4_1":
+    if kind.endswith("_1"):
         bound = bound + half_ulp(x.amin(1, keepdim=True))
     assert (error <= bound + x.abs().amax(1, keepdim=True) * 2**-22).all()  # 2**-22: fp32's own
 
@@ -121,11 +124,9 @@ def test_rows_that_are_not_whole_blocks_are_refused(kind):
 
 
 def test_other_kinds_go_through_gguf():
-    x = normal(8, 512)
-    for kind in ("Q5_0", "Q5_1"):
-        raw = gguf.quantize(x.numpy(), Type[kind])
-        expected = torch.from_numpy(gguf.dequantize(raw, Type[kind]))
-        assert torch.equal(ggml.dequantize(torch.from_numpy(raw), kind), expected)
-        assert 0 < (expected - x).abs().max() < 0.2
+    x = 3 * normal(8, 512).sign()
+    for kind in ("TQ1_0", "TQ2_0"):  # of three values
+        raw = torch.from_numpy(gguf.quantize(x.numpy(), Type[kind]))
+        assert torch.equal(ggml.dequantize(raw, kind), x)
     with pytest.raises(NotImplementedError):
         ggml.dequantize(torch.zeros(1, 32, dtype=torch.uint8), "Q8_1")
