@@ -339,8 +339,8 @@ class Transformer(nn.Module):
         elif any(starts):
             raise ValueError(f"start_pos {start_pos} needs a cache that holds what comes before")
         alike = len(set(starts)) == 1
-        first = torch.tensor(starts[:1] if alike else starts, device=tokens.device)
-        places = first[:, None] + torch.arange(T, device=tokens.device)  # (1 or B, T)
+        first = starts[0] if alike else torch.tensor(starts, device=tokens.device)[:, None]
+        places = first + torch.arange(T, device=tokens.device).view(1, T)  # (1 or B, T)
         turns = places if positions is None else positions.view(-1, T)
 
         h = tokens if tokens.is_floating_point() else self.tok_embeddings(tokens)

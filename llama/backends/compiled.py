@@ -16,6 +16,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
 from llama.backends.quantized import Blocks, QuantizedLinear
+from llama.checkpoint import ggml
 from llama.layers import parallel
 from llama.model import Step, Transformer, TransformerBlock, rms_norm
 
@@ -38,6 +39,13 @@ def _compiled() -> Tuple[Callable[..., Any], Callable[..., Any]]:
 def _linear(x: torch.Tensor, weights: Sequence[Matrix]) -> torch.Tensor:
     dense = [w.dense(x.dtype) if isinstance(w, Blocks) else w for w in weights]
     return torch.cat([F.linear(x, w) for w in dense], -1) if len(dense) > 1 else F.linear(x, *dense)
+
+
+def _traceable(weights: Sequence[Matrix], dtype: torch.dtype) -> List[Matrix]:
+    """Blocks that the gguf package dequantizes become dense: torch.compile can't trace it."""
+    return [
+        w.dense(dtype) if isinstance(w, Blocks) and w.kind not in ggml.BYTES else w for w in weights
+    ]
 
 
 def _rotate(x: torch.Tensor, cis: torch.Tensor) -> torch.Tensor:
@@ -117,6 +125,9 @@ class CompiledBlock(nn.Module):
         before, after = _compiled()
         first, second = self.block.attention_norm, self.block.ffn_norm
         cis = torch.view_as_real(step.freqs_cis)
-        q, k, v = before(x, first.weight, first.eps, self._wqkv, cis, self._heads)
+        wqkv, wo, w13, w2 = (
+            _traceable(weights, x.dtype) for weights in (self._wqkv, self._wo, self._w13, self._w2)
+        )
+        q, k, v = before(x, first.weight, first.eps, wqkv, cis, self._heads)
         out = self.block.attention.attend(q, k, v, step)
-        return after(x, out, self._wo, second.weight, second.eps, self._w13, self._w2, self._group)
+        return after(x, out, wo, second.weight, second.eps, w13, w2, self._group)

@@ -123,10 +123,9 @@ def run(
             width = 1 + max(map(len, drafts))
             fed = [[row.answer[-1], *draft] for row, draft in zip(batch, drafts, strict=True)]
             tokens = padded(fed, device)
-            at = (
-                [i for i, ids in enumerate(fed) for _ in ids],
-                [j for ids in fed for j in range(len(ids))],
-            )
+            # Before the pass, since copying indices to a GPU waits for what it is computing.
+            places = [(i, j) for i, ids in enumerate(fed) for j in range(len(ids))]
+            at = torch.tensor(places, device=device).unbind(1)
             h = model.hidden(tokens, cache.lengths, cache)[at]
             if guidance is not None:
                 guidance.feed(tokens, at)
@@ -155,10 +154,10 @@ class Guidance:
         own, negative = logits.log_softmax(-1), self._model.logits(self._h).log_softmax(-1)
         return negative + self._scales[self._row, None] * (own - negative)
 
-    def feed(self, tokens: torch.Tensor, at: Tuple[List[int], List[int]]) -> None:
+    def feed(self, tokens: torch.Tensor, at: Tuple[torch.Tensor, ...]) -> None:
         """Compute the rows' new tokens, (B, T); those at (rows, columns) aren't padding."""
         self._h = self._model.hidden(tokens, self._cache.lengths, self._cache)[at]
-        self._row = torch.tensor(at[0], device=self._h.device)
+        self._row = at[0]
 
     def truncate(self, rejected: List[int]) -> None:
         """Drop this many of each row's last tokens."""
@@ -298,19 +297,24 @@ def _details(
     """For each sampled token its log-probability, and the most probable tokens with theirs."""
     if not logprobs and not top_logprobs:
         return [[(None, None)] * len(tokens) for tokens in sampled]
-    found, at = [], 0
+    # Of all rows together, since each value that is read waits for a GPU.
+    at, used = 0, []  # positions, and the tokens sampled there
     for tokens, draft in zip(sampled, drafts, strict=True):
-        distribution = logits[at : at + min(len(tokens), len(draft) + 1)].log_softmax(-1)
-        ids = torch.tensor(tokens[: len(distribution)], device=logits.device)[:, None]
-        chosen = distribution.gather(-1, ids)[:, 0].tolist()
-        best: List[Optional[List[Tuple[int, float]]]] = [None] * len(chosen)
-        if top_logprobs:
-            values, places = (part.tolist() for part in distribution.topk(top_logprobs))
-            best = [list(zip(*pair, strict=True)) for pair in zip(places, values, strict=True)]
-        of_row: List[Details] = list(zip(chosen, best, strict=True))
-        found.append(of_row + [(None, None)] * (len(tokens) - len(of_row)))
+        used += list(enumerate(tokens[: len(draft) + 1], at))
         at += len(draft) + 1
-    return found
+    positions, ids = torch.tensor(used, device=logits.device).unbind(1)
+    distribution = logits[positions].log_softmax(-1)
+    chosen = distribution.gather(-1, ids[:, None])[:, 0]
+    best: List[Optional[List[Tuple[int, float]]]] = [None] * len(used)
+    if top_logprobs:
+        values, likeliest = (part.tolist() for part in distribution.topk(top_logprobs))
+        best = [list(zip(*pair, strict=True)) for pair in zip(likeliest, values, strict=True)]
+    computed: Iterator[Details] = iter(zip(chosen.tolist(), best, strict=True))
+    # A stop token that a constraint adds after the last position has none.
+    return [
+        [next(computed) if i <= len(draft) else (None, None) for i in range(len(tokens))]
+        for tokens, draft in zip(sampled, drafts, strict=True)
+    ]
 
 
 def _events(

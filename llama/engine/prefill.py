@@ -31,6 +31,7 @@ def prefill(
         rows, width = stop - start, max(map(len, new))
         tokens = padded(new, device)
         ends = torch.tensor([len(ids) for ids in new], device=device) - 1
+        each = torch.arange(rows, device=device)
         of_last = torch.empty(rows, model.params.dim, dtype=dtype, device=device)
         of_next = torch.zeros(tokens.shape, device=device)
         step = max(PASS // rows, 1)
@@ -38,13 +39,15 @@ def prefill(
             h = model.hidden(
                 tokens[:, begin : begin + step], [known + begin for known in begins], part
             )
+            # Selected without indices that depend on values, for which a GPU would be waited for.
             here = (ends >= begin) & (ends < begin + step)
-            of_last[here] = h[here, ends[here] - begin]
+            found = h[each, (ends - begin).clamp(0, h.shape[1] - 1)]
+            of_last = torch.where(here[:, None], found, of_last)
             if score:
                 following = tokens[:, begin + 1 : begin + 1 + step]
                 states = h[:, : following.shape[1]].flatten(0, 1)
-                found, _ = logprobs_of(model, states, following.flatten())
-                of_next[:, begin + 1 : begin + 1 + step] = found.view(following.shape)
+                logprobs, _ = logprobs_of(model, states, following.flatten())
+                of_next[:, begin + 1 : begin + 1 + step] = logprobs.view(following.shape)
         last.append(of_last)
         if score:
             scores += [row[: len(ids)] for row, ids in zip(of_next.tolist(), new, strict=True)]

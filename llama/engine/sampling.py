@@ -10,7 +10,7 @@ Tokens that are ruled out get the logit -inf.
 
 import math
 from collections import Counter
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -53,10 +53,12 @@ def sample_token(
         allow: sets the logits of tokens that violate a constraint to -inf. If params rule out all
             others, only allow is applied.
     """
-    own, logits = logits.float(), constrained(logits, params, prompt, answer)
+    own = logits.float()
+    logits = constrained(own, params, prompt, answer)
     if allow is not None:
+        ruled = logits is not own  # comparing values would wait for a GPU
         logits = allow(logits)
-        if logits.max() == -math.inf:
+        if ruled and logits.max() == -math.inf:
             logits = allow(own)
     if params.temperature == 0:
         return int(logits.argmax())
@@ -79,24 +81,28 @@ def constrained(
     """Biases, penalties, bans and the logits processor: (vocab_size,) -> (vocab_size,)."""
     logits = logits.float()
     if params.logit_bias:
-        logits = logits.clone()
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        logits = _added(logits, params.logit_bias)
     if params.repetition_penalty != 1:
         logits = penalize_repetition(logits, params.repetition_penalty, [*prompt, *answer])
     if answer and (params.presence_penalty or params.frequency_penalty):
-        logits = logits.clone()
-        for token, count in Counter(answer).items():
-            logits[token] -= params.presence_penalty + count * params.frequency_penalty
+        presence, frequency = params.presence_penalty, params.frequency_penalty
+        counts = Counter(answer).items()
+        logits = _added(logits, {token: -(presence + n * frequency) for token, n in counts})
     banned = list(params.banned_tokens)
     if params.no_repeat_ngram_size:
         banned += would_repeat([*prompt, *answer], params.no_repeat_ngram_size)
     if banned:
-        logits = logits.clone()
-        logits[torch.tensor(banned, device=logits.device)] = -math.inf
+        logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), -math.inf)
     if params.logits_processor is not None:
         logits = params.logits_processor([*prompt, *answer], logits)
     return logits
+
+
+def _added(logits: torch.Tensor, values: Mapping[int, float]) -> torch.Tensor:
+    """Logits with values added to those of some tokens, all at once."""
+    ids = torch.tensor(list(values), device=logits.device)
+    added = torch.tensor(list(values.values()), dtype=logits.dtype, device=logits.device)
+    return logits.index_add(0, ids, added)
 
 
 def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -148,9 +154,9 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         ordered = probs.sort(descending=True).values
         kept = int((ordered.cumsum(-1) - ordered <= p).sum())
     last = ordered[kept - 1]
-    equal = (probs == last).nonzero()[:, 0]
-    left_out = equal[kept - int((ordered[:kept] > last).sum()) :]
-    return logits.masked_fill(probs < last, -math.inf).index_fill(0, left_out, -math.inf)
+    equal, most = probs == last, kept - (ordered[:kept] > last).sum()
+    left_out = equal & (equal.cumsum(-1) > most)
+    return logits.masked_fill((probs < last) | left_out, -math.inf)
 
 
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
@@ -167,9 +173,10 @@ def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
     logprobs = torch.log_softmax(logits, -1)
     probs = logprobs.exp()
     entropy = -(logprobs * probs).nansum()
-    distance, ids = (-logprobs - entropy).abs().sort(stable=True)
-    last = min(int((probs[ids].cumsum(-1) < p).sum()), len(ids) - 1)
-    return logits.index_fill(0, ids[distance > distance[last]], -math.inf)
+    distance = (-logprobs - entropy).abs()
+    ordered, ids = distance.sort(stable=True)
+    last = (probs[ids].cumsum(-1) < p).sum().clamp(max=len(ids) - 1)
+    return logits.masked_fill(distance > ordered.take(last), -math.inf)
 
 
 def sample_top_p(

@@ -195,10 +195,9 @@ def share_lists(lists: List[List[int]], most: int) -> List[List[int]]:
     if world_size() == 1:
         return lists
     cuda = dist.get_backend(fs_init.get_model_parallel_group()) == "nccl"
-    table = torch.full((len(lists), most), -1, device="cuda" if cuda else "cpu")
-    for row, ids in zip(table, lists, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return [[token for token in ids if token >= 0] for ids in broadcast(table).tolist()]
+    table = torch.tensor([[*ids, *[-1] * (most - len(ids))] for ids in lists])
+    shared = broadcast(table.to("cuda" if cuda else "cpu")).tolist()
+    return [[token for token in ids if token >= 0] for ids in shared]
 
 
 def all_gather(tensor: torch.Tensor) -> List[torch.Tensor]:

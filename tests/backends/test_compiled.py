@@ -1,5 +1,6 @@
 """Layers by torch.compile say what model.py says, and aren't compiled anew as a context grows."""
 
+import gguf
 import pytest
 import torch
 import torch._dynamo
@@ -8,6 +9,7 @@ from test_native import SMALL, difference, ids, pair, stepped
 
 from llama import Llama
 from llama.backends import compiled
+from llama.backends.quantized import QuantizedLinear
 from llama.engine.speculative import DraftLength
 
 
@@ -60,6 +62,20 @@ def test_its_bf16_and_its_blocks_are_close():
             expected = plain(ids(2, 40))
         compiled.swap(plain)
         assert difference(stepped(plain, ids(2, 40), 30, step), expected) < bound
+
+
+@pytest.mark.slow
+def test_blocks_that_the_gguf_package_dequantizes():
+    plain, _ = pair(SMALL, "int8")
+    for layer in plain.layers.modules():
+        if isinstance(layer, QuantizedLinear):
+            values = layer.blocks.dense(torch.float32).numpy()
+            layer.data = torch.from_numpy(gguf.quantize(values, gguf.GGMLQuantizationType.Q5_0))
+            layer.kind = "Q5_0"
+    with torch.inference_mode():
+        expected = plain(ids(2, 9))
+    compiled.swap(plain)
+    assert difference(stepped(plain, ids(2, 9), 5, 2), expected) < 1e-5
 
 
 @pytest.mark.slow
