@@ -369,7 +369,8 @@ def test_other_processors_compute_the_same(tmp_path, instructions):
         "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
         "        assert found < bound, (kind, dtype, found)\n"
     )
-    done = in_a_process(tmp_path, code, LLAMA_NATIVE=instructions)
+    # -O1 compiles in half of the time.
+    done = in_a_process(tmp_path, code, LLAMA_NATIVE=instructions, CXXFLAGS="-O1")
     assert done.returncode == 0, done.stderr
 
 

@@ -112,12 +112,12 @@ template <> struct Type<Q8_0> : Quantized<Type<Q8_0>, 32, 128> {
 template <> struct Type<Q2_K> : Quantized<Type<Q2_K>, 256, 0, 2, true> {
     static constexpr Field FIELDS[] = {{80, 2, 1}, {82, 2, 1}, {0, 4, 4}, {16, 4, 16}};
     void open() { d = half<0>(), m = half<1>(); }
-    uvec scales(int s) const { return word<2>(s / 2); }
-    vec scale(int s, int part) const { return d * byte_of(scales(s) & every(15), 2 * (s & 1) + part); }
-    vec least(int s, int part) const {
+    uvec scales(unsigned s) const { return word<2>(s / 2); }
+    vec scale(unsigned s, int part) const { return d * byte_of(scales(s) & every(15), 2 * (s & 1) + part); }
+    vec least(unsigned s, int part) const {
         return -m * byte_of(scales(s) >> 4 & every(15), 2 * (s & 1) + part);
     }
-    uvec quants(int s, int j) const {
+    uvec quants(unsigned s, int j) const {
         return (word<3>(s / 4 * 8 + j) >> (2 * (s & 3))) & every(3);
     }
 };
@@ -132,10 +132,10 @@ template <> struct Type<Q3_K> : Quantized<Type<Q3_K>, 256, 4, 2> {
             scales[i] = ((low[i % 2] >> (4 * (i / 2))) & every(15)) |
                         (((high >> (2 * i)) & every(3)) << 4);
     }
-    vec scale(int s, int part) const {
+    vec scale(unsigned s, int part) const {
         return d * (byte_of(scales[s / 2], 2 * (s & 1) + part) - 32.0f);
     }
-    uvec quants(int s, int j) const {
+    uvec quants(unsigned s, int j) const {
         return ((word<3>(s / 4 * 8 + j) >> (2 * (s & 3))) & every(3)) |
                (rotate_right(word<2>(j), s - 2) & every(4));
     }
@@ -152,18 +152,18 @@ template <class T> struct SixBits : Quantized<T, 256, 0, 1, true> {
         scales[1] = (w & every(15)) | ((u >> 6) & every(3)) << 4;
         leasts[1] = ((w >> 4) & every(15)) | ((v >> 6) & every(3)) << 4;
     }
-    vec scale(int s, int) const { return this->d * byte_of(scales[s / 4], s & 3); }
-    vec least(int s, int) const { return this->m * byte_of(leasts[s / 4], s & 3); }
+    vec scale(unsigned s, int) const { return this->d * byte_of(scales[s / 4], s & 3); }
+    vec least(unsigned s, int) const { return this->m * byte_of(leasts[s / 4], s & 3); }
 };
 
 template <> struct Type<Q4_K> : SixBits<Type<Q4_K>> {
     static constexpr Field FIELDS[] = {{0, 2, 1}, {2, 2, 1}, {4, 4, 3}, {16, 4, 32}};
-    uvec quants(int s, int j) const { return nibbles(word<3>(s / 2 * 8 + j), s & 1); }
+    uvec quants(unsigned s, int j) const { return nibbles(word<3>(s / 2 * 8 + j), s & 1); }
 };
 
 template <> struct Type<Q5_K> : SixBits<Type<Q5_K>> {
     static constexpr Field FIELDS[] = {{0, 2, 1}, {2, 2, 1}, {4, 4, 3}, {16, 4, 8}, {48, 4, 32}};
-    uvec quants(int s, int j) const {
+    uvec quants(unsigned s, int j) const {
         return nibbles(word<4>(s / 2 * 8 + j), s & 1) |
                (rotate_right(word<3>(j), s - 4) & every(16));
     }
@@ -172,10 +172,10 @@ template <> struct Type<Q5_K> : SixBits<Type<Q5_K>> {
 template <> struct Type<Q6_K> : Quantized<Type<Q6_K>, 256, 32, 2> {
     static constexpr Field FIELDS[] = {{208, 2, 1}, {192, 4, 4}, {128, 4, 16}, {0, 4, 32}};
     void open() { d = half<0>(); }
-    vec scale(int s, int part) const {
+    vec scale(unsigned s, int part) const {
         return d * signed_byte_of(word<1>(s / 2), 2 * (s & 1) + part);
     }
-    uvec quants(int s, int j) const {
+    uvec quants(unsigned s, int j) const {
         return nibbles(word<3>(s / 4 * 16 + (s & 1) * 8 + j), s >> 1 & 1) |
                (rotate_right(word<2>(s / 4 * 8 + j), 2 * (s & 3) - 4) & every(48));
     }
@@ -197,12 +197,12 @@ template <> struct Type<IQ4_NL> : Quantized<Type<IQ4_NL>, 32, 128> {
 template <> struct Type<IQ4_XS> : Quantized<Type<IQ4_XS>, 256, 128> {
     static constexpr Field FIELDS[] = {{0, 2, 1}, {2, 2, 1}, {4, 4, 1}, {8, 4, 32}};
     void open() { d = half<0>(); }
-    vec scale(int s, int) const {
+    vec scale(unsigned s, int) const {
         uvec high = __builtin_convertvector(read<shorts>(at<1>(0)), uvec);
         uvec bits = ((word<2>() >> (4 * s)) & 15) | ((high >> (2 * s)) & 3) << 4;
         return d * (__builtin_convertvector(bits, vec) - 32.0f);
     }
-    uvec quants(int s, int j) const {
+    uvec quants(unsigned s, int j) const {
         return lookup(NONLINEAR, nibbles(word<3>(4 * s + j % 4), j / 4)) ^ every(128);
     }
 };

@@ -118,44 +118,71 @@ struct Inputs {
 
 // --- tiles: 16 rows of w by M rows of x -----------------------------------------------------------
 
+#ifdef __AVX512F__
+constexpr int MOST = 8;  // rows of x in a tile, as registers allow
+#else
+constexpr int MOST = 2;
+#endif
+
+// As assembly, since compilers gather prefetches of unrolled code in one place.
+#if defined(__x86_64__)
+#define PREFETCH(byte) asm volatile("prefetcht0 %0" : : "m"(byte) : "memory")
+#else
+#define PREFETCH(byte) __builtin_prefetch(&(byte))
+#endif
+
 // Prefetches part `i` of n of what lies one distance after a block: about memory's latency times its
 // bandwidth, in bytes. In parts, since more than some requests at once would have to wait.
 constexpr int AHEAD = 4096;
 template <class T> inline void prefetch(const T &block, int i, int n) {
     constexpr int lines = (LANES * block_bytes<T>() + 63) / 64;
     for (int line = lines * i / n; line < lines * (i + 1) / n; line++)
-        __builtin_prefetch(block.p + line * 64 + AHEAD);
+        PREFETCH(block.p[line * 64 + AHEAD]);
+}
+
+// Adds to M sums the products of a sub-block.
+template <class T, int M>
+inline void add_sub_block(const T &w, unsigned s, const Fixed **x, vec *sums) {
+    constexpr int PER = 8 / T::PARTS;
+    prefetch(w, s, T::VALUES / BLOCK);
+    for (int part = 0; part < T::PARTS; part++) {
+        Sums acc[M];
+        for (int m = 0; m < M; m++) {
+            const int32_t *given = x[m]->sums;
+            int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
+            acc[m] = {ivec{}, ivec{} - T::OFFSET * all};
+        }
+#pragma GCC unroll 8
+        for (int j = part * PER; j < part * PER + PER; j++) {
+            uvec q = w.quants(s, j);
+            for (int m = 0; m < M; m++) dot(acc[m], q, x[m]->a[j], x[m]->b[j]);
+        }
+        vec scale = w.scale(s, part);
+        for (int m = 0; m < M; m++) {
+            sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * x[m]->scale);
+            if constexpr (T::HAS_LEAST)
+                sums[m] += w.least(s, part) *
+                           (T::PARTS == 1 ? x[m]->sum : x[m]->scale * float(x[m]->sums[part]));
+        }
+    }
+    for (int m = 0; m < M; m++) x[m]++;
 }
 
 // Each adds to M sums the products of a block of 16 rows of w with a block of M rows of x, which
 // begin at x[m] and are left behind.
 template <class T, int M> inline void add(T w, const Fixed **x, vec *sums) {
-    constexpr int SUBS = T::VALUES / BLOCK, PER = 8 / T::PARTS;
+    constexpr unsigned SUBS = T::VALUES / BLOCK;
+#ifdef __AVX512VNNI__
+    // Unrolled, shifts are by constants. Types of two parts are slower from memory if wholly unrolled.
+    constexpr unsigned SOME = T::PARTS == 1 || SUBS < 4 ? SUBS : 4;
+#else
+    constexpr unsigned SOME = 1;  // products take longer than shifts
+#endif
     w.open();
-    for (int s = 0; s < SUBS; s++) {
-        prefetch(w, s, SUBS);
-        for (int part = 0; part < T::PARTS; part++) {
-            Sums acc[M];
-            for (int m = 0; m < M; m++) {
-                const int32_t *given = x[m]->sums;
-                int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
-                acc[m] = {ivec{}, ivec{} - T::OFFSET * all};
-            }
+    for (unsigned group = 0; group < SUBS / SOME; group++)
 #pragma GCC unroll 8
-            for (int j = part * PER; j < part * PER + PER; j++) {
-                uvec q = w.quants(s, j);
-                for (int m = 0; m < M; m++) dot(acc[m], q, x[m]->a[j], x[m]->b[j]);
-            }
-            vec scale = w.scale(s, part);
-            for (int m = 0; m < M; m++) {
-                sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * x[m]->scale);
-                if constexpr (T::HAS_LEAST)
-                    sums[m] += w.least(s, part) *
-                               (T::PARTS == 1 ? x[m]->sum : x[m]->scale * float(x[m]->sums[part]));
-            }
-        }
-        for (int m = 0; m < M; m++) x[m]++;
-    }
+        for (unsigned s = group * SOME; s < group * SOME + SOME; s++)
+            add_sub_block<T, M>(w, s, x, sums);
 }
 template <class T, int M> inline void add(const T &w, const float **x, vec *sums) {
     vec acc[M] = {};
@@ -196,11 +223,6 @@ void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int 
             for (int r = 0; r < rows; r++) y[m * stride + r] = sums[m][r];
 }
 
-#ifdef __AVX512F__
-constexpr int MOST = 8;  // rows of x in a tile, as registers allow
-#else
-constexpr int MOST = 2;
-#endif
 constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
 
 // The same for any number of rows of each. `row`: of x, in its units.
