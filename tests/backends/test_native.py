@@ -153,12 +153,17 @@ def test_rows_stand_at_their_own_positions():
 def test_a_token_is_the_same_to_the_bit_whatever_is_computed_with_it(dtype, kind, cache_type):
     """Alone or in a batch, as a whole, in chunks or token by token, with one thread or two."""
     _, compiled = pair(SMALL, kind, dtype)
+    check_that_logits_never_depend_on_the_batch(compiled, cache_type)
+
+
+def check_that_logits_never_depend_on_the_batch(compiled: NativeTransformer, cache_type: type):
     compiled.new_cache = partial(compiled.new_cache, cache_type=cache_type)
-    tokens = ids(16, 700)
+    tokens = ids(64, 700)
     with torch.inference_mode():
         expected = stepped(compiled, tokens[:1], 700)
-        for rows in (2, 16):
-            assert torch.equal(stepped(compiled, tokens[:rows], 700)[:1], expected)
+        for rows, length in ((2, 700), (16, 700), (64, 200)):
+            found = stepped(compiled, tokens[:rows, :length], length)
+            assert torch.equal(found[:1], expected[:, :length])
         for prompt, step in ((1, 1), (7, 7), (32, 32), (512, 512), (600, 1)):
             assert torch.equal(stepped(compiled, tokens[:1], prompt, step), expected)
         torch.set_num_threads(1)
@@ -257,6 +262,15 @@ def test_a_file_of_any_block_type_is_computed_as_it_is(file_of, kind, capfd):
     assert "as stored blocks and float32" in capfd.readouterr().err
     with torch.inference_mode():
         assert difference(default(ids(2, 40)), dense(ids(2, 40))) < 2e-4
+
+
+@pytest.mark.parametrize("dtype, cache_type", [("fp32", KVCache), ("bf16", Int8KVCache)])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_a_files_blocks_give_the_same_to_the_bit_whatever_is_computed_with_them(
+    file_of, kind, dtype, cache_type
+):
+    llama = Llama.build(file_of(kind), max_seq_len=1024, device="cpu", dtype=dtype)
+    check_that_logits_never_depend_on_the_batch(llama.model, cache_type)
 
 
 def test_what_the_kernels_are_not_for_is_said_and_runs(tmp_path, capfd):
