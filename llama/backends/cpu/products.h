@@ -207,14 +207,22 @@ template <class T, int M> inline void add(const T &w, const bf16 **x, vec *sums)
 #endif
 }
 
+// What a tile of dense weights prefetches: `step` bytes from `at` for each block.
+struct Ahead {
+    const uint8_t *at;
+    int step, done;
+};
+
 // y[m][r] = w[r] · x[m] for M rows of x and `rows` <= 16 rows of w; `row` values of x are a row's.
 template <class T, int M, class X>
-void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int rows) {
+void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int rows, Ahead ahead) {
     vec sums[M] = {};
     const X *at[M];
     for (int m = 0; m < M; m++) at[m] = x + m * row;
     for (int b = 0; b < blocks; b++, w.p += LANES * block_bytes<T>()) {
-        if (!T::IS_QUANTIZED && M > 2) prefetch(w, 0, 1);  // else the processor does it better
+        if (!T::IS_QUANTIZED && M > 2)  // else the processor does it better
+            for (int end = (b + 1) * ahead.step; ahead.done < end; ahead.done += 64)
+                PREFETCH(ahead.at[ahead.done]);
         add<T, M>(w, at, sums);
     }
     for (int m = 0; m < M; m++)
@@ -234,10 +242,16 @@ void product(const Weight &w, const X *x, size_t row, int tokens, float *y, Shar
             T from;
             from.p = w.data + size_t(r) * blocks * block_bytes<T>();
             const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
-            int m = begin;
+            // Each of several tiles fetches its part of the next 16 rows, so that reading takes as
+            // long as computing; one alone, what comes next.
+            int m = begin, tiles = (end - m) / MOST, size = LANES * block_bytes<T>();
+            Ahead ahead = {from.p + AHEAD, size, 0};
+            if (tiles > 1) ahead = {from.p + blocks * size, size / tiles, 0};
             auto run = [&](auto count) {
                 constexpr int M = decltype(count)::value;
-                tile<T, M>(from, x + m * row, row, blocks, y + size_t(m) * w.rows + r, w.rows, rows);
+                tile<T, M>(from, x + m * row, row, blocks, y + size_t(m) * w.rows + r, w.rows, rows,
+                           ahead);
+                if (tiles > 1) ahead.at += blocks * ahead.step;
                 m += M;
             };
             while (m + MOST <= end) run(std::integral_constant<int, MOST>());
