@@ -1,8 +1,9 @@
 """ggml's quantization types: blocks of 32 neighbours in a row share a scale. Quantize, dequantize.
 
 Five of them are done here with torch, on all cores and any device. K-quants are quantized in
-`kquants`; what is left goes through the `gguf` package on the CPU, imported where it is needed, since
-it takes 0.2 s. Layouts: github.com/ggml-org/ggml, ggml-common.h. Every scale is fp16 and first.
+`kquants`; what is left goes through the `gguf` package on the CPU, imported where it is needed,
+since it takes 0.2 s. Every scale is fp16 and first.
+Layouts: github.com/ggml-org/ggml, ggml-common.h.
 
     Q8_0    value = scale · q, q a signed byte
     Q4_0    value = scale · (q - 8), q four bits: value i in the low half of byte i, and value

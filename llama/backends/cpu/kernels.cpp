@@ -11,8 +11,8 @@
 //
 // Sums are fp32, in an order that depends on the model's shape alone, so that a token's result is
 // bit-identical regardless of the rest of the batch and of the number of threads. Written in the
-// vector extensions that GCC and Clang share, 16 floats wide on any processor; only AVX-512 has
-// separate code.
+// vector extensions that GCC and Clang share, 16 floats wide on any processor; separate code there is
+// for some of AVX2, AVX-512 and ARM's products of bytes.
 
 #include "attention.h"
 

@@ -88,8 +88,13 @@ def _compiler() -> str:
     )
 
 
+X86 = platform.machine() in ("x86_64", "AMD64")
 # Instruction sets other than this processor's own, by the names that LLAMA_NATIVE takes.
-INSTRUCTIONS = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "plain": "-march=x86-64"}
+INSTRUCTIONS = (
+    {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "plain": "-march=x86-64"}
+    if X86
+    else {"dotprod": "-march=armv8.2-a+dotprod", "plain": "-march=armv8-a"}
+)
 
 
 def _instructions() -> str:
@@ -104,8 +109,7 @@ def _instructions() -> str:
             f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, leave it out for "
             "this processor's own instructions, or build with compile=False"
         )
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return INSTRUCTIONS.get(name) or ("-march=native" if x86 else "-mcpu=native")
+    return INSTRUCTIONS.get(name) or ("-march=native" if X86 else "-mcpu=native")
 
 
 def _processor() -> str:

@@ -29,8 +29,16 @@ inline Share share(int n, int unit = 1) {
 
 // --- four unsigned bytes times four 16-bit activations, in each lane ------------------------------
 
-// An activation block has two words for each four values. With VNNI they are the upper and the
-// lower bytes (both signed: q = 256 a + b); else the first and third, and the second and fourth.
+// An activation block has two words for each four values. With products of bytes they are the upper
+// and the lower bytes (both signed: q = 256 a + b); else the first and third, the second and fourth.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define MULTIPLIES_BYTES
+#endif
+#ifdef __ARM_FEATURE_DOTPROD
+constexpr int BIAS = 128;  // what `dot` subtracts from each byte, since ARM's are both signed
+#else
+constexpr int BIAS = 0;
+#endif
 struct Sums {
     ivec a, b;
 };
@@ -47,6 +55,18 @@ inline void dot(Sums &sums, uvec quants, int32_t a, int32_t b) {
 #ifdef __AVX512VNNI__
     sums.a = (ivec)_mm512_dpbusd_epi32((__m512i)sums.a, (__m512i)quants, _mm512_set1_epi32(a));
     sums.b = (ivec)_mm512_dpbusd_epi32((__m512i)sums.b, (__m512i)quants, _mm512_set1_epi32(b));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    quants ^= every(BIAS);
+    const int8x16_t of_a = vreinterpretq_s8_s32(vdupq_n_s32(a));
+    const int8x16_t of_b = vreinterpretq_s8_s32(vdupq_n_s32(b));
+    int8x16_t q[4];
+    int32x4_t to_a[4], to_b[4];
+    memcpy(q, &quants, 64), memcpy(to_a, &sums.a, 64), memcpy(to_b, &sums.b, 64);
+    for (int i = 0; i < 4; i++) {
+        to_a[i] = vdotq_s32(to_a[i], q[i], of_a);
+        to_b[i] = vdotq_s32(to_b[i], q[i], of_b);
+    }
+    memcpy(&sums.a, to_a, 64), memcpy(&sums.b, to_b, 64);
 #else
     const uvec bytes = uvec{} + 0x00ff00ff;
     sums.a += multiply_pairs(quants & bytes, a);
@@ -54,7 +74,7 @@ inline void dot(Sums &sums, uvec quants, int32_t a, int32_t b) {
 #endif
 }
 inline ivec total(const Sums &sums) {
-#ifdef __AVX512VNNI__
+#ifdef MULTIPLIES_BYTES
     return (sums.a << 8) + sums.b;
 #else
     return sums.a + sums.b;
@@ -69,7 +89,7 @@ struct Fixed {
 };
 inline void encode(const int32_t *q, Fixed &to) {
     for (int j = 0; j < 8; j++, q += 4) {
-#ifdef __AVX512VNNI__
+#ifdef MULTIPLIES_BYTES
         uint32_t a = 0, b = 0;
         for (int i = 0; i < 4; i++) {
             a |= uint32_t((q[i] + 128) >> 8 & 255) << (8 * i);
@@ -150,7 +170,7 @@ inline void add_sub_block(const T &w, unsigned s, const Fixed **x, vec *sums) {
         for (int m = 0; m < M; m++) {
             const int32_t *given = x[m]->sums;
             int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
-            acc[m] = {ivec{}, ivec{} - T::OFFSET * all};
+            acc[m] = {ivec{}, ivec{} + (BIAS - T::OFFSET) * all};
         }
 #pragma GCC unroll 8
         for (int j = part * PER; j < part * PER + PER; j++) {

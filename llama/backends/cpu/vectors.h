@@ -13,6 +13,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -57,12 +60,17 @@ inline void put(bf16 *p, float x) {
     p->bits = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
+#ifdef __ARM_NEON
+typedef __fp16 fp16;
+#else
+typedef _Float16 fp16;
+#endif
 inline vec halves(const void *p) {  // 16 fp16 values
 #ifdef __AVX512F__
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #else
     vec v;
-    for (int i = 0; i < LANES; i++) v[i] = read<_Float16>((const uint16_t *)p + i);
+    for (int i = 0; i < LANES; i++) v[i] = read<fp16>((const uint16_t *)p + i);
     return v;
 #endif
 }
