@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 from urllib.parse import urlparse
 
 Tokens = List[List[int]]
@@ -205,6 +206,31 @@ class CompiledLlamaCpp:
         return {"first": times[1] - times[0], "rest": times[-1] - times[1], "tokens": rows}
 
 
+def fastest(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of five calls."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@lru_cache
+def memory(threads: int) -> Any:
+    """512 MB, larger than any processor cache."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return torch.ones(1 << 27)
+
+
+def bytes_per_s(threads: int) -> float:
+    """How fast this process reads memory just now: it differs between processes, and in time."""
+    large = memory(threads)
+    return large.nbytes / fastest(large.sum)
+
+
 class Limit:
     """The machine's limits: bytes read, and FLOPs of bf16 (or fp32) matrix products, per second."""
 
@@ -212,23 +238,13 @@ class Limit:
         import torch
 
         torch.set_num_threads(threads)
-        self._large = torch.ones(1 << 27)  # 512 MB: larger than any processor cache
+        self._threads = threads
         kind = torch.float32 if dtype == "fp32" else torch.bfloat16
         self._square = torch.ones(2048, 2048, dtype=kind)
 
     def run(self, prompts: Tokens, n: int) -> Answer:
-        seconds = []
-        for work in (self._large.sum, lambda: self._square @ self._square):
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - start)
-            seconds.append(min(times))
-        return {
-            "bytes_per_s": self._large.nbytes / seconds[0],
-            "flop_per_s": 2 * 2048**3 / seconds[1],
-        }
+        seconds = fastest(lambda: self._square @ self._square)
+        return {"bytes_per_s": bytes_per_s(self._threads), "flop_per_s": 2 * 2048**3 / seconds}
 
 
 SIDES: Dict[str, Any] = {
@@ -270,7 +286,9 @@ def main() -> None:
     kind, path, dtype, threads = sys.argv[1:]
     side = SIDES[kind](Path(path), dtype, int(threads))
     for line in sys.stdin:
-        print(json.dumps(side.run(**json.loads(line))), file=answers, flush=True)
+        answer = side.run(**json.loads(line))
+        answer["bytes_per_s"] = bytes_per_s(int(threads))
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
