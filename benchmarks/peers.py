@@ -210,9 +210,8 @@ def summary(
         for key in ("bytes_per_s", "flop_per_s")
     }
 
-    def own(
-        answer: Dict[str, float],
-    ) -> Dict[str, float]:  # what a side's process itself could read
+    def own(answer: Dict[str, float]) -> Dict[str, float]:
+        """With what a side's process itself could read."""
         return {**limit, "bytes_per_s": answer["bytes_per_s"]}
 
     rows: Dict[str, Any] = {}
