@@ -157,6 +157,7 @@ class CompiledLlamaCpp:
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._batch = llama_cpp.llama_batch_init(self.BATCH, 0, 1)
+        self._threads = threads
         self._contexts: Dict[int, Any] = {}
 
     def _context(self, rows: int) -> Any:
