@@ -12,7 +12,7 @@
 // Sums are fp32, in an order that depends on the model's shape alone, so that a token's result is
 // bit-identical regardless of the rest of the batch and of the number of threads. Written in the
 // vector extensions that GCC and Clang share, 16 floats wide on any processor; separate code there is
-// for some of AVX2, AVX-512 and ARM's products of bytes.
+// for AMX, and for some of AVX2, AVX-512 and ARM's products of bytes.
 
 #include "attention.h"
 
@@ -140,6 +140,14 @@ int32_t multiplies_bf16() {
 #else
     return 0;
 #endif
+}
+
+// The rows of a group in Inputs, for products of so many rows.
+int32_t group_height(int32_t tokens) {
+#ifdef HAS_AMX
+    if (tokens >= FEW && may_use_amx()) return LANES;
+#endif
+    return 1;
 }
 
 void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, int32_t n,

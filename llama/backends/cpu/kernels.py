@@ -66,7 +66,9 @@ class Batch(ctypes.Structure):
 
 
 class Inputs(ctypes.Structure):
-    _fields_ = [(name, Pointer) for name in ("floats", "halves", "fixed")] + [("cols", Int)]
+    _fields_ = [(name, Pointer) for name in ("floats", "halves", "fixed")] + [
+        (name, Int) for name in ("cols", "height")
+    ]
 
 
 class Scratch(ctypes.Structure):
@@ -146,9 +148,11 @@ def library() -> ctypes.CDLL:
         "rows": [Int, ptr, ptr, Int, ptr, Int],
         "pack_rows": [Int, ptr, Int, Int, ptr, Int],
         "multiplies_bf16": [],
+        "group_height": [Int],
     }.items():
         function = getattr(found, name)
-        function.restype, function.argtypes = (None if types else Int), types
+        returns = name in ("multiplies_bf16", "group_height")
+        function.restype, function.argtypes = (Int if returns else None), types
     return found
 
 

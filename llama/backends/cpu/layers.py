@@ -131,7 +131,8 @@ class Workspace:
         """Buffers for the inputs of products with weights of these block types."""
         pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
         dense = kinds & {"F32", "F16", "BF16"}
-        n, found = tokens * cols, kernels.Inputs(cols=cols)
+        height = kernels.library().group_height(tokens)
+        n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
         if dense - ({"BF16"} if pairs else set()):
             found.floats = self.take(f"{name} floats", n).data_ptr()
         if pairs and "BF16" in kinds:
