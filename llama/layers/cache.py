@@ -50,7 +50,7 @@ class KVCache:
         self.lengths: List[int] = [0] * rows
 
     @property
-    def _parts(self) -> Dict[str, torch.Tensor]:
+    def parts(self) -> Dict[str, torch.Tensor]:
         """The stored tensors, each (n_layers, rows, n_kv_heads, capacity, ...)."""
         return {"k": self.k, "v": self.v}
 
@@ -60,7 +60,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts.values())
+        return sum(part.nbytes for part in self.parts.values())
 
     def extend(self, starts: Sequence[int], n: int) -> None:
         """Make space for n new positions from `starts` on (one per row), and set the lengths.
@@ -88,7 +88,7 @@ class KVCache:
             return
         used = max(self.lengths)  # only these are copied: see _zeros
         capacity = min(-(-n // GROWTH) * GROWTH, self.max_len)
-        for name, small in self._parts.items():
+        for name, small in self.parts.items():
             shape = (small.shape[0], self.rows, small.shape[2], capacity, small.shape[4])
             large = _zeros(shape, small.dtype, small.device)
             large[:, :, :, :used] = small[:, : self.rows, :, :used]
@@ -106,10 +106,22 @@ class KVCache:
         Returns:
             Views of shape (rows, n_kv_heads, max(lengths), head_dim).
         """
-        self._store(self.k[layer], positions, k)
-        self._store(self.v[layer], positions, v)
+        parts = self.parts
+        for name, new in self.encode(k, v).items():
+            self._store(parts[name][layer], positions, new)
         rows, end = self.rows, max(self.lengths)
-        return self.k[layer, :rows, :, :end], self.v[layer, :rows, :, :end]
+        held = {name: part[layer, :rows, :, :end] for name, part in parts.items()}
+        return self.decode(held, k.dtype)
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """What is stored of keys and values, (..., head_dim), by the names of `parts`."""
+        return {"k": k, "v": v}
+
+    def decode(
+        self, held: Dict[str, torch.Tensor], dtype: torch.dtype
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that were stored."""
+        return held["k"], held["v"]
 
     def _store(self, into: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
         """new: (rows, T, n_kv_heads, ...), into a layer's part of the cache."""
@@ -140,7 +152,7 @@ class KVCache:
     def part(self, start: int, stop: int) -> "KVCache":
         """Rows start to stop as a cache of their own; it shares their memory, not their lengths."""
         part = copy.copy(self)
-        for name, whole in self._parts.items():
+        for name, whole in self.parts.items():
             setattr(part, name, whole[:, start:stop])
         part.lengths = self.lengths[start:stop]
         return part
@@ -154,19 +166,19 @@ class KVCache:
 
     def _copy(self, old: int, new: int) -> None:
         n = self.lengths[old]
-        for part in self._parts.values() if new != old else ():
+        for part in self.parts.values() if new != old else ():
             part[:, new, :, :n] = part[:, old, :, :n]
 
     def gather(self, sources: Sequence[int]) -> None:
         """Copy row sources[i] to row i, for all i, in any order."""
         n = max(self.lengths)
-        for part in self._parts.values():
+        for part in self.parts.values():
             part[:, : len(sources), :, :n] = part[:, list(sources), :, :n]
         self.lengths = [self.lengths[source] for source in sources]
 
     def read(self, row: int, start: int, stop: int) -> Dict[str, torch.Tensor]:
         """A copy of a row's positions start to stop, by name: (n_layers, n_kv_heads, n, ...)."""
-        return {name: part[:, row, :, start:stop].clone() for name, part in self._parts.items()}
+        return {name: part[:, row, :, start:stop].clone() for name, part in self.parts.items()}
 
     def write(self, row: int, parts: Dict[str, torch.Tensor]) -> None:
         """Append what `read` returned to a row. Call `reserve` before.
@@ -175,7 +187,7 @@ class KVCache:
             ValueError: it was read from a cache of another type or dtype.
         """
         n, start = parts["k"].shape[2], self.lengths[row]
-        for name, whole in self._parts.items():
+        for name, whole in self.parts.items():
             if name not in parts or parts[name].dtype != whole.dtype:
                 raise ValueError(f"{name} isn't what this cache holds: it is {whole.dtype}")
             whole[:, row, :, start : start + n] = parts[name]
@@ -204,19 +216,19 @@ class Int8KVCache(KVCache):
         self.v_scale = _zeros(shape, torch.float32, self.k.device)
 
     @property
-    def _parts(self) -> Dict[str, torch.Tensor]:
+    def parts(self) -> Dict[str, torch.Tensor]:
         return {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
-    def update(
-        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        rows, end = self.rows, max(self.lengths)
-        dense = []
-        for new, values, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Dict[str, torch.Tensor]:
+        found: Dict[str, torch.Tensor] = {}
+        for name, new in (("k", k), ("v", v)):
             scale = new.float().abs().amax(-1, keepdim=True) / 127
             rounded = (new.float() / scale.where(scale > 0, 1)).round().to(torch.int8)
-            self._store(values[layer], positions, rounded)
-            self._store(scales[layer], positions, scale)
-            stored = values[layer, :rows, :, :end] * scales[layer, :rows, :, :end]
-            dense.append(stored.to(k.dtype))
-        return dense[0], dense[1]
+            found |= {name: rounded, f"{name}_scale": scale}
+        return found
+
+    def decode(
+        self, held: Dict[str, torch.Tensor], dtype: torch.dtype
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        k, v = ((held[name] * held[f"{name}_scale"]).to(dtype) for name in ("k", "v"))
+        return k, v

@@ -73,6 +73,7 @@ template <class C> struct Cache {
 };
 
 constexpr int KEYS = 64;     // processed together
+constexpr int PAGE = KEYS;   // positions of a block of the cache
 constexpr int CHUNK = 512;   // keys whose partial softmax is computed separately, then joined
 constexpr int QUERIES = 64;  // processed together, at most
 constexpr int MAX_HEAD = 256;
@@ -153,28 +154,55 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
     }
 }
 
-// Queries of one key/value head over keys [begin, end), counted from `row` of the cache. parts must
-// be empty.
+// --- a batch ------------------------------------------------------------------------------------
+
+struct Shape {
+    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
+    float eps;
+};
+
+// The tokens of a pass: those of row 0, in order, those of row 1, ...
+struct Batch {
+    int32_t rows, few, tokens;    // `few` rows, the first, have few tokens; `tokens` of all rows
+    const int32_t *begins;        // (rows + 1): row r has tokens begins[r] to begins[r + 1]
+    const int32_t *owners;        // (tokens): their rows
+    const int64_t *positions;     // (tokens)
+    const float *freqs_cis;       // (tokens, head_dim / 2) complex
+    void *k, *v;                  // (layers, blocks, n_kv_heads, positions of a block, head_dim)
+    float *k_scale, *v_scale;     // the same without head_dim, if k and v are bytes
+    int64_t per_layer, per_block, per_head;  // strides, in positions
+    const int32_t *blocks;        // (rows, width): a row's blocks of PAGE positions; null: row r has
+    int32_t width;                // block r alone, of any length
+    int count(int row) const { return begins[row + 1] - begins[row]; }
+    size_t head(int row, int kv, int position) const {
+        if (!blocks) return row * per_block + kv * per_head + position;
+        return blocks[size_t(row) * width + position / PAGE] * per_block + kv * per_head + position % PAGE;
+    }
+};
+
+// Queries of a row and a key/value head over the row's keys [begin, end). parts must be empty.
 template <class A, class C>
 void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
-                  const Cache<C> &k, const Cache<C> &v, size_t row, int begin, int end) {
+                  const Cache<C> &k, const Cache<C> &v, const Batch &b, int row, int kv, int begin,
+                  int end) {
     constexpr int PER = Words<A>::PER;
     const int head_dim = k.head_dim;
     alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
     for (int first = begin; first < end; first += KEYS) {
-        int n = std::min(KEYS, end - first);
+        const int n = std::min(KEYS, end - first);
+        const size_t from = b.head(row, kv, first);
         for (int w = 0; w < head_dim / PER; w += LANES)
             for (int j = 0; j < KEYS; j += LANES) {
                 vec square[LANES];
                 for (int i = 0; i < LANES; i++)
-                    square[i] = j + i < n ? k.template along<A>(row + first + j + i, w) : vec{};
+                    square[i] = j + i < n ? k.template along<A>(from + j + i, w) : vec{};
                 transpose(square);
                 for (int i = 0; i < LANES; i++) store(keys + (w + i) * KEYS + j, square[i]);
             }
         for (int j = 0; j < n; j += PER)
             for (int d = 0; d < head_dim; d += LANES)
                 store(values + j / PER * head_dim + d,
-                      v.template across<A>(row + first + j, j + 1 < n, d));
+                      v.template across<A>(from + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
             attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
@@ -184,26 +212,6 @@ void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Par
             attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
     }
 }
-
-// --- a batch ------------------------------------------------------------------------------------
-
-struct Shape {
-    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
-    float eps;
-};
-
-struct Batch {
-    int32_t rows, tokens;       // B and T
-    int32_t alike;              // whether all rows have the same positions
-    const int64_t *positions;   // (1 or B, T)
-    const float *freqs_cis;     // (1 or B, T, head_dim / 2) complex
-    void *k, *v;                // (layers, rows, n_kv_heads, positions, head_dim)
-    float *k_scale, *v_scale;   // the same without head_dim, if k and v are bytes
-    int64_t per_layer, per_row, per_head;  // strides, in positions
-    int position(int m) const { return positions[alike ? m % tokens : m]; }
-    int all() const { return rows * tokens; }
-    size_t head(int m, int kv) const { return m / tokens * per_row + kv * per_head; }
-};
 
 // Calls f with the keys and values of a layer; A is the type of activations.
 template <class A, class F> void with_cache(const Batch &b, int layer, int head_dim, F f) {
@@ -232,17 +240,17 @@ void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T
                  Cache<C> keys, Cache<C> values) {
     const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
     const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
-    Share mine = share(b.all() * heads);
+    Share mine = share(b.tokens * heads);
     for (int i = mine.begin; i < mine.end; i++) {
         size_t m = i / heads;
         int head = i % heads;
-        const float *cis = b.freqs_cis + (b.alike ? m % b.tokens : m) * hd;
+        const float *cis = b.freqs_cis + m * hd;
         if (head < s.n_heads) {
             size_t at = (m * s.n_heads + head) * hd;
             rotate(q + at, rotated + at, cis, hd, scale);
         } else {
             head -= s.n_heads;
-            size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(m, head) + b.position(m);
+            size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(b.owners[m], head, b.positions[m]);
             alignas(64) float x[MAX_HEAD];
             rotate(k + at, x, cis, hd, 1.0f);
             keys.set(row, x);
@@ -258,22 +266,22 @@ inline void give(const Inputs &out, size_t m, int first, int head_dim, const flo
         out.set(m, (first + d) / BLOCK, load(sum + d) / total, load(sum + d + LANES) / total);
 }
 
-// Few tokens: each chunk of each row's keys is a task, so that threads share a long context.
+// Rows of few tokens: each chunk of each token's keys is a task, so that threads share a long context.
 // partial: per token, head and chunk the weighted sum (head_dim), the largest score and the total.
 template <class A, class C>
 void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
                 const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out) {
-    const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
+    const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads, tokens = b.begins[b.few];
     int longest = 0;
-    for (int m = 0; m < b.all(); m++) longest = std::max(longest, b.position(m) + 1);
+    for (int m = 0; m < tokens; m++) longest = std::max(longest, int(b.positions[m]) + 1);
     const int chunks = (longest + CHUNK - 1) / CHUNK;
     auto at = [&](int m, int head, int chunk) {
         return partial + ((size_t(m) * s.n_heads + head) * chunks + chunk) * (hd + 2);
     };
-    Share mine = share(b.all() * s.n_kv_heads * chunks);
+    Share mine = share(tokens * s.n_kv_heads * chunks);
     for (int i = mine.begin; i < mine.end; i++) {
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
-        int end = std::min((chunk + 1) * CHUNK, b.position(m) + 1);
+        int end = std::min((chunk + 1) * CHUNK, int(b.positions[m]) + 1);
         if (chunk * CHUNK >= end) continue;
         const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
@@ -285,19 +293,19 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
             seen[g] = end;
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b.head(m, kv), chunk * CHUNK, end);
+        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, chunk * CHUNK, end);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
         }
     }
 #pragma omp barrier
-    mine = share(b.all() * s.n_heads);
+    mine = share(tokens * s.n_heads);
     for (int i = mine.begin; i < mine.end; i++) {
         int head = i % s.n_heads, m = i / s.n_heads;
         float *p = at(m, head, 0);
         Part whole = {p[hd], p[hd + 1], p};
-        for (int chunk = 1; chunk * CHUNK <= b.position(m); chunk++) {
+        for (int chunk = 1; chunk * CHUNK <= b.positions[m]; chunk++) {
             float *next = at(m, head, chunk);
             join(whole, {next[hd], next[hd + 1], next}, hd);
         }
@@ -305,24 +313,29 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     }
 }
 
-// Many tokens: adjacent tokens of a row, which attend to almost the same keys, share a task.
+// Rows of many tokens: adjacent ones, which attend to almost the same keys, share a task.
 template <class A, class C>
 void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
                  const Cache<C> &k, const Cache<C> &v, const Inputs &out) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
-    const int run = std::max(1, QUERIES / group), runs = (b.tokens + run - 1) / run;
+    const int run = std::max(1, QUERIES / group), rows = b.rows - b.few;
+    int most = 0;
+    for (int row = b.few; row < b.rows; row++) most = std::max(most, b.count(row));
     static thread_local float sums[2][QUERIES * MAX_HEAD];
 #pragma omp for schedule(dynamic)
-    for (int i = b.rows * runs * s.n_kv_heads - 1; i >= 0; i--) {  // the longest tasks first
-        int kv = i % s.n_kv_heads, row = i / s.n_kv_heads % b.rows;
-        int begin = i / s.n_kv_heads / b.rows * run, n = std::min(run, b.tokens - begin) * group;
+    for (int i = (most + run - 1) / run * rows * s.n_kv_heads - 1; i >= 0; i--) {  // the longest first
+        const int kv = i % s.n_kv_heads, row = b.few + i / s.n_kv_heads % rows;
+        const int begin = i / s.n_kv_heads / rows * run;
+        const int n = std::min(run, b.count(row) - begin) * group;
+        if (n <= 0) continue;
+        const size_t first_token = b.begins[row] + begin;
         const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part whole[QUERIES], parts[QUERIES];
         for (int j = 0; j < n; j++) {
-            size_t m = size_t(row) * b.tokens + begin + j / group;
+            const size_t m = first_token + j / group;
             queries[j] = q + (m * s.n_heads + kv * group + j % group) * hd;
-            seen[j] = b.position(m) + 1;
+            seen[j] = b.positions[m] + 1;
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
@@ -332,12 +345,12 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
                 memset(parts[j].out, 0, hd * sizeof(float));
             }
             int end = std::min(first + CHUNK, seen[n - 1]);
-            attend_chunk<A>(queries, seen, parts, n, k, v, b.head(row * b.tokens, kv), first, end);
+            attend_chunk<A>(queries, seen, parts, n, k, v, b, row, kv, first, end);
             for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)
-            give(out, size_t(row) * b.tokens + begin + j / group, (kv * group + j % group) * hd, hd,
-                 whole[j].out, whole[j].total);
+            give(out, first_token + j / group, (kv * group + j % group) * hd, hd, whole[j].out,
+                 whole[j].total);
     }
 }
 

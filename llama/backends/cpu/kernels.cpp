@@ -54,12 +54,10 @@ struct Scratch {
 
 enum Parts : int32_t { ATTENTION = 1, FEED_FORWARD = 2, ADD = 4 };
 
-constexpr int MANY = 8;  // tokens of a row from which its queries share what they read of the cache
-
 template <class A>
 void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, A *h,
          const Scratch &z, int parts, int threads) {
-    const int M = b.all();
+    const int M = b.tokens;
 #pragma omp parallel num_threads(threads)
     for (int i = first; i < first + n; i++) {
         const Layer &layer = layers[i];
@@ -80,8 +78,8 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 auto *rotated = (typename Words<A>::Value *)z.rotated;
                 enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values);
 #pragma omp barrier
-                if (b.tokens < MANY) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads);
-                else attend_many<A>(s, b, rotated, keys, values, z.heads);
+                if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads);
+                if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads);
             });
 #pragma omp barrier
             Share mine = multiply(layer.wo, z.heads, M, z.sum);

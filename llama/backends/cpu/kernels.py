@@ -51,8 +51,10 @@ class Layer(ctypes.Structure):
 class Batch(ctypes.Structure):
     _fields_ = [
         ("rows", Int),
+        ("few", Int),
         ("tokens", Int),
-        ("alike", Int),
+        ("begins", Pointer),
+        ("owners", Pointer),
         ("positions", Pointer),
         ("freqs_cis", Pointer),
         ("k", Pointer),
@@ -60,8 +62,10 @@ class Batch(ctypes.Structure):
         ("k_scale", Pointer),
         ("v_scale", Pointer),
         ("per_layer", ctypes.c_int64),
-        ("per_row", ctypes.c_int64),
+        ("per_block", ctypes.c_int64),
         ("per_head", ctypes.c_int64),
+        ("blocks", Pointer),
+        ("width", Int),
     ]
 
 

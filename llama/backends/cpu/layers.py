@@ -6,7 +6,8 @@ bit, whatever is computed with it: other rows, other tokens of its row, on any n
 
 import threading
 from ctypes import byref, c_float
-from typing import Any, Dict, List, Optional, Tuple
+from itertools import accumulate
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,12 @@ from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
+from llama.layers.paged import PagedRows
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
-MANY = 8  # as in kernels.cpp
+MANY = 8  # tokens of a row whose queries share what they read of the cache
 WIDTH = 32  # the kernels take widths that are multiples of this
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
@@ -99,6 +101,32 @@ def _linears(block: TransformerBlock) -> List[nn.Module]:
 
 class NativeTransformer(Transformer):
     """A Transformer whose layers call the kernels, which are causal and take no mask."""
+
+    def hidden_of_rows(self, new: Sequence[Sequence[int]], cache: PagedRows) -> torch.Tensor:
+        """Like `hidden` for rows of any number of new tokens each, without padding.
+
+        new: the token ids that continue each row of the cache.
+
+        Returns:
+            Hidden states of all tokens, row after row, (tokens, dim).
+        """
+        # The kernels take rows of few tokens first.
+        order = sorted(range(len(new)), key=lambda row: len(new[row]) >= MANY)
+        cache.extend_each([len(ids) for ids in new])
+        ordered = cache.select(order)
+        ids = torch.tensor([id for row in order for id in new[row]])
+        starts = [n - c for n, c in zip(ordered.lengths, ordered.counts, strict=True)]
+        ends = zip(starts, ordered.lengths, strict=True)
+        places = torch.cat([torch.arange(start, end) for start, end in ends])
+        angles = places[None, :, None, None].float() * self.freqs
+        freqs_cis = torch.polar(torch.ones_like(angles), angles)
+        h = self.tok_embeddings(ids[None])
+        step = Step(places[None], freqs_cis, None, ordered)
+        for layer in self.layers:
+            h = layer(h, step)
+        parts = self.norm(h)[0].split(ordered.counts)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat([parts[i] for i in back])
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
@@ -232,14 +260,22 @@ class NativeLayers(nn.Module):
 
     def _forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         B, T, _ = x.shape
-        length = max(1, TOKENS // B)
         places = self._places(x, step)
+        if isinstance(step.cache, PagedRows):  # one row of all rows' tokens, one after another
+            batch, _kept = self._batch(step.cache.counts, step, places, step.cache.tables)
+            h = x.clone(memory_format=torch.contiguous_format)
+            self._run(h, batch, max(step.cache.lengths), 0, len(self._packed))
+            return h
+        length = max(1, TOKENS // B)
         hs = [part.clone(memory_format=torch.contiguous_format) for part in x.split(length, 1)]
-        batches = [
-            self._batch(B, positions, freqs_cis, places)
+        steps = [
+            step._replace(positions=positions, freqs_cis=freqs_cis)
             for positions, freqs_cis in zip(
                 step.positions.split(length, 1), step.freqs_cis.split(length, 1), strict=True
             )
+        ]
+        batches = [
+            self._batch([h.shape[1]] * B, part, places) for h, part in zip(hs, steps, strict=True)
         ]
         longest = T if step.cache is None else max(step.cache.lengths)
         if len(hs) == 1:
@@ -255,6 +291,8 @@ class NativeLayers(nn.Module):
         (B, T, _), cache = x.shape, step.cache
         _, kv_heads, head_dim = self._heads
         k_scale = v_scale = 0
+        if isinstance(cache, PagedRows):
+            cache = cache.pool
         if cache is None:  # a buffer for one layer's keys and values, which all layers reuse
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
             k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self._packed), *[-1] * 4)
@@ -268,15 +306,28 @@ class NativeLayers(nn.Module):
         return [k.data_ptr(), v.data_ptr(), k_scale, v_scale, *strides]
 
     def _batch(
-        self, rows: int, positions: torch.Tensor, freqs_cis: torch.Tensor, places: List[int]
-    ) -> Tuple[kernels.Batch, torch.Tensor, torch.Tensor]:
-        """The struct, and the tensors that it points to."""
-        positions, freqs_cis = positions.contiguous(), freqs_cis.contiguous()
+        self,
+        counts: Sequence[int],
+        step: Step,
+        places: List[int],
+        tables: Optional[torch.Tensor] = None,
+    ) -> Tuple[kernels.Batch, List[torch.Tensor]]:
+        """The struct, and the tensors that it points to; counts: new tokens of each row."""
+        rows, tokens = len(counts), sum(counts)
+        owners = torch.arange(rows, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        begins = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        alike = step.positions.numel() < tokens
+        parts = (step.positions, step.freqs_cis)
+        positions, freqs_cis = (
+            (part.expand(rows, *part.shape[1:]) if alike else part).contiguous() for part in parts
+        )
+        kept = [owners, begins, positions, freqs_cis]
+        blocks, width = (None, 0) if tables is None else (tables.data_ptr(), tables.shape[1])
         batch = kernels.Batch(
-            rows, positions.shape[1], len(positions) == 1, positions.data_ptr(),
-            freqs_cis.data_ptr(), *places,
+            rows, sum(n < MANY for n in counts), tokens, begins.data_ptr(), owners.data_ptr(),
+            positions.data_ptr(), freqs_cis.data_ptr(), *places, blocks, width,
         )  # fmt: skip
-        return batch, positions, freqs_cis
+        return batch, kept
 
     def _scratch(self, M: int, chunks: int) -> kernels.Scratch:
         """Buffers for the intermediate results of a pass of M tokens."""
@@ -304,8 +355,8 @@ class NativeLayers(nn.Module):
 
     def _run(self, h: torch.Tensor, batch: kernels.Batch, longest: int, first: int, n: int) -> None:
         """Layers first to first + n, in place."""
-        chunks = -(-longest // CHUNK) if batch.tokens < MANY else 0
-        scratch = self._scratch(batch.rows * batch.tokens, chunks)
+        chunks = -(-longest // CHUNK) if batch.few else 0
+        scratch = self._scratch(batch.tokens, chunks)
 
         def step(layer: int, count: int, parts: int) -> None:
             kernels.library().step(

@@ -1,0 +1,101 @@
+"""Rows whose keys and values lie in blocks of a common pool, in any order, and may share blocks.
+
+The pool is a `KVCache` whose rows are the blocks, `model.new_cache(n_blocks, PAGE)`. A row's table
+lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedAttention, arXiv
+2309.06180). Which blocks are free, and which rows share them, is the caller's business.
+"""
+
+from typing import Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from llama.layers.cache import KVCache
+
+PAGE = 64  # positions of a block
+SCRATCH = 0  # the block that takes what padding writes
+
+
+class PagedRows(KVCache):
+    """Some rows of a pool, as the cache of a forward pass.
+
+    Args:
+        tables: for each row its blocks, at least as many as it will need.
+        lengths: positions that each row holds.
+
+    Attributes:
+        counts: new positions of each row in this pass.
+    """
+
+    def __init__(self, pool: KVCache, tables: Sequence[Sequence[int]], lengths: Sequence[int]):
+        self.pool, self.lengths = pool, list(lengths)
+        width = max(map(len, tables))
+        padded = [[*table, *[SCRATCH] * (width - len(table))] for table in tables]
+        self.tables = torch.tensor(padded, dtype=torch.int32)
+        self.max_len = PAGE * width
+        self.counts = [0] * len(tables)
+
+    def select(self, rows: Sequence[int]) -> "PagedRows":
+        """Some of the rows, in that order; they share what is in the pool."""
+        other = object.__new__(PagedRows)
+        other.pool, other.max_len = self.pool, self.max_len
+        other.tables = self.tables[list(rows)]
+        other.lengths = [self.lengths[row] for row in rows]
+        other.counts = [self.counts[row] for row in rows]
+        return other
+
+    def extend_each(self, counts: Sequence[int]) -> None:
+        """Make room for so many new positions of each row.
+
+        Raises:
+            ValueError: more than a row's blocks hold.
+        """
+        ends = [start + n for start, n in zip(self.lengths, counts, strict=True)]
+        if max(ends) > self.max_len:
+            raise ValueError(
+                f"a row would reach {max(ends)} positions, and its {self.tables.shape[1]} blocks "
+                f"hold {self.max_len}: give it more blocks"
+            )
+        self.lengths, self.counts = ends, list(counts)
+
+    def reserve(self, n: int) -> None:
+        """Widen the tables, for padding alone: the caller gives rows the blocks that they need."""
+        more = blocks_for(n) - self.tables.shape[1]
+        if more > 0:
+            self.tables = F.pad(self.tables, (0, more), value=SCRATCH)
+
+    def extend(self, starts: Sequence[int], n: int) -> None:
+        self.max_len = max(self.max_len, max(starts) + n)
+        super().extend(starts, n)
+
+    def update(
+        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        device, rows = k.device, len(self.lengths)
+        tables = self.tables.to(device).long()
+        places = positions.expand(rows, -1)
+        blocks, offsets = tables.gather(1, places // PAGE), places % PAGE
+        parts = self.pool.parts
+        for name, new in self.pool.encode(k, v).items():
+            parts[name][layer][blocks, :, offsets] = new
+        used = tables[:, : -(-max(self.lengths) // PAGE)]
+        found = {
+            name: part[layer][used].transpose(1, 2).flatten(2, 3)[:, :, : max(self.lengths)]
+            for name, part in parts.items()
+        }
+        return self.pool.decode(found, k.dtype)
+
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        super().truncate(lengths)
+        self.counts = [0] * len(self.lengths)
+
+
+def copy_block(pool: KVCache, source: int, target: int) -> None:
+    """Copy all layers' keys and values of one block to another."""
+    for part in pool.parts.values():
+        part[:, target] = part[:, source]
+
+
+def blocks_for(positions: int) -> int:
+    """The number of blocks that hold so many positions."""
+    return -(-positions // PAGE)
