@@ -41,6 +41,9 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 
+soak: $(VENV)/installed-test  ## thousands of random schedules of requests, each compared with itself alone
+	LLAMA_SCHEDULES=2000 $(BIN)/python -m pytest tests/engine/test_engine.py tests/engine/test_scheduler.py
+
 docs: $(VENV)/installed-test  ## the documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -58,4 +61,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) -e '.[test]'
 	touch $@
 
-.PHONY: help demo test check lint bench docs clean
+.PHONY: help demo test check lint bench soak docs clean

@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what type checkers see; at run time, __getattr__ does it
     from llama import checkpoint as checkpoint
     from llama.backends.options import ModelOptions
     from llama.checkpoint.convert import convert
+    from llama.engine.async_engine import AsyncEngine
+    from llama.engine.engine import Engine
     from llama.engine.params import SamplingParams
     from llama.families.trace import trace
     from llama.generation import ChatPrediction, CompletionPrediction, Event, Llama
@@ -23,15 +25,17 @@ if TYPE_CHECKING:  # what type checkers see; at run time, __getattr__ does it
     from llama.training.classification import SequenceClassifier
 
 __all__ = [
-    "ChatFormat", "ChatPrediction", "CompletionPrediction", "Dialog", "Event", "KVCache", "Llama",
-    "Message", "ModelArgs", "ModelOptions", "SamplingParams", "SequenceClassifier", "Tokenizer",
-    "Trainer", "Transformer", "__version__", "checkpoint", "convert", "parse_tool_calls",
-    "tool_schema", "trace",
+    "AsyncEngine", "ChatFormat", "ChatPrediction", "CompletionPrediction", "Dialog", "Engine",
+    "Event", "KVCache", "Llama", "Message", "ModelArgs", "ModelOptions", "SamplingParams",
+    "SequenceClassifier", "Tokenizer", "Trainer", "Transformer", "__version__", "checkpoint",
+    "convert", "parse_tool_calls", "tool_schema", "trace",
 ]  # fmt: skip
 
 _HOME = {  # the module that a name is from
     "backends.options": ["ModelOptions"],
     "checkpoint.convert": ["convert"],
+    "engine.async_engine": ["AsyncEngine"],
+    "engine.engine": ["Engine"],
     "engine.params": ["SamplingParams"],
     "families.trace": ["trace"],
     "generation": ["ChatPrediction", "CompletionPrediction", "Event", "Llama"],

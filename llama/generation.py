@@ -6,10 +6,13 @@ from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpa
 import torch
 
 from llama import checkpoint
+from llama.backends import memory
 from llama.backends.build import assemble
 from llama.backends.options import ModelOptions, takes
 from llama.engine import embeddings, loop, scoring
+from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import beam_search
+from llama.engine.engine import Engine
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import BeamPrediction, ChatPrediction, CompletionPrediction, Event
 from llama.engine.prefixes import PrefixCache
@@ -216,6 +219,35 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         return self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)[1]
+
+    def engine(
+        self,
+        max_tokens_per_step: int = 512,
+        max_rows: int = 64,
+        cache_tokens: Optional[int] = None,
+    ) -> Engine:
+        """An engine, to which requests can be added at any time; see `llama.engine.engine`.
+
+        Args:
+            max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
+            max_rows: sequences that run at once; others wait.
+            cache_tokens: positions of its cache; by default max_rows times a quarter of the
+                context, or as many as half of the available memory holds.
+        """
+        if cache_tokens is None:
+            context = self.model.params.max_seq_len
+            each = self.model.new_cache(1, 1).nbytes
+            room = memory.available(self.device) // 2 // each
+            cache_tokens = max(context, min(room, max_rows * context // 4))
+        return Engine(
+            self.model, self.tokenizer, max_tokens_per_step=max_tokens_per_step,
+            max_rows=max_rows, cache_tokens=cache_tokens,
+        )  # fmt: skip
+
+    def async_engine(self, **limits: Any) -> AsyncEngine:
+        """An engine for asyncio, with the limits of `engine`: `async with llama.async_engine() as
+        engine`; see `llama.engine.async_engine`."""
+        return AsyncEngine(self.engine(**limits))
 
     def beam_search(
         self,

@@ -91,7 +91,7 @@ def run(
         guided = logits if guidance is None else guidance(logits)
         sampled, stopped = _sample(guided, batch, drafts, stop_tokens, should_stop)
         used = [min(len(s), len(d) + 1) for s, d in zip(sampled, drafts, strict=True)]
-        details = _details(logits, sampled, drafts, logprobs, top_logprobs)
+        details = details_of(logits, sampled, drafts, logprobs, top_logprobs)
         if speculator is not None:
             speculator.learn(sampled)
         unfinished, step = [], []
@@ -100,7 +100,7 @@ def run(
                 row.speculation["proposed"] += len(drafts[i])
                 row.speculation["accepted"] += used[i] - 1
                 row.speculation["passes"] += 1
-            events = _events(row, sampled[i], details[i], stop_tokens, stopped)
+            events = events_of(row, sampled[i], details[i], stop_tokens, stopped)
             if events[-1].finish_reason is None:
                 unfinished.append(i)
             step += events
@@ -245,7 +245,7 @@ def _sample(
             sampled[-1] = [int(should_stop is not None and should_stop())]
             at = 0
             for row, draft, tokens in zip(batch, drafts, sampled, strict=False):
-                _sample_row(row, draft, logits[at:], likeliest[at:], stop_tokens, tokens)
+                sample_row(row, draft, logits[at:], likeliest[at:], stop_tokens, tokens)
                 at += len(draft) + 1
         except ValueError as error:  # tell the other ranks, which would wait for tokens
             failed, sampled = error, [[] for _ in batch] + [[FAILED]]
@@ -258,7 +258,7 @@ def _sample(
 FAILED = 2  # an outcome beside 0 and 1, should_stop's
 
 
-def _sample_row(
+def sample_row(
     row: Row,
     draft: List[int],
     logits: torch.Tensor,
@@ -287,7 +287,7 @@ def _sample_row(
 Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, top_logprobs
 
 
-def _details(
+def details_of(
     logits: torch.Tensor,
     sampled: List[List[int]],
     drafts: List[List[int]],
@@ -317,7 +317,7 @@ def _details(
     ]
 
 
-def _events(
+def events_of(
     row: Row, sampled: List[int], details: List[Details], stop_tokens: Set[int], stopped: bool
 ) -> List[Event]:
     """Append sampled tokens to a row, until it ends: then the last event has a finish_reason."""

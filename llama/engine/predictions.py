@@ -4,7 +4,7 @@ from typing import List, Literal, NamedTuple, Optional, Required, Tuple, TypedDi
 
 from llama.text.chat import Message
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]  # error: of an engine's request alone
 
 
 class Speculation(TypedDict):

@@ -191,11 +191,11 @@ EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that
     [
         (dict(END, temperature=0.6, top_p=1.0), [], ["sampling.sample_from"]),
         (dict(END, temperature=0.6, top_p=0.9), [], EACH),
-        (dict(END, logprobs=True, top_logprobs=3), ["loop._details"], EACH),
+        (dict(END, logprobs=True, top_logprobs=3), ["loop.details_of"], EACH),
         (dict(END, params=SamplingParams(typical_p=0.5)), [], EACH),
         (dict(END, params=SamplingParams(top_k=9, min_p=0.1)), [], EACH),
         # The indices of each penalty but the first are copied while the one before is computed.
-        (SAMPLED, ["loop._details"],
+        (SAMPLED, ["loop.details_of"],
          [*EACH, "sampling.penalize_repetition", "sampling._added", "sampling.constrained"]),
         (REGEX, [], EACH),
     ],

@@ -1,0 +1,299 @@
+"""The engine: requests come and go, and each step is one forward pass for all that run.
+
+A request's tokens depend on its prompt, parameters and seed alone. With the CPU kernels they are
+bit-identical whatever else is computed with it, in whatever chunks, after however many preemptions.
+"""
+
+import threading
+from collections import deque
+from math import isfinite
+from typing import Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Unpack
+
+import torch
+
+from llama.engine.blocks import Blocks
+from llama.engine.loop import Details, details_of, events_of, sample_row
+from llama.engine.params import SamplingParams
+from llama.engine.passes import hidden
+from llama.engine.predictions import Event
+from llama.engine.rows import Options, Row, constrain, make_rows
+from llama.engine.scheduler import Plan, Scheduler
+from llama.engine.scheduler import Sequence as Scheduled
+from llama.engine.structured import GrammarCompiler
+from llama.layers import parallel
+from llama.layers.paged import PAGE, PagedRows, blocks_for, copy_block
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+
+
+class Stats(NamedTuple):
+    """What an engine is doing, and what it has done so far."""
+
+    waiting: int  # requests
+    running: int
+    blocks_used: int  # of the cache, by running requests
+    blocks_known: int  # whose content later requests can use
+    blocks: int  # of the cache
+    computed_tokens: int  # of prompts and answers
+    cached_tokens: int  # found in the cache
+    preemptions: int  # requests that lost their blocks and are computed again
+
+
+class Request:
+    """A prompt and what was asked for; one sequence for each sample.
+
+    Attributes:
+        error: why it failed, or None.
+        events: those that haven't been read. Their `row` is 0.
+    """
+
+    def __init__(self, rows: List[Row], stop_tokens: Set[int], logprobs: bool, top_logprobs: int):
+        self.rows, self.stop_tokens = rows, stop_tokens
+        self.logprobs, self.top_logprobs = logprobs, top_logprobs
+        self.events: Deque[Event] = deque()
+        self.error: Optional[Exception] = None
+        self.unfinished = {id(row) for row in rows}
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended: complete, cancelled or failed."""
+        return not self.unfinished
+
+
+class _Part(NamedTuple):
+    """A sequence of a request."""
+
+    request: Request
+    row: Row
+    sequence: Scheduled
+
+
+class Engine:
+    """Generates the answers of any number of requests together.
+
+    Args:
+        max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
+        max_rows: requests that run at once; others wait.
+        cache_tokens: positions of the cache.
+        seed: of the requests that are added without one.
+
+    Threads may share an engine; on several ranks, all make the same calls.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens_per_step: int = 512,
+        max_rows: int = 64,
+        cache_tokens: int,
+        seed: int = 1,
+    ):
+        for name, value in (
+            ("max_tokens_per_step", max_tokens_per_step),
+            ("max_rows", max_rows),
+            ("cache_tokens", cache_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self._model, self._tokenizer = model, tokenizer
+        blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
+        self._pool = model.new_cache(1 + blocks.total, PAGE)
+        self._scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
+        self._parts: Dict[Scheduled, _Part] = {}
+        self._compiler: Optional[GrammarCompiler] = None
+        self._generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
+        self._lock = threading.RLock()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return not self._parts
+
+    @property
+    def stats(self) -> Stats:
+        with self._lock:
+            scheduler, blocks = self._scheduler, self._scheduler.blocks
+            return Stats(
+                len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known,
+                blocks.total, scheduler.computed, scheduler.reused, scheduler.preemptions,
+            )  # fmt: skip
+
+    def add(
+        self,
+        prompt_tokens: Sequence[int],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        priority: int = 0,
+        **options: Unpack[Options],
+    ) -> Request:
+        """Queue a prompt. See `Llama.generate` for the arguments, and `Options`.
+
+        Args:
+            priority: a request of priority p may overtake those of priority 0 that came up to 100 p
+                steps earlier.
+
+        Raises:
+            ValueError: what `Llama.generate` raises; a request that the cache can't hold.
+        """
+        params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
+        if params.guidance_scale != 1 or options.get("speculate") not in (None, "off"):
+            raise ValueError("guidance and speculative decoding: use Llama.generate")
+        stops = options.get("stop_tokens")
+        stops = self._tokenizer.stop_tokens if stops is None else stops
+        rows = make_rows(
+            self._model, [prompt_tokens], max_gen_len, params, self._generator, options
+        )
+        formats = options.get("response_format")
+        if formats is not None:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._tokenizer, self._model.params.vocab_size)
+            constrain(rows, self._compiler, formats, stops)
+        request = Request(rows, stops, logprobs, options.get("top_logprobs", 0))
+        with self._lock:
+            parts = [
+                _Part(request, row, Scheduled(list(row.prompt), row.max_len, priority))
+                for row in rows
+            ]
+            for part in parts:
+                self._scheduler.add(part.sequence)
+                part.row.begin(self._tokenizer, self._model.norm.weight.device)
+                self._parts[part.sequence] = part
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request: its blocks are free at once, and nothing more is computed for it."""
+        with self._lock:
+            for part in [part for part in self._parts.values() if part.request is request]:
+                self._end(part)
+
+    @torch.inference_mode()
+    def step(self) -> List[Tuple[Request, Event]]:
+        """One forward pass; the new tokens of the requests in it.
+
+        A request that fails (a logits processor that raises, logits that aren't finite) ends with
+        an event of finish_reason "error", and has an `error`; others aren't affected.
+        """
+        with self._lock:
+            plan = self._scheduler.plan()
+            if not plan.counts:
+                return []
+            found = self._run(plan)
+            for request, event in found:
+                request.events.append(event)
+            return found
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """The events of a request, as steps are made for it. Closing the iterator cancels it.
+
+        Raises:
+            Exception: its error.
+        """
+        try:
+            while True:
+                while request.events:
+                    event = request.events.popleft()
+                    if event.finish_reason == "error" and request.error is not None:
+                        raise request.error
+                    yield event
+                if request.finished:
+                    return
+                self.step()
+        finally:
+            self.cancel(request)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def _run(self, plan: Plan) -> List[Tuple[Request, Event]]:
+        for source, target in plan.copies:
+            copy_block(self._pool, source, target)
+        sequences = list(plan.counts)
+        cache = PagedRows(self._pool, [s.table for s in sequences], [s.computed for s in sequences])
+        new = [s.tokens[s.computed : s.computed + n] for s, n in plan.counts.items()]
+        h = hidden(self._model, new, cache)
+        ends, end = [], -1
+        for sequence, n in plan.counts.items():
+            end += n
+            self._scheduler.advance(sequence, n)
+            if not sequence.remaining:
+                ends.append((self._parts[sequence], end))
+        if not ends:
+            return []
+        return self._sample([part for part, _ in ends], h[[end for _, end in ends]])
+
+    def _sample(self, parts: List[_Part], h: torch.Tensor) -> List[Tuple[Request, Event]]:
+        """Sample a token for each sequence from the hidden states h, (sequences, dim)."""
+        logits = self._model.logits(h)
+        largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
+        sampled: List[List[int]] = [[] for _ in parts]
+        if parallel.rank() == 0:
+            for i, part in enumerate(parts):
+                if not part.row.full:
+                    sampled[i] = _tokens(part, logits[i : i + 1], largest[i], likeliest[i])
+        sampled = parallel.share_lists(sampled, 2)
+        details = self._details(parts, sampled, logits)
+        found: List[Tuple[Request, Event]] = []
+        for part, tokens, of_tokens in zip(parts, sampled, details, strict=True):
+            if part.request.finished:  # another of its sequences has failed
+                continue
+            row, request = part.row, part.request
+            if tokens:
+                events = events_of(row, tokens, of_tokens, request.stop_tokens, False)
+                part.sequence.tokens += [e.token for e in events if e.token is not None]
+            elif row.full:  # from the beginning: no token was asked for
+                text = row.decoder.finish()
+                events = [Event(row.index, row.sample, None, text, finish_reason="length")]
+            else:
+                request.error = request.error or ValueError("sampling failed: see rank 0's error")
+                events = [Event(row.index, row.sample, None, "", finish_reason="error")]
+            found += [(request, event) for event in events]
+            if request.error is not None:
+                self._fail(part)
+            elif events[-1].finish_reason is not None:
+                self._end(part)
+        return found
+
+    def _details(
+        self, parts: List[_Part], sampled: List[List[int]], logits: torch.Tensor
+    ) -> List[List[Details]]:
+        """Log-probabilities of the sampled tokens of each sequence, where they were asked for."""
+        nothing: Details = (None, None)
+        found = [[nothing] * len(tokens) for tokens in sampled]
+        for i, (part, tokens) in enumerate(zip(parts, sampled, strict=True)):
+            wanted = part.request.logprobs, part.request.top_logprobs
+            if tokens and any(wanted):
+                [found[i]] = details_of(logits[i : i + 1], [tokens], [[]], *wanted)
+        return found
+
+    def _end(self, part: _Part) -> None:
+        part.request.unfinished.discard(id(part.row))
+        del self._parts[part.sequence]
+        self._scheduler.remove(part.sequence)
+
+    def _fail(self, part: _Part) -> None:
+        """End a request of which a sequence has failed, whose keys and values may be broken."""
+        part.request.unfinished.discard(id(part.row))
+        del self._parts[part.sequence]
+        for block in self._scheduler.discard(part.sequence):
+            for values in self._pool.parts.values():
+                values[:, block] = 0  # a mask hides a value, but not that it isn't a number
+        self.cancel(part.request)
+
+
+def _tokens(part: _Part, logits: torch.Tensor, largest: float, likeliest: int) -> List[int]:
+    """The next token, and the stop token that a finished grammar implies; none if that fails."""
+    tokens: List[int] = []
+    try:
+        if not isfinite(largest):
+            raise ValueError(
+                f"the model's logits at token {len(part.sequence.tokens)} of a request aren't "
+                "finite: broken weights, or a dtype too narrow for them; try dtype=torch.float32"
+            )
+        sample_row(part.row, [], logits, [likeliest], part.request.stop_tokens, tokens)
+    except Exception as error:  # of the caller's own code, too: other requests go on
+        part.request.error = error
+        return []
+    return tokens

@@ -1,0 +1,239 @@
+"""Decides what each forward pass computes: a number of tokens of each sequence in it.
+
+All passes follow one rule, that of vLLM: a sequence has tokens that are known and not yet computed,
+and a pass computes some of them, at most `max_tokens` of all sequences together. A decoding step is
+one token, a prompt is many, in chunks; draft tokens are verified as a prompt's are computed.
+
+Running sequences that decode come first, then running ones that are still being prefilled, then
+waiting ones. Otherwise the order is that of arrival, where a level of priority is worth `PATIENCE`
+steps: only requests that come within that time can overtake, so none waits for ever. When the cache
+is full, the last sequence in this order is preempted: it gives its blocks back, and is computed
+again later.
+
+Nothing here depends on torch or on the time of day.
+"""
+
+import bisect
+from typing import Dict, List, NamedTuple, Tuple
+
+from llama.engine.blocks import Blocks, Node
+from llama.layers.ids import common_length
+
+PATIENCE = 100  # steps
+HELD = 32  # tokens that another sequence is about to compute, worth waiting for
+
+
+class Sequence:
+    """A text being generated, as the scheduler sees it.
+
+    Args:
+        tokens: those known: the prompt's; those of the answer are appended as they are sampled.
+        max_len: tokens that it may have in the end.
+        priority: higher ones come earlier.
+
+    Attributes:
+        computed: positions in the cache.
+        table: the blocks that hold them.
+    """
+
+    def __init__(self, tokens: List[int], max_len: int, priority: int = 0):
+        self.tokens, self.max_len, self.priority = tokens, max_len, priority
+        self.computed = 0
+        self.table: List[int] = []
+        self.nodes: List[Node] = []  # of its whole blocks
+        self.draft: List[int] = []  # proposed after the known tokens
+        self.place: Tuple[int, int] = (0, 0)  # in the order of all
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that aren't computed."""
+        return len(self.tokens) - self.computed
+
+
+class Plan(NamedTuple):
+    """A forward pass."""
+
+    counts: Dict[Sequence, int]  # tokens of each sequence, with its draft
+    copies: List[Tuple[int, int]]  # blocks to be copied before it, in order: from, to
+    preempted: List[Sequence]
+
+
+class Scheduler:
+    """The sequences that wait and those that run.
+
+    Args:
+        blocks: of the cache.
+        max_tokens: of a pass.
+        max_rows: sequences that run at once.
+
+    Attributes:
+        computed, reused, preemptions: tokens planned, tokens found in the cache, and times that a
+            sequence lost its blocks, so far.
+    """
+
+    def __init__(self, blocks: Blocks, *, max_tokens: int, max_rows: int):
+        self.blocks, self.max_tokens, self.max_rows = blocks, max_tokens, max_rows
+        self.waiting: List[Sequence] = []
+        self.running: List[Sequence] = []
+        self.computed = self.reused = self.preemptions = 0
+        self._step = self._arrivals = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            ValueError: it wouldn't fit into the whole cache.
+        """
+        size, total = self.blocks.size, self.blocks.total
+        if -(-sequence.max_len // size) > total:
+            raise ValueError(
+                f"a request of up to {sequence.max_len} tokens, and the cache holds "
+                f"{total * size}: shorten it, or give the engine a larger cache_tokens"
+            )
+        self._arrivals += 1
+        sequence.place = (self._step - PATIENCE * sequence.priority, self._arrivals)
+        bisect.insort(self.waiting, sequence, key=lambda s: s.place)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended or was cancelled: its blocks are released at once."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def discard(self, sequence: Sequence) -> List[int]:
+        """`remove` a running sequence whose keys and values are broken: nobody may find them.
+
+        Returns:
+            Its blocks that no other sequence uses.
+        """
+        self.blocks.forget(sequence.table)
+        self.running.remove(sequence)
+        before, sequence.computed = set(sequence.table), 0
+        self._release(sequence)
+        return [block for block in before if not self.blocks.users(block)]
+
+    def plan(self) -> Plan:
+        """The next pass. `advance` is to be called when it has been computed."""
+        self._step += 1
+        plan, budget = Plan({}, [], []), self.max_tokens
+        self.running.sort(key=lambda s: s.place)
+        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
+            if sequence in plan.preempted or not budget:
+                continue
+            n = min(sequence.remaining, budget)
+            sequence.draft = sequence.draft[: budget - n]
+            if self._make_room(sequence, n, plan):
+                plan.counts[sequence] = n + len(sequence.draft)
+                budget -= plan.counts[sequence]
+        if not plan.preempted:
+            budget = self._admit_all(plan, budget)
+        self.computed += sum(plan.counts.values())
+        return plan
+
+    def advance(self, sequence: Sequence, n: int) -> None:
+        """n further known tokens of a sequence have been computed: others can find them."""
+        begun = sequence.computed > 0 and sequence.remaining == 1
+        sequence.computed += n
+        size, nodes = self.blocks.size, sequence.nodes
+        while (len(nodes) + 1) * size <= sequence.computed:
+            nodes.append(self._publish(sequence, (len(nodes) + 1) * size))
+        if not begun and not sequence.remaining:
+            self._publish_end(sequence)
+
+    # --- running sequences ------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, n: int, plan: Plan) -> bool:
+        """Give a sequence the blocks for n tokens and its draft; others lose theirs if need be."""
+
+        def needed() -> int:
+            positions = sequence.computed + n + len(sequence.draft)
+            return max(-(-positions // self.blocks.size) - len(sequence.table), 0)
+
+        if needed() > self.blocks.available:
+            sequence.draft = []
+        while needed() > self.blocks.available:
+            last = max(self.running, key=lambda s: s.place)
+            self._preempt(last, plan)
+            if last is sequence:
+                return False
+        sequence.table += self.blocks.allocate(needed())
+        return True
+
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+        self.running.remove(sequence)
+        plan.counts.pop(sequence, None)
+        plan.preempted.append(sequence)
+        self.preemptions += 1
+        self._release(sequence)
+        bisect.insort(self.waiting, sequence, key=lambda s: s.place)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._publish_end(sequence)
+        self.blocks.release(sequence.table)
+        sequence.table, sequence.nodes, sequence.draft, sequence.computed = [], [], [], 0
+
+    def _publish(self, sequence: Sequence, end: int) -> Node:
+        """The positions of a block, up to `end`."""
+        at = (end - 1) // self.blocks.size
+        tokens = sequence.tokens[at * self.blocks.size : end]
+        parent = sequence.nodes[at - 1] if at else None
+        return self.blocks.publish(parent, sequence.table[at], tokens)
+
+    def _publish_end(self, sequence: Sequence) -> None:
+        if sequence.computed > len(sequence.nodes) * self.blocks.size:
+            self._publish(sequence, sequence.computed)
+
+    # --- waiting sequences ------------------------------------------------------------------------
+
+    def _admit_all(self, plan: Plan, budget: int) -> int:
+        """Admit what fits, in order; returns what is left of the budget."""
+        for sequence in self.waiting[: 2 * self.max_rows]:
+            if not budget or len(self.running) == self.max_rows:
+                break
+            if self._is_about_to_be_known(sequence):
+                continue
+            if not self._admit(sequence, plan):
+                break  # and none behind it, or it might wait for ever
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            plan.counts[sequence] = min(sequence.remaining, budget)
+            budget -= plan.counts[sequence]
+        return budget
+
+    def _is_about_to_be_known(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing what this one begins with."""
+        tokens = sequence.tokens
+        for other in self.running:
+            if other.remaining and other.tokens[:HELD] == tokens[:HELD]:
+                shared = common_length(tokens[:-1], other.tokens)
+                known = min(self.blocks.match(tokens).positions, len(tokens) - 1)
+                if shared >= known + HELD and other.computed < shared:
+                    return True
+        return False
+
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give a sequence the blocks for its known tokens, those known to the cache among them."""
+        nodes, tail, positions = self.blocks.match(sequence.tokens)
+        if positions == len(sequence.tokens):  # the last one's hidden state is needed
+            positions -= 1
+            if positions < len(nodes) * self.blocks.size:
+                *nodes, tail = nodes
+        if positions == len(nodes) * self.blocks.size:
+            tail = None
+        shared = [node.block for node in nodes]
+        kept = [*shared, tail.block] if tail else shared
+        for block in kept:
+            self.blocks.share(block)
+        needed = -(-len(sequence.tokens) // self.blocks.size) - len(shared)
+        if tail and needed > self.blocks.available:  # as its own block it may be what is missing
+            self.blocks.release([tail.block])
+            kept, tail, positions = shared, None, len(nodes) * self.blocks.size
+        if needed > self.blocks.available:
+            self.blocks.release(kept)
+            return False
+        new = self.blocks.allocate(needed)
+        if tail:
+            plan.copies.append((tail.block, new[0]))
+            self.blocks.release([tail.block])  # copied before anything is written to it
+        sequence.table, sequence.nodes, sequence.computed = shared + new, list(nodes), positions
+        self.reused += positions
+        return True

@@ -1,0 +1,204 @@
+"""Requests that come, go and share: each as alone, and nothing left behind."""
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, random_weights, write_byte_tokenizer, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama import Llama, SamplingParams
+from llama.checkpoint import InMemory, meta
+
+SMALL = replace(TINY, head_dim=32)  # as the kernels take it
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module", params=["kernels", "kernels-bf16-int8", "plain"])
+def llama(request, tmp_path_factory) -> Llama:
+    path = write_checkpoint(tmp_path_factory.mktemp("engine") / "model", SMALL)
+    how = {"plain": dict(dtype="fp32", compile=False), "kernels": dict(dtype="fp32")}
+    options = how.get(request.param, dict(dtype="bf16", kv_cache="int8"))
+    return Llama.build(path, device="cpu", max_batch_size=8, max_seq_len=128, **options)
+
+
+def alone(llama: Llama, prompt, new, params, seed, n=1):
+    """Tokens and log-probabilities of a prompt's samples, computed by themselves."""
+    return llama.generate(
+        [prompt], new, params=params, seed=seed, n=n, logprobs=True, stop_tokens=set()
+    )
+
+
+def result(request):
+    """The events of a request: tokens and log-probabilities of each sample."""
+    tokens, logprobs = [[] for _ in request.rows], [[] for _ in request.rows]
+    for event in request.events:
+        if event.token is not None:
+            tokens[event.sample].append(event.token)
+            logprobs[event.sample].append(event.logprob)
+    return tokens, logprobs
+
+
+def equal(llama, request, expected) -> bool:
+    """To the bit with the kernels; the plain layers' sums depend on the shape of a pass."""
+    (tokens, logprobs), (of_tokens, of_logprobs) = result(request), expected
+    if llama.model.__class__.__name__ == "NativeTransformer":
+        return (tokens, logprobs) == (of_tokens, of_logprobs)
+    close = [
+        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-4)
+        for a, b in zip(logprobs, of_logprobs, strict=True)
+    ]
+    return tokens == of_tokens and all(close)
+
+
+schedules = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # which text it begins with
+        st.integers(1, 90),  # tokens of it
+        st.integers(1, 12),  # new tokens
+        st.booleans(),  # greedy
+        st.integers(1, 2),  # samples
+        st.integers(0, 6),  # steps until the next one comes
+        st.integers(0, 40),  # steps until it is cancelled; from 20 on never
+    ),
+    min_size=1,
+    max_size=8,
+)
+CHANCE = random.Random(0)
+TEXTS = [[CHANCE.randrange(500) for _ in range(90)] for _ in range(3)]
+TEXTS.append(TEXTS[0][:70] + TEXTS[1][:20])  # begins like another
+
+
+SCHEDULES = int(os.environ.get("LLAMA_SCHEDULES", 100))  # `make soak` takes more
+limits = (st.sampled_from([256, 320, 1024]), st.integers(1, 64), st.integers(1, 8))
+
+
+@pytest.mark.parametrize("llama", ["kernels", "kernels-bf16-int8"], indirect=True)
+@settings(max_examples=SCHEDULES, deadline=None)
+@given(schedules, *limits)
+def test_any_schedule_gives_each_request_its_own_answer(llama, plan, cache, chunk, rows):
+    follow(llama, plan, cache, chunk, rows)
+
+
+@pytest.mark.parametrize("llama", ["plain"], indirect=True)
+@settings(max_examples=SCHEDULES // 8, deadline=None)
+@given(schedules, *limits)
+def test_any_schedule_on_the_plain_layers(llama, plan, cache, chunk, rows):
+    follow(llama, plan, cache, chunk, rows)
+
+
+def follow(llama, plan, cache, chunk, rows):
+    """Add and cancel requests as a schedule says; compare each with itself alone."""
+    engine = llama.engine(cache_tokens=cache, max_tokens_per_step=chunk, max_rows=rows)
+    todo, requests, step, wait = list(plan), [], 0, 0
+    while todo or not engine.idle:
+        while todo and wait <= 0:
+            which, length, new, greedy, n, wait, patience = todo.pop(0)
+            params = SamplingParams(temperature=0) if greedy else SAMPLED
+            asked = (TEXTS[which][:length], new, params, len(requests), n)
+            request = engine.add(
+                asked[0], new, params=params, seed=len(requests), n=n, logprobs=True,
+                stop_tokens=set(),
+            )  # fmt: skip
+            requests.append((request, asked, step + patience if patience < 20 else 10**9))
+        wait -= 1
+        for request, _, end in requests:
+            if end <= step and not request.finished:
+                used = engine.stats.blocks_used
+                engine.cancel(request)
+                assert engine.stats.blocks_used <= used and request.finished
+        engine.step()
+        step += 1
+        assert step < 3000, "a request waits for ever"
+    assert engine.stats.blocks_used == 0
+    for request, asked, end in requests:
+        if end > step:
+            assert equal(llama, request, alone(llama, *asked)), asked
+
+
+def test_a_prefix_is_computed_once_for_all_that_begin_with_it(llama):
+    """64 requests that come together: token counts and memory, not only time."""
+    engine = llama.engine(cache_tokens=8192, max_rows=64)
+    prefix = TEXTS[0]
+    requests = [engine.add([*prefix, i], 2, temperature=0, stop_tokens=set()) for i in range(64)]
+    most = 0
+    while not engine.idle:
+        engine.step()
+        most = max(most, engine.stats.blocks_used)
+    stats = engine.stats
+    assert stats.computed_tokens == len(prefix) + 64 * 2
+    assert stats.cached_tokens == 63 * len(prefix)
+    assert most <= 1 + 64  # the whole block of 64 tokens once, and a tail for each
+    for i in (0, 17, 63):
+        expected, _ = llama.generate([[*prefix, i]], 2, temperature=0, stop_tokens=set())
+        assert result(requests[i])[0] == expected
+    assert stats.blocks_used == 0
+
+
+def test_one_that_fails_fails_alone(llama):
+    """A logits processor that raises, and a hidden state that isn't a number."""
+    engine = llama.engine(cache_tokens=1024)
+
+    def broken(ids, logits):
+        if len(ids) > 12:
+            raise KeyError("the caller's own fault")
+        return logits
+
+    good = [
+        engine.add(TEXTS[i], 8, temperature=0, logprobs=True, stop_tokens=set()) for i in range(2)
+    ]
+    bad = engine.add(TEXTS[2][:10], 8, params=SamplingParams(0, logits_processor=broken))
+    events = []
+    with pytest.raises(KeyError, match="the caller's own fault"):
+        events += engine.events(bad)
+    while not engine.idle:
+        engine.step()
+    assert bad.finished and isinstance(bad.error, KeyError)
+    for i, request in enumerate(good):
+        assert equal(llama, request, alone(llama, TEXTS[i], 8, SamplingParams(temperature=0), 0))
+    assert engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("compile", [None, False])
+def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, compile):
+    """A row of the embedding is NaN: who has that token fails, and its blocks harm nobody."""
+    path, weights = tmp_path / "model", random_weights(SMALL)
+    weights["tok_embeddings.weight"][77] = float("nan")
+    meta.write(InMemory(SMALL, weights), path, 1)
+    write_byte_tokenizer(path / "tokenizer.model")
+    llama = Llama.build(path, device="cpu", dtype="fp32", compile=compile, max_seq_len=128)
+    engine = llama.engine(cache_tokens=192)
+    for _ in range(3):  # in the same blocks again
+        bad = engine.add([5, 77, 6], 4, temperature=0)
+        good = engine.add([5, 9, 6], 4, temperature=0, stop_tokens=set())
+        while not engine.idle:
+            engine.step()
+        with pytest.raises(ValueError, match="aren't finite"):
+            list(engine.events(bad))
+        expected, _ = llama.generate([[5, 9, 6]], 4, temperature=0, stop_tokens=set())
+        assert result(good)[0] == expected
+
+
+def test_many_wait_in_a_queue_and_memory_stays(llama):
+    engine = llama.engine(cache_tokens=512, max_rows=8)
+    for i in range(400):
+        engine.add([i % 500, 3, 4], 2, temperature=0, stop_tokens=set())
+    assert engine.stats.waiting == 400
+    while not engine.idle:
+        engine.step()
+    stats = engine.stats
+    assert stats.blocks_used == 0 and stats.blocks_known <= stats.blocks == 8
+
+
+def test_what_can_not_be_is_refused_with_the_numbers(llama):
+    engine = llama.engine(cache_tokens=64)
+    with pytest.raises(ValueError, match="up to 70 tokens, and the cache holds 64"):
+        engine.add([1] * 10, 60)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        engine.add([], 5)
+    with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
+        llama.engine(max_rows=0)
+    assert engine.idle
