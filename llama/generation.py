@@ -387,8 +387,6 @@ class Llama:
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops
         top_logprobs = options.get("top_logprobs", 0)
-        if not 0 <= top_logprobs <= shape.vocab_size:
-            raise ValueError(f"top_logprobs={top_logprobs} must be 0 (none) to the vocabulary's")
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
         max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
         rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)

@@ -145,6 +145,9 @@ def make_rows(
     """
     n, seed = options.get("n", 1), options.get("seed")
     check(model, prompts, max_gen_len, n)
+    top, most = options.get("top_logprobs", 0), model.params.vocab_size
+    if not 0 <= top <= most:
+        raise ValueError(f"top_logprobs={top} must lie between 0 (none) and {most}")
     if seed is None:
         seeds = torch.randint(1 << 62, (len(prompts),), generator=generator).tolist()
     else:

@@ -199,6 +199,10 @@ def test_what_can_not_be_is_refused_with_the_numbers(llama):
         engine.add([1] * 10, 60)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         engine.add([], 5)
+    with pytest.raises(ValueError, match="top_logprobs=-1 must lie between 0"):
+        engine.add([1], 5, top_logprobs=-1)
+    with pytest.raises(ValueError, match="guidance and speculative decoding: use Llama.generate"):
+        engine.add([1], 5, speculate="lookup")
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
         llama.engine(max_rows=0)
     assert engine.idle
