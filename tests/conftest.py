@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Callable, Dict
 
-# Two workers take turns on the cores (pyproject.toml); more threads would wait for each other.
+# Workers take turns on the cores (`pytest_xdist_auto_num_workers`); more threads would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test has two threads after all, one that waits for the other leaves the core to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import psutil
 import pytest
 import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
 import torch
@@ -42,6 +43,12 @@ TINY = ModelArgs(
 
 
 SHARED = "LLAMA_TESTS_SHARED"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores, since a quarter of the time is waiting; 5 GB each."""
+    fitting = psutil.virtual_memory().available // 5_000_000_000
+    return max(1, min(os.cpu_count() + 1, fitting, 8))
 
 
 def pytest_configure(config):
@@ -66,12 +73,19 @@ def shared(name: str, make: Callable[[Path], object]) -> Path:
 def pytest_collection_modifyitems(items):
     """`slow` is what `make check` leaves out: what is marked so, and what needs the real model.
 
-    Those come first, so that at the end no worker waits long for the other's last test.
+    Those come first, and of them the files with the longest tests, so that at the end no worker
+    waits long for another's last test.
     """
+    longest = ("test_docs", "test_benchmarks", "test_compiled", "test_finetune", "test_convert")
     for item in items:
         if {"smollm2_path", "either"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is None,
+            item.path.stem not in longest,
+        )
+    )
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
