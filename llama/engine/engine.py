@@ -22,6 +22,7 @@ from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.structured import GrammarCompiler
 from llama.layers import parallel
 from llama.layers.paged import PAGE, PagedRows, blocks_for, copy_block
+from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
@@ -102,6 +103,7 @@ class Engine:
         self._pool = model.new_cache(1 + blocks.total, PAGE)
         self._scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
         self._parts: Dict[Scheduled, _Part] = {}
+        self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
         self._generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
         self._lock = threading.RLock()
@@ -178,6 +180,9 @@ class Engine:
         an event of finish_reason "error", and has an `error`; others aren't affected.
         """
         with self._lock:
+            if revision(self._model) != self._revision:  # what is known was computed by others
+                self._scheduler.blocks.clear()
+                self._revision = revision(self._model)
             plan = self._scheduler.plan()
             if not plan.counts:
                 return []
@@ -236,7 +241,7 @@ class Engine:
         sampled = parallel.share_lists(sampled, 2)
         details = self._details(parts, sampled, logits)
         found: List[Tuple[Request, Event]] = []
-        for part, tokens, of_tokens in zip(parts, sampled, details, strict=True):
+        for part, tokens, of_tokens, most in zip(parts, sampled, details, largest, strict=True):
             if part.request.finished:  # another of its sequences has failed
                 continue
             row, request = part.row, part.request
@@ -250,8 +255,10 @@ class Engine:
                 request.error = request.error or ValueError("sampling failed: see rank 0's error")
                 events = [Event(row.index, row.sample, None, "", finish_reason="error")]
             found += [(request, event) for event in events]
+            if not isfinite(most) and not row.full:
+                self._discard(part)
             if request.error is not None:
-                self._fail(part)
+                self.cancel(request)
             elif events[-1].finish_reason is not None:
                 self._end(part)
         return found
@@ -273,14 +280,13 @@ class Engine:
         del self._parts[part.sequence]
         self._scheduler.remove(part.sequence)
 
-    def _fail(self, part: _Part) -> None:
-        """End a request of which a sequence has failed, whose keys and values may be broken."""
+    def _discard(self, part: _Part) -> None:
+        """End a sequence whose keys and values are broken."""
         part.request.unfinished.discard(id(part.row))
         del self._parts[part.sequence]
         for block in self._scheduler.discard(part.sequence):
             for values in self._pool.parts.values():
                 values[:, block] = 0  # a mask hides a value, but not that it isn't a number
-        self.cancel(part.request)
 
 
 def _tokens(part: _Part, logits: torch.Tensor, largest: float, likeliest: int) -> List[int]:

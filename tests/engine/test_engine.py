@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import InMemory, meta
+from llama.layers.revision import changed
 
 SMALL = replace(TINY, head_dim=32)  # as the kernels take it
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.1)
@@ -180,6 +181,34 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, compile):
             list(engine.events(bad))
         expected, _ = llama.generate([[5, 9, 6]], 4, temperature=0, stop_tokens=set())
         assert result(good)[0] == expected
+
+
+def test_a_failing_processor_leaves_the_prefix_that_others_use(llama):
+    def broken(ids, logits):
+        raise KeyError("the caller's own fault")
+
+    engine = llama.engine(cache_tokens=1024)
+    list(engine.events(engine.add(TEXTS[0], 2, temperature=0, stop_tokens=set())))
+    with pytest.raises(KeyError):
+        list(engine.events(engine.add(TEXTS[0], 2, params=SamplingParams(logits_processor=broken))))
+    before = engine.stats.cached_tokens
+    list(engine.events(engine.add(TEXTS[0], 2, temperature=0, stop_tokens=set())))
+    assert engine.stats.cached_tokens - before == len(TEXTS[0]) - 1
+
+
+def test_changed_weights_find_nothing_of_the_earlier_ones(tmp_path):
+    path = write_checkpoint(tmp_path / "model", SMALL)
+    llama = Llama.build(path, device="cpu", dtype="fp32", compile=False, max_seq_len=128)
+    engine = llama.engine(cache_tokens=1024)
+    list(engine.events(engine.add(TEXTS[0], 4, temperature=0, stop_tokens=set())))
+    with torch.no_grad():
+        llama.model.layers[0].attention.wk.weight.mul_(-1)
+    changed(llama.model)
+    request = engine.add(TEXTS[0], 4, temperature=0, logprobs=True, stop_tokens=set())
+    while not engine.idle:
+        engine.step()
+    assert engine.stats.cached_tokens == 0
+    assert equal(llama, request, alone(llama, TEXTS[0], 4, SamplingParams(temperature=0), 0))
 
 
 def test_many_wait_in_a_queue_and_memory_stays(llama):
