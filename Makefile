@@ -54,7 +54,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
-	$(PIP) -e .
+	$(PIP) -e '.[server]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -25,6 +25,7 @@ COMMANDS = {  # imported when asked for: most of them need torch
     "inspect": "llama.apps.inspect:inspect Describe a checkpoint, and the memory that it needs.",
     "plot": "llama.apps.plot:plot Draw the losses of a fine-tuning run.",
     "score": "llama.apps.score:score Print the perplexity of texts.",
+    "serve": "llama.apps.serve:serve Serve a model to clients of OpenAI's API.",
 }
 
 ABOUT = """\

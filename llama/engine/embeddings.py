@@ -10,7 +10,6 @@ from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 
-@torch.inference_mode()
 def embed(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -33,6 +32,18 @@ def embed(
     if pooling not in ("last", "mean"):
         raise ValueError(f"pooling={pooling!r}: choose 'last' or 'mean'")
     encoded = [tokenizer.encode(text, bos=tokenizer.add_bos, eos=False) for text in texts]
+    return embed_ids(model, encoded, pooling, normalize, batch_size)
+
+
+@torch.inference_mode()
+def embed_ids(
+    model: Transformer,
+    encoded: Sequence[Sequence[int]],
+    pooling: Literal["last", "mean"] = "mean",
+    normalize: bool = True,
+    batch_size: int = 8,
+) -> torch.Tensor:
+    """`embed` for texts of token ids."""
     device = model.norm.weight.device
     found = torch.empty(len(encoded), model.params.dim)
     for rows, tokens, lengths in batches(encoded, model.params, batch_size, device):

@@ -1,0 +1,116 @@
+"""The server's paths."""
+
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, AsyncContextManager, AsyncIterator, Awaitable, Callable, Dict, List
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from llama.apps.server import errors
+from llama.apps.server.chat import chat
+from llama.apps.server.completions import completions
+from llama.apps.server.embeddings import embeddings
+from llama.apps.server.guard import Guard
+from llama.apps.server.responses import Store, input_items, responses, stored
+from llama.apps.server.service import Service, ready
+from llama.apps.server.settings import Settings
+from llama.apps.server.streams import json
+from llama.apps.server.tokens import apply_template, detokenize, tokenize
+
+PAGE = Path(__file__).parent / "page"
+POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(
+    settings: Settings, serving: Callable[[], AsyncContextManager[None]], keys: List[str]
+) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        serving: entered when the server starts; sets `app.state.service` when the model is loaded.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with serving():
+            yield
+
+    posts: Dict[str, Endpoint] = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": completions,
+        "/v1/responses": responses,
+        "/v1/embeddings": embeddings,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+        "/apply-template": apply_template,
+    }
+    gets: Dict[str, Endpoint] = {
+        "/v1/models": models,
+        "/v1/models/{model:path}": model,
+        "/health": health,
+        "/metrics": metrics,
+        "/stats": stats,
+    }
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
+    name = "/v1/responses/{id}"
+    routes += [Route(name, stored, methods=["GET", "DELETE"])]
+    routes += [Route(f"{name}/input_items", input_items, methods=["GET"])]
+    routes += [Route(path, page, methods=["GET"]) for path in ("/", "/page.css", "/page.js")]
+    app = Starlette(
+        routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, settings, keys)],
+        exception_handlers={
+            kind: errors.handle for kind in (errors.ApiError, ValueError, 404, 405, 500)
+        },
+    )  # fmt: skip
+    app.state.settings, app.state.service, app.state.store = settings, None, Store()
+    return app
+
+
+async def models(request: Request) -> Response:
+    service = ready(request)
+    return json({"object": "list", "data": [_model(service, name) for name in service.models]})
+
+
+async def model(request: Request) -> Response:
+    service, name = ready(request), request.path_params["model"]
+    service.adapter(name)
+    return json(_model(service, name))
+
+
+def _model(service: Service, name: str) -> Dict[str, Any]:
+    return {
+        "id": name, "object": "model", "created": service.created, "owned_by": "llama-reference",
+        "parent": None if name == service.name else service.name,
+        "max_model_len": service.context,
+    }  # fmt: skip
+
+
+async def health(request: Request) -> Response:
+    """200 when requests can be answered: also the readiness probe."""
+    try:
+        ready(request)
+    except errors.ApiError as error:
+        return JSONResponse({"status": "unavailable", **error.body}, 503, error.headers)
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    return Response(ready(request).metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def stats(request: Request) -> Response:
+    service = ready(request)
+    return json({**service.engine.stats._asdict(), "rows": service.rows})
+
+
+async def page(request: Request) -> Response:
+    """The chat page and its two other files."""
+    name = request.url.path[1:] or "index.html"
+    return FileResponse(PAGE / name, headers={"content-security-policy": POLICY})

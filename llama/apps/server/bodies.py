@@ -1,0 +1,215 @@
+"""Bodies of requests: their parameters, and how JSON becomes one of them."""
+
+import asyncio
+import json
+import re
+from typing import Any, Dict, List, Literal, Optional, Tuple, Type, TypeVar, Union
+
+import msgspec
+from msgspec import Struct, field
+from starlette.requests import Request
+
+from llama.apps.server.errors import ApiError, invalid
+
+Texts = Union[str, List[str]]
+Inputs = Union[str, List[str], List[int], List[List[int]]]
+
+
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What all bodies have. These are the client's own notes, and change no answer."""
+
+    model: Optional[str] = None
+    user: Optional[str] = None
+    metadata: Optional[Dict[str, str]] = None
+    safety_identifier: Optional[str] = None
+    prompt_cache_key: Optional[str] = None
+    store: Optional[Literal[False]] = None
+    service_tier: Optional[Literal["auto", "default"]] = None
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Generation(Body, kw_only=True):
+    """How an answer is generated: OpenAI's parameters, and below them the field's extras."""
+
+    max_tokens: Optional[int] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    n: Optional[int] = None
+    stop: Optional[Texts] = None
+    seed: Optional[int] = None
+    stream: Optional[bool] = None
+    stream_options: Optional[StreamOptions] = None
+    logit_bias: Optional[Dict[str, float]] = None
+    presence_penalty: Optional[float] = None
+    frequency_penalty: Optional[float] = None
+    response_format: Optional[Dict[str, Any]] = None
+
+    top_k: Optional[int] = None
+    min_p: Optional[float] = None
+    typical_p: Optional[float] = None
+    repetition_penalty: Optional[float] = None
+    min_tokens: Optional[int] = None
+    ignore_eos: Optional[bool] = None
+    stop_token_ids: Optional[List[int]] = None
+    guided_regex: Optional[str] = None
+    guided_json: Optional[Dict[str, Any]] = None
+    guided_choice: Optional[List[str]] = None
+    guided_grammar: Optional[str] = None
+    cache_prompt: Optional[bool] = None
+    priority: Optional[int] = None
+
+
+class Completion(Generation, kw_only=True):
+    prompt: Optional[Inputs] = None
+    echo: Optional[bool] = None
+    logprobs: Optional[int] = None
+    suffix: Optional[Literal[""]] = None
+    best_of: Optional[int] = None
+
+
+class FunctionCall(Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class Call(Struct, forbid_unknown_fields=True):
+    function: FunctionCall
+    id: Optional[str] = None
+    type: Literal["function"] = "function"
+    index: Optional[int] = None
+
+
+class Part(Struct, forbid_unknown_fields=True):
+    """A part of a message's content."""
+
+    type: str
+    text: Optional[str] = None
+    refusal: Optional[str] = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+
+
+class ChatMessage(Struct, forbid_unknown_fields=True):
+    """A message; the last four are in answers of the API, and come back empty."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "ipython"]
+    content: Union[str, List[Part], None] = None
+    name: Optional[str] = None
+    tool_calls: Optional[List[Call]] = None
+    tool_call_id: Optional[str] = None
+    refusal: Optional[str] = None
+    annotations: Optional[List[Any]] = None
+    audio: None = None
+    function_call: None = None
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    class Function(Struct, forbid_unknown_fields=True):
+        name: str
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class Prompted(Body, kw_only=True):
+    """A dialog, and how it is encoded."""
+
+    messages: List[ChatMessage]
+    tools: Optional[List[Dict[str, Any]]] = None
+    add_generation_prompt: Optional[bool] = None
+    continue_final_message: Optional[bool] = None
+    chat_template_kwargs: Optional[Dict[str, Any]] = None
+
+
+class Chat(Prompted, Generation, kw_only=True):
+    max_completion_tokens: Optional[int] = None
+    logprobs: Optional[bool] = None
+    top_logprobs: Optional[int] = None
+    tool_choice: Union[Literal["none", "auto", "required"], NamedTool, None] = None
+    parallel_tool_calls: Optional[bool] = None
+    modalities: Optional[List[Literal["text"]]] = None
+
+
+class Embeddings(Body, kw_only=True):
+    input: Inputs
+    encoding_format: Optional[Literal["float", "base64"]] = None
+    dimensions: Optional[int] = None
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = True
+
+
+class Tokenize(Body, kw_only=True):
+    prompt: Optional[str] = None
+    content: Optional[str] = None
+    messages: Optional[List[ChatMessage]] = None
+    tools: Optional[List[Dict[str, Any]]] = None
+    add_special_tokens: bool = True
+    with_pieces: bool = False
+
+
+class Detokenize(Body, kw_only=True):
+    tokens: List[int] = field(default_factory=list)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
+    """A request's body, and the names of unknown parameters that were ignored.
+
+    Raises:
+        ApiError: 400 with the parameter at fault; 408 for a body that doesn't come.
+    """
+    try:
+        async with asyncio.timeout(request.app.state.settings.timeout):
+            data = await request.body()
+    except TimeoutError:
+        raise ApiError(408, "the body hasn't come in time", code="timeout") from None
+    if len(data) > 100_000:  # others go on meanwhile
+        return await asyncio.to_thread(parse, data, kind, lenient)
+    return parse(data, kind, lenient)
+
+
+def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
+    """JSON to a body. NaN, keys that occur twice and unknown parameters are errors."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_refuse)
+    except RecursionError:
+        raise invalid("the body isn't valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise invalid(f"the body isn't valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be a JSON object")
+    known = {one.encode_name for one in msgspec.structs.fields(kind)}
+    ignored = [name for name in value if name not in known]
+    if ignored and not lenient:
+        raise invalid(
+            f"unknown parameter {ignored[0][:100]!r}; known ones: {', '.join(sorted(known))}",
+            ignored[0][:100],
+        )
+    for name in ignored:
+        del value[name]
+    try:
+        return msgspec.convert(value, kind), ignored
+    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+        text, _, path = str(error).replace("`", "").partition(" - at $.")
+        missing = re.search(r"required field (\S+)", text)
+        param = re.sub(r"\[\.\.\.\]", "", path) or (missing[1] if missing else None)
+        place = f"{param}: " if path else ""
+        raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
+
+
+def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")

@@ -1,0 +1,195 @@
+"""`/v1/chat/completions`."""
+
+import time
+import uuid
+from contextlib import aclosing
+from typing import Any, AsyncGenerator, Dict, List, NamedTuple, Optional
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.apps.server.bodies import Chat, NamedTool
+from llama.apps.server.dialogs import encode
+from llama.apps.server.errors import invalid
+from llama.apps.server.service import FINGERPRINT, Running, Service, received
+from llama.apps.server.streams import EventStream, whole
+from llama.apps.server.texts import MOST_TOP_LOGPROBS, chat_logprob
+from llama.engine.predictions import Event
+from llama.engine.structured import call_format
+from llama.text.tool_stream import Delta, ToolCallStream
+
+MOST_TOOLS = 128
+
+
+async def chat(request: Request) -> Response:
+    service, body, headers = await received(request, Chat)
+    answer = await start(request, service, body)
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion",
+        "created": int(time.time()), "model": body.model or service.name,
+        "system_fingerprint": FINGERPRINT,
+    }  # fmt: skip
+    if not body.stream:
+        reply = await whole(request, _collected(answer, head))
+        reply.headers.update(headers)
+        return reply
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _chunks(answer, {**head, "object": "chat.completion.chunk"}, usage)
+    return EventStream(events, service.settings.timeout, headers=headers)
+
+
+class Piece(NamedTuple):
+    """What an event adds to a choice."""
+
+    choice: int
+    event: Event
+    deltas: List[Delta]
+
+
+class ChatAnswer:
+    """The answers to a dialog, as pieces of text and of tool calls.
+
+    Attributes:
+        running: their counts.
+        logprobs: whether they were asked for.
+    """
+
+    def __init__(self, service: Service, running: Running, body: Chat):
+        self.tokenizer = service.llama.tokenizer
+        self.running, self.logprobs = running, bool(body.logprobs)
+        self.choices = len(running.answers) * running.each
+        self._tools = shown_tools(body)
+        self._most_calls = 1 if body.parallel_tool_calls is False else MOST_TOOLS
+        self._streams: Dict[int, ToolCallStream] = {}
+        self.calling = [False] * self.choices
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        async with aclosing(self.running.events()) as events:  # type: ignore[type-var]
+            async for choice, event in events:
+                yield Piece(choice, event, self._read(choice, event))
+
+    def _read(self, choice: int, event: Event) -> List[Delta]:
+        if not self._tools:
+            return [Delta(event.text)] if event.text else []
+        stream = self._streams.setdefault(choice, ToolCallStream(self._tools))
+        deltas = stream.feed(event.text)
+        if event.finish_reason is not None:
+            deltas += stream.finish()
+        found = [d for d in deltas if d.index is None or d.index < self._most_calls]
+        self.calling[choice] |= any(delta.index is not None for delta in found)
+        return found
+
+    def finish_reason(self, piece: Piece) -> Optional[str]:
+        reason = piece.event.finish_reason
+        return "tool_calls" if reason == "stop" and self.calling[piece.choice] else reason
+
+
+async def start(request: Request, service: Service, body: Chat) -> ChatAnswer:
+    """Check a body and queue its dialog.
+
+    Raises:
+        ApiError, ValueError: what is wrong with it.
+    """
+    service.adapter(body.model)
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise invalid("max_tokens and max_completion_tokens: give one", "max_tokens")
+    top = body.top_logprobs or 0
+    if not 0 <= top <= MOST_TOP_LOGPROBS:
+        raise invalid(
+            f"top_logprobs={top} must lie between 0 and {MOST_TOP_LOGPROBS}", "top_logprobs"
+        )
+    if top and not body.logprobs:
+        raise invalid("top_logprobs: only with logprobs: true", "top_logprobs")
+    if len(body.tools or ()) > MOST_TOOLS:
+        raise invalid(f"{len(body.tools or ())} tools: give at most {MOST_TOOLS}", "tools")
+    tools, more = shown_tools(body), {"logprobs": bool(body.logprobs), "top_logprobs": top}
+    choice = body.tool_choice or "auto"
+    if choice not in ("auto", "none"):
+        if body.response_format not in (None, {"type": "text"}):
+            raise invalid("tool_choice and response_format: choose one", "tool_choice")
+        name = choice.function.name if isinstance(choice, NamedTool) else str(choice)
+        try:
+            more["response_format"] = call_format(tools, name, {})
+        except ValueError as error:
+            raise invalid(str(error), "tool_choice") from None
+    ids = await encode(service.llama, body, tools or None)
+    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return ChatAnswer(service, await service.submit(request, [ids], body, most, **more), body)
+
+
+def shown_tools(body: Chat) -> List[Dict[str, Any]]:
+    """The tools that the model is told of."""
+    return list(body.tools or ()) if body.tool_choice != "none" else []
+
+
+async def _collected(answer: ChatAnswer, head: Dict[str, Any]) -> Dict[str, Any]:
+    choices: List[Dict[str, Any]] = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": {"content": [], "refusal": None} if answer.logprobs else None,
+            "finish_reason": None,
+        }
+        for i in range(answer.choices)
+    ]
+    async with aclosing(answer.pieces()) as pieces:
+        async for piece in pieces:
+            choice = choices[piece.choice]
+            for delta in piece.deltas:
+                _add(choice["message"], delta)
+            entry = chat_logprob(answer.tokenizer, piece.event)
+            if entry is not None:
+                choice["logprobs"]["content"].append(entry)
+            choice["finish_reason"] = answer.finish_reason(piece)
+    for choice in choices:
+        if "tool_calls" in choice["message"]:
+            choice["message"]["content"] = choice["message"]["content"] or None
+    return {**head, "choices": choices, "usage": answer.running.usage()}
+
+
+def _add(message: Dict[str, Any], delta: Delta) -> None:
+    if delta.index is None:
+        message["content"] += delta.text
+        return
+    calls = message.setdefault("tool_calls", [])
+    if delta.name:
+        function = {"name": delta.name, "arguments": ""}
+        calls.append({"id": delta.id, "type": "function", "function": function})
+    calls[delta.index]["function"]["arguments"] += delta.arguments
+
+
+async def _chunks(
+    answer: ChatAnswer, head: Dict[str, Any], usage: bool
+) -> AsyncGenerator[Dict[str, Any], None]:
+    nothing = {"usage": None} if usage else {}
+
+    def chunk(choice: int, delta: Dict[str, Any], *rest: Any) -> Dict[str, Any]:
+        logprobs, reason = rest or (None, None)
+        only = {
+            "index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason
+        }  # fmt: skip
+        return {**head, "choices": [only], **nothing}
+
+    for i in range(answer.choices):
+        yield chunk(i, {"role": "assistant", "content": "", "refusal": None})
+    async with aclosing(answer.pieces()) as pieces:
+        async for piece in pieces:
+            entry = chat_logprob(answer.tokenizer, piece.event)
+            logprobs = {"content": [entry], "refusal": None} if entry else None
+            for at, delta in enumerate(map(delta_of, piece.deltas or [Delta()] * bool(entry))):
+                yield chunk(piece.choice, delta, None if at else logprobs, None)
+            reason = answer.finish_reason(piece)
+            if reason is not None:
+                yield chunk(piece.choice, {}, None, reason)
+    if usage:
+        yield {**head, "choices": [], "usage": answer.running.usage()}
+
+
+def delta_of(delta: Delta) -> Dict[str, Any]:
+    if delta.index is None:
+        return {"content": delta.text}
+    call: Dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
+    if delta.name:
+        call.update(id=delta.id, type="function")
+        call["function"]["name"] = delta.name
+    return {"tool_calls": [call]}

@@ -1,0 +1,123 @@
+"""`/v1/completions`."""
+
+import asyncio
+import time
+import uuid
+from contextlib import aclosing
+from typing import Any, AsyncGenerator, Dict, List, Optional
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.apps.server.bodies import Completion, Inputs
+from llama.apps.server.errors import invalid
+from llama.apps.server.service import FINGERPRINT, Running, received
+from llama.apps.server.streams import EventStream, whole
+from llama.apps.server.texts import MOST_TOP_LOGPROBS, text_logprobs
+from llama.engine.predictions import Event
+from llama.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MOST_PROMPTS = 2048
+
+
+async def completions(request: Request) -> Response:
+    service, body, headers = await received(request, Completion)
+    service.adapter(body.model)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise invalid("best_of isn't supported: use n, and choose by logprobs", "best_of")
+    top = body.logprobs or 0
+    if not 0 <= top <= MOST_TOP_LOGPROBS:
+        raise invalid(f"logprobs={top} must lie between 0 and {MOST_TOP_LOGPROBS}", "logprobs")
+    if body.prompt is None:
+        raise invalid("prompt is missing", "prompt")
+    tokenizer = service.llama.tokenizer
+    prompts = await token_ids(tokenizer, body.prompt, "prompt")
+    most = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    running = await service.submit(
+        request, prompts, body, most, logprobs=body.logprobs is not None, top_logprobs=top,
+        echo=bool(body.echo),
+    )  # fmt: skip
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
+        "created": int(time.time()), "model": body.model or service.name,
+        "system_fingerprint": FINGERPRINT,
+    }  # fmt: skip
+    if not body.stream:
+        reply = await whole(request, _collected(tokenizer, running, head, body.logprobs))
+        reply.headers.update(headers)
+        return reply
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _chunks(tokenizer, running, head, body.logprobs, usage)
+    return EventStream(events, service.settings.timeout, headers=headers)
+
+
+async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[List[int]]:
+    """Texts or token ids, one or several, as token ids.
+
+    Raises:
+        ApiError: none, too many, an empty one, or ids outside of the vocabulary.
+    """
+    several: List[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
+    if several and isinstance(several[0], int):
+        several = [several]
+    if not 1 <= len(several) <= MOST_PROMPTS:
+        raise invalid(f"{name}: give 1 to {MOST_PROMPTS} at once, not {len(several)}", name)
+
+    def run() -> List[List[int]]:
+        return [
+            tokenizer.encode(one, bos=tokenizer.add_bos, eos=False) if isinstance(one, str) else one
+            for one in several
+        ]
+
+    found = await asyncio.to_thread(run)
+    for ids in found:
+        if not ids:
+            raise invalid(f"{name}: an empty one; it takes at least one token", name)
+        wrong = next((i for i in ids if not 0 <= i < tokenizer.n_words), None)
+        if wrong is not None:
+            raise invalid(
+                f"{name}: token id {wrong}; this vocabulary has 0 to {tokenizer.n_words - 1}", name
+            )
+    return found
+
+
+async def _collected(
+    tokenizer: Tokenizer, running: Running, head: Dict[str, Any], best: Optional[int]
+) -> Dict[str, Any]:
+    count = len(running.answers) * running.each
+    events: List[List[Event]] = [[] for _ in range(count)]
+    async with aclosing(running.events()) as found:  # type: ignore[type-var]
+        async for choice, event in found:
+            events[choice].append(event)
+    choices = [
+        {
+            "index": i,
+            "text": "".join(event.text for event in of_choice),
+            "logprobs": None if best is None else text_logprobs(tokenizer, of_choice, best, 0),
+            "finish_reason": of_choice[-1].finish_reason,
+        }
+        for i, of_choice in enumerate(events)
+    ]
+    return {**head, "choices": choices, "usage": running.usage()}
+
+
+async def _chunks(
+    tokenizer: Tokenizer, running: Running, head: Dict[str, Any], best: Optional[int], usage: bool
+) -> AsyncGenerator[Dict[str, Any], None]:
+    nothing = {"usage": None} if usage else {}
+    offsets: Dict[int, int] = {}
+    async with aclosing(running.events()) as found:  # type: ignore[type-var]
+        async for choice, event in found:
+            offset = offsets.get(choice, 0)
+            offsets[choice] = offset + len(event.text)
+            if not (event.text or event.finish_reason or best is not None):
+                continue
+            details = None if best is None else text_logprobs(tokenizer, [event], best, offset)
+            only = {
+                "index": choice, "text": event.text, "logprobs": details,
+                "finish_reason": event.finish_reason,
+            }  # fmt: skip
+            yield {**head, "choices": [only], **nothing}
+    if usage:
+        yield {**head, "choices": [], "usage": running.usage()}

@@ -1,0 +1,127 @@
+"""Starts the server: listens at once, loads the model meanwhile, and drains at the end."""
+
+import asyncio
+import os
+import resource
+import socket
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, AsyncIterator, Dict, Mapping
+
+import uvicorn
+
+from llama.apps.server.app import make_app
+from llama.apps.server.connections import limited
+from llama.apps.server.service import Service
+from llama.apps.server.settings import Settings
+from llama.engine.leader import follow
+from llama.generation import Llama
+from llama.layers import parallel
+
+
+def run(options: Mapping[str, Any], settings: Settings) -> None:
+    """Serve a model until a signal comes: then requests that run are answered first.
+
+    Args:
+        options: of `Llama.build`.
+
+    Raises:
+        ValueError, OSError: what loading the model or listening fails with.
+    """
+    keys = settings.keys()
+    if not parallel.is_rank_zero():
+        follow(load(options, settings).engine(**_limits(settings)))
+        return
+    listening = _listen(settings)
+    failure: Dict[str, Exception] = {}
+
+    @asynccontextmanager
+    async def serving() -> AsyncIterator[None]:
+        task = asyncio.create_task(serve())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def serve() -> None:
+        try:
+            llama = await asyncio.to_thread(load, options, settings)
+            async with llama.async_engine(**_limits(settings)) as engine:
+                name = settings.served_name or model_name(str(options["ckpt_dir"]))
+                app.state.service = Service(llama, engine, settings, name)
+                _greet(settings, listening, name, bool(keys))
+                await asyncio.Event().wait()
+        except Exception as error:
+            failure["error"] = error
+            server.should_exit = True
+
+    app = make_app(settings, serving, keys)
+    config = uvicorn.Config(
+        app, http=limited(settings), ws="none", log_config=None, access_log=False,
+        server_header=False, lifespan="on", timeout_keep_alive=int(max(settings.timeout, 1)),
+        backlog=2048,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    try:
+        server.run([listening])
+    except KeyboardInterrupt:  # uvicorn has drained, and passes the signal on
+        pass
+    finally:
+        listening.close()
+    if failure:
+        raise failure["error"]
+
+
+def load(options: Mapping[str, Any], settings: Settings) -> Llama:
+    llama = Llama.build(**options)
+    for name, path in settings.adapters.items():
+        llama.add_adapter(name, path)
+    return llama
+
+
+def model_name(path: str) -> str:
+    """The last part of a checkpoint's path, without .gguf."""
+    return Path(path.rstrip("/")).name.removesuffix(".gguf")
+
+
+def _limits(settings: Settings) -> Dict[str, Any]:
+    return {
+        "max_tokens_per_step": settings.max_tokens_per_step,
+        "cache_tokens": settings.cache_tokens,
+    }
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Raises OSError: the address is in use, or isn't this machine's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    try:
+        return socket.create_server(
+            (settings.host, settings.port), backlog=2048,
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(
+            f"can't listen on {settings.host}:{settings.port}: {os.strerror(error.errno or 0)}; "
+            "choose another --port, 0 for a free one"
+        ) from None
+
+
+def _greet(settings: Settings, listening: socket.socket, name: str, has_keys: bool) -> None:
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(
+        f"{name} at {url}/v1; the chat page: {url}/\n"
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'""",
+        flush=True,
+    )
+    if settings.public and not has_keys:
+        print(
+            f"warning: {host} can be reached by other machines, and no API key is needed: "
+            "give --api_key_file or LLAMA_API_KEY", file=sys.stderr, flush=True,
+        )  # fmt: skip

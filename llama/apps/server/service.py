@@ -1,0 +1,225 @@
+"""A loaded model behind the server: admits requests, and counts what they get."""
+
+import asyncio
+import time
+from typing import Any, AsyncIterator, Dict, List, Optional, Sequence, Tuple, Type
+
+from starlette.requests import Request
+
+from llama._version import __version__
+from llama.apps.server.bodies import B, Generation, read
+from llama.apps.server.errors import ApiError, busy, invalid
+from llama.apps.server.metrics import Metrics
+from llama.apps.server.sampling import options_of
+from llama.apps.server.settings import Settings
+from llama.engine.async_engine import Answer, AsyncEngine
+from llama.engine.params import SamplingParams
+from llama.engine.predictions import Event
+from llama.generation import Llama
+
+FINGERPRINT = f"llama-reference-{__version__}"
+
+
+class Service:
+    """What the endpoints share.
+
+    Attributes:
+        name: the model's, for clients.
+        rows: sequences that wait or run.
+    """
+
+    def __init__(self, llama: Llama, engine: AsyncEngine, settings: Settings, name: str):
+        self.llama, self.engine, self.settings, self.name = llama, engine, settings, name
+        self.metrics = Metrics(name, lambda: engine.stats)
+        self.created, self.rows = int(time.time()), 0
+        self.defaults = SamplingParams()
+
+    @property
+    def context(self) -> int:
+        return self.llama.model.params.max_seq_len
+
+    @property
+    def models(self) -> List[str]:
+        return [self.name, *self.settings.adapters]
+
+    def adapter(self, model: Optional[str]) -> Optional[str]:
+        """The adapter that a model's name stands for; None: the model itself.
+
+        Raises:
+            ApiError: 404, there is no such model.
+        """
+        if model is None or model == self.name:
+            return None
+        if model in self.settings.adapters:
+            return model
+        raise ApiError(
+            404, f"there is no model {model[:100]!r}; this server has {', '.join(self.models)}",
+            param="model", code="model_not_found",
+        )  # fmt: skip
+
+    def check_length(self, ids: Sequence[int], param: str) -> None:
+        if len(ids) >= self.context:
+            raise invalid(
+                f"the prompt has {len(ids)} tokens, and the context {self.context}, of which the "
+                "answer takes at least one: shorten it", param, "context_length_exceeded",
+            )  # fmt: skip
+
+    async def submit(
+        self,
+        request: Request,
+        prompts: Sequence[Sequence[int]],
+        body: Generation,
+        max_tokens: Optional[int],
+        **more: Any,
+    ) -> "Running":
+        """Queue prompts.
+
+        Args:
+            more: options of the engine beside those in the body.
+
+        Raises:
+            ApiError: too many requests; a parameter out of range.
+            ValueError: what the engine raises.
+        """
+        options = {**options_of(body, self.llama.tokenizer), **more}
+        adapter = self.adapter(body.model)
+        if adapter is not None:
+            options["adapter"] = adapter
+        if max_tokens is not None and max_tokens < 0:
+            raise invalid(f"max_tokens={max_tokens} must be 0 or more", "max_tokens")
+        rows, limit = len(prompts) * options["n"], self.settings.max_queue
+        if rows > limit:
+            raise invalid(f"{rows} answers at once, and the server takes {limit}: ask for fewer")
+        if self.rows + rows > limit:
+            raise busy(f"{self.rows} answers wait or run, and the server takes {limit}: come again")
+        for ids in prompts:
+            self.check_length(ids, "messages" if hasattr(body, "messages") else "prompt")
+        running = Running(self, rows, request.state.notes)
+        try:
+            for ids in prompts:
+                limit = self.context if max_tokens is None else max_tokens
+                running.answers.append(await self.engine.submit(ids, limit, **options))
+                running.prompt_tokens += len(ids)
+        except BaseException:
+            running.end()
+            raise
+        running.each = options["n"]
+        return running
+
+
+class Running:
+    """Prompts that are being answered.
+
+    Attributes:
+        answers: one for each prompt.
+        each: samples of each.
+        prompt_tokens, completion_tokens, cached_tokens: so far.
+    """
+
+    def __init__(self, service: Service, rows: int, notes: Dict[str, Any]):
+        self._service, self._rows, self._notes = service, rows, notes
+        self._began = time.perf_counter()
+        self.answers: List[Answer] = []
+        self.each = 1
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
+        service.rows += rows
+
+    async def events(self) -> AsyncIterator[Tuple[int, Event]]:
+        """The events of all, with the number of the choice that each belongs to.
+
+        Ending the iteration early cancels what isn't finished.
+        """
+        metrics = self._service.metrics
+        last: Dict[int, float] = {}  # when each choice had its last token
+        try:
+            async for prompt, event in _merged(self.answers):
+                choice, now = prompt * self.each + event.sample, time.perf_counter()
+                if event.token is not None:
+                    self.completion_tokens += 1
+                    histogram = metrics.between if choice in last else metrics.first
+                    histogram.observe(now - last.get(choice, self._began))
+                    last[choice] = now
+                if event.finish_reason is not None:
+                    self.cached_tokens += (event.cached_tokens or 0) if not event.sample else 0
+                    metrics.ended(event.finish_reason)
+                    metrics.whole.observe(now - self._began)
+                yield choice, event
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Cancel what isn't finished; tell what was computed."""
+        for answer in self.answers:
+            answer.cancel()
+        self._service.rows -= self._rows
+        self._rows = 0
+        self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
+        self._service.metrics.generation_tokens.inc(self.completion_tokens)
+        self._notes.update(prompt=self.prompt_tokens, completion=self.completion_tokens)
+
+    def usage(self) -> Dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+async def _merged(answers: Sequence[Answer]) -> AsyncIterator[Tuple[int, Event]]:
+    """The events of several answers as they come, each with its answer's number."""
+    if len(answers) == 1:
+        async for event in answers[0]:
+            yield 0, event
+        return
+    found: asyncio.Queue[Tuple[int, Event | Exception | None]] = asyncio.Queue()
+
+    async def forward(i: int) -> None:
+        try:
+            async for event in answers[i]:
+                found.put_nowait((i, event))
+            found.put_nowait((i, None))
+        except Exception as error:
+            found.put_nowait((i, error))
+
+    tasks = [asyncio.create_task(forward(i)) for i in range(len(answers))]
+    try:
+        unfinished = len(tasks)
+        while unfinished:
+            i, event = await found.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                unfinished -= 1
+            else:
+                yield i, event
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def received(request: Request, kind: Type[B]) -> Tuple[Service, B, Dict[str, str]]:
+    """The service, the request's body, and headers for the answer.
+
+    Raises:
+        ApiError: a bad body; 503 while the model is being loaded, or after the engine has failed.
+    """
+    state = request.app.state
+    body, ignored = await read(request, kind, state.settings.lenient)
+    service = ready(request)
+    names = ", ".join(name.encode("ascii", "replace").decode() for name in ignored)
+    return service, body, {"X-Ignored-Parameters": _printable(names)} if ignored else {}
+
+
+def ready(request: Request) -> Service:
+    """Raises ApiError: 503 while the model is being loaded, or after the engine has failed."""
+    service: Optional[Service] = request.app.state.service
+    if service is None:
+        raise busy("the model is being loaded", 5, 503)
+    if service.engine.failure is not None:
+        raise ApiError(500, f"the engine has failed: {service.engine.failure}", kind="server_error")
+    return service
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:1000]

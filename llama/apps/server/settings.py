@@ -1,0 +1,94 @@
+"""The options of `llama serve` that concern the server, not the model."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Literal, Optional
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server listens, whom it answers, and what it refuses.
+
+    Attributes:
+        host: the address to listen on; anything but the default makes the server public: give it
+            keys.
+        port: 0 takes a free one.
+        api_key_file: a file with one API key per line; requests need one of them. The environment
+            variable LLAMA_API_KEY may hold a single one.
+        cors: origins of web pages that may call the server, such as https://example.org; none by
+            default.
+        served_name: the model's name for clients; by default that of its folder or file.
+        adapter: NAME=DIR, a LoRA adapter in PEFT's layout, which clients choose as a model; may be
+            given several times.
+        lenient: ignore unknown parameters, and name them in the header X-Ignored-Parameters; by
+            default they are errors.
+        log: a line per request on stdout: text, json, or off. Prompts are never logged.
+        max_queue: requests that may wait or run at once; further ones are answered with 429.
+        max_body_mb: size of a request's body at most, in MB (10^6 bytes).
+        max_connections: open connections at most; further ones are closed.
+        timeout: seconds that a client may take to send a request, or to read a part of an answer.
+        max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
+        cache_tokens: positions of the KV cache; by default what a quarter of the context for each
+            row takes, or half of the available memory.
+        workers: always 1.
+
+    Raises:
+        ValueError: a value out of range, by name.
+        FileNotFoundError: no api_key_file.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Optional[str] = None
+    cors: List[str] = field(default_factory=list)
+    served_name: Optional[str] = None
+    adapter: List[str] = field(default_factory=list)
+    lenient: bool = False
+    log: Literal["text", "json", "off"] = "text"
+    max_queue: int = 256
+    max_body_mb: float = 8
+    max_connections: int = 4096
+    timeout: float = 60
+    max_tokens_per_step: int = 512
+    cache_tokens: Optional[int] = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port={self.port} must lie between 0 (any) and 65535")
+        for name in ("max_queue", "max_connections", "max_tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_body_mb", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.workers != 1:
+            raise ValueError(
+                f"workers={self.workers}: one process holds one engine, which shares its passes "
+                "and its cache among all requests; start a server per machine or GPU instead"
+            )
+        for entry in self.adapter:
+            if not all(entry.partition("=")[::2]):
+                raise ValueError(f"adapter={entry!r}: give NAME=DIR")
+
+    @property
+    def public(self) -> bool:
+        """Whether other machines can connect."""
+        return self.host not in LOOPBACK
+
+    @property
+    def adapters(self) -> Dict[str, str]:
+        """Directories by name."""
+        return dict(entry.split("=", 1) for entry in self.adapter)
+
+    def keys(self) -> List[str]:
+        """The API keys that are accepted; none: no key is needed."""
+        keys = [os.environ.get("LLAMA_API_KEY", "")]
+        if self.api_key_file is not None:
+            keys += Path(self.api_key_file).read_text("utf-8").splitlines()
+            if not any(map(str.strip, keys)):
+                raise ValueError(f"{self.api_key_file}: no key in it; write one per line")
+        return [key.strip() for key in keys if key.strip()]

@@ -1,0 +1,56 @@
+"""What clients are told of tokens."""
+
+from typing import Any, Dict, Optional, Sequence
+
+from llama.engine.predictions import Event
+from llama.tokenizer import Tokenizer
+
+MOST_TOP_LOGPROBS = 20
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text by itself; bytes that are no character become U+FFFD."""
+    return tokenizer.decode_bytes([token]).decode("utf-8", "replace")
+
+
+def chat_logprob(tokenizer: Tokenizer, event: Event) -> Optional[Dict[str, Any]]:
+    """An entry of a chat answer's logprobs; None for an event without token."""
+    if event.token is None or event.logprob is None:
+        return None
+    best = event.top_logprobs or []
+    return {
+        **_entry(tokenizer, event.token, event.logprob),
+        "top_logprobs": [_entry(tokenizer, token, value) for token, value in best],
+    }
+
+
+def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> Dict[str, Any]:
+    data = tokenizer.decode_bytes([token])
+    text = data.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+
+def text_logprobs(
+    tokenizer: Tokenizer, events: Sequence[Event], best: int, offset: int
+) -> Dict[str, Any]:
+    """A text completion's logprobs.
+
+    Args:
+        best: most probable tokens of each.
+        offset: characters before the first event's text.
+    """
+    found: Dict[str, Any] = {
+        "tokens": [], "token_logprobs": [], "top_logprobs": [] if best else None, "text_offset": [],
+    }  # fmt: skip
+    for event in events:
+        if event.token is not None:
+            found["tokens"].append(token_text(tokenizer, event.token))
+            found["token_logprobs"].append(event.logprob)
+            found["text_offset"].append(offset)
+            if best:
+                pairs = event.top_logprobs
+                found["top_logprobs"].append(
+                    pairs and {token_text(tokenizer, t): value for t, value in pairs}
+                )
+        offset += len(event.text)
+    return found

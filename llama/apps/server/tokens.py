@@ -1,0 +1,57 @@
+"""`/tokenize`, `/detokenize` and `/apply-template`, also under `/v1`."""
+
+import asyncio
+from typing import Any, Dict, List
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.apps.server.bodies import Detokenize, Prompted, Tokenize
+from llama.apps.server.dialogs import encode
+from llama.apps.server.errors import invalid
+from llama.apps.server.service import received
+from llama.apps.server.streams import json
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text ("prompt" as vLLM, "content" as llama.cpp says) or of a dialog."""
+    service, body, headers = await received(request, Tokenize)
+    tokenizer = service.llama.tokenizer
+    given = [x for x in (body.prompt, body.content, body.messages) if x is not None]
+    if len(given) != 1:
+        raise invalid("give one of prompt, content and messages", "prompt")
+    if body.messages is not None:
+        ids = await encode(service.llama, Prompted(messages=body.messages), body.tools)
+    else:
+        bos = tokenizer.add_bos and body.add_special_tokens
+        ids = await asyncio.to_thread(tokenizer.encode, given[0], bos=bos, eos=False)  # type: ignore[arg-type]
+    tokens: List[Any] = list(ids)
+    if body.with_pieces:
+        tokens = [{"id": i, "piece": _piece(tokenizer.decode_bytes([i]))} for i in ids]
+    found = {"tokens": tokens, "count": len(ids), "max_model_len": service.context}
+    return json(found, headers)
+
+
+def _piece(data: bytes) -> Any:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(request: Request) -> Response:
+    service, body, headers = await received(request, Detokenize)
+    try:
+        text = await asyncio.to_thread(service.llama.tokenizer.decode, body.tokens)
+    except ValueError as error:
+        raise invalid(str(error), "tokens") from None
+    found: Dict[str, Any] = {"prompt": text, "content": text}
+    return json(found, headers)
+
+
+async def apply_template(request: Request) -> Response:
+    """The text of a dialog as the model sees it, and its token ids."""
+    service, body, headers = await received(request, Prompted)
+    ids = await encode(service.llama, body, body.tools)
+    text = service.llama.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    return json({"prompt": text, "tokens": ids, "count": len(ids)}, headers)

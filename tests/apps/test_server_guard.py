@@ -1,0 +1,136 @@
+"""What every request passes before it reaches the model: no model is needed here."""
+
+import asyncio
+import contextlib
+import json
+
+import httpx
+import pytest
+
+from llama.apps.server.app import make_app
+from llama.apps.server.settings import Settings
+
+
+def ask(settings=None, keys=(), method="GET", path="/v1/models", host="localhost", **request):
+    """The answer of a server that is still loading its model."""
+    app = make_app(settings or Settings(log="off"), contextlib.nullcontext, list(keys))
+
+    async def run():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(run())
+
+
+def test_a_server_isnt_ready_while_it_loads():
+    for path in ("/health", "/v1/models", "/metrics"):
+        reply = ask(path=path)
+        assert reply.status_code == 503 and reply.headers["retry-after"]
+        assert "loaded" in reply.json()["error"]["message"]
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert ask(method="POST", path="/v1/chat/completions", json=body).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "header, fits",
+    [
+        (None, False), ("Bearer", False), ("Bearer wrong", False), ("Basic one", False),
+        ("Bearer one", True), ("bearer two", True), ("Bearer one two", False),
+    ],
+)  # fmt: skip
+def test_keys(header, fits):
+    headers = {} if header is None else {"Authorization": header}
+    reply = ask(keys=["one", "two"], headers=headers)
+    assert reply.status_code == (503 if fits else 401)
+    if not fits:
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+    assert ask(keys=["one"], path="/health").status_code == 503  # needs no key
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    monkeypatch.setenv("LLAMA_API_KEY", "three")
+    assert Settings(api_key_file=str(file)).keys() == ["three", "one", "two"]
+    monkeypatch.delenv("LLAMA_API_KEY")
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="no key"):
+        Settings(api_key_file=str(file)).keys()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:80", "LOCALHOST"])
+def test_hosts_of_loopback_are_answered(host):
+    assert ask(host=host).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example"]
+)
+def test_other_hosts_are_refused_unless_public(host):
+    assert ask(host=host).status_code == 403
+    assert ask(Settings(log="off", host="0.0.0.0"), host=host).status_code == 503
+
+
+def test_pages_of_other_origins_need_to_be_named():
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in ask(headers=headers).headers
+    assert ask(method="OPTIONS", headers=headers).status_code == 405
+    settings = Settings(log="off", cors=["https://a.example"])
+    preflight = ask(settings, ["key"], "OPTIONS", headers=headers)
+    assert preflight.status_code == 204
+    assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    assert "Authorization" in preflight.headers["access-control-allow-headers"]
+    reply = ask(settings, headers=headers)
+    assert reply.headers["access-control-allow-origin"] == "https://a.example"
+    other = ask(settings, headers={"Origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_large_bodies_are_refused_before_they_are_read():
+    settings = Settings(log="off", max_body_mb=0.001)
+    reply = ask(settings, method="POST", path="/v1/completions", content=b"x" * 1001)
+    assert reply.status_code == 413 and "0.001 MB" in reply.json()["error"]["message"]
+
+    async def pieces():
+        for _ in range(3):
+            yield b"x" * 500
+
+    reply = ask(settings, method="POST", path="/v1/completions", content=pieces())
+    assert reply.status_code == 413
+
+
+def test_log_lines_hold_no_prompts_and_no_control_characters(capsys):
+    body = {"prompt": "a secret", "unknown": "another secret"}
+    headers = {"Authorization": "Bearer key-secret"}
+    for log in ("text", "json"):
+        ask(
+            Settings(log=log), ["key-secret"], "POST", "/v1/completions", json=body, headers=headers
+        )
+        ask(Settings(log=log), path="/x%1b[31m%0a")
+    out = capsys.readouterr().out
+    assert "secret" not in out and "\x1b" not in out
+    text, strange, line, _ = out.splitlines()
+    assert "POST /v1/completions 400" in text and r"\x1b" in strange
+    assert json.loads(line)["status"] == 400
+
+
+def test_ignored_parameters_are_named(capsys):
+    body = {"prompt": "x", "unknwon": 1, "ü\n": 2}
+    reply = ask(method="POST", path="/v1/completions", json=body)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "unknwon"
+    settings = Settings(log="off", lenient=True)
+    assert ask(settings, method="POST", path="/v1/completions", json=body).status_code == 503
+
+
+def test_the_page_is_served_with_a_policy():
+    for path, kind in (
+        ("/", "text/html"),
+        ("/page.css", "text/css"),
+        ("/page.js", "text/javascript"),
+    ):
+        reply = ask(keys=["key"], path=path)
+        assert reply.status_code == 200 and reply.headers["content-type"].startswith(kind)
+        assert "default-src 'self'" in reply.headers["content-security-policy"]
+    assert ask(path="/page.py").status_code == 404

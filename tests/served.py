@@ -1,0 +1,97 @@
+"""A server as users start it: `llama serve` in a process of its own, on a free port of loopback."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Iterator, List
+
+import httpx
+from conftest import ROOT
+
+PATIENCE = 240  # seconds that something may take on a machine with other work
+
+
+class Served:
+    """A running server.
+
+    Attributes:
+        url: without /v1.
+        lines: what it has printed so far.
+        client: for requests.
+    """
+
+    def __init__(self, process: subprocess.Popen):
+        self.process, self.lines = process, []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        wait_for(lambda: self.find(r" at (http://\S+)/v1;") or process.poll() is not None)
+        if process.poll() is not None:
+            raise RuntimeError("".join(self.lines))
+        self.url = self.find(r" at (http://\S+)/v1;")[1]
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    def find(self, pattern: str):
+        return next(filter(None, (re.search(pattern, line) for line in [*self.lines])), None)
+
+    def stats(self) -> dict:
+        return self.client.get("/stats").json()
+
+    def chat(self, text: str, **body):
+        messages = [{"role": "user", "content": text}]
+        return self.client.post("/v1/chat/completions", json={"messages": messages, **body})
+
+    def wait_idle(self) -> None:
+        """Until no request runs or waits, and no block of the cache is held."""
+
+        def idle() -> bool:
+            stats = self.stats()
+            return not (stats["rows"] or stats["running"] or stats["waiting"])
+
+        wait_for(idle)
+        assert self.stats()["blocks_used"] == 0
+
+    def end(self, signum: int = signal.SIGINT) -> int:
+        self.process.send_signal(signum)
+        code = self.process.wait(PATIENCE)
+        self._thread.join(PATIENCE)
+        return code
+
+
+@contextlib.contextmanager
+def serve(*options: object, env: dict | None = None) -> Iterator[Served]:
+    command = [sys.executable, "-m", "llama", "serve", "--port", "0", *map(str, options)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+    try:
+        served = Served(process)
+        yield served
+        served.client.close()
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()
+
+
+def wait_for(condition, patience: float = PATIENCE):
+    """What the condition returns, once it is true."""
+    end = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < end, "it hasn't come true in time"
+        time.sleep(0.02)
+    return found
+
+
+def events(response: httpx.Response) -> List[str]:
+    """The data of server-sent events, in order."""
+    return [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
