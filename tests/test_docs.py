@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from served import serve
 
 import llama
 from llama.apps.cli import COMMANDS as COMMANDS_OF_LLAMA
@@ -41,6 +42,7 @@ SHELL = "writes into the user's shell configuration: test_cli.py"
 LICENCE = "takes Meta's licence and its link: tests/apps/test_download.py, on a local server"
 NETWORK = "takes the network: tests/apps/test_download.py, on a local server"
 EXAMPLES = "test_examples.py, with shorter answers"
+SERVER = "waits for requests: tests/apps/test_server.py"
 MAKE = "test_make_does_what_the_commands_beneath_it_do"
 ELSEWHERE = {
     "make demo": MAKE,
@@ -70,6 +72,8 @@ ELSEWHERE = {
     "--json": "the harness downloads these tasks' data; evaluation.md's own task is run",
     ".venv/bin/llama chat checkpoints/SmolLM2-135M-Instruct": "the same with a message in a pipe",
     ".venv/bin/llama --install-completion": SHELL,
+    ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
+    ".venv/bin/torchrun --nproc_per_node 3 -m llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
     ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir "
     "checkpoints/SmolLM2-135M-Instruct": EXAMPLES,
     ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --temperature 0.6 "
@@ -81,6 +85,15 @@ TUNED = [command for command in COMMANDS.values() if "runs/lighthouse" in comman
 ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")
 ELSEWHERE = {spelled(command): how for command, how in ELSEWHERE.items()}
 QUIET = (" > checkpoints/", " --output ", " plot ")  # what these print goes into a file
+
+
+ADDRESS = "http://127.0.0.1:8000"  # where the pages say that a server listens
+
+
+@pytest.fixture(scope="module")
+def address(smollm2_path):
+    with serve("checkpoints/SmolLM2-135M-Instruct") as server:
+        yield server.url
 
 
 def run(command: str) -> subprocess.CompletedProcess:
@@ -98,9 +111,11 @@ def commands_of(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if commands_of(page)])
-def test_commands(smollm2_path, page):
+def test_commands(smollm2_path, page, request):
     """In order, since some use what those before have written."""
     for command in commands_of(page):
+        if ADDRESS in command:
+            command = command.replace(ADDRESS, request.getfixturevalue("address"))
         done = run(command)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
         assert done.stdout or any(part in command for part in QUIET), command
@@ -141,10 +156,11 @@ def test_make_does_what_the_commands_beneath_it_do():
         assert shown in re.sub(r"\.venv[a-z-]*/bin/", "", made), command
 
 
-def test_python(smollm2_path, tmp_path):
+def test_python(smollm2_path, tmp_path, address):
     """Each page is a program, of which one block goes on where the last one ended."""
     pages = {page: "\n".join(code(page, "python")) for page in TEXTS}
     pages = {page: text.replace('"runs/', f'"{tmp_path}/') for page, text in pages.items() if text}
+    pages = {page: text.replace(ADDRESS, address) for page, text in pages.items()}
     programs = tmp_path / "programs.py"
     programs.write_text(
         f"for page, text in {pages!r}.items():\n"
@@ -162,6 +178,7 @@ def test_python(smollm2_path, tmp_path):
     for page, expected in (
         ("README.md", "The capital of France is Paris. stop"),
         ("docs/python.md", "Paris"),
+        ("docs/server.md", "The capital of France is Paris."),
         ("docs/chat.md", "'city': 'Paris'"),
         ("docs/structured-outputs.md", '{"name": "Anna", "age": 30}'),
         ("docs/faster-inference.md", "'accepted': 10"),
