@@ -12,7 +12,7 @@ from starlette.requests import Request
 from llama.apps.server.errors import ApiError, invalid
 
 Texts = Union[str, List[str]]
-Inputs = Union[str, List[str], List[int], List[List[int]]]
+Inputs = Union[str, List[Union[str, int, List[int]]]]  # ids alone are one text
 
 
 class Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -116,17 +116,12 @@ class NamedTool(Struct, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
-class Prompted(Body, kw_only=True):
-    """A dialog, and how it is encoded."""
-
+class Chat(Generation, kw_only=True):
     messages: List[ChatMessage]
     tools: Optional[List[Dict[str, Any]]] = None
     add_generation_prompt: Optional[bool] = None
     continue_final_message: Optional[bool] = None
     chat_template_kwargs: Optional[Dict[str, Any]] = None
-
-
-class Chat(Prompted, Generation, kw_only=True):
     max_completion_tokens: Optional[int] = None
     logprobs: Optional[bool] = None
     top_logprobs: Optional[int] = None

@@ -58,8 +58,10 @@ async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[Lis
     Raises:
         ApiError: none, too many, an empty one, or ids outside of the vocabulary.
     """
-    several: List[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-    if several and isinstance(several[0], int):
+    several: List[Any] = [inputs] if isinstance(inputs, str) else inputs
+    if any(isinstance(one, int) for one in several):
+        if not all(isinstance(one, int) for one in several):
+            raise invalid(f"{name}: token ids beside texts; give lists of ids", name)
         several = [several]
     if not 1 <= len(several) <= MOST_PROMPTS:
         raise invalid(f"{name}: give 1 to {MOST_PROMPTS} at once, not {len(several)}", name)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any, Dict, List, Optional, Sequence, Union
 
-from llama.apps.server.bodies import ChatMessage, Part, Prompted
+from llama.apps.server.bodies import Chat, ChatMessage, Part
 from llama.apps.server.errors import invalid
 from llama.generation import Llama
 from llama.text.chat import Message, PromptOptions
@@ -13,7 +13,7 @@ from llama.text.context import encode_dialogs
 MOST_MESSAGES = 4096
 
 
-async def encode(llama: Llama, body: Prompted, tools: Optional[Sequence[Any]]) -> List[int]:
+async def encode(llama: Llama, body: Chat, tools: Optional[Sequence[Any]]) -> List[int]:
     """The token ids of a body's dialog, in another thread: templates may take long.
 
     Raises:

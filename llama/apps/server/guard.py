@@ -101,7 +101,7 @@ class Guard:
 
     def _log(self, scope: Scope, notes: Dict[str, object], seconds: float) -> None:
         """A line about a request: what it was, not what it said."""
-        if self._settings.log == "off":
+        if self._settings.log == "off" or scope["path"] == "/health":  # probes come often
             return
         line: Dict[str, Optional[object]] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
