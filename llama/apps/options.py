@@ -17,15 +17,15 @@ Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True)]
 def flat(group: str, hidden: Collection[str] = ()) -> Callable[[Type[T]], Type[T]]:
     """Makes options of a dataclass' subclass, which may have other defaults and aliases.
 
-    Only what is required may be given without its name.
+    Only what the dataclass itself requires may be given without its name.
     """
 
     def decorate(cls: Type[T]) -> Type[T]:
         hints, own = get_type_hints(cls, include_extras=True), []
         for old in fields(cls):  # type: ignore[arg-type]
             default: Any = vars(cls).get(old.name, old.default)
-            required = default is MISSING and old.default_factory is MISSING
-            new = field(default=default, default_factory=old.default_factory, kw_only=not required)  # type: ignore[call-overload]
+            named = old.default is not MISSING or old.default_factory is not MISSING
+            new = field(default=default, default_factory=old.default_factory, kw_only=named)  # type: ignore[call-overload]
             parse = Parameter(parse=None if old.name not in hidden else False)
             own.append((old.name, Annotated[hints[old.name], parse], new))
         names = {"__module__": __name__, "__doc__": cls.__mro__[1].__doc__}
