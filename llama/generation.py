@@ -16,7 +16,7 @@ from llama.engine.engine import Engine
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import BeamPrediction, ChatPrediction, CompletionPrediction, Event
 from llama.engine.prefixes import PrefixCache
-from llama.engine.rows import ChatOptions, Options, Row, check, constrain, make_rows
+from llama.engine.rows import ChatOptions, Options, Row, check, check_batch, constrain, make_rows
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
@@ -260,6 +260,7 @@ class Llama:
         """Per prompt up to num_beams continuations, the best first; see `llama.engine.beam`."""
         found: List[List[BeamPrediction]] = []
         ids = self._encode(prompts)
+        check_batch(self.model.params, len(ids), 1)
         check(self.model, ids, max_gen_len, 1)
         for prompt in ids:
             beams = beam_search(
@@ -389,6 +390,7 @@ class Llama:
         top_logprobs = options.get("top_logprobs", 0)
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
         max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
+        check_batch(shape, len(prompts), options.get("n", 1))
         rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
         formats = options.get("response_format")
         if formats is not None:

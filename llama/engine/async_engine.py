@@ -3,14 +3,53 @@
 import asyncio
 import threading
 from collections import deque
-from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, AsyncIterator, Callable, Deque, Dict, Optional, Sequence, Type, TypeVar
+from typing import Any, AsyncIterator, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type
 
-from llama.engine.engine import Engine, Request, Stats
+from llama.engine.engine import Engine
 from llama.engine.predictions import Event
+from llama.engine.requests import Request, Stats
 
-T = TypeVar("T")
+
+class Answer:
+    """The events of a request: `async for event in answer`, to the end of its last row.
+
+    Raises, while it is read:
+        Exception: what the request failed with.
+        RuntimeError: the engine has been stopped, or has failed.
+    """
+
+    def __init__(self, engine: "AsyncEngine", request: Request):
+        self._engine, self.request = engine, request
+        self._unread = self._untold = len(request.rows)  # their ends
+        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._unread:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if not isinstance(event, Event):
+            self._unread = 0
+            raise event or StopAsyncIteration
+        self._unread -= event.finish_reason is not None
+        return event
+
+    def cancel(self) -> None:
+        """End it: nothing is computed for it from the next step on. Call it in the event loop, as
+        often as you like; who reads it sees its end."""
+        self._engine._leave(self.request)
+        self._unread = 0
+        self._events.put_nowait(None)
+
+    def _tell(self, event: Event | Exception) -> bool:
+        """Pass on what comes next; returns whether that is all."""
+        self._events.put_nowait(event)
+        ends = isinstance(event, Event) and event.finish_reason is not None
+        self._untold = self._untold - ends if isinstance(event, Event) else 0
+        return not self._untold
 
 
 class AsyncEngine:
@@ -21,11 +60,15 @@ class AsyncEngine:
                 print(event.text, end="")
 
     The event loop never waits for a step. Leaving the context cancels all requests.
+
+    Attributes:
+        failure: what ended the thread, if it has failed; nothing is generated any more then.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._readers: Dict[Request, asyncio.Queue[Event | Exception]] = {}
+        self.failure: Optional[Exception] = None
+        self._answers: Dict[Request, Answer] = {}  # the event loop's
         self._inbox: Deque[Callable[[], None]] = deque()  # run by the thread between two steps
         self._changed = threading.Condition()
         self._stopping = False
@@ -33,7 +76,6 @@ class AsyncEngine:
 
     @property
     def stats(self) -> Stats:
-        """The engine's, as of the last step."""
         return self._engine.stats
 
     async def __aenter__(self) -> "AsyncEngine":
@@ -51,67 +93,86 @@ class AsyncEngine:
             self._stopping = True
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
+        self._end_all(RuntimeError("the engine has been stopped"))
+
+    async def submit(
+        self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any
+    ) -> Answer:
+        """Queue a request before the next step; see `Engine.make` for the options.
+
+        Raises:
+            ValueError: what `Engine.make` raises.
+            RuntimeError: the engine has been stopped, or has failed.
+        """
+        self._check()
+        request = await asyncio.to_thread(self._engine.make, prompt_tokens, max_gen_len, **options)
+        self._check()
+        self._answers[request] = answer = Answer(self, request)
+        self._send(lambda: self._engine.submit(request))
+        return answer
 
     async def stream(
         self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any
     ) -> AsyncIterator[Event]:
-        """The events of a request; see `Engine.add` for the options.
-
-        Closing the iterator, or cancelling the task that reads it, cancels the request: nothing is
-        computed for it from the next step on.
-
-        Raises:
-            ValueError: what `Engine.add` raises.
-            Exception: what the request failed with.
-            RuntimeError: the engine has been stopped.
-        """
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-
-        def add() -> Request:
-            request = self._engine.add(prompt_tokens, max_gen_len, **options)
-            self._readers[request] = events
-            return request
-
-        adding = self._submit(add)
+        """The events of a request; see `submit`. Closing the iterator, or cancelling the task that
+        reads it, cancels the request."""
+        answer = await self.submit(prompt_tokens, max_gen_len, **options)
         try:
-            request = await asyncio.shield(asyncio.wrap_future(adding))
-            unfinished = len(request.rows)
-            while unfinished:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
+            async for event in answer:
                 yield event
-                unfinished -= event.finish_reason is not None
         finally:
-            self._submit(lambda: self._leave(adding))
+            answer.cancel()
 
-    def _submit(self, call: Callable[[], T]) -> "Future[T]":
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
+        if self._stopping:
+            raise RuntimeError("the engine has been stopped")
+
+    def _send(self, call: Callable[[], None]) -> None:
         """Have the thread call something before its next step."""
-        result: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                result.set_result(call())
-            except Exception as error:
-                result.set_exception(error)
-
         with self._changed:
-            if self._stopping:
-                result.set_exception(RuntimeError("the engine has been stopped"))
-            else:
-                self._inbox.append(run)
-                self._changed.notify()
-        return result
+            self._inbox.append(call)
+            self._changed.notify()
+
+    def _leave(self, request: Request) -> None:
+        """A request's reader goes."""
+        if self._answers.pop(request, None) is not None:
+            self._send(lambda: self._engine.cancel(request))
+
+    def _deliver(self, found: List[Tuple[Request, Event]]) -> None:
+        for request, event in found:
+            answer = self._answers.get(request)
+            if answer is not None:
+                failed = request.error if event.finish_reason == "error" else None
+                if answer._tell(failed or event):
+                    del self._answers[request]
+
+    def _end_all(self, error: Exception) -> None:
+        for answer in self._answers.values():
+            answer._tell(error)
+        self._answers.clear()
 
     # --- in the thread ----------------------------------------------------------------------------
 
-    def _leave(self, adding: "Future[Request]") -> None:
-        """A request's reader has gone."""
-        if adding.exception() is None:
-            self._readers.pop(adding.result(), None)
-            self._engine.cancel(adding.result())
-
     def _work(self) -> None:
+        try:
+            while self._wait():
+                found = self._engine.step()
+                for request, _ in found:
+                    request.events.clear()
+                if found:  # all of them with one call
+                    self._loop.call_soon_threadsafe(self._deliver, found)
+        except Exception as error:  # not a request's own, which `step` returns as an event
+            self.failure = error
+            stopped = RuntimeError(f"the engine has failed: {error}")
+            stopped.__cause__ = error
+            self._loop.call_soon_threadsafe(self._end_all, stopped)
+        finally:
+            self._engine.cancel_all()
+
+    def _wait(self) -> bool:
+        """Wait until there is something to compute; returns whether to go on."""
         while True:
             with self._changed:
                 while not self._inbox and self._engine.idle and not self._stopping:
@@ -121,25 +182,6 @@ class AsyncEngine:
             for call in calls:
                 call()
             if stopping:
-                self._end_all(RuntimeError("the engine has been stopped"))
-                return
-            try:
-                found = self._engine.step()
-            except Exception as error:  # not a request's own, which `step` returns as an event
-                self._end_all(error)
-                continue
-            for request, event in found:
-                request.events.clear()
-                failed = request.error if event.finish_reason == "error" else None
-                self._tell(request, failed or event)
-
-    def _tell(self, request: Request, what: Event | Exception) -> None:
-        reader = self._readers.get(request)
-        if reader is not None:
-            self._loop.call_soon_threadsafe(reader.put_nowait, what)
-
-    def _end_all(self, error: Exception) -> None:
-        for request in list(self._readers):
-            self._tell(request, error)
-            self._engine.cancel(request)
-        self._readers.clear()
+                return False
+            if not self._engine.idle:
+                return True

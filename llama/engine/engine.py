@@ -5,18 +5,19 @@ bit-identical whatever else is computed with it, in whatever chunks, after howev
 """
 
 import threading
-from collections import deque
 from math import isfinite
-from typing import Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Unpack
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Unpack
 
 import torch
 
 from llama.engine.blocks import Blocks
-from llama.engine.loop import Details, details_of, events_of, sample_row
+from llama.engine.loop import details_of, events_of, sample_row
 from llama.engine.params import SamplingParams
 from llama.engine.passes import hidden
 from llama.engine.predictions import Event
-from llama.engine.rows import Options, Row, constrain, make_rows
+from llama.engine.projection import PROJECTED
+from llama.engine.requests import Details, Part, Request, Stats
+from llama.engine.rows import Options, constrain, make_rows
 from llama.engine.scheduler import Plan, Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.structured import GrammarCompiler
@@ -25,48 +26,6 @@ from llama.layers.paged import PAGE, PagedRows, blocks_for, copy_block
 from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-
-
-class Stats(NamedTuple):
-    """What an engine is doing, and what it has done so far."""
-
-    waiting: int  # requests
-    running: int
-    blocks_used: int  # of the cache, by running requests
-    blocks_known: int  # whose content later requests can use
-    blocks: int  # of the cache
-    computed_tokens: int  # of prompts and answers
-    cached_tokens: int  # found in the cache
-    preemptions: int  # requests that lost their blocks and are computed again
-
-
-class Request:
-    """A prompt and what was asked for; one sequence for each sample.
-
-    Attributes:
-        error: why it failed, or None.
-        events: those that haven't been read. Their `row` is 0.
-    """
-
-    def __init__(self, rows: List[Row], stop_tokens: Set[int], logprobs: bool, top_logprobs: int):
-        self.rows, self.stop_tokens = rows, stop_tokens
-        self.logprobs, self.top_logprobs = logprobs, top_logprobs
-        self.events: Deque[Event] = deque()
-        self.error: Optional[Exception] = None
-        self.unfinished = {id(row) for row in rows}
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended: complete, cancelled or failed."""
-        return not self.unfinished
-
-
-class _Part(NamedTuple):
-    """A sequence of a request."""
-
-    request: Request
-    row: Row
-    sequence: Scheduled
 
 
 class Engine:
@@ -102,11 +61,12 @@ class Engine:
         blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
         self._pool = model.new_cache(1 + blocks.total, PAGE)
         self._scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
-        self._parts: Dict[Scheduled, _Part] = {}
+        self._parts: Dict[Scheduled, Part] = {}
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
         self._generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held during steps
+        self._compiling = threading.Lock()
 
     @property
     def idle(self) -> bool:
@@ -115,28 +75,35 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        with self._lock:
-            scheduler, blocks = self._scheduler, self._scheduler.blocks
-            return Stats(
-                len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known,
-                blocks.total, scheduler.computed, scheduler.reused, scheduler.preemptions,
-            )  # fmt: skip
+        """Counts; during a step, of its beginning or its end."""
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        return Stats(
+            len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known,
+            blocks.total, scheduler.computed, scheduler.reused, scheduler.preemptions,
+        )  # fmt: skip
 
-    def add(
+    def make(
         self,
         prompt_tokens: Sequence[int],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
+        echo: bool = False,
         priority: int = 0,
+        cache_prompt: bool = True,
         **options: Unpack[Options],
     ) -> Request:
-        """Queue a prompt. See `Llama.generate` for the arguments, and `Options`.
+        """A request for `submit`, checked, its response format compiled. It waits for no step.
+
+        See `Llama.generate` for the arguments, and `Options`.
 
         Args:
+            echo: the events of the prompt's tokens come first, with their log-probabilities if
+                those were asked for; None for the first token.
             priority: a request of priority p may overtake those of priority 0 that came up to 100 p
                 steps earlier.
+            cache_prompt: False computes the whole prompt, whatever the cache knows of it.
 
         Raises:
             ValueError: what `Llama.generate` raises; a request that the cache can't hold.
@@ -149,28 +116,49 @@ class Engine:
         rows = make_rows(
             self._model, [prompt_tokens], max_gen_len, params, self._generator, options
         )
+        request = Request(
+            rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
+            echo=echo, priority=priority, cache_prompt=cache_prompt,
+        )  # fmt: skip
+        self._scheduler.check(request.parts[0].sequence)
         formats = options.get("response_format")
         if formats is not None:
-            if self._compiler is None:
-                self._compiler = GrammarCompiler(self._tokenizer, self._model.params.vocab_size)
-            constrain(rows, self._compiler, formats, stops)
-        request = Request(rows, stops, logprobs, options.get("top_logprobs", 0))
+            with self._compiling:
+                if self._compiler is None:
+                    self._compiler = GrammarCompiler(self._tokenizer, self._model.params.vocab_size)
+                constrain(rows, self._compiler, formats, stops)
+        for row in rows:
+            row.begin(self._tokenizer, self._model.norm.weight.device)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that `make` made; not one that was cancelled since.
+
+        Raises:
+            ValueError: the cache could never hold it.
+        """
         with self._lock:
-            parts = [
-                _Part(request, row, Scheduled(list(row.prompt), row.max_len, priority))
-                for row in rows
-            ]
-            for part in parts:
-                self._scheduler.add(part.sequence)
-                part.row.begin(self._tokenizer, self._model.norm.weight.device)
-                self._parts[part.sequence] = part
+            if not request.finished:
+                self._queue(request.parts[:1] if request.scored else request.parts)
+
+    def add(self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any) -> Request:
+        """`make` and `submit`."""
+        request = self.make(prompt_tokens, max_gen_len, **options)
+        self.submit(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request: its blocks are free at once, and nothing more is computed for it."""
         with self._lock:
-            for part in [part for part in self._parts.values() if part.request is request]:
-                self._end(part)
+            for part in request.parts:
+                if part.sequence in self._parts:
+                    self._end(part)
+            request.unfinished.clear()
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            for part in list(self._parts.values()):
+                self.cancel(part.request)
 
     @torch.inference_mode()
     def step(self) -> List[Tuple[Request, Event]]:
@@ -210,6 +198,11 @@ class Engine:
         finally:
             self.cancel(request)
 
+    def _queue(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._scheduler.add(part.sequence)
+            self._parts[part.sequence] = part
+
     # --- a step -----------------------------------------------------------------------------------
 
     def _run(self, plan: Plan) -> List[Tuple[Request, Event]]:
@@ -221,15 +214,48 @@ class Engine:
         h = hidden(self._model, new, cache)
         ends, end = [], -1
         for sequence, n in plan.counts.items():
+            part = self._parts[sequence]
             end += n
+            if part.request.scored and part.row.echo:
+                self._score(part, h[end - n + 1 : end + 1])
             self._scheduler.advance(sequence, n)
             if not sequence.remaining:
-                ends.append((self._parts[sequence], end))
+                ends.append((part, end))
         if not ends:
             return []
         return self._sample([part for part, _ in ends], h[[end for _, end in ends]])
 
-    def _sample(self, parts: List[_Part], h: torch.Tensor) -> List[Tuple[Request, Event]]:
+    def _score(self, part: Part, h: torch.Tensor) -> None:
+        """Score the prompt's tokens that follow the next ones, with their hidden states h."""
+        request, begin = part.request, part.sequence.computed + 1
+        following = part.row.prompt[begin : begin + len(h)]
+        for at in range(0, len(following), PROJECTED):
+            ids = [[token] for token in following[at : at + PROJECTED]]
+            logits = self._model.logits(h[at : at + len(ids)])
+            nothing: List[List[int]] = [[] for _ in ids]
+            found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
+            request.scores |= {begin + at + i: one for i, [one] in enumerate(found)}
+
+    def _echo(self, part: Part) -> List[Event]:
+        """The events of a prompt's tokens, if they are still to come."""
+        row, request = part.row, part.request
+        if not row.echo:
+            return []
+        row.echo, part.sequence.reuses = False, request.cache_prompt
+        if request.scored and row.sample == 0:  # the others find it in the cache
+            others = request.parts[1:]
+            for other in others:
+                other.sequence.reuses = request.cache_prompt
+            self._queue(others)
+        return [
+            Event(
+                row.index, row.sample, token, row.decoder.feed(token),
+                *request.scores.get(i, (None, None)),
+            )
+            for i, token in enumerate(row.prompt)
+        ]  # fmt: skip
+
+    def _sample(self, parts: List[Part], h: torch.Tensor) -> List[Tuple[Request, Event]]:
         """Sample a token for each sequence from the hidden states h, (sequences, dim)."""
         logits = self._model.logits(h)
         largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
@@ -245,6 +271,7 @@ class Engine:
             if part.request.finished:  # another of its sequences has failed
                 continue
             row, request = part.row, part.request
+            echoed = self._echo(part)
             if tokens:
                 events = events_of(row, tokens, of_tokens, request.stop_tokens, False)
                 part.sequence.tokens += [e.token for e in events if e.token is not None]
@@ -254,7 +281,9 @@ class Engine:
             else:
                 request.error = request.error or ValueError("sampling failed: see rank 0's error")
                 events = [Event(row.index, row.sample, None, "", finish_reason="error")]
-            found += [(request, event) for event in events]
+            if events[-1].finish_reason is not None:
+                events[-1] = events[-1]._replace(cached_tokens=part.sequence.found)
+            found += [(request, event) for event in echoed + events]
             if not isfinite(most) and not row.full:
                 self._discard(part)
             if request.error is not None:
@@ -264,7 +293,7 @@ class Engine:
         return found
 
     def _details(
-        self, parts: List[_Part], sampled: List[List[int]], logits: torch.Tensor
+        self, parts: List[Part], sampled: List[List[int]], logits: torch.Tensor
     ) -> List[List[Details]]:
         """Log-probabilities of the sampled tokens of each sequence, where they were asked for."""
         nothing: Details = (None, None)
@@ -275,12 +304,12 @@ class Engine:
                 [found[i]] = details_of(logits[i : i + 1], [tokens], [[]], *wanted)
         return found
 
-    def _end(self, part: _Part) -> None:
+    def _end(self, part: Part) -> None:
         part.request.unfinished.discard(id(part.row))
         del self._parts[part.sequence]
         self._scheduler.remove(part.sequence)
 
-    def _discard(self, part: _Part) -> None:
+    def _discard(self, part: Part) -> None:
         """End a sequence whose keys and values are broken."""
         part.request.unfinished.discard(id(part.row))
         del self._parts[part.sequence]
@@ -289,7 +318,7 @@ class Engine:
                 values[:, block] = 0  # a mask hides a value, but not that it isn't a number
 
 
-def _tokens(part: _Part, logits: torch.Tensor, largest: float, likeliest: int) -> List[int]:
+def _tokens(part: Part, logits: torch.Tensor, largest: float, likeliest: int) -> List[int]:
     """The next token, and the stop token that a finished grammar implies; none if that fails."""
     tokens: List[int] = []
     try:

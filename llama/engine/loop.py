@@ -13,6 +13,7 @@ import torch
 from llama.engine.predictions import Event, FinishReason, Prediction, Speculation
 from llama.engine.prefill import padded, prefill
 from llama.engine.prefixes import PrefixCache
+from llama.engine.requests import Details
 from llama.engine.rows import Options, Row
 from llama.engine.sampling import sample_token
 from llama.engine.speculative import MAX_DRAFT, Speculator
@@ -274,7 +275,9 @@ def sample_row(
         else:
             allow = None if constraint is None else constraint.mask
             answer = [*row.answer, *tokens]
-            token = sample_token(logits[i], row.params, row.prompt, answer, row.numbers, allow)
+            token = sample_token(
+                logits[i], row.params, row.prompt, answer, row.numbers, allow, stop_tokens
+            )
         tokens.append(token)
         if constraint is not None:
             constraint.accept(token)
@@ -282,9 +285,6 @@ def sample_row(
             break
     if constraint is not None and constraint.finished and token not in stop_tokens:
         tokens.append(min(stop_tokens))  # only a stop token can follow: no pass is needed
-
-
-Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, top_logprobs
 
 
 def details_of(
@@ -329,7 +329,9 @@ def events_of(
             reason, place, logprob, best = "stop", None, None, None
         else:
             row.answer.append(token)
-            text, place = row.stops.feed(row.decoder.feed(token)), token
+            text, place = row.decoder.feed(token), token
+            if len(row.answer) >= row.params.min_tokens:
+                text = row.stops.feed(text)
             if row.stops.stopped or (stopped and n == len(sampled)):
                 reason = "stop"
             elif row.full and n == len(sampled):  # a stop token may still follow

@@ -38,6 +38,8 @@ class SamplingParams:
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0 for off.
         logit_bias: added to the logits of these ids.
         banned_tokens: ids that are never sampled.
+        min_tokens: stop tokens are banned, and stop strings ignored, until the answer has so many
+            tokens; a structured output that is complete ends nonetheless.
         guidance_scale: classifier-free guidance, above 1: log-probabilities are
             negative + scale * (own - negative), those of the negative prompt and of the own one
             (arXiv 2306.17806).
@@ -60,6 +62,7 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     banned_tokens: Collection[int] = ()
+    min_tokens: int = 0
     guidance_scale: float = 1.0
     negative_prompt: Optional[Sequence[int]] = None
     logits_processor: Optional[Processor] = None
@@ -87,7 +90,7 @@ class SamplingParams:
             raise ValueError("negative_prompt is empty: it takes at least one token")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, math.isfinite(getattr(self, name)), "be a finite number")
-        for name in ("top_k", "no_repeat_ngram_size"):
+        for name in ("top_k", "no_repeat_ngram_size", "min_tokens"):
             check(name, getattr(self, name) >= 0, "be 0 (off) or more")
 
 

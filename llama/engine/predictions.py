@@ -56,3 +56,4 @@ class Event(NamedTuple):
     top_logprobs: Optional[List[Tuple[int, float]]] = None  # most probable ids; if requested
     finish_reason: Optional[FinishReason] = None  # in the last event of a row only
     speculation: Optional[Speculation] = None  # likewise, with speculate only
+    cached_tokens: Optional[int] = None  # likewise: tokens of the prompt that were in the cache

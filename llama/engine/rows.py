@@ -11,7 +11,7 @@ from llama.engine.sampling import RandomNumbers
 from llama.engine.stopping import StopStrings
 from llama.engine.structured import Constraint, GrammarCompiler, ResponseFormat
 from llama.layers.ids import check_ids
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 from llama.text.tools import Tool
 from llama.tokenizer import StreamDecoder, Tokenizer
 
@@ -89,6 +89,7 @@ class Row:
     constraint: Optional[Constraint] = None  # on its text; advanced by rank 0 alone
     answer: List[int] = field(default_factory=list)
     speculation: Optional[Speculation] = None  # with speculative decoding
+    echo: bool = False  # whether the events of its prompt are still to come
 
     @property
     def full(self) -> bool:
@@ -104,17 +105,21 @@ class Row:
         self.decoder: StreamDecoder = tokenizer.stream()
 
 
+def check_batch(args: ModelArgs, prompts: int, n: int) -> None:
+    """Raises ValueError for no prompts, and for more rows than a call may have."""
+    if not prompts:
+        raise ValueError("no prompts: pass at least one")
+    if prompts * n > args.max_batch_size:
+        samples = f" of {n} samples" if n > 1 else ""
+        raise ValueError(
+            f"{prompts} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
+            "pass fewer at a time, or build with a larger max_batch_size"
+        )
+
+
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int, n: int) -> None:
     """Raises ValueError for prompts that the model can't take, with the limit and a way out."""
     params = model.params
-    if not prompts:
-        raise ValueError("no prompts: pass at least one")
-    if len(prompts) * n > params.max_batch_size:
-        samples = f" of {n} samples" if n > 1 else ""
-        raise ValueError(
-            f"{len(prompts)} prompts{samples}, and max_batch_size is {params.max_batch_size}: "
-            "pass fewer at a time, or build with a larger max_batch_size"
-        )
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     if max_gen_len < 0:

@@ -1,7 +1,7 @@
 """Sampling: pure functions from one row's logits to a token, in fp32, in a fixed order.
 
     guidance, logit_bias, repetition_penalty, presence and frequency penalty, no_repeat_ngram_size,
-    banned_tokens, logits_processor; then, unless the temperature is 0,
+    banned_tokens, min_tokens, logits_processor; then, unless the temperature is 0,
     temperature, top_k, top_p, min_p, typical_p, and sampling
 
 This is the order of transformers' `generate`; what it lacks comes next to the most similar step.
@@ -10,7 +10,7 @@ Tokens that are ruled out get the logit -inf.
 
 import math
 from collections import Counter
-from typing import Callable, List, Mapping, Optional, Sequence
+from typing import Callable, Collection, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -46,15 +46,17 @@ def sample_token(
     answer: Sequence[int],
     numbers: RandomNumbers,
     allow: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+    stop_tokens: Collection[int] = (),
 ) -> int:
     """Sample the next token of a row from its logits (vocab_size,).
 
     Args:
         allow: sets the logits of tokens that violate a constraint to -inf. If params rule out all
             others, only allow is applied.
+        stop_tokens: those that min_tokens bans.
     """
     own = logits.float()
-    logits = constrained(own, params, prompt, answer)
+    logits = constrained(own, params, prompt, answer, stop_tokens)
     if allow is not None:
         ruled = logits is not own  # comparing values would wait for a GPU
         logits = allow(logits)
@@ -76,7 +78,11 @@ def sample_from(probs: torch.Tensor, number: torch.Tensor) -> int:
 
 
 def constrained(
-    logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
+    logits: torch.Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    stop_tokens: Collection[int] = (),
 ) -> torch.Tensor:
     """Biases, penalties, bans and the logits processor: (vocab_size,) -> (vocab_size,)."""
     logits = logits.float()
@@ -91,6 +97,8 @@ def constrained(
     banned = list(params.banned_tokens)
     if params.no_repeat_ngram_size:
         banned += would_repeat([*prompt, *answer], params.no_repeat_ngram_size)
+    if len(answer) < params.min_tokens:
+        banned += [token for token in stop_tokens if 0 <= token < len(logits)]
     if banned:
         logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), -math.inf)
     if params.logits_processor is not None:

@@ -14,7 +14,7 @@ Nothing here depends on torch or on the time of day.
 """
 
 import bisect
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from llama.engine.blocks import Blocks, Node
 from llama.layers.ids import common_length
@@ -30,15 +30,18 @@ class Sequence:
         tokens: those known: the prompt's; those of the answer are appended as they are sampled.
         max_len: tokens that it may have in the end.
         priority: higher ones come earlier.
+        reuses: whether what the cache knows of it is used.
 
     Attributes:
         computed: positions in the cache.
+        found: known tokens that were in the cache when it was first admitted; None before.
         table: the blocks that hold them.
     """
 
-    def __init__(self, tokens: List[int], max_len: int, priority: int = 0):
+    def __init__(self, tokens: List[int], max_len: int, priority: int = 0, reuses: bool = True):
         self.tokens, self.max_len, self.priority = tokens, max_len, priority
-        self.computed = 0
+        self.reuses, self.computed = reuses, 0
+        self.found: Optional[int] = None
         self.table: List[int] = []
         self.nodes: List[Node] = []  # of its whole blocks
         self.draft: List[int] = []  # proposed after the known tokens
@@ -78,18 +81,18 @@ class Scheduler:
         self.computed = self.reused = self.preemptions = 0
         self._step = self._arrivals = 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence.
-
-        Raises:
-            ValueError: it wouldn't fit into the whole cache.
-        """
+    def check(self, sequence: Sequence) -> None:
+        """Raises ValueError if a sequence wouldn't fit into the whole cache."""
         size, total = self.blocks.size, self.blocks.total
         if -(-sequence.max_len // size) > total:
             raise ValueError(
                 f"a request of up to {sequence.max_len} tokens, and the cache holds "
                 f"{total * size}: shorten it, or give the engine a larger cache_tokens"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises what `check` raises."""
+        self.check(sequence)
         self._arrivals += 1
         sequence.place = (self._step - PATIENCE * sequence.priority, self._arrivals)
         bisect.insort(self.waiting, sequence, key=lambda s: s.place)
@@ -202,7 +205,7 @@ class Scheduler:
     def _is_about_to_be_known(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing what this one begins with."""
         tokens = sequence.tokens
-        for other in self.running:
+        for other in self.running if sequence.reuses else ():
             if other.remaining and other.tokens[:HELD] == tokens[:HELD]:
                 shared = common_length(tokens[:-1], other.tokens)
                 known = min(self.blocks.match(tokens).positions, len(tokens) - 1)
@@ -212,7 +215,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give a sequence the blocks for its known tokens, those known to the cache among them."""
-        nodes, tail, positions = self.blocks.match(sequence.tokens)
+        nodes, tail, positions = self.blocks.match(sequence.tokens if sequence.reuses else ())
         if positions == len(sequence.tokens):  # the last one's hidden state is needed
             positions -= 1
             if positions < len(nodes) * self.blocks.size:
@@ -236,4 +239,6 @@ class Scheduler:
             self.blocks.release([tail.block])  # copied before anything is written to it
         sequence.table, sequence.nodes, sequence.computed = shared + new, list(nodes), positions
         self.reused += positions
+        if sequence.found is None:
+            sequence.found = positions
         return True

@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -220,6 +221,98 @@ def test_many_wait_in_a_queue_and_memory_stays(llama):
         engine.step()
     stats = engine.stats
     assert stats.blocks_used == 0 and stats.blocks_known <= stats.blocks == 8
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_echo_scores_the_prompt_first(llama, n, chunk):
+    """Even where the cache knows it, in chunks, with other rows beside it."""
+    engine = llama.engine(cache_tokens=1024, max_tokens_per_step=chunk)
+    options = dict(temperature=0, logprobs=True, stop_tokens=set())
+    list(engine.events(engine.add(TEXTS[0], 2, **options)))
+    other = engine.add(TEXTS[1], 9, **options)
+    request = engine.add(TEXTS[0], 4, echo=True, top_logprobs=2, n=n, **options)
+    while not engine.idle:
+        engine.step()
+    assert len(result(other)[0][0]) == 9
+    expected, [scores, *_] = llama.generate([TEXTS[0]], 4, echo=True, n=n, **options)
+    for sample in range(n):
+        events = [event for event in request.events if event.sample == sample]
+        assert [event.token for event in events] == expected[sample]
+        assert events[0].logprob is None is events[0].top_logprobs
+        assert [event.logprob for event in events[1:]] == pytest.approx(scores[1:], abs=1e-4)
+        for event in events[1:]:
+            (_, first), (_, second) = event.top_logprobs
+            assert event.logprob <= first >= second
+        text = "".join(event.text for event in events)
+        assert text == llama.tokenizer.decode(expected[sample])
+    assert events[-1].cached_tokens == (len(TEXTS[0]) - 1 if n > 1 else 0)
+
+
+def test_echo_alone_and_a_prompt_alone(llama):
+    engine = llama.engine(cache_tokens=1024)
+    events = list(engine.events(engine.add([5, 6, 7], 0, echo=True)))
+    assert [event.token for event in events] == [5, 6, 7, None]
+    assert [event.logprob for event in events] == [None] * 4
+    assert events[-1].finish_reason == "length"
+    engine.add([5, 6, 7], 30, echo=True, logprobs=True, n=2)
+    engine.step()
+    engine.cancel_all()
+    assert engine.idle and engine.stats.blocks_used == 0
+
+
+def test_cached_tokens_are_told_at_the_end(llama):
+    engine = llama.engine(cache_tokens=1024)
+    options = dict(temperature=0, stop_tokens=set())
+    ends = []
+    for cache_prompt in (True, True, False):
+        request = engine.add(TEXTS[0], 5, cache_prompt=cache_prompt, **options)
+        events = list(engine.events(request))
+        assert [event.cached_tokens for event in events[:-1]] == [None] * 4
+        ends.append(events[-1].cached_tokens)
+    assert ends == [0, len(TEXTS[0]) - 1, 0]
+
+
+def test_min_tokens_bans_stop_tokens_and_stop_strings(llama):
+    engine = llama.engine(cache_tokens=1024)
+    free, _ = llama.generate([TEXTS[0]], 12, temperature=0, stop_tokens=set())
+    first, text = free[0][0], llama.tokenizer.decode(free[0])
+
+    def answer(least, **options):
+        params = SamplingParams(temperature=0, min_tokens=least)
+        return list(engine.events(engine.add(TEXTS[0], 12, params=params, **options)))
+
+    assert [event.token for event in answer(0, stop_tokens={first})] == [None]
+    events = answer(5, stop_tokens={first})
+    assert sum(event.token is not None for event in events) >= 5
+    assert first not in [event.token for event in events]
+    stop = [text[0]] if text else ["x"]
+    events = answer(12, stop_tokens=set(), stop=stop)
+    assert "".join(event.text for event in events) == text
+    with pytest.raises(ValueError, match="min_tokens=-1"):
+        answer(-1)
+
+
+def test_requests_are_made_while_a_step_runs(llama):
+    """`make` waits for no step: grammars may take long to compile."""
+    engine = llama.engine(cache_tokens=1024)
+    with engine._lock:  # as a step does
+        found, format_ = [], {"type": "regex", "regex": "[ab]{3}"}
+
+        def make():
+            found.append(engine.make([1, 2], 8, response_format=format_, stop_tokens={7}))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert engine.idle and engine.stats.waiting == 0
+    engine.submit(found[0])
+    text = "".join(event.text for event in engine.events(found[0]))
+    assert len(text) == 3 and set(text) <= {"a", "b"}
+    engine.cancel(left := engine.make([1], 5))
+    engine.submit(left)
+    assert engine.idle
 
 
 def test_what_can_not_be_is_refused_with_the_numbers(llama):
