@@ -1,7 +1,7 @@
 """Llama: a model with its tokenizer and chat format. Meta's API, and additions to it."""
 
 from pathlib import Path
-from typing import Any, Iterator, List, Literal, Optional, Sequence, Tuple, Unpack
+from typing import Any, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Unpack
 
 import torch
 
@@ -23,7 +23,14 @@ from llama.engine.speculative import Speculators
 from llama.engine.structured import GrammarCompiler, call_format
 from llama.layers import parallel
 from llama.model import Transformer
-from llama.text.chat import ChatFormat, Format, read_calls, warn_of_base_model
+from llama.text.chat import (
+    PLAIN,
+    ChatFormat,
+    Format,
+    PromptOptions,
+    read_calls,
+    warn_of_base_model,
+)
 from llama.text.context import encode_dialogs
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
@@ -335,13 +342,15 @@ class Llama:
         tools: Optional[Sequence[Tool]],
         truncate: Optional[str],
         max_gen_len: Optional[int],
+        options: PromptOptions = PLAIN,
     ) -> Tuple[List[List[int]], List[List[Message]]]:
         """The ids of each dialog, and the messages dropped from it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
         found = encode_dialogs(
-            self.formatter, dialogs, tools, truncate, max_gen_len, self.model.params.max_seq_len
-        )
+            self.formatter, dialogs, tools, truncate, max_gen_len, self.model.params.max_seq_len,
+            options,
+        )  # fmt: skip
         self._check_trained()
         return found
 
@@ -366,11 +375,14 @@ class Llama:
         tools: Optional[Sequence[Tool]] = None,
         tool_choice: str = "auto",
         truncate: Optional[Literal["oldest_turns"]] = None,
+        continue_final_message: bool = False,
+        template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
     ) -> Tuple[List[Row], Iterator[Event], List[List[Message]]]:
         """`_start` for dialogs; also the messages that truncation dropped from each."""
         options["response_format"] = call_format(tools, tool_choice, options)
-        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len)
+        prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
+        ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
         return *self._start(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
 
     def _start(

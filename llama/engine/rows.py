@@ -1,7 +1,7 @@
 """Rows, which are the sequences that a call generates, and the options of a call."""
 
 from dataclasses import dataclass, field
-from typing import Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict
+from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict
 
 import torch
 
@@ -61,11 +61,16 @@ class ChatOptions(Options, total=False):
     truncate: "oldest_turns" drops the oldest turns of a dialog until it fits into the context with
         max_gen_len tokens of answer (by default a quarter of the context); the system message
         stays. By default a dialog longer than the context is an error.
+    continue_final_message: the last message is the assistant's, and is continued: the generation is
+        what follows its content.
+    template_kwargs: further variables of the checkpoint's chat template, of JSON types.
     """
 
     tools: Optional[Sequence[Tool]]
     tool_choice: str
     truncate: Optional[Literal["oldest_turns"]]
+    continue_final_message: bool
+    template_kwargs: Optional[Mapping[str, Any]]
 
 
 @dataclass

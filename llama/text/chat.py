@@ -1,20 +1,22 @@
-"""Dialogs to token ids: the messages, and the formats of the Llama family itself."""
+"""Dialogs to token ids: the messages, what a chat format is, and Llama 3's."""
 
-import datetime
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, Dict, List, Literal, Optional, Protocol, Sequence, TypedDict
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    List,
+    Literal,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    TypedDict,
+)
 
 from llama.text.encoder import Encoder
-from llama.text.tools import (
-    BUILTINS,
-    PYTHON_TAG,
-    Tool,
-    ToolCall,
-    parse_tool_calls,
-    plain_json,
-    split_tools,
-)
+from llama.text.tools import BUILTINS, Tool, ToolCall, parse_tool_calls, plain_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +46,66 @@ class Message(_Message, total=False):
 Dialog = Sequence[Message]
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a prompt ends, and what a chat template is told.
+
+    Args:
+        add_generation_prompt: the header of the assistant's answer follows the dialog; by default
+            unless the last message is continued.
+        continue_final_message: the last message, the assistant's, is left open: the answer is its
+            continuation.
+        template_kwargs: further variables of a chat template, of JSON types.
+
+    Raises:
+        ValueError: both add_generation_prompt and continue_final_message.
+    """
+
+    add_generation_prompt: Optional[bool] = None
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "add_generation_prompt begins a new message and continue_final_message goes on "
+                "with the last one: choose one"
+            )
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the header of a new message follows the dialog."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+    def check(self, dialog: Dialog, *, takes_kwargs: bool = False) -> None:
+        """Raises ValueError for a last message that can't be continued, and for template_kwargs of
+        a format without template."""
+        last = dialog[-1] if dialog else {"role": "nobody", "content": ""}
+        if self.continue_final_message and last["role"] != "assistant":
+            raise ValueError(
+                "continue_final_message: the last message is the assistant's, not of the role "
+                f"{last['role']!r}"
+            )
+        if self.continue_final_message and (last.get("tool_calls") or last.get("end_of_message")):
+            raise ValueError("continue_final_message: the last message ends with its tool calls")
+        if self.template_kwargs and not takes_kwargs:
+            named = ", ".join(map(str, self.template_kwargs))
+            raise ValueError(f"template_kwargs: this model has no chat template to take {named}")
+
+
+PLAIN = PromptOptions()
+
+
 class Format(Protocol):
     """A chat format: how a checkpoint expects dialogs to be encoded."""
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
+        self,
+        dialog: Dialog,
+        tools: Optional[Sequence[Tool]] = None,
+        options: PromptOptions = PLAIN,
     ) -> List[int]:
-        """The dialog, followed by the header of the assistant's answer.
+        """The dialog, followed by the header of the assistant's answer; see `PromptOptions`.
 
         Raises:
             ValueError: something that the format can't express, tools for example.
@@ -190,19 +245,26 @@ class ChatFormat:
         ]
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
+        self,
+        dialog: Dialog,
+        tools: Optional[Sequence[Tool]] = None,
+        options: PromptOptions = PLAIN,
     ) -> List[int]:
         """The dialog, and the header of the assistant's answer for the model to go on from.
 
         Raises:
-            ValueError: there are tools or tool calls.
+            ValueError: there are tools or tool calls, or what `PromptOptions.check` raises.
         """
+        options.check(dialog)
         if tools:
             raise ValueError("Llama 3's chat format knows no tools; Llama 3.1's does")
         ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
             ids.extend(self.encode_message(message))
-        return ids + self.encode_header({"role": "assistant", "content": ""})
+        if options.continue_final_message:
+            return ids[:-1]  # without the end of its turn
+        header = self.encode_header({"role": "assistant", "content": ""})
+        return ids + header if options.begins_answer else ids
 
     def turn_ids(self) -> List[int]:
         """The control tokens that a model must have been trained on to chat."""
@@ -226,198 +288,4 @@ def warn_of_base_model(turns: "torch.Tensor", others: "torch.Tensor") -> None:
             "this looks like a base model: its chat format's control tokens were never trained, "
             "so expect no sensible answers; use the -Instruct checkpoint, or text_completion",
             stacklevel=6,
-        )
-
-
-# --- Llama 3.1 and later -------------------------------------------------------------------------
-
-CallFormat = Literal["json", "function_tag", "python_list"]
-CALL_FORMATS = ("json", "function_tag", "python_list")
-
-
-class Llama31Format(ChatFormat):
-    """Llama 3.1's chat format: contents unstripped, tool calls, and <|eom_id|> at the end of a
-    message after which the assistant waits for a tool's result.
-
-    Source: Meta's `ChatFormat` (meta-llama/llama-models, llama3/chat_format.py). Without tools no
-    text is added to the messages.
-
-    Args:
-        call_format: how calls in the dialog are written; Meta's ToolPromptFormat.
-        tools_in_system: tools are defined in the system message, not in the first user message.
-        date: today's date in the tool definitions; by default the clock's.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Encoder,
-        *,
-        call_format: CallFormat = "json",
-        tools_in_system: bool = False,
-        date: Optional[str] = None,
-    ):
-        if call_format not in CALL_FORMATS:
-            raise ValueError(f"call_format={call_format!r}: choose one of {CALL_FORMATS}")
-        super().__init__(tokenizer)
-        self.call_format = call_format
-        self.tools_in_system = tools_in_system
-        self.date = date
-
-    def encode_message(self, message: Message) -> List[int]:
-        special, calls = self.tokenizer.special_tokens, tool_calls(message)
-        ids = self.encode_header(message)
-        if calls and calls[0]["name"] == "code_interpreter":
-            ids.append(special[PYTHON_TAG])
-        for text in (content_of(message), *(write_call(call, self.call_format) for call in calls)):
-            ids.extend(self.tokenizer.encode(text, bos=False, eos=False))
-        waits = message["role"] == "assistant" and message.get("end_of_message", False)
-        return [*ids, special["<|eom_id|>" if waits else "<|eot_id|>"]]
-
-    def encode_dialog_prompt(
-        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
-    ) -> List[int]:
-        """The dialog with its tools, and the header of the assistant's answer.
-
-        Raises:
-            ValueError: what `with_tools` or `write_call` raises, or tools with a call_format other
-                than "json", for which their definitions ask.
-        """
-        if tools:
-            if self.call_format != "json":
-                raise ValueError(
-                    f"definitions of tools ask for calls in JSON, and call_format is "
-                    f"{self.call_format!r}: use 'json', or define them in the system message"
-                )
-            dialog = with_tools(dialog, tools, in_system=self.tools_in_system, date=self.date)
-        return super().encode_dialog_prompt(dialog)
-
-
-def write_call(call: ToolCall, call_format: CallFormat) -> str:
-    """A call as Meta's `ToolUtils.encode_tool_call` writes it; quotes aren't escaped.
-
-    Raises:
-        ValueError: a call of a built-in tool without its query or code.
-    """
-    name, arguments = call["name"], call["arguments"]
-    if name in BUILTINS:
-        key = "code" if name == "code_interpreter" else "query"
-        if not isinstance(arguments.get(key), str):
-            raise ValueError(f"the built-in tool {name} takes {{{key!r}: a string}}: {arguments}")
-        return arguments[key] if key == "code" else f'{name}.call(query="{arguments[key]}")'
-    if call_format == "function_tag":
-        return f"<function={name}>{json.dumps(arguments)}</function>"
-    if call_format == "python_list":
-        return f"[{name}({_assigned(arguments)})]"
-    return json.dumps({"type": "function", "name": name, "parameters": arguments})
-
-
-def _python(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, list):
-        return f"[{', '.join(map(_python, value))}]"
-    return f"{{{_assigned(value)}}}" if isinstance(value, dict) else str(value)
-
-
-def _assigned(values: Dict[str, Any]) -> str:
-    return ", ".join(f"{key}={_python(value)}" for key, value in values.items())
-
-
-_ASK_USER = (
-    "Given the following functions, please respond with a JSON for a function call with its "
-    "proper arguments that best answers the given prompt.\n\n"
-)
-_ASK_SYSTEM = (
-    "You have access to the following functions. To call a function, please respond with JSON "
-    "for a function call."
-)
-_HOW = (
-    'Respond in the format {"name": function name, "parameters": dictionary of argument name and '
-    "its value}.Do not use variables.\n\n"
-)
-
-
-def with_tools(
-    dialog: Dialog, tools: Sequence[Tool], *, in_system: bool = False, date: Optional[str] = None
-) -> List[Message]:
-    """A new dialog with definitions of the tools, in the words that Llama 3.1 was trained on.
-
-    Source: Meta's page on Llama 3.1's prompt format, and the chat template of Llama-3.1-Instruct.
-
-    Args:
-        in_system: definitions go into the system message; by default into the first user message.
-        date: "26 Jul 2024"; by default today.
-
-    Raises:
-        ValueError: what isn't a tool, or no user message to put definitions in.
-    """
-    schemas, builtins = split_tools(tools)
-    turns = [*dialog]
-    system = content_of(turns.pop(0)) if turns and turns[0]["role"] == "system" else ""
-    named = ", ".join(name for name in builtins if name != "code_interpreter")
-    today = date or datetime.date.today().strftime("%d %b %Y")
-    head = "Environment: ipython\n" + (f"Tools: {named}\n\n" if named else "")
-    head += f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
-    definitions = _HOW + "".join(
-        json.dumps(schema, indent=4, ensure_ascii=False) + "\n\n" for schema in schemas
-    )
-    if schemas and in_system:
-        head += _ASK_SYSTEM + definitions
-    elif schemas:
-        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
-        if first is None:
-            raise ValueError("no user message to put the tools in: pass tools_in_system=True")
-        content = _ASK_USER + definitions + turns[first]["content"]
-        turns[first] = {"role": "user", "content": content}
-    return [{"role": "system", "content": head + system}, *turns]
-
-
-# --- Llama 2 -------------------------------------------------------------------------------------
-
-_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-
-class Llama2Format:
-    """Llama 2's chat format: <s>[INST] user [/INST] assistant </s><s>[INST] user [/INST].
-
-    Source: Meta's `chat_completion` (meta-llama/llama, llama/generation.py). The system message is
-    part of the first user message. The tags are ordinary text to the model, so that one inside of a
-    message can't be distinguished from the format's: such messages are refused.
-    """
-
-    def __init__(self, tokenizer: Encoder):
-        self.tokenizer = tokenizer
-
-    def encode_dialog_prompt(
-        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
-    ) -> List[int]:
-        """The dialog up to and including the last user message.
-
-        Raises:
-            ValueError: tools, roles that don't alternate, or one of the tags in a message.
-        """
-        if tools or any(tool_calls(message) for message in dialog):
-            raise ValueError("Llama 2's chat format knows no tools; Llama 3.1's does")
-        texts = [content_of(message) for message in dialog]
-        for tag in _TAGS:
-            if any(tag in text for text in texts):
-                raise ValueError(
-                    f"a message contains {tag!r}, which Llama 2 can't tell from the end of a "
-                    "message: write it differently"
-                )
-        roles = [message["role"] for message in dialog]
-        if roles[:1] == ["system"] and roles[1:2] == ["user"]:
-            texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
-            roles = roles[1:]
-        if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-            raise ValueError(
-                "Llama 2's dialogs are an optional system message, then user and assistant in "
-                f"turns, a user last: not {', '.join(message['role'] for message in dialog)}"
-            )
-        ids: List[int] = []
-        for user, answer in zip(texts[::2], texts[1::2], strict=False):
-            turn = f"[INST] {user.strip()} [/INST] {answer.strip()} "
-            ids += self.tokenizer.encode(turn, bos=True, eos=True)
-        return ids + self.tokenizer.encode(
-            f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False
         )

@@ -2,7 +2,7 @@
 
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from llama.text.chat import Dialog, Format, Message, check_dialogs
+from llama.text.chat import PLAIN, Dialog, Format, Message, PromptOptions, check_dialogs
 from llama.text.tools import Tool
 
 
@@ -13,6 +13,7 @@ def encode_dialogs(
     truncate: Optional[str],
     max_gen_len: Optional[int],
     context: int,
+    options: PromptOptions = PLAIN,
 ) -> Tuple[List[List[int]], List[List[Message]]]:
     """The ids of each dialog, and the messages dropped from it; see `Llama.chat_completion`.
 
@@ -22,10 +23,9 @@ def encode_dialogs(
     if truncate not in (None, "oldest_turns"):
         raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
     check_dialogs(dialogs)
-    format_ = formatter.encode_dialog_prompt
 
     def encode(dialog: Dialog) -> List[int]:
-        return format_(dialog, tools) if tools else format_(dialog)
+        return formatter.encode_dialog_prompt(dialog, tools, options)
 
     if truncate is None:
         return [encode(dialog) for dialog in dialogs], [[] for _ in dialogs]

@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import secrets
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import jinja2
 from jinja2 import nodes
@@ -13,17 +13,19 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llama.text.chat import (
+    PLAIN,
     ROLES,
     ChatFormat,
     Dialog,
     Format,
-    Llama2Format,
-    Llama31Format,
+    PromptOptions,
     content_of,
     tool_calls,
 )
 from llama.text.encoder import Encoder
-from llama.text.tools import BUILTINS, Tool, split_tools
+from llama.text.llama2 import Llama2Format
+from llama.text.llama31 import Llama31Format
+from llama.text.tools import BUILTINS, Tool, plain_json, split_tools
 
 
 def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Format]:
@@ -64,6 +66,7 @@ class TemplateFormat:
         self._nonce = secrets.token_hex(16)
         self._mark = re.compile(f"<{self._nonce}:([0-9]+)>")
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._open = f"<{self._nonce}:open> "  # after the text of a message that is continued
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
         environment = ImmutableSandboxedEnvironment(
@@ -105,22 +108,36 @@ class TemplateFormat:
         return self._special.sub(lambda found: f"<{self._nonce}:{ids[found[0]]}>", text)
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, tools: Optional[Sequence[Tool]] = None
+        self,
+        dialog: Dialog,
+        tools: Optional[Sequence[Tool]] = None,
+        options: PromptOptions = PLAIN,
     ) -> List[int]:
         """The dialog with its tools, followed by the header of the assistant's answer.
 
         Raises:
-            ValueError: the template refuses the dialog, doesn't support tools or tool calls, or
-                composes control tokens at run time.
+            ValueError: the template refuses the dialog, doesn't support tools or tool calls, has no
+                variable that is in template_kwargs, leaves out the message to be continued, or
+                composes control tokens at run time; or what `PromptOptions.check` raises.
         """
+        options.check(dialog, takes_kwargs=True)
+        kwargs = self._kwargs(options.template_kwargs)
         given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
         if not self._reads_calls and any("tool_calls" in message for message in given["messages"]):
             raise ValueError(
                 "the checkpoint's chat template has no place for tool_calls: "
                 "write them into the message's content"
             )
-        ids = self._encode(self._render(self._marked, given))
         harmless = {key: _harmless(value) for key, value in given.items()}
+        given.update(kwargs)
+        if self._special.search(json.dumps(kwargs, ensure_ascii=False)):
+            kwargs = {key: _harmless(value) for key, value in kwargs.items()}
+        harmless.update(kwargs)
+        for one in (given, harmless):
+            one["add_generation_prompt"] = options.begins_answer
+            if options.continue_final_message:
+                one["messages"][-1]["content"] += self._open
+        ids = self._encode(self._render(self._marked, given))
         whole = self.tokenizer.encode(
             self._render(self._plain, harmless), bos=False, eos=False, allowed_special="all"
         )
@@ -145,15 +162,37 @@ class TemplateFormat:
                 )
         return variables
 
+    def _kwargs(self, kwargs: Mapping[str, Any]) -> Dict[str, Any]:
+        for name in kwargs:
+            if name in _OURS:
+                raise ValueError(f"template_kwargs: {name!r} isn't one, as it is set otherwise")
+            if name not in self._reads:
+                raise ValueError(
+                    f"template_kwargs: the checkpoint's chat template has no variable {name!r}"
+                )
+        return plain_json(dict(kwargs), "template_kwargs")
+
     def _render(self, template: jinja2.Template, given: Dict[str, Any]) -> str:
         marked = template is self._marked
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        variables = {"tools": None, "documents": None}
         try:
-            return template.render({**variables, **self._names(marked), **given})
+            text = template.render({**variables, **self._names(marked), **given})
         except Exception as error:  # raise_exception, the sandbox's, or a mistake in the template
             raise ValueError(
                 f"the checkpoint's chat template refuses this dialog: {error}"
             ) from None
+        last = given["messages"][-1]["content"] if given["messages"] else ""
+        if not last.endswith(self._open):
+            return text
+        until, *rest = text.split(self._open.rstrip())
+        if len(rest) != 1:
+            raise ValueError(
+                "continue_final_message: the checkpoint's chat template doesn't put the last "
+                "message's content into the prompt, or does so twice"
+            )
+        said = last.removesuffix(self._open)
+        strips = bool(said.strip()) and not rest[0].startswith(" ")
+        return until.removesuffix(said[len(said.rstrip()) :]) if strips else until
 
     def _names(self, marked: bool) -> Dict[str, str]:
         """The variables bos_token and eos_token, which transformers passes to templates."""
@@ -190,6 +229,9 @@ def _for_template(message: Any) -> Dict[str, Any]:
         ]
     return plain
 
+
+# Variables that aren't anyone's to set.
+_OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 
 # Names that templates look up and compare with, kept so that the copy takes the same branches.
 _KEYS = {

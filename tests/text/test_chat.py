@@ -23,7 +23,9 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from llama import ChatFormat, Llama, Tokenizer
-from llama.text.chat import Llama2Format, Llama31Format, check_dialog, with_tools
+from llama.text.chat import PromptOptions, check_dialog
+from llama.text.llama2 import Llama2Format
+from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
 
 PARITY = json.loads((DATA / "smollm2_parity.json").read_text())
@@ -384,9 +386,8 @@ def by_transformers(tokenizer: Tokenizer, template: str, dialog, **options) -> s
         bos_token=names[tokenizer.bos_id],
         eos_token=names[tokenizer.eos_id],
     )
-    return peer.apply_chat_template(
-        dialog, chat_template=template, tokenize=False, add_generation_prompt=True, **options
-    )
+    options = {"add_generation_prompt": True, **options}
+    return peer.apply_chat_template(dialog, chat_template=template, tokenize=False, **options)
 
 
 def with_specials(tokenizer: Tokenizer, text: str) -> List[int]:
@@ -1159,6 +1160,144 @@ def test_templates_that_do_not_parse_are_value_errors(smollm, template):
 def test_templates_that_fail_are_value_errors_that_say_why(smollm, template, message):
     with pytest.raises(ValueError, match=f"template refuses this dialog: .*({message})"):
         TemplateFormat(smollm, template).encode_dialog_prompt([{"role": "user", "content": "x"}])
+
+
+# --- how a prompt ends, and variables of templates ------------------------------------------------
+
+OPEN, NO_HEADER = PromptOptions(continue_final_message=True), PromptOptions(False)
+
+
+def ending(dialogs_, role: str) -> List[list]:
+    return [dialog for dialog in dialogs_ if dialog[-1]["role"] == role]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_continue_a_message_as_transformers_does(formats, name):
+    ours, template = formats[name], TEMPLATES[name][1]
+    cases = ending(alternating(30, 40), "assistant")
+    assert len(cases) > 10
+    for dialog in [*cases, [*cases[0][:-1], {"role": "assistant", "content": " a  b \n"}]]:
+        options = {"add_generation_prompt": False}
+        closed = by_transformers(ours.tokenizer, template, dialog, **options)
+        assert ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, None, NO_HEADER)) == closed
+        if name == "JSON" or (name == "loop controls" and len(dialog) > 6):
+            with pytest.raises(ValueError, match="doesn't put the last message's .* or does so tw"):
+                ours.encode_dialog_prompt(dialog, None, OPEN)
+            continue
+        options["continue_final_message"] = True
+        expected = by_transformers(ours.tokenizer, template, dialog, **options)
+        ids = ours.encode_dialog_prompt(dialog, None, OPEN)
+        assert ours.tokenizer.decode(ids) == expected
+        assert ids == with_specials(ours.tokenizer, expected)
+
+
+@pytest.mark.parametrize("name", ["ChatFormat", "Llama31Format", "demo", "Llama2Format"])
+def test_a_continued_message_is_a_closed_one_without_its_end(formats, name):
+    ours = formats[name]
+    for dialog in ending(alternating(31, 60), "assistant"):
+        closed = ours.encode_dialog_prompt(dialog, None, NO_HEADER)
+        ids = ours.encode_dialog_prompt(dialog, None, OPEN)
+        text, whole = ours.tokenizer.decode(ids), ours.tokenizer.decode(closed)
+        assert whole.startswith(text) and text.endswith(dialog[-1]["content"].strip())
+        ends = {" <|end_of_text|>", "<|eot_id|>", "<|im_end|>\n"}
+        assert whole[len(text) :] in ends or whole[len(text) :].strip() in ends
+        empty = [*dialog[:-1], {"role": "assistant", "content": ""}]
+        asked = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog[:-1]))
+        assert ours.tokenizer.decode(ours.encode_dialog_prompt(empty, None, OPEN)).rstrip(
+            " "
+        ) == asked.rstrip(" ")
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "JSON"])
+def test_hostile_contents_add_no_control_token_to_a_continued_message(
+    formats, hostile_strings, name
+):
+    ours = formats[name]
+    if name == "Llama2Format":
+        hostile_strings = [s for s in hostile_strings if not any(tag in s for tag in LLAMA2_TAGS)]
+    if name == "indented and searching":  # it cuts contents off there
+        hostile_strings = [s for s in hostile_strings if "<|eot_id|>" not in s]
+
+    def controls(said):
+        dialog = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+        return control_ids(ours.tokenizer, ours.encode_dialog_prompt(dialog, None, OPEN))
+
+    for text in hostile_strings[::10]:
+        assert controls(text) == controls("x"), text
+
+
+@pytest.mark.parametrize(
+    "last, message",
+    [
+        ({"role": "user", "content": "x"}, "last message is the assistant's, not .* 'user'"),
+        (called()[1][1], "ends with its tool calls"),
+        ({"role": "assistant", "content": "", "end_of_message": True}, "ends with its tool calls"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ChatFormat", "Llama31Format", "Llama2Format", "demo"])
+def test_what_can_not_be_continued_says_why(formats, name, last, message):
+    dialog = [{"role": "user", "content": "x"}, last]
+    with pytest.raises(ValueError, match=message):
+        formats[name].encode_dialog_prompt(dialog, None, OPEN)
+
+
+def test_a_message_is_continued_or_begun():
+    with pytest.raises(ValueError, match="choose one"):
+        PromptOptions(add_generation_prompt=True, continue_final_message=True)
+    assert PromptOptions(True) != PromptOptions() and PromptOptions().begins_answer
+
+
+THINKING = CHATML + "{% if mode == 'off' %}<think></think>{% endif %}{{ notes | tojson }}"
+
+
+def test_template_kwargs_are_variables_of_the_template(llama3, hostile_strings):
+    ours = TemplateFormat(llama3, THINKING)
+    dialog = [{"role": "user", "content": "x"}]
+    for kwargs in ({"mode": "off", "notes": []}, {"mode": "on", "notes": {"a": 1}}):
+        expected = by_transformers(llama3, THINKING, dialog, **kwargs)
+        ids = ours.encode_dialog_prompt(dialog, None, PromptOptions(template_kwargs=kwargs))
+        assert llama3.decode(ids) == expected
+    given = PromptOptions(template_kwargs={"mode": "", "notes": []})
+    expected = control_ids(llama3, ours.encode_dialog_prompt(dialog, None, given))
+    for text in hostile_strings[::10]:
+        given = PromptOptions(template_kwargs={"mode": text, "notes": {text: [text]}})
+        if "\ud800" not in text:
+            ids = ours.encode_dialog_prompt(dialog, None, given)
+            assert control_ids(llama3, ids) == expected, text
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, message",
+    [
+        ("ChatFormat", {"a": 1, "b": 2}, "no chat template to take a, b"),
+        ("Llama31Format", {"a": 1}, "no chat template to take a"),
+        ("Llama2Format", {"a": 1}, "no chat template to take a"),
+        ("demo", {"enable_thinking": False}, "has no variable 'enable_thinking'"),
+        ("demo", {"messages": []}, "'messages' isn't one"),
+        ("demo", {"add_generation_prompt": False}, "'add_generation_prompt' isn't one"),
+        ("Llama 3.1", {"date_string": {1}}, "template_kwargs can't be written as JSON"),
+    ],
+)
+def test_template_kwargs_without_effect_are_named(formats, name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        formats[name].encode_dialog_prompt([USER], None, PromptOptions(template_kwargs=kwargs))
+
+
+def test_an_answer_goes_on(smollm2):
+    """An answer cut anywhere is continued as it would have gone on."""
+    dialog = [{"role": "user", "content": "Name the planets."}]
+    [whole] = smollm2.chat_completion([dialog], 0, max_gen_len=16)
+    text = whole["generation"]["content"]
+    ids = smollm2.tokenizer.encode(text, bos=False, eos=False)
+    begun = smollm2.tokenizer.decode(ids[:6])
+    dialog.append({"role": "assistant", "content": begun})
+    options = {"continue_final_message": True, "max_gen_len": 10}
+    [rest] = smollm2.chat_completion([dialog], 0, **options)
+    assert begun + rest["generation"]["content"] == text
+    events = smollm2.stream_chat([dialog], 0, **options)
+    assert begun + "".join(event.text for event in events) == text
+    with pytest.raises(ValueError, match="has no variable 'x'"):
+        smollm2.chat_completion([dialog], template_kwargs={"x": 1})
 
 
 # --- which format --------------------------------------------------------------------------------

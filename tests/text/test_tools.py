@@ -17,7 +17,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers.utils import get_json_schema
 
 from llama import Event, Llama, parse_tool_calls, tool_schema
-from llama.text.chat import Llama31Format, write_call
+from llama.text.llama31 import Llama31Format, write_call
 from llama.text.templates import TemplateFormat
 
 # --- definitions ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from llama import Llama, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, meta
 from llama.checkpoint.convert import convert
 from llama.model import ModelArgs
-from llama.text.chat import Llama2Format
+from llama.text.llama2 import Llama2Format
 from llama.text.vocabulary import writing
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"

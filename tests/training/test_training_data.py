@@ -8,7 +8,8 @@ from conftest import ROOT, write_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.text.chat import ChatFormat, Llama31Format
+from llama.text.chat import ChatFormat
+from llama.text.llama31 import Llama31Format
 from llama.text.templates import TemplateFormat
 from llama.tokenizer import Tokenizer
 from llama.training import IGNORED, dialog_example, read_examples, text_examples
@@ -78,7 +79,7 @@ def test_a_format_that_writes_an_answer_differently_later_is_refused(tokenizer):
     """As templates do that leave thoughts out of earlier answers."""
 
     class Forgetful(ChatFormat):
-        def encode_dialog_prompt(self, dialog, tools=None):
+        def encode_dialog_prompt(self, dialog):
             kept = [m for m in dialog[:-2] if m["role"] != "assistant"] + [*dialog[-2:]]
             return super().encode_dialog_prompt(kept)
 
