@@ -1,0 +1,181 @@
+// Markdown as elements. Text becomes text nodes only, never HTML; links are http(s). Repetitions in
+// patterns are bounded, so that no text takes quadratic time.
+
+export function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+const INLINE = new RegExp([
+  /\\(?<escaped>[!-/:-@[-`{-~])/,
+  /(?<ticks>`+)(?<code>[^]{1,2000}?)(?<!`)\k<ticks>(?!`)/,
+  /(?<strong>\*\*|(?<!\w)__)(?=\S)(?<bold>[^]{1,2000}?)(?<=\S)\k<strong>(?![*_])/,
+  /\*(?=[^\s*])(?<star>(?:[^*]|\*\*[^*]{1,500}\*\*){1,2000}?)(?<=\S)\*(?!\*)/,
+  /(?<!\w)_(?=[^\s_])(?<line>[^_]{1,2000}?)(?<=\S)_(?!\w)/,
+  /~~(?=\S)(?<struck>[^~]{1,2000}?)(?<=\S)~~/,
+  /!?\[(?<label>[^[\]]{1,1000})\]\((?<href>https?:\/\/(?:[^\s()]|\([^\s()]{0,200}\)){1,2000})\)/,
+  /(?<url>https?:\/\/[^\s<>"'`)\]]{1,2000}[^\s<>"'`)\].,:;!?*_])/,
+].map((part) => part.source).join("|"), "g");
+
+function inline(text, depth = 0) {
+  const parts = [];
+  const inner = (part) => (depth < 8 ? inline(part, depth + 1) : [part]);
+  let end = 0;
+  for (const { 0: whole, index, groups: g } of text.matchAll(INLINE)) {
+    const href = g.href ?? g.url;
+    const link = { href, rel: "noopener noreferrer", target: "_blank" };
+    parts.push(text.slice(end, index));
+    end = index + whole.length;
+    if (g.escaped) parts.push(g.escaped);
+    else if (g.code) parts.push(el("code", {}, g.code.replace(/^ (.*\S.*) $/s, "$1")));
+    else if (href) parts.push(el("a", link, ...(g.label ? inner(g.label) : [href])));
+    else if (g.bold) parts.push(el("strong", {}, ...inner(g.bold)));
+    else if (g.struck) parts.push(el("del", {}, ...inner(g.struck)));
+    else parts.push(el("em", {}, ...inner(g.star ?? g.line)));
+  }
+  return [...parts, text.slice(end)];
+}
+
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
+const HEADING = /^(#{1,6}) +(.*)$/;
+const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/;
+const starts = (line) => [FENCE, HEADING, RULE, ITEM, /^>/].some((pattern) => pattern.test(line));
+const elements = (lines, depth) => blocks(lines, depth + 1).map(([, make]) => make());
+
+/** Blocks of Markdown as [source, function that makes the element]. */
+function blocks(lines, depth = 0) {
+  const found = [];
+  let at = 0;
+  let level = 2; // of the last heading: none is skipped, for those who navigate by them
+  const take = (test) => {
+    const from = at;
+    while (at < lines.length && test(lines[at])) at++;
+    return lines.slice(from, at);
+  };
+  while (at < lines.length) {
+    const from = at;
+    const line = lines[at];
+    let match, make;
+    if (!line.trim()) {
+      at++;
+      continue;
+    } else if ((match = FENCE.exec(line))) {
+      at++;
+      const [, fence, language] = match;
+      const ends = (l) => l.trim().startsWith(fence) && !l.trim().replaceAll(fence[0], "");
+      const code = take((l) => !ends(l)).join("\n");
+      at++;
+      make = () => codeCard(language.trim().split(/\s/)[0], code);
+    } else if ((match = HEADING.exec(line))) {
+      at++;
+      const tag = `h${(level = Math.min(match[1].length + 2, level + 1, 6))}`;
+      const text = match[2].replace(/ #+ *$/, "");
+      make = () => el(tag, {}, ...inline(text));
+    } else if (RULE.test(line)) {
+      at++;
+      make = () => el("hr");
+    } else if (line.startsWith(">") && depth < 8) {
+      const body = take((l) => l.startsWith(">")).map((l) => l.replace(/^> ?/, ""));
+      make = () => el("blockquote", {}, ...elements(body, depth));
+    } else if ((match = ITEM.exec(line)) && depth < 8) {
+      make = list(match);
+    } else if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] ?? "")) {
+      make = table(take((l) => l.includes("|")));
+    } else {
+      at++;
+      take((l) => l.trim() && !starts(l));
+      const text = lines.slice(from, at).join("\n").trim();
+      make = () => el("p", {}, ...inline(text));
+    }
+    found.push([level + lines.slice(from, at).join("\n"), make]);
+  }
+  return found;
+
+  function list([whole, { length: indent }, marker, first]) {
+    const items = [];
+    let width = whole.length - first.length;
+    for (; at < lines.length; at++) {
+      const line = lines[at];
+      const item = ITEM.exec(line);
+      const deep = line.search(/\S/);
+      if (deep < 0) { // a blank line: the list goes on if what follows belongs to it
+        const next = lines[at + 1] ?? "";
+        if (!(next.search(/\S/) > indent || ITEM.test(next))) break;
+        items.at(-1).push("");
+      } else if (item && deep < indent + 2) {
+        if (/\d/.test(item[2]) !== /\d/.test(marker)) break;
+        width = line.length - item[3].length;
+        items.push([item[3]]);
+      } else if (deep > indent) items.at(-1).push(line.slice(Math.min(deep, width)));
+      else if (lines[at - 1].trim() && !starts(line)) items.at(-1).push(line);
+      else break;
+    }
+    const kind = /\d/.test(marker) ? ["ol", { start: parseInt(marker) }] : ["ul", {}];
+    return () => el(...kind, ...items.map((item) => el("li", {}, ...elements(item, depth))));
+  }
+}
+
+function table([head, columns, ...rows]) {
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
+  const right = cells(columns).map((column) => (/-:\s*$/.test(column) ? "right" : "left"));
+  const row = (tag, line) => el("tr", {}, ...right.map((side, i) =>
+    el(tag, { class: side }, ...inline((cells(line)[i] ?? "").replaceAll("\\|", "|").trim()))));
+  return () => el("div", { class: "table", tabindex: 0, role: "region", "aria-label": "Table" },
+    el("table", {}, row("th", head), ...rows.map((line) => row("td", line))));
+}
+
+const HASHES = /^(py|python\d?|sh|bash|shell|zsh|yaml|yml|toml|rb|ruby|r|make|dockerfile)$/i;
+const KEYWORDS = `and as async await bool break case catch char class const continue def default
+ delete do double elif else enum except export extends false False final finally float fn for from
+ func function if impl import in int interface is lambda let long match mut new nil None not null
+ or pass private protected public pub return self static struct super switch then this throw true
+ True try type typeof use using var void while with yield SELECT FROM WHERE JOIN ON GROUP BY ORDER
+ echo fi done esac`.split(/\s+/).join("|");
+
+function highlighted(code, language) {
+  if (!language || language === "text" || code.length > 20000) return [code];
+  const words = new RegExp([
+    /("""[^]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')/.source,
+    HASHES.test(language) ? "((?<![\\w$&])#.*)" : "(//.*|/\\*[^]*?\\*/)",
+    `\\b(\\d[\\w.]*)\\b|\\b(${KEYWORDS})\\b`,
+  ].join("|"), "g");
+  const parts = [];
+  let end = 0;
+  for (const match of code.matchAll(words)) {
+    const kind = ["string", "comment", "number", "keyword"][match.slice(1).findIndex(Boolean)];
+    parts.push(code.slice(end, match.index), el("span", { class: kind }, match[0]));
+    end = match.index + match[0].length;
+  }
+  return [...parts, code.slice(end)];
+}
+
+export function copyButton(text) { // without https or localhost, browsers have no clipboard
+  const onclick = async (event) => {
+    await navigator.clipboard.writeText(text());
+    event.target.textContent = "Copied";
+  };
+  return navigator.clipboard ? el("button", { type: "button", onclick }, "Copy") : "";
+}
+
+export function codeCard(language, code, title = language || "code") {
+  return el("div", { class: "card" }, el("div", {}, el("span", {}, title), copyButton(() => code)),
+    el("pre", { tabindex: 0 }, el("code", {}, ...highlighted(code, language))));
+}
+
+/** Brings an element up to date with a text; blocks that haven't changed stay as they are. */
+export function markdown(node, text) {
+  const found = blocks(text.split("\n"));
+  found.forEach(([source, make], i) => {
+    const old = node.children[i];
+    if (old?.source === source) return;
+    const made = Object.assign(make(), { source });
+    old ? old.replaceWith(made) : node.append(made);
+  });
+  while (node.children.length > found.length) node.lastChild.remove();
+}
