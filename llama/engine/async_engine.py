@@ -3,12 +3,17 @@
 import asyncio
 import threading
 from collections import deque
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, AsyncIterator, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type
+from typing import (
+    Any, AsyncIterator, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type, TypeVar,
+)  # fmt: skip
 
 from llama.engine.engine import Engine
 from llama.engine.predictions import Event
 from llama.engine.requests import Request, Stats
+
+T = TypeVar("T")
 
 
 class Answer:
@@ -122,6 +127,25 @@ class AsyncEngine:
                 yield event
         finally:
             answer.cancel()
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What a function returns that the thread calls between two steps.
+
+        Raises:
+            Exception: what the function raises.
+            RuntimeError: the engine has been stopped, or has failed.
+        """
+        self._check()
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except Exception as error:
+                result.set_exception(error)
+
+        self._send(run)
+        return await asyncio.wrap_future(result)
 
     def _check(self) -> None:
         if self.failure is not None:

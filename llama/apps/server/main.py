@@ -15,7 +15,6 @@ from llama.apps.server.app import make_app
 from llama.apps.server.connections import limited
 from llama.apps.server.service import Service
 from llama.apps.server.settings import Settings
-from llama.engine.leader import follow
 from llama.generation import Llama
 from llama.layers import parallel
 
@@ -31,8 +30,7 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     """
     keys = settings.keys()
     if not parallel.is_rank_zero():
-        follow(load(options, settings).engine(**_limits(settings)))
-        return
+        raise ValueError("llama serve: one rank only, for now")
     listening = _listen(settings)
     failure: Dict[str, Exception] = {}
 
