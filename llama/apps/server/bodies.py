@@ -232,7 +232,7 @@ def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         text, _, path = str(error).replace("`", "").partition(" - at $.")
         missing = re.search(r"required field (\S+)", text)
-        param = re.sub(r"\[\.\.\.\]", "", path) or (missing[1] if missing else None)
+        param = path or (missing[1] if missing else None)
         place = f"{param}: " if path else ""
         raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
 

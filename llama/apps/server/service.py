@@ -190,13 +190,13 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[Tuple[int, Event]]
     try:
         unfinished = len(tasks)
         while unfinished:
-            i, event = await found.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
+            i, what = await found.get()
+            if isinstance(what, Exception):
+                raise what
+            if what is None:
                 unfinished -= 1
             else:
-                yield i, event
+                yield i, what
     finally:
         for task in tasks:
             task.cancel()
