@@ -15,7 +15,7 @@ from llama.apps.server.chat import chat
 from llama.apps.server.completions import completions
 from llama.apps.server.embeddings import embeddings
 from llama.apps.server.guard import Guard
-from llama.apps.server.responses import Store, input_items, responses, stored
+from llama.apps.server.responses import Store, input_items, input_tokens, responses, stored
 from llama.apps.server.service import Service, ready
 from llama.apps.server.settings import Settings
 from llama.apps.server.streams import json
@@ -45,6 +45,7 @@ def make_app(
         "/v1/chat/completions": chat,
         "/v1/completions": completions,
         "/v1/responses": responses,
+        "/v1/responses/input_tokens": input_tokens,
         "/v1/embeddings": embeddings,
         "/tokenize": tokenize,
         "/detokenize": detokenize,

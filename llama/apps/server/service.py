@@ -162,7 +162,11 @@ class Running:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "cache_write_tokens": self.prompt_tokens - self.cached_tokens,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
 
