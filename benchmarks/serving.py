@@ -4,12 +4,13 @@
     python -m benchmarks.serving --path FILE.gguf --rounds 3 --only "llama serve" "llama.cpp"
 
 Each side is started on the same weights, with the same number of threads and rows and the same
-context, and gets the same requests (llama.apps.load), `concurrency` of them at a time. A side sleeps
-(SIGSTOP) while another has its turn; the turns go A B A B, and medians of the rounds are compared.
+context, and gets the same requests (llama.apps.load), `concurrency` of them at a time. A side
+sleeps (SIGSTOP) while another has its turn; the turns go A B A B, and medians of the rounds are
+compared.
 
-The sides: `llama serve`; `llama.cpp`, its llama-server, compiled for this machine, of which the path
-is given; `transformers`, `transformers serve` with continuous batching, with --hf a directory in
-Hugging Face's format.
+The sides: `llama serve`; `llama.cpp`, its llama-server, compiled for this machine, of which the
+path is given; `transformers`, `transformers serve` with continuous batching, with --hf a directory
+in Hugging Face's format.
 """
 
 import json
@@ -100,8 +101,8 @@ def sides(
         yield Side(
             "transformers",
             [str(Path(sys.executable).parent / "transformers"), "serve", "--port",
-             at.rpartition(":")[2], "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu",
-             "--force-model", hf],
+             at.rpartition(":")[2], "--continuous-batching", "--dtype", "bfloat16",
+             "--device", "cpu", "--force-model", hf],
             at, hf,
         )  # fmt: skip
 
@@ -129,7 +130,7 @@ def main(
     finally:
         for side in found:
             side.close()
-    summary = {
+    summary: Dict[str, Any] = {
         "path": path, "requests": requests, "concurrency": concurrency, "rounds": rounds,
         "threads": threads, "machine": platform.processor() or platform.machine(),
         "sides": {side.name: _medians(side.rounds) for side in found},
@@ -147,7 +148,8 @@ def _medians(rounds: List[Dict[str, Any]]) -> Dict[str, float]:
         {
             "tokens/s": one["tokens/s"],
             "first p50": one["first token"]["p50"], "first p95": one["first token"]["p95"],
-            "between p50": one["between tokens"]["p50"], "between p95": one["between tokens"]["p95"],
+            "between p50": one["between tokens"]["p50"],
+            "between p95": one["between tokens"]["p95"],
         }
         for one in rounds
     ]  # fmt: skip

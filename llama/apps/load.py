@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import re
 import statistics
 import threading
 import time
@@ -11,9 +12,12 @@ from itertools import pairwise
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from urllib.parse import urlsplit
 
-WORDS = """time year people way day man thing woman life child world school state family student
+WORDS = re.findall(
+    r"\w+",
+    """time year people way day man thing woman life child world school state family student
 group country problem hand part place case week company system program question work night point
-home water room mother area money story fact month lot right study book eye job word""".split()
+home water room mother area money story fact month lot right study book eye job word""",
+)
 SYSTEM = 1000  # words of the system prompt that a third of the requests share
 
 
