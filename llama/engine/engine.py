@@ -157,7 +157,7 @@ class Engine:
         request = Request(rows, stops, logprobs, options.get("top_logprobs", 0))
         with self._lock:
             parts = [
-                _Part(request, row, Scheduled(list(row.prompt), row.max_len, priority))
+                _Part(request, row, Scheduled(list(row.prompt), row.max_len, priority, row.adapter))
                 for row in rows
             ]
             for part in parts:
@@ -216,7 +216,10 @@ class Engine:
         for source, target in plan.copies:
             copy_block(self._pool, source, target)
         sequences = list(plan.counts)
-        cache = PagedRows(self._pool, [s.table for s in sequences], [s.computed for s in sequences])
+        cache = PagedRows(
+            self._pool, [s.table for s in sequences], [s.computed for s in sequences],
+            [s.adapter for s in sequences],
+        )  # fmt: skip
         new = [s.tokens[s.computed : s.computed + n] for s, n in plan.counts.items()]
         h = hidden(self._model, new, cache)
         ends, end = [], -1

@@ -30,14 +30,16 @@ class Sequence:
         tokens: those known: the prompt's; those of the answer are appended as they are sampled.
         max_len: tokens that it may have in the end.
         priority: higher ones come earlier.
+        adapter: its number (`llama.layers.low_rank`); 0: none.
 
     Attributes:
         computed: positions in the cache.
         table: the blocks that hold them.
     """
 
-    def __init__(self, tokens: List[int], max_len: int, priority: int = 0):
+    def __init__(self, tokens: List[int], max_len: int, priority: int = 0, adapter: int = 0):
         self.tokens, self.max_len, self.priority = tokens, max_len, priority
+        self.adapter = adapter
         self.computed = 0
         self.table: List[int] = []
         self.nodes: List[Node] = []  # of its whole blocks
@@ -176,7 +178,7 @@ class Scheduler:
         at = (end - 1) // self.blocks.size
         tokens = sequence.tokens[at * self.blocks.size : end]
         parent = sequence.nodes[at - 1] if at else None
-        return self.blocks.publish(parent, sequence.table[at], tokens)
+        return self.blocks.publish(parent, sequence.table[at], tokens, sequence.adapter)
 
     def _publish_end(self, sequence: Sequence) -> None:
         if sequence.computed > len(sequence.nodes) * self.blocks.size:
@@ -203,16 +205,21 @@ class Scheduler:
         """Whether a running sequence is computing what this one begins with."""
         tokens = sequence.tokens
         for other in self.running:
-            if other.remaining and other.tokens[:HELD] == tokens[:HELD]:
+            if (
+                other.remaining
+                and other.adapter == sequence.adapter
+                and other.tokens[:HELD] == tokens[:HELD]
+            ):
                 shared = common_length(tokens[:-1], other.tokens)
-                known = min(self.blocks.match(tokens).positions, len(tokens) - 1)
+                match = self.blocks.match(tokens, sequence.adapter)
+                known = min(match.positions, len(tokens) - 1)
                 if shared >= known + HELD and other.computed < shared:
                     return True
         return False
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give a sequence the blocks for its known tokens, those known to the cache among them."""
-        nodes, tail, positions = self.blocks.match(sequence.tokens)
+        nodes, tail, positions = self.blocks.match(sequence.tokens, sequence.adapter)
         if positions == len(sequence.tokens):  # the last one's hidden state is needed
             positions -= 1
             if positions < len(nodes) * self.blocks.size:
