@@ -7,7 +7,7 @@ from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Type, T
 
 import msgspec
 from msgspec import Meta, Struct, field
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from llama.apps.server.errors import ApiError, invalid
 
@@ -191,6 +191,8 @@ async def read(request: Request, kind: Type[B], lenient: bool) -> Tuple[B, List[
             data = await request.body()
     except TimeoutError:
         raise ApiError(408, "the body hasn't come in time", code="timeout") from None
+    except ClientDisconnect:  # nobody reads it
+        raise ApiError(499, "the client has left") from None
     if len(data) > 100_000:  # others go on meanwhile
         return await asyncio.to_thread(parse, data, kind, lenient)
     return parse(data, kind, lenient)
