@@ -34,9 +34,15 @@ class Place(BaseModel):
     city: Literal["Paris", "Rome"]
 
 
-def function(name, **more):
-    schema = Place.model_json_schema() | {"additionalProperties": False}
-    return {"name": name, "description": "The weather", "parameters": schema, **more}
+CITY = {"type": "string", "enum": ["Paris", "Rome"]}
+SCHEMA = {
+    "type": "object", "properties": {"city": CITY}, "required": ["city"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+def function(name):
+    return {"name": name, "description": "About a city", "parameters": SCHEMA}
 
 
 TOOLS = [{"type": "function", "function": function(name)} for name in ("get_weather", "get_time")]
@@ -138,7 +144,7 @@ def in_whole(answer):
     ]
 
 
-SCHEMA = {"name": "place", "strict": True, "schema": Place.model_json_schema()}
+PLACE = {"name": "place", "strict": True, "schema": SCHEMA}
 PARAMETERS = [
     {"temperature": 0, "stop": ["the", " is"], "max_completion_tokens": 3},
     {
@@ -159,7 +165,7 @@ PARAMETERS = [
         }
     },
     {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+    {"response_format": {"type": "json_schema", "json_schema": PLACE}},
     {"extra_body": {"guided_choice": ["yes", "no"]}},
     {"tools": TOOLS, "tool_choice": "none"},
     {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": False, "max_tokens": 12},
@@ -397,7 +403,7 @@ def without_names(response):
     return found
 
 
-FORMAT = {"type": "json_schema", "name": "place", "schema": Place.model_json_schema()}
+FORMAT = {"type": "json_schema", "name": "place", "schema": SCHEMA}
 ALLOWED = {"type": "allowed_tools", "mode": "required",
            "tools": [{"type": "function", "name": "get_time"}]}  # fmt: skip
 RESPONSES = [
