@@ -146,7 +146,7 @@ def replicas(ckpt, prompts):
 
 def classified(ckpt, rows, labels):
     """Logits of a classifier and gradients of what each rank holds whole."""
-    from llama.engine.prefill import padded
+    from llama.layers.ids import padded
     from llama.training.classification import SequenceClassifier
 
     classifier = SequenceClassifier.build(ckpt, device="cpu", dtype="fp32")
@@ -175,6 +175,22 @@ def adapted(ckpt, adapter, copy, tokens):
     if parallel.is_rank_zero():
         write_adapter(again, copy, model.params)
     return found
+
+
+def with_adapters(ckpt, prompts, new, names, build):
+    """Requests of an engine, each with its adapter, which is a directory beside the model."""
+    llama = Llama.build(ckpt, device="cpu", max_batch_size=8, max_seq_len=128, **build)
+    for name in filter(None, names):
+        llama.add_adapter(name, Path(ckpt).with_name(name))
+    engine, pairs = llama.engine(cache_tokens=1024), zip(prompts, names, strict=True)
+    requests = [
+        engine.add(prompt, new, 0, logprobs=True, stop_tokens=set(), adapter=name)
+        for prompt, name in pairs
+    ]
+    while not engine.idle:
+        engine.step()
+    found = [[(event.token, event.logprob) for event in request.events] for request in requests]
+    return {"found": found}
 
 
 def gradients(ckpt, given):

@@ -6,7 +6,7 @@ evicted first. This is bookkeeping only: the keys and values are in a `llama.lay
 """
 
 from collections import OrderedDict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from llama.layers.ids import common_length
 
@@ -39,11 +39,12 @@ class Blocks:
 
     def __init__(self, n: int, size: int):
         self.size, self.total = size, n - 1
-        self._root = Node(0, (), None)
+        self._roots: Dict[int, Node] = {}  # of each adapter
         self._node: Dict[int, Node] = {}  # of a known block
         self._users = [0] * n
         self._free = list(range(n - 1, 0, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # known and used by no row; oldest first
+        self._kept: Optional[Set[int]] = None
 
     @property
     def available(self) -> int:
@@ -92,9 +93,9 @@ class Blocks:
                 else:
                     self._free.append(block)
 
-    def match(self, tokens: Sequence[int]) -> Match:
-        """The longest known beginning of a text."""
-        node, at = self._root, 0
+    def match(self, tokens: Sequence[int], adapter: int = 0) -> Match:
+        """The longest known beginning of a text, as computed with an adapter; 0: with none."""
+        node, at = self._root(adapter), 0
         nodes: List[Node] = []
         while True:
             best: Optional[Node] = None
@@ -108,16 +109,21 @@ class Blocks:
             nodes.append(best)
             node, at = best, at + length
 
-    def publish(self, parent: Optional[Node], block: int, tokens: Sequence[int]) -> Node:
+    def publish(
+        self, parent: Optional[Node], block: int, tokens: Sequence[int], adapter: int = 0
+    ) -> Node:
         """Make a used block known, whose positions hold these tokens after the parent's.
+
+        Args:
+            adapter: that they were computed with; 0: none.
 
         Returns:
             Its node, or that of another block with the same tokens. If the parent has been
             evicted, nothing finds it.
         """
-        parent = parent or self._root
-        if parent is not self._root and parent.parent is None:  # evicted: so is what follows it
+        if parent is not None and parent.parent is None:  # evicted: so is what follows it
             return Node(block, tuple(tokens), None)
+        parent = parent or self._root(adapter)
         siblings = parent.children.setdefault(tokens[0], [])
         for sibling in siblings:
             if sibling.tokens == tuple(tokens):
@@ -140,10 +146,25 @@ class Blocks:
             if block in self._node:
                 self._forget(self._node[block])
 
+    def keep_only_known(self) -> None:
+        """From now on, `tidy` forgets what isn't known now."""
+        self._kept = set(self._node)
+
+    def tidy(self) -> None:
+        """Forget what wasn't known when `keep_only_known` was called, if it was."""
+        kept = self._node if self._kept is None else self._kept
+        for block in [*self._node]:
+            if block not in kept and block in self._node:
+                self._forget(self._node[block])
+
     def clear(self) -> None:
         """Forget all known blocks; those in use stay in use."""
-        for child in list(self._children(self._root)):
-            self._forget(child)
+        for root in self._roots.values():
+            for child in list(self._children(root)):
+                self._forget(child)
+
+    def _root(self, adapter: int) -> Node:
+        return self._roots.setdefault(adapter, Node(0, (), None))
 
     def _children(self, node: Node) -> Iterator[Node]:
         for nodes in node.children.values():
@@ -162,6 +183,8 @@ class Blocks:
             todo += self._children(node)
             node.children, node.parent = {}, None
             del self._node[node.block]
+            if self._kept is not None:
+                self._kept.discard(node.block)
             if node.block in self._idle:
                 del self._idle[node.block]
                 self._free.append(node.block)

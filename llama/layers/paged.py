@@ -5,7 +5,7 @@ lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedA
 2309.06180). Which blocks are free, and which rows share them, is the caller's business.
 """
 
-from typing import Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,26 @@ class PagedRows(KVCache):
     Args:
         tables: for each row its blocks, at least as many as it will need.
         lengths: positions that each row holds.
+        adapters: the number of each row's adapter (`llama.layers.low_rank`), by default 0: none.
 
     Attributes:
         counts: new positions of each row in this pass.
     """
 
-    def __init__(self, pool: KVCache, tables: Sequence[Sequence[int]], lengths: Sequence[int]):
+    def __init__(
+        self,
+        pool: KVCache,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        adapters: Sequence[int] = (),
+    ):
         self.pool, self.lengths = pool, list(lengths)
         width = max(map(len, tables))
         padded = [[*table, *[SCRATCH] * (width - len(table))] for table in tables]
         self.tables = torch.tensor(padded, dtype=torch.int32)
         self.max_len = PAGE * width
         self.counts = [0] * len(tables)
+        self.adapters = list(adapters) or [0] * len(tables)
 
     def select(self, rows: Sequence[int]) -> "PagedRows":
         """Some of the rows, in that order; they share what is in the pool."""
@@ -42,6 +50,7 @@ class PagedRows(KVCache):
         other.tables = self.tables[list(rows)]
         other.lengths = [self.lengths[row] for row in rows]
         other.counts = [self.counts[row] for row in rows]
+        other.adapters = [self.adapters[row] for row in rows]
         return other
 
     def extend_each(self, counts: Sequence[int]) -> None:
@@ -94,6 +103,27 @@ def copy_block(pool: KVCache, source: int, target: int) -> None:
     """Copy all layers' keys and values of one block to another."""
     for part in pool.parts.values():
         part[:, target] = part[:, source]
+
+
+def read_blocks(pool: KVCache, table: Sequence[int], n: int) -> Dict[str, torch.Tensor]:
+    """A copy of the first n positions in these blocks, by name: (n_layers, n_kv_heads, n, ...)."""
+    return {
+        name: part[:, list(table)].transpose(1, 2).flatten(2, 3)[:, :, :n].contiguous()
+        for name, part in pool.parts.items()
+    }
+
+
+def write_blocks(pool: KVCache, table: Sequence[int], parts: Dict[str, torch.Tensor]) -> None:
+    """Write to these blocks what `read_blocks` returned.
+
+    Raises:
+        ValueError: it was read from a cache of another type or dtype.
+    """
+    for name, whole in pool.parts.items():
+        if name not in parts or parts[name].dtype != whole.dtype:
+            raise ValueError(f"{name} isn't what this cache holds: it is {whole.dtype}")
+        for block, values in zip(table, parts[name].split(PAGE, 2), strict=True):
+            whole[:, block, :, : values.shape[2]] = values
 
 
 def blocks_for(positions: int) -> int:

@@ -14,7 +14,7 @@ from llama.apps.server import errors
 from llama.apps.server.chat import chat
 from llama.apps.server.completions import completions
 from llama.apps.server.embeddings import embeddings
-from llama.apps.server.guard import Guard
+from llama.apps.server.guard import PAGES, Guard
 from llama.apps.server.responses import Store, input_items, input_tokens, responses, stored
 from llama.apps.server.service import Service, ready
 from llama.apps.server.settings import Settings
@@ -63,7 +63,7 @@ def make_app(
     name = "/v1/responses/{id}"
     routes += [Route(name, stored, methods=["GET", "DELETE"])]
     routes += [Route(f"{name}/input_items", input_items, methods=["GET"])]
-    routes += [Route(path, page, methods=["GET"]) for path in ("/", "/page.css", "/page.js")]
+    routes += [Route(path, page, methods=["GET"]) for path in PAGES]
     app = Starlette(
         routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, settings, keys)],
         exception_handlers={
@@ -112,6 +112,6 @@ async def stats(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The chat page and its two other files."""
+    """The chat page and its other files."""
     name = request.url.path[1:] or "index.html"
     return FileResponse(PAGE / name, headers={"content-security-policy": POLICY})
