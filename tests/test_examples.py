@@ -114,6 +114,7 @@ def test_metas_own_script_runs_unchanged(smollm2_path):
     [
         ("quickstart", "Paris", 1),
         ("tools", "2100000 people live in Paris", 0),
+        ("server", "The capital of France is Paris", 0),
         ("attention", "30 layers of (1, 9, ", 2),
     ],
 )
