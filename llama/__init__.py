@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # what type checkers see; at run time, __getattr__ does it
     from llama.generation import ChatPrediction, CompletionPrediction, Event, Llama
     from llama.layers.cache import KVCache
     from llama.model import ModelArgs, Transformer
-    from llama.text.tools import parse_tool_calls, tool_schema
+    from llama.text.tool_stream import parse_tool_calls
+    from llama.text.tools import tool_schema
     from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
     from llama.training import Trainer
     from llama.training.classification import SequenceClassifier
@@ -41,7 +42,8 @@ _HOME = {  # the module that a name is from
     "generation": ["ChatPrediction", "CompletionPrediction", "Event", "Llama"],
     "layers.cache": ["KVCache"],
     "model": ["ModelArgs", "Transformer"],
-    "text.tools": ["parse_tool_calls", "tool_schema"],
+    "text.tool_stream": ["parse_tool_calls"],
+    "text.tools": ["tool_schema"],
     "tokenizer": ["ChatFormat", "Dialog", "Message", "Tokenizer"],
     "training": ["Trainer"],
     "training.classification": ["SequenceClassifier"],

@@ -14,7 +14,13 @@ from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import beam_search
 from llama.engine.engine import Engine
 from llama.engine.params import SamplingParams
-from llama.engine.predictions import BeamPrediction, ChatPrediction, CompletionPrediction, Event
+from llama.engine.predictions import (
+    BeamPrediction,
+    ChatPrediction,
+    CompletionPrediction,
+    Event,
+    with_calls,
+)
 from llama.engine.prefixes import PrefixCache
 from llama.engine.rows import ChatOptions, Options, Row, check, check_batch, constrain, make_rows
 from llama.engine.sampling import sample_top_p
@@ -221,11 +227,14 @@ class Llama:
         logprobs: bool = False,
         **options: Unpack[ChatOptions],
     ) -> Iterator[Event]:
-        """Like `chat_completion`, but yields an event per token; tool calls stay text.
+        """Like `chat_completion`, but yields an event per token; with tools, the text of events is
+        what the model wrote, and their deltas say which calls it makes.
 
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
-        return self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)[1]
+        tools = options.get("tools")
+        chat = self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
+        return with_calls(chat[1], tools) if tools else chat[1]
 
     def engine(
         self,

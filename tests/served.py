@@ -68,7 +68,8 @@ class Served:
 
 @contextlib.contextmanager
 def serve(*options: object, env: dict | None = None) -> Iterator[Served]:
-    command = [sys.executable, "-m", "llama", "serve", "--port", "0", *map(str, options)]
+    port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
+    command = [sys.executable, "-m", "llama", "serve", *port, *map(str, options)]
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, **(env or {})},

@@ -73,7 +73,9 @@ ELSEWHERE = {
     ".venv/bin/llama chat checkpoints/SmolLM2-135M-Instruct": "the same with a message in a pipe",
     ".venv/bin/llama --install-completion": SHELL,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
-    ".venv/bin/torchrun --nproc_per_node 3 -m llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
+    ".venv/bin/torchrun --nproc_per_node 3 -m llama serve checkpoints/SmolLM2-135M-Instruct": (
+        SERVER
+    ),
     ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir "
     "checkpoints/SmolLM2-135M-Instruct": EXAMPLES,
     ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --temperature 0.6 "

@@ -15,6 +15,7 @@ def chat(
     max_gen_len: Optional[int] = None,
     speculate: Optional[Literal["lookup", "draft", "off"]] = None,
     history: Optional[str] = None,
+    tools: Optional[str] = None,
 ) -> None:
     """Talk with a model. /help lists the commands. In a pipe, each line is a message.
 
@@ -24,6 +25,9 @@ def chat(
         speculate: speculative decoding, for the same answers in less time: lookup proposes what
             followed the same words before, draft asks the draft model.
         history: a file for the lines that you type; by default ~/.local/state/llama/history.
+
+        tools: a JSON file with a list of tools' schemas. Calls are shown as the model writes them;
+            the next line that you write is the tool's result.
 
     Raises:
         ValueError: a checkpoint without a chat format, or what `Llama.build` raises.
@@ -37,12 +41,15 @@ def chat(
     from llama.layers import parallel
 
     repl.check_packages()
+    known = repl.read_tools(tools) if tools else []
     parallel.initialize(device=model.device, timeout=WEEK)
     if not parallel.is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
     llama = Llama.build(**{**vars(model), "max_batch_size": 1})  # one dialog at a time
     params = SamplingParams(**vars(sampling))
-    session = repl.Session(llama, params, system, max_gen_len, parallel.broadcast_object, speculate)
+    session = repl.Session(
+        llama, params, system, max_gen_len, parallel.broadcast_object, speculate, known
+    )
     if not parallel.is_rank_zero():
         return repl.follow(llama)
     terminal = pick_terminal(history)

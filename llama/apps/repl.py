@@ -10,15 +10,17 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence
 
 from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
 from llama.generation import Llama
 from llama.layers import parallel
-from llama.text.chat import Message, check_dialog, content_of
+from llama.text.chat import Message, check_dialog, content_of, read_calls
 from llama.text.files import beside, write_json
+from llama.text.tool_stream import Delta
+from llama.text.tools import Tool, split_tools
 
 COMMANDS = {
     "help": "this list",
@@ -51,6 +53,7 @@ class Turn(NamedTuple):
     params: SamplingParams
     max_gen_len: Optional[int]
     speculate: Optional[Literal["lookup", "draft", "off"]]
+    tools: List[Tool]
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Session:
         send: called with each Turn before it is computed; on several ranks, it tells the others.
         speculate: how draft tokens are proposed; see `llama.engine.speculative`.
         max_gen_len: tokens of an answer; None fills the context.
+        tools: what the model may call; the line after a call is the tool's result.
 
     Attributes:
         dialog: what was said, a system message included.
@@ -95,13 +99,14 @@ class Session:
         max_gen_len: Optional[int] = None,
         send: Callable[[Turn], object] = lambda turn: None,
         speculate: Optional[Literal["lookup", "draft", "off"]] = None,
+        tools: Sequence[Tool] = (),
     ):
         if llama.formatter is None:
             raise ValueError("this checkpoint has no chat format: use an instruct checkpoint")
         self.llama, self._format = llama, llama.formatter
         self.params = params or SamplingParams()
         self.max_gen_len = max_gen_len
-        self.send, self.speculate = send, speculate
+        self.send, self.speculate, self.tools = send, speculate, [*tools]
         self.dialog: List[Message] = []
         self.stats: Optional[Stats] = None
         self.note = ""
@@ -132,7 +137,8 @@ class Session:
                 raise ValueError(f"/{name} {rest.strip()}: {error.strerror}") from None
         self._before = [*self.dialog]
         text = line[1:] if line.startswith("//") else line
-        self.dialog.append({"role": "user", "content": text})
+        calls = bool(self.dialog) and "tool_calls" in self.dialog[-1]
+        self.dialog.append({"role": "tool" if calls else "user", "content": text})
         return Reply(wants_answer=True)
 
     def answer(self, interrupted: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -152,8 +158,8 @@ class Session:
             return was_interrupted
 
         try:
-            stats = Stats(len(self._format.encode_dialog_prompt(self.dialog)))
-            turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate)
+            stats = Stats(len(self._format.encode_dialog_prompt(self.dialog, self.tools)))
+            turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate, self.tools)
             self.send(turn)
             begin, reason = time.monotonic(), None
             for event in _events(self.llama, turn, should_stop):
@@ -163,7 +169,7 @@ class Session:
                     stats.tokens += 1
                 text += event.text
                 reason, stats.speculation = event.finish_reason, event.speculation
-                yield event.text
+                yield event.text if event.deltas is None else _shown(event.deltas)
             if not stats.tokens:
                 raise ValueError(
                     f"the dialog's {stats.prompt_tokens} tokens fill the context: /undo, /reset, "
@@ -173,12 +179,17 @@ class Session:
             self.dialog = self._before
             raise
         self.dialog.append({"role": "assistant", "content": text})
+        error = read_calls(self.dialog[-1], self.tools) if self.tools else None
         self.stats = stats
         if was_interrupted:
             self.note = "interrupted"
         elif reason == "length":
             full = stats.prompt_tokens + stats.tokens >= self._context
             self.note = "cut off: " + ("the context is full" if full else "max_gen_len is reached")
+        elif error:
+            self.note = f"a call that can't be read: {error}"
+        elif "tool_calls" in self.dialog[-1]:
+            self.note = "a call: write its result"
 
     @property
     def _context(self) -> int:
@@ -268,7 +279,16 @@ def _events(llama: Llama, turn: Turn, should_stop: Callable[[], bool]) -> Iterat
     """The call that is the same on every rank."""
     return llama.stream_chat(
         [turn.dialog], max_gen_len=turn.max_gen_len, params=turn.params, should_stop=should_stop,
-        speculate=turn.speculate,
+        speculate=turn.speculate, tools=turn.tools,
+    )  # fmt: skip
+
+
+def _shown(deltas: List[Delta]) -> str:
+    """Text as it is; a call as a block of code."""
+    return "".join(
+        delta.text + (f"\n\n    {delta.name} " if delta.name else "")
+        + delta.arguments.replace("\n", "\n    ")
+        for delta in deltas
     )  # fmt: skip
 
 
@@ -276,6 +296,15 @@ def _path(text: str, command: str) -> Path:
     if not text:
         raise ValueError(f"/{command} takes the name of a file: /{command} dialog.json")
     return Path(os.path.realpath(os.path.expanduser(text)))
+
+
+def read_tools(path: str) -> List[Tool]:
+    """Schemas of tools from a file. Raises ValueError for other content, and OSError."""
+    try:
+        tools = json.loads(Path(path).read_text("utf-8"))
+        return [*split_tools(tools if isinstance(tools, list) else [tools])[0]]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no list of tools' JSON schemas: {error}") from None
 
 
 def _read(path: Path) -> List[Message]:

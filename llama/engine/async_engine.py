@@ -6,7 +6,17 @@ from collections import deque
 from concurrent.futures import Future
 from types import TracebackType
 from typing import (
-    Any, AsyncIterator, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type, TypeVar,
+    Any,
+    AsyncIterator,
+    Callable,
+    Deque,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
 )  # fmt: skip
 
 from llama.engine.engine import Engine

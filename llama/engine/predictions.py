@@ -1,8 +1,21 @@
 """What `Llama` returns: predictions, and the events of a stream."""
 
-from typing import List, Literal, NamedTuple, Optional, Required, Tuple, TypedDict
+from typing import (
+    Dict,
+    Iterator,
+    List,
+    Literal,
+    NamedTuple,
+    Optional,
+    Required,
+    Sequence,
+    Tuple,
+    TypedDict,
+)
 
 from llama.text.chat import Message
+from llama.text.tool_stream import Delta, ToolCallStream
+from llama.text.tools import Tool
 
 FinishReason = Literal["stop", "length", "error"]  # error: of an engine's request alone
 
@@ -57,3 +70,15 @@ class Event(NamedTuple):
     finish_reason: Optional[FinishReason] = None  # in the last event of a row only
     speculation: Optional[Speculation] = None  # likewise, with speculate only
     cached_tokens: Optional[int] = None  # likewise: tokens of the prompt that were in the cache
+    # Of chats with tools only: what of the row's text and tool calls is known with this token.
+    deltas: Optional[List[Delta]] = None
+
+
+def with_calls(events: Iterator[Event], tools: Sequence[Tool]) -> Iterator[Event]:
+    """The events with their deltas: the calls in the texts of each row."""
+    streams: Dict[Tuple[int, int], ToolCallStream] = {}
+    for event in events:
+        key = (event.row, event.sample)
+        stream = streams.get(key) or streams.setdefault(key, ToolCallStream(tools))
+        deltas = stream.feed(event.text)
+        yield event._replace(deltas=deltas + (stream.finish() if event.finish_reason else []))

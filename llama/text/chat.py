@@ -16,7 +16,8 @@ from typing import (
 )
 
 from llama.text.encoder import Encoder
-from llama.text.tools import BUILTINS, Tool, ToolCall, parse_tool_calls, plain_json
+from llama.text.tool_stream import parse_tool_calls
+from llama.text.tools import BUILTINS, Tool, ToolCall, plain_json
 
 if TYPE_CHECKING:
     import torch

@@ -1,17 +1,12 @@
-"""Tool calling: definitions of tools, and parsing the calls in a model's reply.
+"""Definitions of tools. Calls are read by `llama.text.tool_stream`."""
 
-No tool is run here, and no part of a reply is executed: only JSON and Python literals are parsed.
-"""
-
-import ast
 import enum
 import inspect
 import json
 import re
 import types
 import typing
-import warnings
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 # A built-in tool by its name, a JSON schema, or a Python function with type hints and docstring.
 Tool = Union[str, Dict[str, Any], Callable[..., Any]]
@@ -21,17 +16,6 @@ ToolCall = Dict[str, Any]
 # The tools that Llama 3.1 was trained on. The first three take a query, the last one code.
 BUILTINS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
 PYTHON_TAG = "<|python_tag|>"
-
-
-class Reply(NamedTuple):
-    """A model's reply, parsed."""
-
-    content: str  # the text outside of calls; with an error, the whole reply
-    calls: List[ToolCall]
-    error: Optional[str]  # what is wrong with an attempted call
-
-
-# --- definitions ---------------------------------------------------------------------------------
 
 
 def split_tools(tools: Sequence[Tool]) -> Tuple[List[Dict[str, Any]], List[str]]:
@@ -196,189 +180,3 @@ def _docstring(doc: str) -> Tuple[str, Dict[str, str]]:
                 parameters[key].append((begun[2] if begun else line).strip())
     texts = {key: " ".join(filter(None, lines)) for key, lines in parameters.items()}
     return "\n".join(description).strip(), texts
-
-
-# --- calls ---------------------------------------------------------------------------------------
-
-
-class _Malformed(Exception):
-    """A reply tries to call a tool and fails."""
-
-
-_DECODER = json.JSONDecoder()
-_OPENING = re.compile(r"<function=([^<>]{1,200})>|<tool_call>|\[TOOL_CALLS\]")
-_BUILTIN = re.compile(r'(\w+)\.call\(query="(.*)"\)', re.DOTALL)
-_PYTHONIC = re.compile(r"\[\s*(\w+)\(")
-_BETWEEN = re.compile(r"[\s;]*")
-
-
-def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
-    """The tool calls in a model's reply, in any of the usual spellings.
-
-    As the whole reply; several calls also one after another, with spaces or ";" between, or in a
-    list:
-
-        {"name": ..., "parameters" or "arguments": {...}}
-        [f(a=1), g(b="x")]
-        brave_search.call(query="...")
-
-    Among other text:
-
-        <function=name>{...}</function>
-        <tool_call>{...}</tool_call>
-        [TOOL_CALLS] [{...}]
-
-    After a leading <|python_tag|>: any of these, or else code for code_interpreter.
-
-    Only the tools given and the built-in ones can be called; arguments aren't checked against the
-    schemas. It is all or nothing: of a reply with a malformed call every call stays text.
-
-    Returns:
-        The remaining text, the calls, and what is malformed, if anything. No text raises.
-
-    Raises:
-        ValueError: what isn't a tool among tools.
-    """
-    schemas, _ = split_tools(tools)
-    names = {schema["function"]["name"] for schema in schemas} | set(BUILTINS)
-    try:
-        if text.lstrip().startswith(PYTHON_TAG):
-            return Reply("", _after_python_tag(text.lstrip()[len(PYTHON_TAG) :], names), None)
-        return Reply(*_anywhere(text, names), None)
-    except _Malformed as error:
-        return Reply(text, [], str(error))
-
-
-def _after_python_tag(code: str, names: Set[str]) -> List[ToolCall]:
-    begin = code.strip()
-    try:
-        content, calls = _anywhere(begin, names)
-        if calls and not content:
-            return calls
-    except _Malformed:
-        # Python programs don't begin like this. Others may contain text that resembles a call.
-        if begin.startswith(("{", "<", *(f"{name}.call(" for name in BUILTINS))):
-            raise
-    return [{"name": "code_interpreter", "arguments": {"code": code.rstrip(" ")}}]
-
-
-def _anywhere(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
-    body = text.strip()
-    calls = _builtin(body, names) or _json(body, names) or _pythonic(body, names)
-    return ("", calls) if calls else _tagged(text, names)
-
-
-def _builtin(body: str, names: Set[str]) -> List[ToolCall]:
-    """name.call(query="..."), where Llama escapes nothing in the query."""
-    found = _BUILTIN.fullmatch(body)
-    if found and '.call(query="' not in found[2]:
-        return [_call({"name": found[1], "arguments": {"query": found[2]}}, names)]
-    if body.startswith(tuple(f"{name}.call(" for name in BUILTINS)):
-        raise _Malformed('a call of a built-in tool is name.call(query="...") and nothing else')
-    return []
-
-
-def _json(body: str, names: Set[str]) -> List[ToolCall]:
-    if not body.startswith(("{", "[")):
-        return []
-    values: List[Any] = []
-    at = 0
-    try:
-        while at < len(body):
-            value, at = _DECODER.raw_decode(body, at)
-            values += value if isinstance(value, list) else [value]
-            at = _BETWEEN.match(body, at).end()  # type: ignore[union-attr]  # it always matches
-    except (ValueError, RecursionError) as error:
-        if body[0] == "{" and '"name"' in body and re.search('"(parameters|arguments)"', body):
-            raise _Malformed(f"the call isn't JSON: {error}") from None
-        return []
-    if not any(_is_call(value, names) for value in values):
-        return []  # JSON, but no call
-    return [_call(value, names) for value in values]
-
-
-def _pythonic(body: str, names: Set[str]) -> List[ToolCall]:
-    begin = _PYTHONIC.match(body)
-    if not begin:
-        return []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of backslashes in the model's Python
-            tree = ast.parse(body, mode="eval").body
-        if not isinstance(tree, ast.List):
-            return []
-        calls = []
-        for node in tree.elts:
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-                raise ValueError("every element is name(parameter=value, ...)")
-            arguments = {str(key.arg): ast.literal_eval(key.value) for key in node.keywords}
-            if any(key.arg is None for key in node.keywords):
-                raise ValueError("** isn't an argument")
-            calls.append({"name": node.func.id, "arguments": arguments})
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        if begin[1] in names:
-            raise _Malformed(f"the list of calls can't be read: {str(error)[:200]}") from None
-        return []
-    return [_call(call, names) for call in calls]
-
-
-def _tagged(text: str, names: Set[str]) -> Tuple[str, List[ToolCall]]:
-    """Calls between tags. The JSON is decoded up to its own end, so that it may contain tags."""
-    rest: List[str] = []
-    calls: List[ToolCall] = []
-    at = 0
-    while found := _OPENING.search(text, at):
-        rest.append(text[at : found.start()])
-        try:
-            value, at = _DECODER.raw_decode(text, _spaces(text, found.end()))
-        except (ValueError, RecursionError) as error:
-            raise _Malformed(f"after {found[0]} comes no JSON: {error}") from None
-        if found[1]:
-            calls.append(_call({"name": found[1], "arguments": value}, names))
-        else:
-            several = found[0] == "[TOOL_CALLS]" and isinstance(value, list)
-            calls += [_call(one, names) for one in (value if several else [value])]
-        closing = {"<tool": "</tool_call>", "<func": "</function>"}.get(found[0][:5], "")
-        end = _spaces(text, at)
-        if not text.startswith(closing, end) and end < len(text):
-            raise _Malformed(f"the call after {found[0]} isn't closed by {closing}")
-        at = end + len(closing) if closing else at
-    if not calls:
-        return text, []
-    return "".join([*rest, text[at:]]).strip(), calls
-
-
-def _spaces(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
-def _is_call(value: Any, names: Set[str]) -> bool:
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and (value["name"] in names or "parameters" in value or "arguments" in value)
-    )
-
-
-def _call(value: Any, names: Set[str]) -> ToolCall:
-    if not _is_call(value, names):
-        raise _Malformed('a call is {"name": ..., "arguments": {...}}')
-    identifier = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
-    value = value["function"] if isinstance(value.get("function"), dict) else value
-    name, arguments = value["name"], value.get("parameters", value.get("arguments"))
-    if name not in names:
-        given = ", ".join(sorted(names - set(BUILTINS))) or "none"
-        raise _Malformed(f"there is no tool {name[:80]!r}; those given: {given}")
-    try:
-        if isinstance(arguments, str):  # JSON within JSON, OpenAI's format
-            arguments = json.loads(arguments)
-        if not isinstance(arguments, dict):
-            raise ValueError("they are a dict")
-        arguments = plain_json(arguments, "they")
-    except (ValueError, RecursionError) as error:
-        raise _Malformed(f"the arguments for {name!r}: {error}") from None
-    return {**identifier, "name": name, "arguments": arguments}

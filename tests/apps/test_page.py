@@ -185,8 +185,11 @@ def test_a_conversation(page, server):
     expect(page.locator("#turns strong")).to_have_text("you")
     expect(page.locator("footer span")).to_contain_text("llama-a · 2 tokens · ")
     page.get_by_label("Model").select_option("llama-b")
-    send(page, "What is the capital of Italy?")
-    expect(turns(page)).to_have_text([re.compile(".*")] * 2 + [re.compile("Italy"), "Rome"])
+    page.get_by_label("Message").press_sequentially("Capital")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("of Italy?")
+    page.keyboard.press("Enter")
+    expect(turns(page).last).to_have_text("Rome")
     expect(page.get_by_role("status")).to_have_text("Rome")
     assert server.bodies[0] == {
         "model": "llama-a",
@@ -198,7 +201,7 @@ def test_a_conversation(page, server):
     assert server.bodies[1]["messages"] == [
         {"role": "user", "content": "Hi <b>there</b>"},
         {"role": "assistant", "content": "Hello **you**"},
-        {"role": "user", "content": "What is the capital of Italy?"},
+        {"role": "user", "content": "Capital\nof Italy?"},
     ]
 
 
@@ -246,7 +249,7 @@ def test_markdown(page, server):
     for selector, texts in {
         "h3": ["Title"],
         "em": ["emphasis"],
-        "strong": ["bold with code"],
+        "p > strong": ["bold with code"],
         "strong code": ["code"],
         "a": ["link", "https://example.org/bare"],
         "ul > li > p": ["one", "two"],
@@ -345,11 +348,11 @@ def test_regenerate_and_edit(page, server):
     send(page, "Second")
     expect(turns(page)).to_have_text(["First", "Two", "Second", "Three"])
     button(page, "Edit").first.click()
-    page.get_by_label("later turns are removed").fill("Another")
+    page.get_by_label("Edit: later turns are removed").fill("Another")
     page.locator("article").get_by_role("button", name="Cancel").click()
     expect(turns(page)).to_have_text(["First", "Two", "Second", "Three"])
     button(page, "Edit").first.click()
-    page.get_by_label("later turns are removed").fill("Another")
+    page.get_by_label("Edit: later turns are removed").fill("Another")
     page.locator("article").get_by_role("button", name="Send").click()
     expect(turns(page)).to_have_text(["Another", "Four"])
     asked = [[message["content"] for message in body["messages"]] for body in server.bodies]
@@ -448,7 +451,7 @@ def test_tool_calls_and_json(page, server):
     page.get_by_label("Result of weather").fill("sunny")
     page.get_by_label("Result of time").fill('{"hour": 9}')
     button(page, "Send results").click()
-    expect(cards.last).to_contain_text("JSON answer")
+    expect(cards.last).to_contain_text("JSON")
     expect(cards.last.locator("pre")).to_have_text('{\n  "weather": "sunny"\n}')
     _, called, *results = server.bodies[1]["messages"]
     assert [(c["id"], c["type"], c["function"]) for c in called["tool_calls"]] == [
@@ -616,11 +619,12 @@ def test_a_phone(page, server):
     assert page.locator("#turns").evaluate("turns => turns.scrollWidth <= turns.clientWidth")
     button(page, "Chats").click()
     expect(chats).to_be_visible()
-    button(page, "Settings").click()
+    page.keyboard.press("Escape")
     expect(chats).to_be_hidden()
+    button(page, "Settings").click()
     expect(page.get_by_label("Temperature")).to_be_in_viewport()
     assert violations(page) == []
-    page.keyboard.press("Escape")
+    button(page, "Settings").click()
     expect(page.get_by_label("Temperature")).to_be_hidden()
     button(page, "Chats").click()
     page.get_by_role("link", name="New conversation").click()

@@ -21,6 +21,7 @@ from rich.console import Console
 from llama import Event, SamplingParams
 from llama.apps import cli, repl
 from llama.apps.terminal import Plain, Rich, printable
+from llama.engine.predictions import with_calls
 
 PATHS = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'apps'}"  # for what is run in a process
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two "}
@@ -33,12 +34,12 @@ class FakeLlama:
         self.words, self.reason, self.calls = words, reason, []
         self.model = SimpleNamespace(params=SimpleNamespace(max_seq_len=max_seq_len))
         self.formatter = SimpleNamespace(
-            encode_dialog_prompt=lambda dialog: [
+            encode_dialog_prompt=lambda dialog, tools=(): [
                 word for message in dialog for word in message["content"].split()
             ]
         )
 
-    def stream_chat(self, dialogs, max_gen_len=None, *, params, should_stop, speculate):
+    def stream_chat(self, dialogs, max_gen_len=None, *, params, should_stop, speculate, tools):
         self.calls.append((dialogs, max_gen_len, params))
         guessed = {"proposed": 5, "accepted": 3, "passes": 2} if speculate else None
         tokens = len(self.formatter.encode_dialog_prompt(dialogs[0]))
@@ -86,7 +87,7 @@ def test_a_turn_is_sent_to_all_ranks_and_added():
     session = repl.Session(FakeLlama(), SamplingParams(0.0), "Be brief.", 9, sent.append)
     assert say(session, "Hi\n") == "one two "
     system = {"role": "system", "content": "Be brief."}
-    assert sent == [([system, USER], SamplingParams(0.0), 9, None)]
+    assert sent == [([system, USER], SamplingParams(0.0), 9, None, [])]
     assert session.llama.calls == [([[system, USER]], 9, SamplingParams(0.0))]
     assert session.dialog == [system, USER, ANSWER] and session.note == ""
 
@@ -241,6 +242,37 @@ def test_stats(session):
     guessing = repl.Session(FakeLlama(), speculate="lookup")
     say(guessing, "Hi there")
     assert " tokens/s; 3 of 5 proposed tokens accepted; context " in guessing.take("/stats").text
+
+
+def test_calls_are_shown_as_they_come_and_the_next_line_is_their_result():
+    class Calls(FakeLlama):
+        def stream_chat(self, *args, tools, **options):
+            return with_calls(super().stream_chat(*args, tools=tools, **options), tools)
+
+    words = ["Look: ", "<function=", 'f>{"a', '": 1', "}</function>", "\n"]
+    session = repl.Session(Calls(words), tools=[{"name": "f"}])
+    session.take("Hi")
+    shown = [piece for piece in session.answer() if piece]
+    assert shown == ["Look:", '\n\n    f {"a', '": 1', "}"]
+    call = {"name": "f", "arguments": {"a": 1}}
+    said = {"role": "assistant", "content": "Look:", "tool_calls": [call]}
+    assert session.dialog == [USER, said] and session.note == "a call: write its result"
+    session.llama.words = ['{"name": "f"}']
+    assert say(session, "42") == '{"name": "f"}'
+    assert session.dialog[2] == {"role": "tool", "content": "42"}
+    assert "can't be read: the arguments for 'f'" in session.note
+    session.llama.words = ["Well."]
+    assert say(session, "And?") == "Well." and session.dialog[4]["role"] == "user"
+
+
+@pytest.mark.parametrize("content", ["{", "3", '[{"name": ""}]', "\xff"])
+def test_files_that_hold_no_tools(tmp_path, content):
+    path = tmp_path / "tools.json"
+    path.write_text(content, "latin-1")
+    with pytest.raises(ValueError, match="tools.json holds no list of tools' JSON schemas: "):
+        repl.read_tools(str(path))
+    path.write_text('[{"name": "f"}]')
+    assert repl.read_tools(str(path))[0]["function"] == {"name": "f"}
 
 
 def test_exit(session):

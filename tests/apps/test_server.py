@@ -136,7 +136,7 @@ def test_echo_gives_the_prompt_with_log_probabilities(server, smollm2):
     count = len(smollm2.tokenizer.encode(prompt, bos=smollm2.tokenizer.add_bos, eos=False))
     assert logprobs["token_logprobs"][0] is None and len(logprobs["tokens"]) == count + 3
     torch.testing.assert_close(
-        sum(logprobs["token_logprobs"][1:count]), score["logprob"], atol=1e-3, rtol=1e-4
+        logprobs["token_logprobs"][1:count], score.logprobs[1:], atol=1e-4, rtol=1e-4
     )
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert found["text"][offset:].startswith(token)
@@ -326,7 +326,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": HELLO, "model": "gpt-9"}, 404, "model", MODEL),
         (CHAT, {"messages": []}, 400, "messages", "0 messages"),
         (CHAT, {}, 400, "messages", "messages"),
-        (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, 400, "messages.role", "boss"),
+        (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, 400, "messages[0].role", "boss"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing"),
         (
             CHAT,
@@ -343,7 +343,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": []}, 400, "prompt", "0"),
         (TEXT, {"prompt": [[]]}, 400, "prompt", "empty"),
         (TEXT, {"prompt": [99999999]}, 400, "prompt", "99999999"),
-        (TEXT, {"prompt": [1.5]}, 400, "prompt", ""),
+        (TEXT, {"prompt": [1.5]}, 400, "prompt[0]", ""),
         ("/v1/embeddings", {"input": "x", "dimensions": 0}, 400, "dimensions", "0"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens", "-1"),
         ("/v1/nothing", {}, 404, None, "/v1/nothing"),
@@ -355,7 +355,7 @@ def test_errors_name_the_parameter(server, path, body, status, param, word):
     error = reply.json()["error"]
     assert reply.status_code == status, error
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["param"] or "").replace("[...]", "") == (param or ""), error
+    assert error["param"] == param, error
     assert word in error["message"]
     if "2048" in word:
         assert error["code"] == "context_length_exceeded"

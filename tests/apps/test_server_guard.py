@@ -134,6 +134,7 @@ def test_the_page_is_served_with_a_policy():
         ("/", "text/html"),
         ("/page.css", "text/css"),
         ("/page.js", "text/javascript"),
+        ("/markdown.js", "text/javascript"),
     ):
         reply = ask(keys=["key"], path=path)
         assert reply.status_code == 200 and reply.headers["content-type"].startswith(kind)

@@ -20,7 +20,8 @@ from conftest import ROOT, TINY, run_ranks, write_byte_tokenizer, write_checkpoi
 from llama import Llama, SamplingParams
 from llama.engine.structured import GrammarCompiler, tool_call_format
 from llama.text.llama31 import Llama31Format
-from llama.text.tools import parse_tool_calls, split_tools
+from llama.text.tool_stream import parse_tool_calls
+from llama.text.tools import split_tools
 from llama.tokenizer import Tokenizer
 
 

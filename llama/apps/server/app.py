@@ -14,8 +14,8 @@ from llama.apps.server import errors
 from llama.apps.server.chat import chat
 from llama.apps.server.completions import completions
 from llama.apps.server.embeddings import embeddings
-from llama.apps.server.guard import Guard
-from llama.apps.server.responses import Store, input_items, responses, stored
+from llama.apps.server.guard import PAGES, Guard
+from llama.apps.server.responses import Store, input_items, input_tokens, responses, stored
 from llama.apps.server.service import Service, ready
 from llama.apps.server.settings import Settings
 from llama.apps.server.streams import json
@@ -45,6 +45,7 @@ def make_app(
         "/chat/completions": chat,
         "/completions": completions,
         "/responses": responses,
+        "/responses/input_tokens": input_tokens,
         "/embeddings": embeddings,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
@@ -65,7 +66,7 @@ def make_app(
     routes += [Route(name, stored, methods=["GET", "DELETE"])]
     routes += [Route(f"{name}/input_items", input_items, methods=["GET"])]
     routes += [Mount("/v1", routes=[*routes])]  # clients' base_url has it, or hasn't
-    routes += [Route(path, page, methods=["GET"]) for path in ("/", "/page.css", "/page.js")]
+    routes += [Route(path, page, methods=["GET"]) for path in PAGES]
     app = Starlette(
         routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, settings, keys)],
         exception_handlers={
@@ -114,6 +115,6 @@ async def stats(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The chat page and its two other files."""
+    """The chat page and its other files."""
     name = request.url.path[1:] or "index.html"
     return FileResponse(PAGE / name, headers={"content-security-policy": POLICY})

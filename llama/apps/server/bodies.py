@@ -3,11 +3,11 @@
 import asyncio
 import json
 import re
-from typing import Any, Dict, List, Literal, Optional, Tuple, Type, TypeVar, Union
+from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Type, TypeVar, Union
 
 import msgspec
-from msgspec import Struct, field
-from starlette.requests import Request
+from msgspec import Meta, Struct, field
+from starlette.requests import ClientDisconnect, Request
 
 from llama.apps.server.errors import ApiError, invalid
 
@@ -15,14 +15,19 @@ Texts = Union[str, List[str]]
 Inputs = Union[str, List[Union[str, int, List[int]]]]  # ids alone are one text
 
 
+Note = Annotated[str, Meta(max_length=512)]  # OpenAI's bounds
+Metadata = Annotated[Dict[Annotated[str, Meta(max_length=64)], Note], Meta(max_length=16)]
+
+
 class Body(Struct, forbid_unknown_fields=True, kw_only=True):
     """What all bodies have. These are the client's own notes, and change no answer."""
 
     model: Optional[str] = None
-    user: Optional[str] = None
-    metadata: Optional[Dict[str, str]] = None
-    safety_identifier: Optional[str] = None
-    prompt_cache_key: Optional[str] = None
+    user: Optional[Note] = None
+    metadata: Optional[Metadata] = None
+    safety_identifier: Optional[Note] = None
+    prompt_cache_key: Optional[Note] = None
+    prompt_cache_retention: Optional[Literal["in_memory"]] = None
     store: Optional[Literal[False]] = None
     service_tier: Optional[Literal["auto", "default"]] = None
 
@@ -74,6 +79,7 @@ class Completion(Generation, kw_only=True):
 class FunctionCall(Struct, forbid_unknown_fields=True):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # the SDK's own
 
 
 class Call(Struct, forbid_unknown_fields=True):
@@ -95,7 +101,7 @@ class Part(Struct, forbid_unknown_fields=True):
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """A message; the last four are in answers of the API, and come back empty."""
+    """A message. What follows `tool_call_id` is in answers of the API, and comes back with them."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "ipython"]
     content: Union[str, List[Part], None] = None
@@ -106,28 +112,47 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     annotations: Optional[List[Any]] = None
     audio: None = None
     function_call: None = None
+    parsed: Any = None  # the SDK's own
 
 
-class NamedTool(Struct, forbid_unknown_fields=True):
-    class Function(Struct, forbid_unknown_fields=True):
-        name: str
+class FunctionTool(Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
+    function: Dict[str, Any]
 
+
+class Function(Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
     function: Function
-    type: Literal["function"] = "function"
+
+
+class Allowed(Struct, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: List[NamedTool]
+
+
+class AllowedTools(Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    allowed_tools: Allowed
+
+
+Choice = Union[Literal["none", "auto", "required"], NamedTool, AllowedTools]
 
 
 class Chat(Generation, kw_only=True):
     messages: List[ChatMessage]
-    tools: Optional[List[Dict[str, Any]]] = None
+    tools: Optional[List[FunctionTool]] = None
     add_generation_prompt: Optional[bool] = None
     continue_final_message: Optional[bool] = None
     chat_template_kwargs: Optional[Dict[str, Any]] = None
     max_completion_tokens: Optional[int] = None
     logprobs: Optional[bool] = None
     top_logprobs: Optional[int] = None
-    tool_choice: Union[Literal["none", "auto", "required"], NamedTool, None] = None
+    tool_choice: Optional[Choice] = None
     parallel_tool_calls: Optional[bool] = None
     modalities: Optional[List[Literal["text"]]] = None
+    reasoning_effort: Optional[Literal["none"]] = None
+    verbosity: Optional[Literal["medium"]] = None
 
 
 class Embeddings(Body, kw_only=True):
@@ -142,7 +167,7 @@ class Tokenize(Body, kw_only=True):
     prompt: Optional[str] = None
     content: Optional[str] = None
     messages: Optional[List[ChatMessage]] = None
-    tools: Optional[List[Dict[str, Any]]] = None
+    tools: Optional[List[FunctionTool]] = None
     add_special_tokens: bool = True
     with_pieces: bool = False
 
@@ -152,6 +177,7 @@ class Detokenize(Body, kw_only=True):
 
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 async def read(request: Request, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
@@ -165,6 +191,8 @@ async def read(request: Request, kind: Type[B], lenient: bool) -> Tuple[B, List[
             data = await request.body()
     except TimeoutError:
         raise ApiError(408, "the body hasn't come in time", code="timeout") from None
+    except ClientDisconnect:  # nobody reads it
+        raise ApiError(499, "the client has left") from None
     if len(data) > 100_000:  # others go on meanwhile
         return await asyncio.to_thread(parse, data, kind, lenient)
     return parse(data, kind, lenient)
@@ -189,12 +217,24 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
         )
     for name in ignored:
         del value[name]
+    return convert(value, kind), ignored
+
+
+def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
+    """A JSON value as a typed one.
+
+    Args:
+        strict: false: numbers may come as texts, as in queries of addresses.
+
+    Raises:
+        ApiError: 400 with the parameter at fault.
+    """
     try:
-        return msgspec.convert(value, kind), ignored
+        return msgspec.convert(value, kind, strict=strict)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         text, _, path = str(error).replace("`", "").partition(" - at $.")
         missing = re.search(r"required field (\S+)", text)
-        param = re.sub(r"\[\.\.\.\]", "", path) or (missing[1] if missing else None)
+        param = path or (missing[1] if missing else None)
         place = f"{param}: " if path else ""
         raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
 

@@ -8,7 +8,7 @@ from typing import Any, AsyncGenerator, Dict, List, NamedTuple, Optional
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Chat, NamedTool
+from llama.apps.server.bodies import AllowedTools, Chat, NamedTool
 from llama.apps.server.dialogs import encode
 from llama.apps.server.errors import invalid
 from llama.apps.server.service import FINGERPRINT, Running, Service, received
@@ -84,8 +84,13 @@ class ChatAnswer:
         return "tool_calls" if reason == "stop" and self.calling[piece.choice] else reason
 
 
-async def start(request: Request, service: Service, body: Chat) -> ChatAnswer:
+async def start(
+    request: Request, service: Service, body: Chat, truncate: Optional[str] = None
+) -> ChatAnswer:
     """Check a body and queue its dialog.
+
+    Args:
+        truncate: "oldest_turns": drop those for which the context is too short.
 
     Raises:
         ApiError, ValueError: what is wrong with it.
@@ -103,7 +108,8 @@ async def start(request: Request, service: Service, body: Chat) -> ChatAnswer:
     if len(body.tools or ()) > MOST_TOOLS:
         raise invalid(f"{len(body.tools or ())} tools: give at most {MOST_TOOLS}", "tools")
     tools, more = shown_tools(body), {"logprobs": bool(body.logprobs), "top_logprobs": top}
-    choice = body.tool_choice or "auto"
+    choice: Any = body.tool_choice or "auto"
+    choice = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
     if choice not in ("auto", "none"):
         if body.response_format not in (None, {"type": "text"}):
             raise invalid("tool_choice and response_format: choose one", "tool_choice")
@@ -112,14 +118,29 @@ async def start(request: Request, service: Service, body: Chat) -> ChatAnswer:
             more["response_format"] = call_format(tools, name, {})
         except ValueError as error:
             raise invalid(str(error), "tool_choice") from None
-    ids = await encode(service.llama, body, tools or None)
+    ids = await encode(service.llama, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return ChatAnswer(service, await service.submit(request, [ids], body, most, **more), body)
 
 
 def shown_tools(body: Chat) -> List[Dict[str, Any]]:
-    """The tools that the model is told of."""
-    return list(body.tools or ()) if body.tool_choice != "none" else []
+    """The tools that the model is told of.
+
+    Raises:
+        ApiError: tool_choice allows one that isn't there.
+    """
+    choice = body.tool_choice
+    tools: List[Dict[str, Any]] = [
+        {"type": "function", "function": {k: v for k, v in f.items() if v is not None}}
+        for f in (tool.function for tool in body.tools or ())
+    ]
+    if not isinstance(choice, AllowedTools):
+        return tools if choice != "none" else []
+    names = {tool.function.name for tool in choice.allowed_tools.tools}
+    found = [tool for tool in tools if tool["function"].get("name") in names]
+    if len(found) < len(names):
+        raise invalid(f"tool_choice: {', '.join(sorted(names))}: not all in tools", "tool_choice")
+    return found
 
 
 async def _collected(answer: ChatAnswer, head: Dict[str, Any]) -> Dict[str, Any]:

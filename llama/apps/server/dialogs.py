@@ -13,8 +13,13 @@ from llama.text.context import encode_dialogs
 MOST_MESSAGES = 4096
 
 
-async def encode(llama: Llama, body: Chat, tools: Optional[Sequence[Any]]) -> List[int]:
+async def encode(
+    llama: Llama, body: Chat, tools: Optional[Sequence[Any]], truncate: Optional[str] = None
+) -> List[int]:
     """The token ids of a body's dialog, in another thread: templates may take long.
+
+    Args:
+        truncate: as `Llama.chat_completion` takes it.
 
     Raises:
         ApiError, ValueError: messages that aren't a dialog, or that the chat format can't express.
@@ -32,7 +37,10 @@ async def encode(llama: Llama, body: Chat, tools: Optional[Sequence[Any]]) -> Li
 
     def run() -> List[int]:
         try:
-            [ids], _ = encode_dialogs(formatter, [dialog], tools, None, None, 0, options)
+            [ids], _ = encode_dialogs(
+                formatter, [dialog], tools, truncate, body.max_tokens,
+                llama.model.params.max_seq_len, options,
+            )  # fmt: skip
         except ValueError as error:
             raise invalid(str(error).removeprefix("dialog 0: "), "messages") from None
         return ids
@@ -50,7 +58,8 @@ def messages_of(messages: Sequence[ChatMessage]) -> List[Message]:
 def _message(i: int, message: ChatMessage) -> Message:
     where = f"messages[{i}]"
     role = "system" if message.role == "developer" else message.role
-    found: Dict[str, Any] = {"role": role, "content": _text(where, message.content)}
+    content = _text(where, message.refusal if message.content is None else message.content)
+    found: Dict[str, Any] = {"role": role, "content": content}
     if message.tool_calls:
         found["tool_calls"] = [
             {"id": call.id or "", "name": call.function.name, "arguments": _object(where, call)}
@@ -70,7 +79,7 @@ def _text(where: str, content: Union[str, List[Part], None]) -> Optional[str]:
         return content
     texts = []
     for part in content:
-        text = part.text if part.type in ("text", "input_text", "output_text") else None
+        text = part.text if part.type in ("text", "input_text", "output_text") else part.refusal
         if text is None:
             raise invalid(
                 f"{where}: a part of type {part.type[:50]!r}; this model reads text only",

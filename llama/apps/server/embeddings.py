@@ -1,6 +1,7 @@
 """`/v1/embeddings`."""
 
 import base64
+from functools import partial
 from typing import Any, Dict, List
 
 import torch
@@ -36,9 +37,8 @@ async def embeddings(request: Request) -> Response:
 async def _embedded(service: Service, body: Embeddings, texts: List[List[int]]) -> Dict[str, Any]:
     data = []
     for i, ids in enumerate(texts):  # one at a time: steps of the engine come between
-        [row] = await service.engine.call(
-            lambda ids=ids: embed_ids(service.llama.model, [ids], body.pooling, normalize=False)
-        )
+        compute = partial(embed_ids, service.llama.model, [ids], body.pooling, normalize=False)
+        [row] = await service.engine.call(compute)
         row = row[: body.dimensions]
         if body.normalize:
             row = torch.nn.functional.normalize(row, dim=-1)

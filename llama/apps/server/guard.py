@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama.apps.server.errors import ApiError, response
 from llama.apps.server.settings import LOOPBACK, Settings
 
-OPEN = ("/", "/page.css", "/page.js", "/health")  # to all: no model's text is in them
+PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
+OPEN = (*PAGES, "/health")  # to all: no model's text is in them
 CORS = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",

@@ -9,6 +9,7 @@ from llama.apps.server.bodies import Call, ChatMessage, FunctionCall
 from llama.apps.server.chat import ChatAnswer
 from llama.apps.server.errors import as_api_error
 from llama.apps.server.texts import chat_logprob
+from llama.text.tool_stream import Delta
 
 Data = Dict[str, Any]
 
@@ -18,12 +19,15 @@ class Output:
 
     Attributes:
         response: the response so far.
+        failure: what ended it early.
     """
 
     def __init__(self, answer: ChatAnswer, head: Data):
         self._answer, self.response = answer, head
         self._items: List[Data] = head["output"]
         self._number = 0
+        self._logprobs: List[Data] = []  # of tokens whose text hasn't come yet
+        self.failure: Optional[Exception] = None
 
     async def events(self) -> AsyncGenerator[Data, None]:
         """The events, in the order that OpenAI's clients expect."""
@@ -34,23 +38,16 @@ class Output:
             async with aclosing(self._answer.pieces()) as pieces:
                 async for piece in pieces:
                     entry = chat_logprob(self._answer.tokenizer, piece.event)
+                    self._logprobs += [entry] if entry else []
                     for delta in piece.deltas:
-                        if delta.index is None:
-                            for event in self._text(delta.text, [entry] if entry else []):
-                                yield event
-                            entry = None
-                        else:
-                            if delta.name:
-                                for event in self._end_item():
-                                    yield event
-                                yield self._begin_call(delta.id, delta.name)
-                            if delta.arguments:
-                                self._items[-1]["arguments"] += delta.arguments
-                                yield self._of_item(
-                                    "function_call_arguments.delta", delta=delta.arguments
-                                )
+                        for event in self._call(delta) if delta.name else self._more(delta):
+                            yield event
                     reason = piece.event.finish_reason
+            if not self._items:  # clients expect one
+                for event in self._text(""):
+                    yield event
         except Exception as error:
+            self.failure = error
             text = as_api_error(error).body["error"]["message"]
             self.response["error"] = {"code": "server_error", "message": text}
             reason = "error"
@@ -68,7 +65,15 @@ class Output:
         ]
         return ChatMessage(role="assistant", content="".join(texts), tool_calls=calls or None)
 
-    def _text(self, text: str, logprobs: List[Any]) -> Iterator[Data]:
+    def _more(self, delta: Delta) -> Iterator[Data]:
+        """A text, or a piece of the arguments of the call that is under way."""
+        if delta.index is None:
+            yield from self._text(delta.text)
+        else:
+            self._items[-1]["arguments"] += delta.arguments
+            yield self._of_item("function_call_arguments.delta", delta=delta.arguments)
+
+    def _text(self, text: str) -> Iterator[Data]:
         if not self._items or self._items[-1]["type"] != "message":
             yield from self._end_item()
             item: Data = {
@@ -80,18 +85,24 @@ class Output:
             part: Data = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             yield self._of_item("content_part.added", content_index=0, part=part)
             item["content"] = [part]
-        part = self._items[-1]["content"][0]
+        part, logprobs = self._items[-1]["content"][0], self._logprobs
         part["text"] += text
         part["logprobs"] += logprobs
+        self._logprobs = []
         yield self._of_item("output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
-    def _begin_call(self, call_id: str, name: str) -> Data:
-        item = {
-            "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id,
-            "name": name, "arguments": "", "status": "in_progress",
+    def _call(self, delta: Delta) -> Iterator[Data]:
+        """The beginning of a call."""
+        yield from self._end_item()
+        item: Data = {
+            "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": delta.id,
+            "name": delta.name, "arguments": "", "status": "in_progress",
         }  # fmt: skip
         self._items.append(item)
-        return self._of_item("output_item.added", item=item)
+        self._logprobs = []
+        yield self._of_item("output_item.added", item=item)
+        if delta.arguments:
+            yield from self._more(delta)
 
     def _end_item(self, status: str = "completed") -> Iterator[Data]:
         """Complete the last item, if it is under way."""
@@ -119,7 +130,7 @@ class Output:
                 "input_tokens": usage["prompt_tokens"],
                 "input_tokens_details": usage["prompt_tokens_details"],
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": usage["completion_tokens_details"],
                 "total_tokens": usage["total_tokens"],
             },
         )

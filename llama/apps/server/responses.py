@@ -4,27 +4,32 @@ import time
 import uuid
 from collections import OrderedDict
 from contextlib import aclosing
-from typing import Any, AsyncGenerator, Dict, List, Literal, Optional, Union
+from typing import Annotated, Any, AsyncGenerator, Dict, List, Literal, Optional, Tuple, Union
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Body, Call, Chat, ChatMessage, FunctionCall, NamedTool
-from llama.apps.server.chat import start
-from llama.apps.server.errors import ApiError, invalid
+from llama.apps.server.bodies import Body, Call, Chat, ChatMessage, FunctionCall, convert
+from llama.apps.server.chat import shown_tools, start
+from llama.apps.server.dialogs import encode
+from llama.apps.server.errors import ApiError, as_api_error, invalid
 from llama.apps.server.items import Output
 from llama.apps.server.service import Service, ready, received
 from llama.apps.server.streams import EventStream, json, whole
 
 KEPT = 1024  # responses
+LOGPROBS = "message.output_text.logprobs"
 
 
-class Item(Struct, forbid_unknown_fields=True, kw_only=True):
-    """An item of the input: a message, a call of a tool, or its result."""
+class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """An item of the input: a message, a call of a tool, its result, or an earlier item's id.
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    What follows `status` is in answers of the API, and comes back with them.
+    """
+
+    type: Literal["message", "function_call", "function_call_output", "item_reference"] = "message"
     role: Optional[str] = None
     content: Union[str, List[Dict[str, Any]], None] = None
     name: Optional[str] = None
@@ -34,11 +39,10 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True):
     id: Optional[str] = None
     status: Optional[str] = None
     phase: Optional[str] = None
-
-
-class NamedFunction(Struct, forbid_unknown_fields=True):
-    name: str
-    type: Literal["function"] = "function"
+    async_: None = None
+    caller: None = None
+    namespace: None = None
+    parsed_arguments: Any = None
 
 
 class TextOptions(Struct, forbid_unknown_fields=True):
@@ -57,14 +61,29 @@ class Responses(Body, kw_only=True):
     temperature: Optional[float] = None
     top_p: Optional[float] = None
     top_logprobs: Optional[int] = None
-    include: Optional[List[Literal["message.output_text.logprobs"]]] = None
+    include: Optional[
+        List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]]
+    ] = None
     text: Optional[TextOptions] = None
     tools: Optional[List[Dict[str, Any]]] = None
-    tool_choice: Union[Literal["none", "auto", "required"], NamedFunction, None] = None
+    tool_choice: Union[str, Dict[str, Any], None] = None
     parallel_tool_calls: Optional[bool] = None
-    truncation: Optional[Literal["disabled"]] = None
+    max_tool_calls: Optional[int] = None  # of OpenAI's own tools, which aren't offered
+    truncation: Optional[Literal["auto", "disabled"]] = None
     background: Optional[Literal[False]] = None
-    reasoning: None = None
+    reasoning: Optional[Dict[str, Optional[Literal["none"]]]] = None
+
+
+class Page(Struct, forbid_unknown_fields=True):
+    """Which items of a list."""
+
+    after: Optional[str] = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+class Retrieved(Struct, forbid_unknown_fields=True):
+    stream: Literal["false"] = "false"
 
 
 class Stored(Struct):
@@ -97,28 +116,35 @@ class Store:
         self.get(name)
         del self._kept[name]
 
+    def item(self, name: Optional[str]) -> Item:
+        """An item of the input or the output of a response that is kept.
+
+        Raises:
+            ApiError: there is none with this id.
+        """
+        for stored in reversed(self._kept.values()):
+            for item in (*stored.items, *stored.response["output"]):
+                if item["id"] == name:
+                    return convert(item, Item)
+        raise invalid(f"input: there is no item {name!r:.100}", "input")
+
 
 async def responses(request: Request) -> Response:
     service, body, headers = await received(request, Responses)
     store: Store = request.app.state.store
-    own = [ChatMessage(role="user", content=body.input)] if isinstance(body.input, str) else [
-        _message(i, item) for i, item in enumerate(body.input)
-    ]  # fmt: skip
-    earlier = body.previous_response_id
-    known = store.get(earlier, "previous_response_id").messages if earlier else []
-    chat = as_chat(body, _joined([*known, *own]))
-    answer = await start(request, service, chat)
+    items, messages, chat = _read(body, store)
+    truncate = "oldest_turns" if body.truncation == "auto" else None
+    try:
+        answer = await start(request, service, chat, truncate)
+    except (ApiError, ValueError) as error:
+        raise _renamed(error) from None
     output = Output(answer, _head(service, body))
-    items = [{"type": "message", "role": "user", "content": body.input}] if isinstance(
-        body.input, str
-    ) else msgspec.to_builtins(body.input)  # fmt: skip
 
     async def events() -> AsyncGenerator[Dict[str, Any], None]:
         async with aclosing(output.events()) as found:
             async for event in found:
-                ended = event.get("response", {}).get("status", "in_progress") != "in_progress"
-                if ended and body.store is not False:
-                    dialog = _joined([*known, *own, output.message()])
+                if output.response["status"] != "in_progress" and body.store is not False:
+                    dialog = _joined([*messages, output.message()])
                     store.add(Stored(output.response, dialog, items))
                 yield event
 
@@ -126,6 +152,8 @@ async def responses(request: Request) -> Response:
         async with aclosing(events()) as found:
             async for _ in found:
                 pass
+        if output.failure is not None:
+            raise output.failure
         return output.response
 
     if body.stream:
@@ -136,6 +164,17 @@ async def responses(request: Request) -> Response:
     return reply
 
 
+async def input_tokens(request: Request) -> Response:
+    """How many tokens a request's input has."""
+    service, body, headers = await received(request, Responses)
+    _, _, chat = _read(body, request.app.state.store)
+    try:
+        ids = await encode(service.llama, chat, shown_tools(chat) or None)
+    except (ApiError, ValueError) as error:
+        raise _renamed(error) from None
+    return json({"object": "response.input_tokens", "input_tokens": len(ids)}, headers)
+
+
 async def stored(request: Request) -> Response:
     """GET and DELETE of a response."""
     ready(request)
@@ -143,15 +182,31 @@ async def stored(request: Request) -> Response:
     if request.method == "DELETE":
         store.delete(name)
         return json({"id": name, "object": "response", "deleted": True})
+    convert(dict(request.query_params), Retrieved)
     return json(store.get(name).response)
 
 
 async def input_items(request: Request) -> Response:
     ready(request)
+    page = convert(dict(request.query_params), Page, strict=False)
     items = request.app.state.store.get(request.path_params["id"]).items
-    found = [{"id": f"item_{i}", "status": "completed", **item} for i, item in enumerate(items)]
-    ends = {"first_id": "item_0", "last_id": f"item_{len(found) - 1}"}
-    return json({"object": "list", "data": found, "has_more": False, **ends})
+    items = items if page.order == "asc" else items[::-1]
+    first = next((i for i, item in enumerate(items, 1) if item["id"] == page.after), 0)
+    found = items[first : first + page.limit]
+    ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {}
+    more = first + len(found) < len(items)
+    return json({"object": "list", "data": found, "has_more": more, **ends})
+
+
+def _read(body: Responses, store: Store) -> Tuple[List[Dict[str, Any]], List[ChatMessage], Chat]:
+    """A body's items as they are stored, its dialog without instructions, and its chat request."""
+    given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    given = [store.item(item.id) if item.type == "item_reference" else item for item in given]
+    own = [_message(i, item) for i, item in enumerate(given)]
+    earlier = body.previous_response_id
+    known = store.get(earlier, "previous_response_id").messages if earlier else []
+    messages = _joined([*known, *own])
+    return [_shown(item) for item in given], messages, as_chat(body, messages)
 
 
 def as_chat(body: Responses, messages: List[ChatMessage]) -> Chat:
@@ -159,50 +214,64 @@ def as_chat(body: Responses, messages: List[ChatMessage]) -> Chat:
     if body.instructions is not None:
         messages = [ChatMessage(role="system", content=body.instructions), *messages]
     choice: Any = body.tool_choice
-    if isinstance(choice, NamedFunction):
-        choice = NamedTool(NamedTool.Function(choice.name))
+    if isinstance(choice, dict):
+        tools = choice.get("tools")
+        named = list(map(_nested, tools)) if isinstance(tools, list) else tools
+        choice = _nested(choice | ({"tools": named} if tools else {}))
     form = body.text.format if body.text else None
-    if form and form.get("type") == "json_schema":
-        form = {
-            "type": "json_schema",
-            "json_schema": {k: v for k, v in form.items() if k != "type"},
-        }
-    return Chat(
-        messages=messages, model=body.model, max_tokens=body.max_output_tokens,
-        temperature=body.temperature, top_p=body.top_p, response_format=form,
-        tools=[_tool(i, tool) for i, tool in enumerate(body.tools or ())] or None,
-        tool_choice=choice, parallel_tool_calls=body.parallel_tool_calls,
-        logprobs=bool(body.include or body.top_logprobs), top_logprobs=body.top_logprobs,
-    )  # fmt: skip
+    chat = {
+        "tools": [_nested(tool) for tool in body.tools or ()] or None, "tool_choice": choice,
+        "response_format": _nested(form) if form and form.get("type") == "json_schema" else form,
+        "messages": [], "model": body.model, "max_tokens": body.max_output_tokens,
+        "temperature": body.temperature, "top_p": body.top_p, "top_logprobs": body.top_logprobs,
+        "logprobs": bool(body.top_logprobs) or LOGPROBS in (body.include or ()),
+        "parallel_tool_calls": body.parallel_tool_calls,
+    }  # fmt: skip
+    return msgspec.structs.replace(convert(chat, Chat), messages=messages)
 
 
-def _tool(i: int, tool: Dict[str, Any]) -> Dict[str, Any]:
-    if tool.get("type") != "function":
-        raise invalid(f"tools[{i}]: of type {tool.get('type')!r}; only functions", "tools")
-    keys = ("name", "description", "parameters", "strict")
-    return {
-        "type": "function",
-        "function": {k: tool[k] for k in keys if tool.get(k) is not None},
-    }
+def _nested(value: Any) -> Any:
+    """{"type": t, ...} as {"type": t, t: {...}}, which chat requests have instead."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return value
+    return {"type": value["type"], value["type"]: {k: v for k, v in value.items() if k != "type"}}
+
+
+def _renamed(error: Exception) -> ApiError:
+    """An error of a chat request, with the parameter as it is called here."""
+    found = as_api_error(error)
+    param = found.body["error"]["param"] or ""
+    names = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
+    found.body["error"]["param"] = names.get(param.partition("[")[0], param) or None
+    return found
+
+
+def _shown(item: Item) -> Dict[str, Any]:
+    """An item as it is listed later."""
+    found = {"status": "completed", "id": f"item_{uuid.uuid4().hex}", **msgspec.to_builtins(item)}
+    found["type"] = item.type
+    if isinstance(item.content, str):
+        output: Dict[str, Any] = {"type": "output_text", "annotations": []}
+        kind = output if item.role == "assistant" else {"type": "input_text"}
+        found["content"] = [{**kind, "text": item.content}]
+    return found
 
 
 def _message(i: int, item: Item) -> ChatMessage:
+    if item.type == "function_call":
+        call = Call(FunctionCall(item.name or "", item.arguments or "{}"), id=item.call_id)
+        return ChatMessage(role="assistant", tool_calls=[call])
+    result = item.type == "function_call_output"
+    content = item.output if result else item.content
+    if isinstance(content, list):
+        known = ("type", "text", "refusal")
+        content = [{k: v for k, v in part.items() if k in known} for part in content]
+    role = "tool" if result else item.role
     try:
-        if item.type == "function_call":
-            call = Call(FunctionCall(item.name or "", item.arguments or "{}"), id=item.call_id)
-            return ChatMessage(role="assistant", tool_calls=[call])
-        result = item.type == "function_call_output"
-        found: Dict[str, Any] = {"role": "tool" if result else item.role}
-        parts = item.output if result else item.content
-        found["content"] = parts if isinstance(parts, str) else list(map(_part, parts or ()))
-        return msgspec.convert({**found, "tool_call_id": item.call_id}, ChatMessage)
+        found = {"role": role, "content": content, "tool_call_id": item.call_id}
+        return msgspec.convert(found, ChatMessage)
     except msgspec.ValidationError as error:
         raise invalid(f"input[{i}]: {error}".replace("`", ""), "input") from None
-
-
-def _part(part: Dict[str, Any]) -> Dict[str, Any]:
-    msgspec.convert(part.get("type"), str)
-    return {"type": part["type"], "text": part.get("text")}
 
 
 def _joined(messages: List[ChatMessage]) -> List[ChatMessage]:
@@ -231,9 +300,10 @@ def _head(service: Service, body: Responses) -> Dict[str, Any]:
         "temperature": usual.temperature if body.temperature is None else body.temperature,
         "top_p": usual.top_p if body.top_p is None else body.top_p,
         "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-        "tool_choice": msgspec.to_builtins(body.tool_choice) or "auto",
+        "tool_choice": body.tool_choice or "auto",
         "tools": [{"parameters": None, "strict": None, **tool} for tool in body.tools or ()],
-        "top_logprobs": body.top_logprobs or 0, "truncation": "disabled", "usage": None,
+        "top_logprobs": body.top_logprobs or 0, "usage": None,
+        "truncation": body.truncation or "disabled", "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {}, "user": body.user, "background": False,
         "service_tier": "default", "store": body.store is not False,
     }  # fmt: skip

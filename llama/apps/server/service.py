@@ -162,7 +162,11 @@ class Running:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "cache_write_tokens": self.prompt_tokens - self.cached_tokens,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
 
@@ -186,13 +190,13 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[Tuple[int, Event]]
     try:
         unfinished = len(tasks)
         while unfinished:
-            i, event = await found.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
+            i, what = await found.get()
+            if isinstance(what, Exception):
+                raise what
+            if what is None:
                 unfinished -= 1
             else:
-                yield i, event
+                yield i, what
     finally:
         for task in tasks:
             task.cancel()

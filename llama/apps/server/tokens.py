@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.apps.server.bodies import Chat, Detokenize, Tokenize
+from llama.apps.server.chat import shown_tools
 from llama.apps.server.dialogs import encode
 from llama.apps.server.errors import invalid
 from llama.apps.server.service import received
@@ -21,7 +22,8 @@ async def tokenize(request: Request) -> Response:
     if len(given) != 1:
         raise invalid("give one of prompt, content and messages", "prompt")
     if body.messages is not None:
-        ids = await encode(service.llama, Chat(messages=body.messages), body.tools)
+        dialog = Chat(messages=body.messages, tools=body.tools)
+        ids = await encode(service.llama, dialog, shown_tools(dialog) or None)
     else:
         bos = tokenizer.add_bos and body.add_special_tokens
         ids = await asyncio.to_thread(tokenizer.encode, given[0], bos=bos, eos=False)  # type: ignore[arg-type]
@@ -52,6 +54,6 @@ async def detokenize(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text of a chat request as the model sees it, and its token ids."""
     service, body, headers = await received(request, Chat)
-    ids = await encode(service.llama, body, body.tools)
+    ids = await encode(service.llama, body, shown_tools(body) or None)
     text = service.llama.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
     return json({"prompt": text, "tokens": ids, "count": len(ids)}, headers)

@@ -4,7 +4,7 @@
 export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    if (name.startsWith("on")) node[name] = value;
     else if (value !== undefined) node.setAttribute(name, value);
   }
   node.append(...children);
@@ -23,22 +23,27 @@ const INLINE = new RegExp([
 ].map((part) => part.source).join("|"), "g");
 
 function inline(text, depth = 0) {
-  const parts = [];
   const inner = (part) => (depth < 8 ? inline(part, depth + 1) : [part]);
-  let end = 0;
-  for (const { 0: whole, index, groups: g } of text.matchAll(INLINE)) {
+  return pieces(text, INLINE, ({ groups: g }) => {
     const href = g.href ?? g.url;
     const link = { href, rel: "noopener noreferrer", target: "_blank" };
-    parts.push(text.slice(end, index));
-    end = index + whole.length;
-    if (g.escaped) parts.push(g.escaped);
-    else if (g.code) parts.push(el("code", {}, g.code.replace(/^ (.*\S.*) $/s, "$1")));
-    else if (href) parts.push(el("a", link, ...(g.label ? inner(g.label) : [href])));
-    else if (g.bold) parts.push(el("strong", {}, ...inner(g.bold)));
-    else if (g.struck) parts.push(el("del", {}, ...inner(g.struck)));
-    else parts.push(el("em", {}, ...inner(g.star ?? g.line)));
+    if (g.escaped) return g.escaped;
+    if (g.code) return el("code", {}, g.code.replace(/^ (.*\S.*) $/s, "$1"));
+    if (href) return el("a", link, ...(g.label ? inner(g.label) : [href]));
+    const tag = g.bold ? "strong" : g.struck ? "del" : "em";
+    return el(tag, {}, ...inner(g.bold ?? g.struck ?? g.star ?? g.line));
+  });
+}
+
+/** A text with each match of a pattern replaced by what `make` makes of it, as a list. */
+function pieces(text, pattern, make) {
+  const found = [];
+  let end = 0;
+  for (const match of text.matchAll(pattern)) {
+    found.push(text.slice(end, match.index), make(match));
+    end = match.index + match[0].length;
   }
-  return [...parts, text.slice(end)];
+  return [...found, text.slice(end)];
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
@@ -60,37 +65,28 @@ function blocks(lines, depth = 0) {
   };
   while (at < lines.length) {
     const from = at;
-    const line = lines[at];
+    const line = lines[at++];
     let match, make;
-    if (!line.trim()) {
-      at++;
-      continue;
-    } else if ((match = FENCE.exec(line))) {
-      at++;
+    if (!line.trim()) continue;
+    if ((match = FENCE.exec(line))) {
       const [, fence, language] = match;
       const ends = (l) => l.trim().startsWith(fence) && !l.trim().replaceAll(fence[0], "");
       const code = take((l) => !ends(l)).join("\n");
       at++;
       make = () => codeCard(language.trim().split(/\s/)[0], code);
     } else if ((match = HEADING.exec(line))) {
-      at++;
-      const tag = `h${(level = Math.min(match[1].length + 2, level + 1, 6))}`;
-      const text = match[2].replace(/ #+ *$/, "");
-      make = () => el(tag, {}, ...inline(text));
-    } else if (RULE.test(line)) {
-      at++;
-      make = () => el("hr");
-    } else if (line.startsWith(">") && depth < 8) {
-      const body = take((l) => l.startsWith(">")).map((l) => l.replace(/^> ?/, ""));
+      const [, { length }, text] = match;
+      const tag = `h${(level = Math.min(length + 2, level + 1, 6))}`;
+      make = () => el(tag, {}, ...inline(text.replace(/ #+ *$/, "")));
+    } else if (RULE.test(line)) make = () => el("hr");
+    else if (line[0] === ">" && depth < 8) {
+      const body = [line, ...take((l) => l[0] === ">")].map((l) => l.replace(/^> ?/, ""));
       make = () => el("blockquote", {}, ...elements(body, depth));
-    } else if ((match = ITEM.exec(line)) && depth < 8) {
-      make = list(match);
-    } else if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] ?? "")) {
-      make = table(take((l) => l.includes("|")));
+    } else if ((match = ITEM.exec(line)) && depth < 8) make = list(match);
+    else if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at] ?? "")) {
+      make = table([line, ...take((l) => l.includes("|"))]);
     } else {
-      at++;
-      take((l) => l.trim() && !starts(l));
-      const text = lines.slice(from, at).join("\n").trim();
+      const text = [line, ...take((l) => l.trim() && !starts(l))].join("\n").trim();
       make = () => el("p", {}, ...inline(text));
     }
     found.push([level + lines.slice(from, at).join("\n"), make]);
@@ -98,7 +94,7 @@ function blocks(lines, depth = 0) {
   return found;
 
   function list([whole, { length: indent }, marker, first]) {
-    const items = [];
+    const items = [[first]];
     let width = whole.length - first.length;
     for (; at < lines.length; at++) {
       const line = lines[at];
@@ -131,40 +127,29 @@ function table([head, columns, ...rows]) {
 }
 
 const HASHES = /^(py|python\d?|sh|bash|shell|zsh|yaml|yml|toml|rb|ruby|r|make|dockerfile)$/i;
-const KEYWORDS = `and as async await bool break case catch char class const continue def default
- delete do double elif else enum except export extends false False final finally float fn for from
- func function if impl import in int interface is lambda let long match mut new nil None not null
- or pass private protected public pub return self static struct super switch then this throw true
- True try type typeof use using var void while with yield SELECT FROM WHERE JOIN ON GROUP BY ORDER
- echo fi done esac`.split(/\s+/).join("|");
+const KEYWORDS = `and as async await bool break case catch char class const continue def default do
+ done double elif else enum except export extends fi finally float fn for from func function if impl
+ import in int let long match mut new nil not null or pass private public raise return self static
+ struct super switch then this throw try type use var void while with yield [Ff]alse None [Tt]rue
+ SELECT FROM WHERE JOIN ON GROUP BY ORDER`.split(/\s+/).join("|");
 
 function highlighted(code, language) {
   if (!language || language === "text" || code.length > 20000) return [code];
-  const words = new RegExp([
-    /("""[^]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')/.source,
-    HASHES.test(language) ? "((?<![\\w$&])#.*)" : "(//.*|/\\*[^]*?\\*/)",
-    `\\b(\\d[\\w.]*)\\b|\\b(${KEYWORDS})\\b`,
-  ].join("|"), "g");
-  const parts = [];
-  let end = 0;
-  for (const match of code.matchAll(words)) {
-    const kind = ["string", "comment", "number", "keyword"][match.slice(1).findIndex(Boolean)];
-    parts.push(code.slice(end, match.index), el("span", { class: kind }, match[0]));
-    end = match.index + match[0].length;
-  }
-  return [...parts, code.slice(end)];
+  const comment = HASHES.test(language) ? "(?<![\\w$&])#.*" : "//.*|/\\*[^]*?\\*/";
+  const string = /"""[^]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'/.source;
+  const words = RegExp(`(${string})|(${comment})|\\b(\\d[\\w.]*)\\b|\\b(${KEYWORDS})\\b`, "g");
+  return pieces(code, words, ([text, ...groups]) =>
+    el("span", { class: ["string", "comment", "number", "keyword"][groups.findIndex(Boolean)] }, text));
 }
 
 export function copyButton(text) { // without https or localhost, browsers have no clipboard
-  const onclick = async (event) => {
-    await navigator.clipboard.writeText(text());
-    event.target.textContent = "Copied";
-  };
-  return navigator.clipboard ? el("button", { type: "button", onclick }, "Copy") : "";
+  const onclick = ({ target }) =>
+    navigator.clipboard.writeText(text).then(() => (target.textContent = "Copied"));
+  return text && navigator.clipboard ? el("button", { type: "button", onclick }, "Copy") : "";
 }
 
 export function codeCard(language, code, title = language || "code") {
-  return el("div", { class: "card" }, el("div", {}, el("span", {}, title), copyButton(() => code)),
+  return el("div", { class: "card" }, el("div", {}, el("strong", {}, title), copyButton(code)),
     el("pre", { tabindex: 0 }, el("code", {}, ...highlighted(code, language))));
 }
 

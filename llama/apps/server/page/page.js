@@ -3,22 +3,34 @@
 import { codeCard, copyButton, el, markdown } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
-const narrow = matchMedia("(max-width: 800px)");
 const PREFIX = "llama/";
 const chats = new Map(); // id -> {id, title, changed, model, settings, messages}
 const running = new Map(); // conversation -> AbortController
 const faults = new Map(); // conversation -> [message, what "Retry" does]
 let current; // conversation
 let pinned = true; // whether the end is in view, and kept there
-let afterKey; // what goes on when it has been entered
+let afterKey; // what goes on when a key has been entered
 let tipped; // token whose alternatives are shown
+let frame; // in which the last turn is drawn
+
+const parsed = (text) => {
+  try {
+    return JSON.parse(text);
+  } catch {} // it isn't JSON, or not yet
+};
+const pretty = (text) => {
+  const value = parsed(text);
+  return value && typeof value === "object" && JSON.stringify(value, null, 2);
+};
+const who = ({ role, name }) => ({ user: "You", tool: `Result of ${name}` })[role] ?? "Assistant";
+const button = (text, onclick) => el("button", { type: "button", onclick }, text);
 
 // Conversations.
 
 function load(key) {
-  const chat = key.startsWith(PREFIX) && JSON.parse(localStorage.getItem(key));
-  if (chat && !running.has(chats.get(chat.id))) chats.set(chat.id, chat);
-  else if (!chat) chats.delete(key.slice(PREFIX.length));
+  const chat = key.startsWith(PREFIX) && parsed(localStorage.getItem(key));
+  if (!chat) chats.delete(key.slice(PREFIX.length));
+  else if (!running.has(chats.get(chat.id))) chats.set(chat.id, chat);
 }
 
 function save(chat) {
@@ -27,7 +39,7 @@ function save(chat) {
     localStorage.setItem(PREFIX + chat.id, JSON.stringify(chat));
   } catch {
     const said = "The browser's storage is full: export and delete conversations.";
-    faults.set(chat, [said, () => save(chat) || show()]);
+    faults.set(chat, [said, () => [faults.delete(chat), save(chat), show()]]);
   }
   listChats();
 }
@@ -42,35 +54,29 @@ function listChats() {
 
 function open() {
   const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
-  const { settings = {}, model } = current ?? {};
-  current = chats.get(location.hash.slice(1)) ??
-    { id, title: "", model, settings: { ...settings }, messages: [] };
-  for (const field of $("settings").elements) {
-    if (field.type === "checkbox") field.checked = Boolean(current.settings[field.name]);
-    else if (field.name) field.value = current.settings[field.name] ?? "";
+  const { settings, model } = current ?? {};
+  const fresh = { id, title: "", model, settings: { ...settings }, messages: [] };
+  current = chats.get(location.hash.slice(1)) ?? fresh;
+  for (const field of $("settings").querySelectorAll("[name]")) {
+    if (field.type === "checkbox") field.checked = field.name in current.settings;
+    else field.value = current.settings[field.name] ?? "";
   }
-  chooseModel();
-  if (narrow.matches) panel("chats", false);
+  $("title").value = current.title;
+  $("chats").hidePopover();
   pinned = true;
   listChats();
   show();
   $("text").focus();
 }
 
-function exported(kind) {
-  if (kind === "json") return JSON.stringify(current, null, 2);
-  const parts = current.messages.map((message) => [
-    `## ${who(message)}`,
-    message.content,
-    ...(message.tool_calls ?? []).map((call) => "```json\n" + JSON.stringify(call) + "\n```"),
-  ].filter(Boolean).join("\n\n"));
-  return [`# ${current.title}`, ...parts].join("\n\n") + "\n";
-}
-
 function download(kind) {
-  const href = URL.createObjectURL(new Blob([exported(kind)]));
+  const calls = ({ tool_calls = [] }) => tool_calls.map(({ function: asked }) =>
+    `\`\`\`json\n${JSON.stringify(asked)}\n\`\`\``);
+  const parts = current.messages.flatMap((m) => [`## ${who(m)}`, m.content, ...calls(m)]);
+  const text = kind === "json" ? JSON.stringify(current, null, 2)
+    : [`# ${current.title}`, ...parts.filter(Boolean)].join("\n\n") + "\n";
+  const href = URL.createObjectURL(new Blob([text]));
   el("a", { href, download: `${current.title || "conversation"}.${kind}` }).click();
-  setTimeout(() => URL.revokeObjectURL(href), 60000);
 }
 
 // The server.
@@ -95,29 +101,20 @@ async function loadModels() {
   try {
     const { data } = await (await call("v1/models", {}, loadModels)).json();
     $("model").replaceChildren(...data.map(({ id }) => el("option", {}, id)));
-    chooseModel();
   } catch (error) {
     faults.set(chat, [error.message, loadModels]);
   }
   show();
 }
 
-function chooseModel() {
-  const names = [...$("model").options].map((option) => option.value);
-  if (names.includes(current.model)) $("model").value = current.model;
-}
-
-function request(chat) {
-  const { system, probabilities, ...settings } = chat.settings;
-  const messages = chat.messages.map(({ role, content, tool_calls, tool_call_id }) =>
+function request({ model, settings: { system, probabilities, ...settings }, messages }) {
+  const body = { model, stream: true, stream_options: { include_usage: true } };
+  body.messages = messages.map(({ role, content, tool_calls, tool_call_id }) =>
     ({ role, content, tool_calls, tool_call_id }));
-  if (system?.trim()) messages.unshift({ role: "system", content: system });
-  const body = { model: chat.model, messages, stream: true };
-  body.stream_options = { include_usage: true };
+  if (system?.trim()) body.messages.unshift({ role: "system", content: system });
   if (probabilities) Object.assign(body, { logprobs: true, top_logprobs: 5 });
-  for (const [name, value] of Object.entries(settings)) {
+  for (const [name, value] of Object.entries(settings).filter(([, value]) => value.trim())) {
     const { kind } = $("settings").elements[name].dataset;
-    if (!value.trim()) continue;
     if (kind === "lines") body[name] = value.split("\n").filter(Boolean);
     else body[name] = kind === "json" ? JSON.parse(value) : Number(value);
   }
@@ -128,20 +125,16 @@ function request(chat) {
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  let data = [];
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const lines = (rest + value).split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) {
-      if (line.startsWith("data:")) data.push(line.slice(5).trim());
-      else if (!line && data.length) {
-        const text = data.join("\n");
-        if (text === "[DONE]") return;
-        data = [];
-        yield JSON.parse(text);
-      }
+    const whole = (rest + value.replaceAll("\r", "")).split("\n\n");
+    rest = whole.pop();
+    for (const event of whole) {
+      const lines = event.split("\n").filter((line) => line.startsWith("data:"));
+      const data = lines.map((line) => line.slice(5)).join("\n").trim();
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
     }
   }
 }
@@ -166,20 +159,18 @@ function absorb(message, { choices, error, usage }) {
 }
 
 async function answer(chat) {
-  const controller = new AbortController();
-  const message = { role: "assistant", content: "", model: $("model").value };
+  const { signal } = running.set(chat, new AbortController()).get(chat);
   const again = () => regenerate(chat);
-  Object.assign(chat, { model: message.model, changed: Date.now() });
-  chat.title ||= chat.messages[0].content.slice(0, 80);
-  $("title").value = chat.title;
+  Object.assign(chat, { model: $("model").value, changed: Date.now() });
+  const message = { role: "assistant", content: "", model: chat.model };
+  $("title").value = chat.title ||= chat.messages[0].content.slice(0, 80);
   history.replaceState(null, "", `#${chat.id}`);
   faults.delete(chat);
-  running.set(chat, controller);
   pinned = true;
   try {
     const wrong = $("settings").querySelector(":invalid:not(fieldset)");
-    if (wrong) throw new Error(`${wrong.labels[0].innerText.trim()}: ${wrong.validationMessage}`);
-    const options = { method: "POST", body: request(chat), signal: controller.signal };
+    if (wrong) throw new Error(`${wrong.labels[0].textContent.trim()}: ${wrong.validationMessage}`);
+    const options = { method: "POST", body: request(chat), signal };
     chat.messages.push(message);
     save(chat);
     show();
@@ -198,9 +189,8 @@ async function answer(chat) {
     else faults.set(chat, [error.message, again]);
   }
   running.delete(chat);
-  if (!message.content && !message.tool_calls && message === chat.messages.at(-1)) {
-    chat.messages.pop();
-  }
+  const empty = !message.content && !message.tool_calls;
+  if (empty && chat.messages.at(-1) === message) chat.messages.pop();
   if (chats.has(chat.id)) save(chat);
   if (chat !== current) return;
   show();
@@ -214,38 +204,21 @@ function regenerate(chat) {
 
 // What is shown.
 
-const parsed = (text) => {
-  try {
-    return JSON.parse(text);
-  } catch {} // it isn't JSON, or not yet
-};
-const pretty = (text) => {
-  const value = parsed(text);
-  return value && typeof value === "object" ? JSON.stringify(value, null, 2) : undefined;
-};
-const who = ({ role }) => ({ user: "You", assistant: "Assistant", tool: "Result of a tool" })[role];
-const button = (text, onclick) => el("button", { type: "button", onclick }, text);
-
 function show() {
-  const turns = $("turns");
-  const fault = faults.get(current);
-  const busy = running.has(current);
+  const [turns, fault, busy] = [$("turns"), faults.get(current), running.has(current)];
   turns.replaceChildren(...current.messages.map(turn));
   if (fault) {
-    turns.append(el("div", { class: "error", role: "alert" }, el("p", {}, fault[0]),
-      button("Retry", fault[1])));
-  } else if (!current.messages.length) {
-    turns.append(el("div", { class: "empty" }, el("h2", {}, "Ask the model something"),
-      el("p", {}, "Conversations are kept in this browser.")));
+    const again = button("Retry", fault[1]);
+    turns.append(el("div", { class: "error", role: "alert" }, el("p", {}, fault[0]), again));
   }
   turns.classList.toggle("busy", busy);
-  $("stop").hidden = !busy;
-  $("send").hidden = busy;
+  [$("stop").hidden, $("send").hidden] = [!busy, busy];
+  $("model").value = current.model;
+  if ($("model").selectedIndex < 0) $("model").selectedIndex = 0;
   document.title = current.title || "Llama";
   if (pinned) turns.scrollTop = turns.scrollHeight;
 }
 
-let frame;
 function redraw(chat) { // the last turn, at most once a frame
   if (chat !== current) return;
   frame ??= requestAnimationFrame(() => {
@@ -258,198 +231,156 @@ function redraw(chat) { // the last turn, at most once a frame
 function turn(message, index, { length }) {
   const { role, content, tool_calls: calls = [] } = message;
   const last = index === length - 1;
-  const body = el("div", { class: "body" });
-  const cards = el("div");
-  const footer = el("footer", {}, copyButton(() => message.content));
-  const article = el("article", { class: role }, el("h2", {}, who(message)), body, cards, footer);
-  const send = (texts) => {
-    const results = texts.map((text, i) => ({ role: "tool", tool_call_id: calls[i].id, content: text }));
-    current.messages.push(...results);
+  const live = last && running.has(current);
+  const [body, cards] = [el("div", { class: "body" }), el("div")];
+  const footer = el("footer", {}, copyButton(content));
+  const article = el("article", { class: live ? `${role} live` : role },
+    el("h2", {}, who(message)), body, cards, footer);
+  const goOn = (from, messages) => {
+    current.messages.splice(from, length, ...messages);
     answer(current);
   };
-  const change = ([text]) => {
-    current.messages.splice(index, length, { role, content: text });
-    answer(current);
-  };
+  const change = ([text]) => goOn(index, [{ role, content: text }]);
+  const send = (texts) => goOn(length, calls.map(({ id, function: { name } }, i) =>
+    ({ role: "tool", tool_call_id: id, name, content: texts[i] })));
   const edit = () => {
-    const form = fields("Send", change, [["Edit the message: later turns are removed", content]]);
-    form.append(button("Cancel", show));
-    article.replaceChildren(form);
-    form.querySelector("textarea").focus();
+    article.replaceChildren(fields("Send", change, [["Edit: later turns are removed", content]]));
+    article.firstChild.append(button("Cancel", show));
+    article.querySelector("textarea").focus();
   };
   article.fill = () => fill(body, cards, message);
   article.fill();
   if (role === "user") footer.append(button("Edit", edit));
   if (role === "assistant" && last) footer.append(button("Regenerate", () => regenerate(current)));
   if (role === "assistant") footer.append(el("span", {}, summary(message)));
-  if (calls.length && last && !running.has(current)) {
-    const asked = calls.map((call) => [`Result of ${call.function.name}`, ""]);
-    article.append(fields("Send results", send, asked));
-  }
+  if (calls.length && last && !live) article.append(fields("Send results", send,
+    calls.map((call) => [`Result of ${call.function.name}`, ""])));
   return article;
 }
 
-/** A form of labelled text areas, as [label, text]; `done` is called with the texts. */
+/** A form of text areas, given as [label, text]; `done` is called with the texts. */
 function fields(action, done, labelled) {
-  const areas = labelled.map(([label, text]) => [label, el("textarea", { rows: 2 }, text)]);
+  const areas = labelled.map(([, text]) => el("textarea", {}, text));
   const onsubmit = (event) => {
     event.preventDefault();
-    done(areas.map(([, area]) => area.value));
+    done(areas.map((area) => area.value));
   };
   return el("form", { class: "fields", onsubmit },
-    ...areas.map(([label, area]) => el("label", {}, label, area)),
+    ...areas.map((area, i) => el("label", {}, labelled[i][0], area)),
     el("button", { class: "main" }, action));
 }
 
 function fill(body, cards, { role, content, tool_calls = [], logprobs }) {
-  const json = pretty(content);
-  if (role === "user") body.textContent = content;
-  else if (logprobs && current.settings.probabilities) showTokens(body, logprobs);
-  else if (json) body.replaceChildren(codeCard("json", json, role === "tool" ? "JSON" : "JSON answer"));
-  else if (role === "tool") body.textContent = content;
-  else markdown(body, content);
+  const json = role !== "user" && pretty(content);
+  if (logprobs && current.settings.probabilities) showTokens(body, logprobs);
+  else if (json) body.replaceChildren(codeCard("json", json, "JSON"));
+  else if (role === "assistant") markdown(body, content);
+  else body.textContent = content;
   cards.replaceChildren(...tool_calls.map(({ function: { name, arguments: text } }) =>
-    codeCard("json", pretty(text) ?? text, `Tool call: ${name}`)));
+    codeCard("json", pretty(text) || text, `Tool call: ${name}`)));
 }
 
-function summary({ model, usage, seconds, finish }) {
-  const tokens = usage?.completion_tokens;
+function summary({ model, usage: { completion_tokens: tokens } = {}, seconds, finish }) {
+  const rate = Number(((tokens - 1) / seconds).toPrecision(3));
   const ends = { stopped: "stopped", length: "cut off at max tokens" };
-  return [
-    model,
-    tokens && `${tokens} token${tokens > 1 ? "s" : ""}`,
-    tokens > 1 && seconds && `${((tokens - 1) / seconds).toPrecision(3)} tokens/s`,
-    ends[finish],
-  ].filter(Boolean).join(" · ");
+  return [model, tokens && `${tokens} token${tokens > 1 ? "s" : ""}`,
+    tokens > 1 && seconds && `${rate} tokens/s`, ends[finish]].filter(Boolean).join(" · ");
 }
 
 function showTokens(body, logprobs) {
-  let tokens = body.querySelector(".tokens");
-  if (!tokens) {
-    const label = "Tokens; the arrow keys move between them";
-    tokens = el("div", { class: "tokens", role: "group", "aria-label": label, onkeydown: moveToken });
-    body.replaceChildren(tokens);
-  }
+  const label = "Tokens; the arrow keys move between them";
+  const group = { class: "tokens", role: "group", "aria-label": label, onkeydown: moveToken };
+  if (!body.querySelector(".tokens")) body.replaceChildren(el("div", group));
+  const tokens = body.firstChild;
   for (const entry of logprobs.slice(tokens.children.length)) {
     const shade = [0.9, 0.5, 0.2, 0.05].filter((p) => Math.exp(entry[1]) < p).length;
+    const described = { "data-shade": shade, "aria-describedby": "tip" };
     const tabindex = tokens.firstChild ? -1 : 0;
-    const token = el("span", { "data-shade": shade, tabindex, "aria-describedby": "tip" }, entry[0]);
-    tokens.append(Object.assign(token, { entry }));
+    tokens.append(Object.assign(el("span", { tabindex, ...described }, entry[0]), { entry }));
   }
 }
 
-function moveToken(event) {
-  const way = { ArrowRight: "nextSibling", ArrowLeft: "previousSibling" }[event.key];
-  if (!way) return;
-  event.preventDefault();
-  event.target[way]?.focus();
+function moveToken({ key, target }) {
+  if (key === "ArrowRight") target.nextSibling?.focus();
+  if (key === "ArrowLeft") target.previousSibling?.focus();
 }
 
 function showTip({ target }) {
-  const token = (tipped = target.closest(".tokens span"));
-  const tip = $("tip");
-  tip.hidden = !token;
-  if (!token) return;
-  const [text, logprob, top] = token.entry;
+  tipped?.classList.remove("tipped");
+  tipped = target.closest(".tokens span");
+  $("tip").hidden = !tipped;
+  if (!tipped) return;
+  tipped.classList.add("tipped");
+  const [text, logprob, top] = tipped.entry;
   const rows = top.some(([other]) => other === text) ? top : [[text, logprob], ...top];
-  tip.replaceChildren(...rows.map(([other, value]) =>
-    el("div", { class: other === text ? "chosen" : "other" }, el("code", {}, JSON.stringify(other)),
-      `${(100 * Math.exp(value)).toPrecision(3)}%`)));
-  const box = token.getBoundingClientRect();
-  const below = box.bottom + 6;
-  const fits = below + tip.offsetHeight < innerHeight;
-  tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
-  tip.style.top = `${fits ? below : box.top - tip.offsetHeight - 6}px`;
-}
-
-function panel(name, on) {
-  $(name).hidden = !on;
-  document.querySelector(`[data-panel=${name}]`).setAttribute("aria-expanded", on);
+  $("tip").replaceChildren(...rows.map(([other, value]) => el("div", {},
+    el(other === text ? "strong" : "span", {}, JSON.stringify(other)),
+    `${(100 * Math.exp(value)).toPrecision(3)}%`)));
 }
 
 function askKey(retry) {
   afterKey = retry;
   $("key").returnValue = "";
-  $("key-value").value = sessionStorage.getItem("key") ?? "";
   if (!$("key").open) $("key").showModal();
 }
 
 // Events.
 
-$("composer").addEventListener("submit", (event) => {
+$("composer").onsubmit = (event) => {
   event.preventDefault();
   const content = $("text").value;
   if (!content.trim() || running.has(current)) return;
   $("text").value = "";
   current.messages.push({ role: "user", content });
   answer(current);
-});
-$("text").addEventListener("keydown", (event) => {
+};
+$("text").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   $("composer").requestSubmit();
-});
-$("stop").addEventListener("click", () => {
-  running.get(current).abort();
-  $("text").focus();
-});
-$("title").addEventListener("change", () => {
+};
+$("stop").onclick = () => [running.get(current).abort(), $("text").focus()];
+$("title").onchange = () => {
   current.title = $("title").value.trim() || current.title;
   if (chats.has(current.id)) save(current);
-});
-$("delete").addEventListener("click", () => {
+};
+$("delete").onclick = () => {
   if (!confirm(`Delete "${current.title}"?`)) return;
   running.get(current)?.abort();
   chats.delete(current.id);
   localStorage.removeItem(PREFIX + current.id);
   history.replaceState(null, "", "#");
   open();
-});
-$("settings").addEventListener("submit", (event) => event.preventDefault());
-$("settings").addEventListener("input", ({ target }) => {
+};
+$("settings").oninput = ({ target }) => {
   const bad = target.dataset.kind === "json" && target.value.trim() && !parsed(target.value);
   target.setCustomValidity(bad ? "This isn't JSON." : "");
   current.settings = Object.fromEntries(new FormData($("settings")));
   if (chats.has(current.id)) save(current);
   if (target.type === "checkbox") show();
-});
-$("change-key").addEventListener("click", () => askKey(loadModels));
-$("key").addEventListener("close", () => {
+};
+$("change-key").onclick = () => askKey(loadModels);
+$("key").onclose = () => {
   if ($("key").returnValue !== "save") return;
   sessionStorage.setItem("key", $("key-value").value);
   afterKey();
-});
-$("turns").addEventListener("scroll", ({ target }) => {
+};
+$("turns").onscroll = ({ target }) => {
   pinned = target.scrollHeight - target.scrollTop - target.clientHeight < 60;
-  if (!$("tip").hidden) showTip({ target: tipped });
-});
-for (const name of ["mouseover", "focusin"]) $("turns").addEventListener(name, showTip);
-for (const name of ["mouseleave", "focusout"]) {
-  $("turns").addEventListener(name, () => ($("tip").hidden = true));
-}
-for (const toggle of document.querySelectorAll("[data-panel]")) {
-  const { panel: name } = toggle.dataset;
-  toggle.addEventListener("click", () => {
-    const on = $(name).hidden;
-    if (narrow.matches) for (const other of ["chats", "settings"]) panel(other, false);
-    panel(name, on);
-  });
-}
+};
+$("turns").onmouseover = showTip;
+$("turns").addEventListener("focusin", showTip);
 for (const item of document.querySelectorAll("[data-export]")) {
-  item.addEventListener("click", () => download(item.dataset.export));
+  item.onclick = () => download(item.dataset.export);
 }
-addEventListener("keydown", ({ key }) => {
-  if (key === "Escape") $("tip").hidden = true;
-  if (key === "Escape" && narrow.matches) for (const name of ["chats", "settings"]) panel(name, false);
-});
-addEventListener("hashchange", open);
-addEventListener("storage", ({ key }) => { // another tab has changed a conversation
+onkeydown = ({ key }) => void ($("tip").hidden ||= key === "Escape");
+onhashchange = open;
+onpagehide = () => [...running.keys()].forEach(save);
+onstorage = ({ key }) => { // another tab has changed a conversation
   load(key ?? "");
   key === PREFIX + current.id && !running.has(current) ? open() : listChats();
-});
-addEventListener("pagehide", () => [...running.keys()].forEach(save));
+};
 
 Object.keys(localStorage).forEach(load);
-for (const name of ["chats", "settings"]) panel(name, name === "chats" && !narrow.matches);
 open();
 loadModels();
