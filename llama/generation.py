@@ -6,9 +6,11 @@ from typing import Any, Iterator, List, Literal, Mapping, Optional, Sequence, Tu
 import torch
 
 from llama import checkpoint
-from llama.backends import memory
+from llama.backends import adapters, memory
 from llama.backends.build import assemble
 from llama.backends.options import ModelOptions, takes
+from llama.checkpoint import remote
+from llama.checkpoint.adapter import read_adapter
 from llama.engine import embeddings, loop, scoring
 from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import beam_search
@@ -27,7 +29,7 @@ from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.speculative import Speculators
 from llama.engine.structured import GrammarCompiler, call_format
-from llama.layers import parallel
+from llama.layers import low_rank, parallel
 from llama.model import Transformer
 from llama.text.chat import (
     PLAIN,
@@ -264,6 +266,21 @@ class Llama:
         """An engine for asyncio, with the limits of `engine`: `async with llama.async_engine() as
         engine`; see `llama.engine.async_engine`."""
         return AsyncEngine(self.engine(**limits))
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter (PEFT's layout) beside the weights; option `adapter` chooses it.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: a name that is taken; an adapter of another model, or of another kind than
+                plain LoRA; layers that take none (compiled for GPUs, or offloaded).
+        """
+        adapters.add(self.model, name, read_adapter(remote.local_path(path), self.model.params))
+
+    @property
+    def adapters(self) -> List[str]:
+        """The names of the adapters that were added."""
+        return list(low_rank.names(self.model))
 
     def beam_search(
         self,

@@ -177,6 +177,22 @@ def adapted(ckpt, adapter, copy, tokens):
     return found
 
 
+def with_adapters(ckpt, prompts, new, names, build):
+    """Requests of an engine, each with its adapter, which is a directory beside the model."""
+    llama = Llama.build(ckpt, device="cpu", max_batch_size=8, max_seq_len=128, **build)
+    for name in filter(None, names):
+        llama.add_adapter(name, Path(ckpt).with_name(name))
+    engine, pairs = llama.engine(cache_tokens=1024), zip(prompts, names, strict=True)
+    requests = [
+        engine.add(prompt, new, 0, logprobs=True, stop_tokens=set(), adapter=name)
+        for prompt, name in pairs
+    ]
+    while not engine.idle:
+        engine.step()
+    found = [[(event.token, event.logprob) for event in request.events] for request in requests]
+    return {"found": found}
+
+
 def gradients(ckpt, given):
     """Losses of each rank; logits and gradients, whole, into files beside the report."""
     given, losses = torch.load(given), {}

@@ -20,6 +20,7 @@ from llama.checkpoint.safetensors import ROTATED, interleave, split_halves, writ
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, InMemory, Shape
 from llama.checkpoint.writing import no_progress
+from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 
@@ -104,6 +105,27 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
         B = interleave(half["B"], args.head_dim) if name.endswith(ROTATED) else half["B"]
         pairs[name] = Pair(half["A"], B.contiguous(), _scale(config_file, config, name, rank))
     return Adapter(pairs, path)
+
+
+def shards(adapter: Adapter, args: ModelArgs) -> Dict[str, Pair]:
+    """This rank's part of each pair: rows of B, or columns of A, as the weight is sharded.
+
+    Raises:
+        ValueError: an adapter of another model.
+    """
+    shapes, found = weight_shapes(args), {}
+    for name, pair in adapter.pairs.items():
+        A, B, _ = pair
+        if shapes.get(name) != (len(B), A.shape[1]) or len(A) != B.shape[1]:
+            raise ValueError(
+                f"{name} takes no {tuple(B.shape)} x {tuple(A.shape)}: an adapter of another model?"
+            )
+        heads = args.n_heads, args.n_kv_heads
+        if parallel.shard_axis(name) == 0:
+            found[name] = pair._replace(B=parallel.part(name, B, *heads))
+        else:
+            found[name] = pair._replace(A=parallel.part(name, A, *heads))
+    return found
 
 
 def _scale(path: Path, config: Dict[str, Any], name: str, rank: int) -> float:

@@ -10,8 +10,8 @@ from llama.checkpoint.source import Checkpoint, Shape
 from llama.layers import parallel
 from llama.model import ModelArgs
 
-# A layer's matrices, by the last part of their modules' names.
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+# A layer's matrices, by the last part of their modules' names, in the order of their use.
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 # Elements that are read at once, about: what conversion needs in extra memory. Fewer than most
 # weights have, so that malloc keeps the two apart: mixed, what is read and freed leaves holes

@@ -39,7 +39,7 @@ class Blocks:
 
     def __init__(self, n: int, size: int):
         self.size, self.total = size, n - 1
-        self._root = Node(0, (), None)
+        self._roots: Dict[int, Node] = {}  # of each adapter
         self._node: Dict[int, Node] = {}  # of a known block
         self._users = [0] * n
         self._free = list(range(n - 1, 0, -1))
@@ -92,9 +92,9 @@ class Blocks:
                 else:
                     self._free.append(block)
 
-    def match(self, tokens: Sequence[int]) -> Match:
-        """The longest known beginning of a text."""
-        node, at = self._root, 0
+    def match(self, tokens: Sequence[int], adapter: int = 0) -> Match:
+        """The longest known beginning of a text, as computed with an adapter; 0: with none."""
+        node, at = self._root(adapter), 0
         nodes: List[Node] = []
         while True:
             best: Optional[Node] = None
@@ -108,16 +108,21 @@ class Blocks:
             nodes.append(best)
             node, at = best, at + length
 
-    def publish(self, parent: Optional[Node], block: int, tokens: Sequence[int]) -> Node:
+    def publish(
+        self, parent: Optional[Node], block: int, tokens: Sequence[int], adapter: int = 0
+    ) -> Node:
         """Make a used block known, whose positions hold these tokens after the parent's.
+
+        Args:
+            adapter: that they were computed with; 0: none.
 
         Returns:
             Its node, or that of another block with the same tokens. If the parent has been
             evicted, nothing finds it.
         """
-        parent = parent or self._root
-        if parent is not self._root and parent.parent is None:  # evicted: so is what follows it
+        if parent is not None and parent.parent is None:  # evicted: so is what follows it
             return Node(block, tuple(tokens), None)
+        parent = parent or self._root(adapter)
         siblings = parent.children.setdefault(tokens[0], [])
         for sibling in siblings:
             if sibling.tokens == tuple(tokens):
@@ -142,8 +147,12 @@ class Blocks:
 
     def clear(self) -> None:
         """Forget all known blocks; those in use stay in use."""
-        for child in list(self._children(self._root)):
-            self._forget(child)
+        for root in self._roots.values():
+            for child in list(self._children(root)):
+                self._forget(child)
+
+    def _root(self, adapter: int) -> Node:
+        return self._roots.setdefault(adapter, Node(0, (), None))
 
     def _children(self, node: Node) -> Iterator[Node]:
         for nodes in node.children.values():

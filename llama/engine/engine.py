@@ -209,7 +209,10 @@ class Engine:
         for source, target in plan.copies:
             copy_block(self._pool, source, target)
         sequences = list(plan.counts)
-        cache = PagedRows(self._pool, [s.table for s in sequences], [s.computed for s in sequences])
+        cache = PagedRows(
+            self._pool, [s.table for s in sequences], [s.computed for s in sequences],
+            [s.adapter for s in sequences],
+        )  # fmt: skip
         new = [s.tokens[s.computed : s.computed + n] for s, n in plan.counts.items()]
         h = hidden(self._model, new, cache)
         ends, end = [], -1

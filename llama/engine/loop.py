@@ -45,6 +45,8 @@ def run(
     rows.
     """
     device = model.norm.weight.device
+    if any(row.adapter for row in rows):
+        raise ValueError("adapters are chosen in an engine: use Llama.engine, and its `add`")
     for row in rows:
         row.begin(tokenizer, device)
         if speculator is not None:

@@ -5,6 +5,7 @@ from typing import Iterator, List, Sequence
 import torch
 
 from llama.layers.ids import padded
+from llama.layers.low_rank import choose
 from llama.layers.paged import PagedRows
 from llama.model import Transformer
 
@@ -23,7 +24,8 @@ def hidden(model: Transformer, new: Sequence[Sequence[int]], cache: PagedRows) -
     for rows in similar([len(ids) for ids in new]):
         tokens = padded([list(new[row]) for row in rows], model.norm.weight.device)
         some = cache.select(rows)
-        h = model.hidden(tokens, some.lengths, some)
+        with choose(model, some.adapters):
+            h = model.hidden(tokens, some.lengths, some)
         for row, of_row in zip(rows, h, strict=True):
             parts[row] = of_row[: len(new[row])]
     return torch.cat(parts)

@@ -53,7 +53,7 @@ class Request:
         self.parts: List[Part] = []
         for row in rows:
             row.echo = echo
-            sequence = Sequence(list(row.prompt), row.max_len, priority, reuses)
+            sequence = Sequence(list(row.prompt), row.max_len, priority, reuses, row.adapter)
             self.parts.append(Part(self, row, sequence))
         self.events: Deque[Event] = deque()
         self.error: Optional[Exception] = None

@@ -11,6 +11,7 @@ from llama.engine.sampling import RandomNumbers
 from llama.engine.stopping import StopStrings
 from llama.engine.structured import Constraint, GrammarCompiler, ResponseFormat
 from llama.layers.ids import check_ids
+from llama.layers.low_rank import number
 from llama.model import ModelArgs, Transformer
 from llama.text.tools import Tool
 from llama.tokenizer import StreamDecoder, Tokenizer
@@ -38,6 +39,8 @@ class Options(TypedDict, total=False):
     response_format: structured outputs, a constraint on the text: {"type": "json_schema", "schema":
         {...}}, or another of `llama.engine.structured`'s types. One for all prompts, or one or None
         for each. A row that ends with finish_reason "length" holds the beginning of such a text.
+    adapter: the name of a LoRA adapter that `Llama.add_adapter` loaded, one for all prompts, or one
+        or None for each.
     """
 
     params: Optional[SamplingParams]
@@ -49,6 +52,7 @@ class Options(TypedDict, total=False):
     should_stop: Optional[Callable[[], bool]]
     speculate: Optional[Literal["lookup", "draft", "off"]]
     response_format: Optional[ResponseFormat | Sequence[Optional[ResponseFormat]]]
+    adapter: Optional[str | Sequence[Optional[str]]]
 
 
 class ChatOptions(Options, total=False):
@@ -82,6 +86,7 @@ class Row:
         sample: which of the prompt's samples it is, from 0.
         max_len: tokens of prompt and answer together.
         seed: of its random numbers.
+        adapter: its number (`llama.layers.low_rank`); 0: none.
     """
 
     index: int
@@ -91,6 +96,7 @@ class Row:
     params: SamplingParams
     seed: int
     stop: Sequence[str]
+    adapter: int = 0
     constraint: Optional[Constraint] = None  # on its text; advanced by rank 0 alone
     answer: List[int] = field(default_factory=list)
     speculation: Optional[Speculation] = None  # with speculative decoding
@@ -151,7 +157,7 @@ def make_rows(
     """The rows of a call, n for each prompt; seeds come from the generator unless given.
 
     Raises:
-        ValueError: what `check` raises, and a wrong number of seeds.
+        ValueError: what `check` raises, a wrong number of seeds or adapters, an unknown adapter.
     """
     n, seed = options.get("n", 1), options.get("seed")
     check(model, prompts, max_gen_len, n)
@@ -164,10 +170,16 @@ def make_rows(
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
+    names = options.get("adapter")
+    names = [names] * len(prompts) if names is None or isinstance(names, str) else list(names)
+    if len(names) != len(prompts):
+        raise ValueError(f"{len(names)} adapters for {len(prompts)} prompts: pass one for each")
+    adapters = [number(model, name) for name in names]
     return [
         Row(
             index, sample, prompt, min(model.params.max_seq_len, len(prompt) + max_gen_len), params,
             (seeds[index] + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
+            adapters[index],
         )
         for index, prompt in enumerate(prompts)
         for sample in range(n)

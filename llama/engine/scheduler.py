@@ -31,6 +31,7 @@ class Sequence:
         max_len: tokens that it may have in the end.
         priority: higher ones come earlier.
         reuses: whether what the cache knows of it is used.
+        adapter: its number (`llama.layers.low_rank`); 0: none.
 
     Attributes:
         computed: positions in the cache.
@@ -38,9 +39,16 @@ class Sequence:
         table: the blocks that hold them.
     """
 
-    def __init__(self, tokens: List[int], max_len: int, priority: int = 0, reuses: bool = True):
+    def __init__(
+        self,
+        tokens: List[int],
+        max_len: int,
+        priority: int = 0,
+        reuses: bool = True,
+        adapter: int = 0,
+    ):
         self.tokens, self.max_len, self.priority = tokens, max_len, priority
-        self.reuses, self.computed = reuses, 0
+        self.reuses, self.adapter, self.computed = reuses, adapter, 0
         self.found: Optional[int] = None
         self.table: List[int] = []
         self.nodes: List[Node] = []  # of its whole blocks
@@ -179,7 +187,7 @@ class Scheduler:
         at = (end - 1) // self.blocks.size
         tokens = sequence.tokens[at * self.blocks.size : end]
         parent = sequence.nodes[at - 1] if at else None
-        return self.blocks.publish(parent, sequence.table[at], tokens)
+        return self.blocks.publish(parent, sequence.table[at], tokens, sequence.adapter)
 
     def _publish_end(self, sequence: Sequence) -> None:
         if sequence.computed > len(sequence.nodes) * self.blocks.size:
@@ -206,16 +214,22 @@ class Scheduler:
         """Whether a running sequence is computing what this one begins with."""
         tokens = sequence.tokens
         for other in self.running if sequence.reuses else ():
-            if other.remaining and other.tokens[:HELD] == tokens[:HELD]:
+            if (
+                other.remaining
+                and other.adapter == sequence.adapter
+                and other.tokens[:HELD] == tokens[:HELD]
+            ):
                 shared = common_length(tokens[:-1], other.tokens)
-                known = min(self.blocks.match(tokens).positions, len(tokens) - 1)
+                match = self.blocks.match(tokens, sequence.adapter)
+                known = min(match.positions, len(tokens) - 1)
                 if shared >= known + HELD and other.computed < shared:
                     return True
         return False
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give a sequence the blocks for its known tokens, those known to the cache among them."""
-        nodes, tail, positions = self.blocks.match(sequence.tokens if sequence.reuses else ())
+        known = sequence.tokens if sequence.reuses else ()
+        nodes, tail, positions = self.blocks.match(known, sequence.adapter)
         if positions == len(sequence.tokens):  # the last one's hidden state is needed
             positions -= 1
             if positions < len(nodes) * self.blocks.size:

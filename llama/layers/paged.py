@@ -22,18 +22,26 @@ class PagedRows(KVCache):
     Args:
         tables: for each row its blocks, at least as many as it will need.
         lengths: positions that each row holds.
+        adapters: the number of each row's adapter (`llama.layers.low_rank`), by default 0: none.
 
     Attributes:
         counts: new positions of each row in this pass.
     """
 
-    def __init__(self, pool: KVCache, tables: Sequence[Sequence[int]], lengths: Sequence[int]):
+    def __init__(
+        self,
+        pool: KVCache,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        adapters: Sequence[int] = (),
+    ):
         self.pool, self.lengths = pool, list(lengths)
         width = max(map(len, tables))
         padded = [[*table, *[SCRATCH] * (width - len(table))] for table in tables]
         self.tables = torch.tensor(padded, dtype=torch.int32)
         self.max_len = PAGE * width
         self.counts = [0] * len(tables)
+        self.adapters = list(adapters) or [0] * len(tables)
 
     def select(self, rows: Sequence[int]) -> "PagedRows":
         """Some of the rows, in that order; they share what is in the pool."""
@@ -42,6 +50,7 @@ class PagedRows(KVCache):
         other.tables = self.tables[list(rows)]
         other.lengths = [self.lengths[row] for row in rows]
         other.counts = [self.counts[row] for row in rows]
+        other.adapters = [self.adapters[row] for row in rows]
         return other
 
     def extend_each(self, counts: Sequence[int]) -> None:

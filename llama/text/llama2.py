@@ -2,8 +2,9 @@
 
 from typing import List, Optional, Sequence
 
-from llama.text.chat import PLAIN, Dialog, PromptOptions, content_of, tool_calls
+from llama.text.chat import PLAIN, Dialog, PromptOptions, content_of
 from llama.text.encoder import Encoder
+from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.tools import Tool
 
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -30,12 +31,12 @@ class Llama2Format:
         the last message if that is continued.
 
         Raises:
-            ValueError: tools, roles that don't alternate, one of the tags in a message, or what
-                `PromptOptions.check` raises.
+            ValueError: built-in tools, roles that don't alternate, one of the tags in a message, or
+                what `PromptOptions.check` raises.
         """
         options.check(dialog)
-        if tools or any(tool_calls(message) for message in dialog):
-            raise ValueError("Llama 2's chat format knows no tools; Llama 3.1's does")
+        if tools or has_calls(dialog):
+            dialog = tools_as_text(dialog, tools)
         texts = [content_of(message) for message in dialog]
         for tag in _TAGS:
             if any(tag in text for text in texts):

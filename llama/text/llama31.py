@@ -77,7 +77,8 @@ class Llama31Format(ChatFormat):
                     f"{self.call_format!r}: use 'json', or define them in the system message"
                 )
             dialog = with_tools(dialog, tools, in_system=self.tools_in_system, date=self.date)
-        return super().encode_dialog_prompt(dialog, options=options)
+        options.check(dialog)
+        return self._encode_dialog(dialog, options)
 
 
 def write_call(call: ToolCall, call_format: CallFormat) -> str:

@@ -23,6 +23,7 @@ from llama.text.chat import (
     tool_calls,
 )
 from llama.text.encoder import Encoder
+from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format
 from llama.text.tools import BUILTINS, Tool, plain_json, split_tools
@@ -113,21 +114,21 @@ class TemplateFormat:
         tools: Optional[Sequence[Tool]] = None,
         options: PromptOptions = PLAIN,
     ) -> List[int]:
-        """The dialog with its tools, followed by the header of the assistant's answer.
+        """The dialog with its tools, followed by the header of the assistant's answer. Tools and
+        calls for which the template has no place are written as text.
 
         Raises:
-            ValueError: the template refuses the dialog, doesn't support tools or tool calls, has no
+            ValueError: the template refuses the dialog, has no place for built-in tools, has no
                 variable that is in template_kwargs, leaves out the message to be continued, or
                 composes control tokens at run time; or what `PromptOptions.check` raises.
         """
         options.check(dialog, takes_kwargs=True)
         kwargs = self._kwargs(options.template_kwargs)
+        as_text = tools if "tools" not in self._reads else None
+        if as_text or (not self._reads_calls and has_calls(dialog)):
+            dialog = tools_as_text(dialog, as_text)
+            tools = None if as_text else tools
         given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
-        if not self._reads_calls and any("tool_calls" in message for message in given["messages"]):
-            raise ValueError(
-                "the checkpoint's chat template has no place for tool_calls: "
-                "write them into the message's content"
-            )
         harmless = {key: _harmless(value) for key, value in given.items()}
         given.update(kwargs)
         if self._special.search(json.dumps(kwargs, ensure_ascii=False)):
@@ -157,8 +158,8 @@ class TemplateFormat:
         for name in variables:
             if name not in self._reads:
                 raise ValueError(
-                    f"the checkpoint's chat template has no place for tools (no variable {name}): "
-                    "describe them in a system message, and read the reply with parse_tool_calls"
+                    f"the checkpoint's chat template has no place for {name}: pass a JSON schema "
+                    "or a Python function instead"
                 )
         return variables
 

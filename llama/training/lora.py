@@ -19,7 +19,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from llama.checkpoint import weight_shapes
-from llama.checkpoint.adapter import Adapter, Pair
+from llama.checkpoint.adapter import Adapter, Pair, shards
 from llama.layers import parallel
 from llama.layers.revision import changed
 from llama.model import Transformer, TransformerBlock
@@ -83,19 +83,13 @@ def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
         )
     if not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"{name!r} can't name an adapter: letters and digits, and no dots")
-    shapes = weight_shapes(model.params)
-    for weight_name, (A, B, _) in adapter.pairs.items():
-        if shapes.get(weight_name) != (len(B), A.shape[1]) or len(A) != B.shape[1]:
-            raise ValueError(f"{weight_name} takes no {tuple(B.shape)} x {tuple(A.shape)}: an "
-                             "adapter of another model?")  # fmt: skip
-    for weight_name, pair in adapter.pairs.items():
+    for weight_name, (A, B, scale) in shards(adapter, model.params).items():
         path = weight_name.removesuffix(".weight")
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer, weight_name)
             model.set_submodule(path, layer)
-        A, B, layer.scale[name] = _shard(model, weight_name, pair)
-        device = model.norm.weight.device
+        device, layer.scale[name] = model.norm.weight.device, scale
         layer.lora_A[name] = nn.Parameter(A.to(device, copy=True))
         layer.lora_B[name] = nn.Parameter(B.to(device, copy=True))
     use(model, name)
@@ -231,11 +225,3 @@ def layers(model: Transformer) -> Iterator[LoRALinear]:
 def names(model: Transformer) -> Tuple[str, ...]:
     """The names of a model's adapters."""
     return tuple(sorted({name for layer in layers(model) for name in layer.scale}))
-
-
-def _shard(model: Transformer, name: str, pair: Pair) -> Pair:
-    """This rank's shard of a pair: rows of B, or columns of A, as the weight is sharded."""
-    heads = model.params.n_heads, model.params.n_kv_heads
-    if parallel.shard_axis(name) == 0:
-        return pair._replace(B=parallel.part(name, pair.B, *heads))
-    return pair._replace(A=parallel.part(name, pair.A, *heads))

@@ -35,12 +35,12 @@ class Cache:
                 place = sequence.table[at // SIZE], at % SIZE
                 assert place[0] != 0
                 written[place] += 1
-                self.held[place] = tuple(sequence.tokens[: at + 1])
+                self.held[place] = sequence.adapter, *sequence.tokens[: at + 1]
         assert max(written.values(), default=0) <= 1
         for sequence, n in plan.counts.items():
             for at in range(sequence.computed + n):
                 found = self.held[sequence.table[at // SIZE], at % SIZE]
-                assert found == tuple(sequence.tokens[: at + 1]), "another row's positions"
+                assert found == (sequence.adapter, *sequence.tokens[: at + 1]), "another row's"
         used = Counter(block for s in self.scheduler.running for block in s.table)
         assert len(used) == blocks.used
         assert {b: blocks._users[b] for b in used} == dict(used)
@@ -67,6 +67,7 @@ requests = st.lists(
         st.integers(0, 2),  # priority
         st.integers(0, 8),  # steps before the next one comes
         st.integers(0, 30),  # steps until it is cancelled, 30: never
+        st.integers(0, 1),  # adapter
     ),
     min_size=1,
     max_size=12,
@@ -82,8 +83,8 @@ def test_any_schedule_ends_with_each_row_as_alone(requests, blocks, max_tokens, 
     step = wait = 0
     while todo or alive:
         while todo and wait <= 0:
-            prompt, new, priority, wait, patience = todo.pop(0)
-            sequence = Sequence(list(prompt), len(prompt) + new, priority)
+            prompt, new, priority, wait, patience, adapter = todo.pop(0)
+            sequence = Sequence(list(prompt), len(prompt) + new, priority, adapter)
             scheduler.add(sequence)
             alive[sequence] = step + patience if patience < 30 else 10**9
             text = list(prompt)

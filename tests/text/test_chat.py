@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.text.chat import PromptOptions, check_dialog
+from llama.text.generic_tools import tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
@@ -729,28 +730,32 @@ def test_built_in_tools_are_given_to_a_template_that_has_them(formats):
     assert ours.tokenizer.special_tokens["<|python_tag|>"] in ours.encode_dialog_prompt(
         dialog, ["brave_search"]
     )
-    with pytest.raises(ValueError, match="no place for tools .no variable builtin_tools"):
+    with pytest.raises(ValueError, match="no place for builtin_tools: pass a JSON schema"):
         formats["ChatML with tools"].encode_dialog_prompt(dialog, ["brave_search"])
 
 
-NO_TOOLS = {
-    "ChatFormat": "Llama 3's chat format knows no tools; Llama 3.1's",
-    "Llama2Format": "Llama 2's chat format knows no tools",
-    "demo": "template has no place for tools .*parse_tool_calls",
-    "function tags": "ask for calls in JSON, and call_format is 'function_tag'",
-}
+def test_definitions_that_ask_for_other_calls_than_are_written_are_refused(formats):
+    with pytest.raises(ValueError, match="ask for calls in JSON, and call_format is 'function_ta"):
+        formats["function tags"].encode_dialog_prompt([{"role": "user", "content": "x"}], [ADD])
 
 
-@pytest.mark.parametrize("name", NO_TOOLS)
-def test_formats_without_tools_say_so(formats, name):
-    with pytest.raises(ValueError, match=NO_TOOLS[name]):
-        formats[name].encode_dialog_prompt([{"role": "user", "content": "x"}], [ADD])
+WITHOUT_TOOLS = ["ChatFormat", "Llama2Format", "demo", "Mistral", "ChatML"]
 
 
-@pytest.mark.parametrize("name", ["ChatFormat", "Llama2Format", "demo"])
-def test_formats_without_calls_say_so(formats, name):
-    with pytest.raises(ValueError, match="tool"):
-        formats[name].encode_dialog_prompt(called()[1])
+@pytest.mark.parametrize("name", WITHOUT_TOOLS)
+def test_formats_without_tools_get_them_as_text(formats, name):
+    ours = formats[name]
+    for dialog in called()[::3]:
+        text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [WEATHER]))
+        assert json.dumps(WEATHER["function"], ensure_ascii=False) in text
+        assert text == ours.tokenizer.decode(
+            ours.encode_dialog_prompt(tools_as_text(dialog, [WEATHER]))
+        )
+        calls = '{"name": "get_weather", "arguments": {"city": "Köln", "days": 2}}'
+        assert (calls in text) == ("tool_calls" in str(dialog))
+    assert calls in ours.tokenizer.decode(ours.encode_dialog_prompt(called()[1]))
+    with pytest.raises(ValueError, match="no place for built-in tools: pass 'photogen' as a JSON"):
+        ours.encode_dialog_prompt([USER], ["photogen"])
 
 
 USER = {"role": "user", "content": "x"}
@@ -924,7 +929,17 @@ def tool_dialog(strings: List[str]):
 
 
 @pytest.mark.parametrize(
-    "name", [*WITH_TOOLS, "Llama31Format", "tools in system", "function tags", "Python list"]
+    "name",
+    [
+        *WITH_TOOLS,
+        "demo",
+        "ChatFormat",
+        "Mistral",
+        "Llama31Format",
+        "tools in system",
+        "function tags",
+        "Python list",
+    ],
 )
 def test_hostile_tools_calls_and_results_add_no_control_token(formats, hostile_strings, name):
     """Names, descriptions, keys and values of schemas and arguments, and what tools give back."""

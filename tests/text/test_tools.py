@@ -542,13 +542,6 @@ def test_without_tools_a_reply_is_text(tiny):
         }
 
 
-def test_a_format_without_tools_refuses_them(tiny, smollm2):
-    with pytest.raises(ValueError, match="Llama 3's chat format knows no tools"):
-        tiny.chat_completion([ASKED], tools=TOOLS)
-    with pytest.raises(ValueError, match="chat template has no place for tools"):
-        smollm2.chat_completion([ASKED], tools=TOOLS)
-
-
 def test_tools_reach_the_template(tiny):
     template = "{{ tools | tojson }}<|eot_id|>"
     ours = TemplateFormat(tiny.tokenizer, template)

@@ -4,7 +4,7 @@
 // memory bandwidth; a prompt is bound by arithmetic. All layers run in one parallel region, weights
 // have the block types of the checkpoint file, and activations stay in the processor's caches.
 //
-//     step        all layers of a model, or some
+//     step        all layers of a model, or some; null in place of adapters: none is used
 //     linear      one product: the output layer
 //     norm, rows  RMSNorm; some rows of a weight, for the embedding
 //     pack        a weight as in a file -> as the products read it
@@ -15,12 +15,14 @@
 // for AMX, and for some of AVX2, AVX-512 and ARM's products of bytes.
 
 #include "attention.h"
+#include "low_rank.h"
 
 namespace {
 
+enum Matrix { WQ, WK, WV, WO, W1, W3, W2 };  // those of the same inputs are neighbours
 struct Layer {
     const void *attention_norm, *ffn_norm;
-    Weight wq, wk, wv, wo, w1, w2, w3;
+    Weight matrices[MATRICES];
 };
 
 // RMSNorm of a row, arXiv 1910.07467: gives each 32 of its values to `set`.
@@ -56,7 +58,7 @@ enum Parts : int32_t { ATTENTION = 1, FEED_FORWARD = 2, ADD = 4 };
 
 template <class A>
 void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, A *h,
-         const Scratch &z, int parts, int threads) {
+         const Scratch &z, const Adapters *adapters, int parts, int threads) {
     const int M = b.tokens;
 #pragma omp parallel num_threads(threads)
     for (int i = first; i < first + n; i++) {
@@ -67,12 +69,25 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 norm_row(h + size_t(m) * s.dim, (const A *)weight, s.dim, s.eps,
                          [&](int block, vec low, vec high) { z.x.set(m, block, low, high); });
         };
+        // This thread's rows of the products of x with the matrices from `at` on.
+        auto multiply_all = [&](int at, const Inputs &x, std::initializer_list<float *> results) {
+            Share mine;
+            if (adapters) {
+                reduce(*adapters, i, at, int(results.size()), x, M);
+#pragma omp barrier
+            }
+            for (int nth = 0; nth < int(results.size()); nth++) {
+                const Weight &w = layer.matrices[at + nth];
+                float *y = results.begin()[nth];
+                mine = multiply(w, x, M, y);
+                if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, mine);
+            }
+            return mine;
+        };
         if (parts & ATTENTION) {
             normalize(layer.attention_norm);
 #pragma omp barrier
-            multiply(layer.wq, z.x, M, z.q);
-            multiply(layer.wk, z.x, M, z.k);
-            multiply(layer.wv, z.x, M, z.v);
+            multiply_all(WQ, z.x, {z.q, z.k, z.v});
 #pragma omp barrier
             with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
                 auto *rotated = (typename Words<A>::Value *)z.rotated;
@@ -82,15 +97,14 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads);
             });
 #pragma omp barrier
-            Share mine = multiply(layer.wo, z.heads, M, z.sum);
+            Share mine = multiply_all(WO, z.heads, {z.sum});
             if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
 #pragma omp barrier
         }
         if (parts & FEED_FORWARD) {
             normalize(layer.ffn_norm);
 #pragma omp barrier
-            multiply(layer.w1, z.x, M, z.gate);
-            Share mine = multiply(layer.w3, z.x, M, z.up);  // the same rows as of w1
+            Share mine = multiply_all(W1, z.x, {z.gate, z.up});  // of w3 the same rows as of w1
             for (int m = 0; m < M; m++)
                 for (int r = mine.begin; r < mine.end; r += BLOCK) {
                     const float *gate = z.gate + size_t(m) * s.hidden_dim + r;
@@ -99,7 +113,7 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                             silu_times(gate + LANES, up + LANES));
                 }
 #pragma omp barrier
-            mine = multiply(layer.w2, z.y, M, z.sum);
+            mine = multiply_all(W2, z.y, {z.sum});
             if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
 #pragma omp barrier
         }
@@ -149,9 +163,10 @@ int32_t group_height(int32_t tokens) {
 }
 
 void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, int32_t n,
-          const Batch *b, void *h, const Scratch *z, int32_t parts, int32_t threads) {
-    if (is_bf16) run(*s, layers, first, n, *b, (bf16 *)h, *z, parts, threads);
-    else run(*s, layers, first, n, *b, (float *)h, *z, parts, threads);
+          const Batch *b, void *h, const Scratch *z, const Adapters *adapters, int32_t parts,
+          int32_t threads) {
+    if (is_bf16) run(*s, layers, first, n, *b, (bf16 *)h, *z, adapters, parts, threads);
+    else run(*s, layers, first, n, *b, (float *)h, *z, adapters, parts, threads);
 }
 
 void linear(int32_t is_bf16, const Weight *w, const void *x, int32_t tokens, float *y,

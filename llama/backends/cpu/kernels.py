@@ -81,6 +81,19 @@ class Scratch(ctypes.Structure):
     ] + [(name, Inputs) for name in ("x", "heads", "y")]
 
 
+class LowRank(ctypes.Structure):
+    _fields_ = [
+        ("A", Pointer), ("B", Pointer), ("is_bf16", Int), ("rank", Int), ("scale", ctypes.c_float)
+    ]  # fmt: skip
+
+
+class Adapters(ctypes.Structure):
+    _fields_ = [
+        ("all", Pointer), ("runs", Pointer), ("n_runs", Int), ("n_layers", Int), ("most", Int),
+        ("partial", Pointer),
+    ]  # fmt: skip
+
+
 ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
 
 
@@ -146,7 +159,7 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     ptr, f32 = Pointer, ctypes.c_float
     for name, types in {
-        "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, Int, Int],
+        "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, ptr, Int, Int],
         "linear": [Int, ptr, ptr, Int, ptr, ptr, Int],
         "norm": [Int, ptr, ptr, ptr, Int, Int, f32, Int],
         "rows": [Int, ptr, ptr, Int, ptr, Int],

@@ -17,6 +17,7 @@ from torch import nn
 
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
+from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
@@ -110,8 +111,10 @@ class NativeTransformer(Transformer):
         Returns:
             Hidden states of all tokens, row after row, (tokens, dim).
         """
-        # The kernels take rows of few tokens first.
-        order = sorted(range(len(new)), key=lambda row: len(new[row]) >= MANY)
+        # The kernels take rows of few tokens first, and read an adapter once for neighbours.
+        order = sorted(
+            range(len(new)), key=lambda row: (len(new[row]) >= MANY, cache.adapters[row])
+        )
         cache.extend_each([len(ids) for ids in new])
         ordered = cache.select(order)
         ids = torch.tensor([id for row in order for id in new[row]])
@@ -155,13 +158,16 @@ class Workspace:
             self._buffers[name] = found = torch.empty(n, dtype=dtype)
         return found[:n]
 
-    def inputs(self, name: str, tokens: int, cols: int, kinds: set[str]) -> kernels.Inputs:
-        """Buffers for the inputs of products with weights of these block types."""
+    def inputs(
+        self, name: str, tokens: int, cols: int, kinds: set[str], floats: bool = False
+    ) -> kernels.Inputs:
+        """Buffers for the inputs of products with weights of these block types; floats: as fp32,
+        too."""
         pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
         dense = kinds & {"F32", "F16", "BF16"}
         height = kernels.library().group_height(tokens)
         n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
-        if dense - ({"BF16"} if pairs else set()):
+        if floats or dense - ({"BF16"} if pairs else set()):
             found.floats = self.take(f"{name} floats", n).data_ptr()
         if pairs and "BF16" in kinds:
             found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
@@ -236,6 +242,8 @@ class NativeLayers(nn.Module):
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
         self._dim, self._hidden_dim = args.dim, self._packed[0][4].rows
+        widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
+        self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
         self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
         self._layers = (kernels.Layer * len(blocks))(
@@ -262,9 +270,11 @@ class NativeLayers(nn.Module):
         B, T, _ = x.shape
         places = self._places(x, step)
         if isinstance(step.cache, PagedRows):  # one row of all rows' tokens, one after another
-            batch, _kept = self._batch(step.cache.counts, step, places, step.cache.tables)
+            cache = step.cache
+            batch, _kept = self._batch(cache.counts, step, places, cache.tables)
+            adapters = self.adapters.of_pass(cache.adapters, cache.counts, self._work)
             h = x.clone(memory_format=torch.contiguous_format)
-            self._run(h, batch, max(step.cache.lengths), 0, len(self._packed))
+            self._run(h, batch, max(cache.lengths), 0, len(self._packed), adapters)
             return h
         length = max(1, TOKENS // B)
         hs = [part.clone(memory_format=torch.contiguous_format) for part in x.split(length, 1)]
@@ -329,9 +339,9 @@ class NativeLayers(nn.Module):
         )  # fmt: skip
         return batch, kept
 
-    def _scratch(self, M: int, chunks: int) -> kernels.Scratch:
+    def _scratch(self, M: int, chunks: int, floats: bool) -> kernels.Scratch:
         """Buffers for the intermediate results of a pass of M tokens."""
-        if self._scratch_for[0] == (M, chunks):
+        if self._scratch_for[0] == (M, chunks, floats):
             return self._scratch_for[1]
         heads, kv_heads, head_dim = self._heads
         sizes = {
@@ -348,20 +358,30 @@ class NativeLayers(nn.Module):
         widths = {"x": self._dim, "heads": heads * head_dim, "y": self._hidden_dim}
         scratch = kernels.Scratch(
             *(tensor.data_ptr() for tensor in tensors.values()),
-            *(self._work.inputs(name, M, cols, self._kinds) for name, cols in widths.items()),
+            *(self._work.inputs(name, M, n, self._kinds, floats) for name, n in widths.items()),
         )
-        self._scratch_for = (M, chunks), scratch, tensors
+        self._scratch_for = (M, chunks, floats), scratch, tensors
         return scratch
 
-    def _run(self, h: torch.Tensor, batch: kernels.Batch, longest: int, first: int, n: int) -> None:
+    def _run(
+        self,
+        h: torch.Tensor,
+        batch: kernels.Batch,
+        longest: int,
+        first: int,
+        n: int,
+        adapters: Optional[PassAdapters] = None,
+    ) -> None:
         """Layers first to first + n, in place."""
         chunks = -(-longest // CHUNK) if batch.few else 0
-        scratch = self._scratch(batch.tokens, chunks)
+        scratch = self._scratch(batch.tokens, chunks, adapters is not None)
+        of_rows = None if adapters is None else byref(adapters.struct)
 
         def step(layer: int, count: int, parts: int) -> None:
             kernels.library().step(
                 h.dtype == torch.bfloat16, byref(self._shape), self._layers, layer, count,
-                byref(batch), address(h), byref(scratch), parts, torch.get_num_threads(),
+                byref(batch), address(h), byref(scratch), of_rows, parts,
+                torch.get_num_threads(),
             )  # fmt: skip
 
         if parallel.world_size() == 1:

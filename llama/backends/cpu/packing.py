@@ -56,6 +56,14 @@ def _raw(weight: torch.Tensor | Blocks) -> Tuple[torch.Tensor, str]:
     return weight.detach(), dtype_name(weight.dtype)
 
 
+def interleave(weight: torch.Tensor) -> torch.Tensor:
+    """A dense weight (rows, cols), multiples of 16 and 2, in the layout of `Packed`."""
+    rows, cols = weight.shape
+    together = 4 // weight.dtype.itemsize  # pairs of bf16
+    units = weight.view(rows // LANES, LANES, cols // together, together)
+    return units.transpose(1, 2).contiguous()
+
+
 def packed_bytes(weight: torch.Tensor | Blocks) -> int:
     """Bytes that a weight takes once it is packed: those of the file, in whole groups of rows."""
     raw, _ = _raw(weight)
@@ -85,6 +93,10 @@ class Arena:
             whole = whole[-whole.data_ptr() % ALIGNMENT :]
         self._parts: List[torch.Tensor] = list(whole[: sum(sizes)].split(sizes))
 
+    def take(self) -> torch.Tensor:
+        """Memory for the next of the weights that the arena was made for."""
+        return self._parts.pop(0)
+
     def pack(self, weight: torch.Tensor | Blocks) -> Packed:
         """Pack the next of the weights that the arena was made for."""
-        return Packed(weight, self._parts.pop(0))
+        return Packed(weight, self.take())

@@ -1,0 +1,128 @@
+"""Messages of dialogs, checked, with the tool calls in them."""
+
+import json
+from typing import Any, List, Literal, Optional, Sequence, TypedDict
+
+from llama.text.tool_stream import parse_tool_calls
+from llama.text.tools import BUILTINS, Tool, ToolCall, plain_json
+
+Role = Literal["system", "user", "assistant", "ipython", "tool"]
+ROLES = ("system", "user", "assistant", "ipython", "tool")
+
+
+class _Message(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_Message, total=False):
+    """A message of a dialog, with the assistant's tool calls or a tool's result.
+
+    tool_calls are {"name": ..., "arguments": {...}}, with an "id" if the chat template needs one.
+    OpenAI's format, {"type": "function", "function": {...}}, is accepted too.
+    """
+
+    tool_calls: List[ToolCall]  # of the assistant
+    end_of_message: bool  # of the assistant: it waits for a tool's result (Llama 3.1's <|eom_id|>)
+    name: str  # of the tool whose result this is, for templates
+    tool_call_id: str  # of the call whose result this is, for templates
+
+
+Dialog = Sequence[Message]
+
+
+def check_dialogs(dialogs: Sequence[Dialog]) -> None:
+    """Raises ValueError unless it is a list of dialogs."""
+    for i, dialog in enumerate(dialogs):
+        if not isinstance(dialog, Sequence) or isinstance(dialog, str):
+            raise ValueError("dialogs is one dialog: pass a list of dialogs")
+        check_dialog(i, dialog)
+
+
+def check_dialog(i: int, dialog: Dialog) -> None:
+    """Raises ValueError for a malformed dialog, with its index i and what is wrong."""
+    if not dialog:
+        raise ValueError(f"dialog {i} is empty: it takes at least one message")
+    for message in dialog:
+        try:
+            _check_message(message)
+        except ValueError as error:
+            raise ValueError(f"dialog {i}: {error}") from None
+    if dialog[0]["role"] == "assistant":
+        raise ValueError(
+            f"dialog {i} begins with the assistant: begin with a user or a system message"
+        )
+
+
+_KINDS = {"tool_calls": list, "end_of_message": bool, "name": str, "tool_call_id": str}
+_FROM_ASSISTANT = ("tool_calls", "end_of_message")
+
+
+def _check_message(message: Any) -> None:
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise ValueError(f"a message is {{'role': ..., 'content': a string}}, not {message!r}")
+    if message["role"] not in ROLES:
+        raise ValueError(f"unknown role {message['role']!r}; roles are {', '.join(ROLES)}")
+    for key in set(message) - {"role", "content"}:
+        if key not in _KINDS:
+            raise ValueError(
+                f"a message is {{'role': ..., 'content': a string}} and has no {key!r}; "
+                f"it may have {', '.join(_KINDS)}"
+            )
+        if not isinstance(message[key], _KINDS[key]):
+            raise ValueError(f"a message's {key} is a {_KINDS[key].__name__}: {message[key]!r}")
+        if key in _FROM_ASSISTANT and message["role"] != "assistant":
+            raise ValueError(f"{key} belongs to the assistant, not to {message['role']!r}")
+    calls = tool_calls(message)
+    if not isinstance(message["content"], str) and not (message["content"] is None and calls):
+        raise ValueError(f"a message is {{'role': ..., 'content': a string}}, not {message!r}")
+
+
+def tool_calls(message: Any) -> List[ToolCall]:
+    """A message's tool calls as {"name", "arguments"} (and "id"), copied, of JSON types only.
+
+    Raises:
+        ValueError: a call that is neither in this format nor in OpenAI's.
+    """
+    calls = []
+    for call in message.get("tool_calls") or []:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise ValueError(f"a tool call is {{'name': ..., 'arguments': {{...}}}}, not {call!r}")
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):  # OpenAI's format
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"the arguments of the tool call {inner['name']!r} are a dict, "
+                f"not {inner.get('arguments')!r}"
+            )
+        arguments = plain_json(arguments, f"the arguments of the tool call {inner['name']!r}")
+        identifier = {"id": str(call["id"])} if call.get("id") is not None else {}
+        calls.append({**identifier, "name": inner["name"], "arguments": arguments})
+    return calls
+
+
+def content_of(message: Message) -> str:
+    """A message's text; in OpenAI's format it may be None beside tool calls."""
+    return message["content"] or ""
+
+
+def read_calls(message: Message, tools: Sequence[Tool]) -> Optional[str]:
+    """Move the tool calls in an assistant's content to its tool_calls, in place.
+
+    A message that calls built-in tools gets end_of_message: Llama 3.1 ends it with <|eom_id|>.
+
+    Returns:
+        None, or what is wrong with a malformed call, which is left in the text.
+    """
+    reply = parse_tool_calls(message["content"], tools)
+    message["content"] = reply.content
+    if reply.calls:
+        message["tool_calls"] = reply.calls
+    if any(call["name"] in BUILTINS for call in reply.calls):
+        message["end_of_message"] = True
+    return reply.error
