@@ -154,7 +154,7 @@ def prefixes(path: str) -> Figures:
         for _ in range(TURNS):
             one, other = (build(path, prefix_cache_mb=2000) for _ in range(2))
             began = time.perf_counter()
-            one.prefixes.compute(one.model, one._encode([text])[0])  # type: ignore[union-attr]
+            one.prefixes.compute(one._encode([text])[0])  # type: ignore[union-attr]
             computing.append(time.perf_counter() - began)
             began = time.perf_counter()
             other.load_prefix(file)

@@ -1,7 +1,19 @@
 """Llama: a model with its tokenizer and chat format. Meta's API, and additions to it."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, List, Literal, Mapping, Optional, Sequence, Tuple, Unpack
+from typing import (
+    Any,
+    Callable,
+    Iterator,
+    List,
+    Literal,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Unpack,
+)  # fmt: skip
 
 import torch
 
@@ -11,11 +23,11 @@ from llama.backends.build import assemble
 from llama.backends.options import ModelOptions, takes
 from llama.checkpoint import remote
 from llama.checkpoint.adapter import read_adapter
-from llama.engine import embeddings, loop, scoring
+from llama.engine import embeddings, scoring
 from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import beam_search
 from llama.engine.engine import Engine
-from llama.engine.params import SamplingParams
+from llama.engine.events import collect, prediction
 from llama.engine.predictions import (
     BeamPrediction,
     ChatPrediction,
@@ -23,13 +35,15 @@ from llama.engine.predictions import (
     Event,
     with_calls,
 )
-from llama.engine.prefixes import PrefixCache
-from llama.engine.rows import ChatOptions, Options, Row, check, check_batch, constrain, make_rows
+from llama.engine.prefixes import Prefixes
+from llama.engine.requests import Request
+from llama.engine.rows import ChatOptions, Options, check, check_batch
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
-from llama.engine.speculative import Speculators
-from llama.engine.structured import GrammarCompiler, call_format
+from llama.engine.structured import call_format
 from llama.layers import low_rank, parallel
+from llama.layers.cache import PASS
+from llama.layers.paged import PAGE, blocks_for
 from llama.model import Transformer
 from llama.text.chat import (
     PLAIN,
@@ -54,7 +68,7 @@ class Llama:
         model: the Transformer.
         tokenizer: the Tokenizer.
         formatter: the chat format of the checkpoint, or None if it has none.
-        prefixes: the PrefixCache (keys and values of earlier texts), or None.
+        prefixes: what the cache knows of earlier texts, with prefix_cache_mb, or None.
     """
 
     @staticmethod
@@ -80,7 +94,7 @@ class Llama:
             kinds = [str(built.model.norm.weight.dtype)[6:], built.quantize]
             kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
             source = built.source
-            llama.prefixes = PrefixCache(
+            llama._keep_prefixes(
                 options.prefix_cache_mb * 1_000_000,
                 lambda: f"{checkpoint.fingerprint(source)} {kind}",
             )
@@ -97,9 +111,8 @@ class Llama:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.formatter = formatter or chat_format(tokenizer, model.params.use_scaled_rope)
-        self._speculators = Speculators(draft)
-        self.prefixes: Optional[PrefixCache] = None
-        self._compiler: Optional[GrammarCompiler] = None
+        self._draft = draft
+        self.prefixes: Optional[Prefixes] = None
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
 
@@ -131,10 +144,10 @@ class Llama:
             ValueError: no prompts, too many, an empty or too long one, ids outside of the
                 vocabulary, or parameters out of range; non-finite logits.
         """
-        rows, events = self._start(
+        request = self._make(
             prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **options
         )
-        found = loop.collect(events, rows)
+        found = collect(self._engine.run(request), request)
         return [row.tokens for row in found], [r.logprobs for r in found] if logprobs else None
 
     def text_completion(
@@ -156,12 +169,12 @@ class Llama:
             Per prompt and sample `generation` (str) and `finish_reason`; with logprobs also
             `tokens` (each one's text) and `logprobs`; with top_logprobs also `top_logprobs`.
         """
-        rows, events = self._start(
+        request = self._make(
             self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, **options
         )
         return [
-            {"generation": row.text, **loop.prediction(row, self.tokenizer, logprobs, options)}
-            for row in loop.collect(events, rows)
+            {"generation": row.text, **prediction(row, self.tokenizer, request)}
+            for row in collect(self._engine.run(request), request)
         ]
 
     def stream_text(
@@ -178,7 +191,9 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         ids = self._encode(prompts)
-        return self._start(ids, temperature, top_p, max_gen_len, logprobs, **options)[1]
+        return self._engine.run(
+            self._make(ids, temperature, top_p, max_gen_len, logprobs, **options)
+        )
 
     def chat_completion(
         self,
@@ -205,14 +220,15 @@ class Llama:
                 `generate` raises.
         """
         tools = options.get("tools")
-        rows, events, left_out = self._start_chat(
+        request, left_out = self._make_chat(
             dialogs, temperature, top_p, max_gen_len, logprobs, **options
         )
         predictions: List[ChatPrediction] = []
-        for row, found in zip(rows, loop.collect(events, rows), strict=True):
+        answers = collect(self._engine.run(request), request)
+        for row, found in zip(request.rows, answers, strict=True):
             message: Message = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
-            details = loop.prediction(found, self.tokenizer, logprobs, options)
+            details = prediction(found, self.tokenizer, request)
             predictions.append({"generation": message, **details})
             if error:
                 predictions[-1]["tool_call_error"] = error
@@ -235,8 +251,9 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         tools = options.get("tools")
-        chat = self._start_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
-        return with_calls(chat[1], tools) if tools else chat[1]
+        request, _ = self._make_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
+        events = self._engine.run(request)
+        return with_calls(events, tools) if tools else events
 
     def engine(
         self,
@@ -259,7 +276,7 @@ class Llama:
             cache_tokens = max(context, min(room, max_rows * context // 4))
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=max_tokens_per_step,
-            max_rows=max_rows, cache_tokens=cache_tokens,
+            max_rows=max_rows, cache_tokens=cache_tokens, draft=self._draft,
         )  # fmt: skip
 
     def async_engine(self, **limits: Any) -> AsyncEngine:
@@ -297,7 +314,7 @@ class Llama:
         check(self.model, ids, max_gen_len, 1)
         for prompt in ids:
             beams = beam_search(
-                self.model, prompt, min(max_gen_len, self.model.params.max_seq_len - len(prompt)),
+                self._engine, prompt, min(max_gen_len, self.model.params.max_seq_len - len(prompt)),
                 num_beams, stop_tokens=self.tokenizer.stop_tokens,
                 length_penalty=length_penalty, early_stopping=early_stopping,
             )  # fmt: skip
@@ -338,7 +355,7 @@ class Llama:
         else:
             [ids], _ = self._encode_dialogs([prefix], None, None, None)
         check(self.model, [ids], 0, 1)
-        self._prefixes.save(path, self.model, ids)
+        self._prefixes.save(path, ids)
 
     def load_prefix(self, path: str | Path) -> int:
         """Add a saved prefix, on any number of ranks, to the prefix cache; returns its length.
@@ -348,10 +365,10 @@ class Llama:
             ValueError: not a saved prefix, or one of another model, or a Llama built without
                 prefix_cache_mb.
         """
-        return self._prefixes.load(path, self.model)
+        return self._prefixes.load(path)
 
     @property
-    def _prefixes(self) -> PrefixCache:
+    def _prefixes(self) -> Prefixes:
         if self.prefixes is None:
             raise ValueError("prefixes take memory: build with prefix_cache_mb, 1000 for example")
         return self.prefixes
@@ -390,7 +407,7 @@ class Llama:
             if parallel.is_rank_zero():
                 warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
-    def _start_chat(
+    def _make_chat(
         self,
         dialogs: Sequence[Dialog],
         temperature: float,
@@ -404,14 +421,14 @@ class Llama:
         continue_final_message: bool = False,
         template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
-    ) -> Tuple[List[Row], Iterator[Event], List[List[Message]]]:
-        """`_start` for dialogs; also the messages that truncation dropped from each."""
+    ) -> Tuple[Request, List[List[Message]]]:
+        """`_make` for dialogs; also the messages that truncation dropped from each."""
         options["response_format"] = call_format(tools, tool_choice, options)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
-        return *self._start(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
+        return self._make(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
 
-    def _start(
+    def _make(
         self,
         prompts: Sequence[Sequence[int]],
         temperature: float,
@@ -420,24 +437,32 @@ class Llama:
         logprobs: bool,
         echo: bool = False,
         **options: Unpack[Options],
-    ) -> Tuple[List[Row], Iterator[Event]]:
-        """The sequences of a call, n for each prompt, and the iterator that generates them."""
-        shape = self.model.params
-        stops = options.get("stop_tokens")
-        stops = self.tokenizer.stop_tokens if stops is None else stops
-        top_logprobs = options.get("top_logprobs", 0)
-        params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
-        max_gen_len = shape.max_seq_len if max_gen_len is None else max_gen_len
-        check_batch(shape, len(prompts), options.get("n", 1))
-        rows = make_rows(self.model, prompts, max_gen_len, params, self.generator, options)
-        formats = options.get("response_format")
-        if formats is not None:
-            if self._compiler is None:
-                self._compiler = GrammarCompiler(self.tokenizer, shape.vocab_size)
-            constrain(rows, self._compiler, formats, stops)
-        return rows, loop.run(
-            self.model, self.tokenizer, rows, stop_tokens=stops, logprobs=logprobs,
-            top_logprobs=top_logprobs, echo=echo, should_stop=options.get("should_stop"),
-            speculator=self._speculators(options.get("speculate")),
-            prefixes=self.prefixes,
+    ) -> Request:
+        """A call as a request to the engine, with n rows for each prompt."""
+        check_batch(self.model.params, len(prompts), options.get("n", 1))
+        max_gen_len = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
+        return self._engine.make_all(
+            prompts, max_gen_len, temperature, top_p, logprobs, echo, **options
+        )
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """The engine of all calls, which keeps nothing from one to the next."""
+        engine = self._new_engine(0)
+        engine.scheduler.blocks.keep_only_known()
+        return engine
+
+    def _keep_prefixes(self, nbytes: int, fingerprint: Callable[[], str]) -> None:
+        """Keep what calls compute for those that follow, in so much more memory."""
+        self._engine = self._new_engine(nbytes)
+        self.prefixes = Prefixes(self._engine, self.model, fingerprint)
+
+    def _new_engine(self, nbytes: int) -> Engine:
+        """An engine with a cache for all rows that a call may have, and some more memory."""
+        args = self.model.params
+        more = nbytes // self.model.new_cache(1, PAGE).nbytes
+        blocks = args.max_batch_size * blocks_for(args.max_seq_len) + more
+        return Engine(
+            self.model, self.tokenizer, max_tokens_per_step=PASS, max_rows=args.max_batch_size,
+            cache_tokens=blocks * PAGE, draft=self._draft, generator=self.generator,
         )  # fmt: skip

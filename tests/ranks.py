@@ -146,7 +146,7 @@ def replicas(ckpt, prompts):
 
 def classified(ckpt, rows, labels):
     """Logits of a classifier and gradients of what each rank holds whole."""
-    from llama.engine.prefill import padded
+    from llama.layers.ids import padded
     from llama.training.classification import SequenceClassifier
 
     classifier = SequenceClassifier.build(ckpt, device="cpu", dtype="fp32")

@@ -8,7 +8,7 @@ import torch
 from conftest import random_weights
 
 from llama import Dialog, Llama
-from llama.engine.prefill import similar
+from llama.engine.passes import similar
 
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
 
@@ -159,12 +159,12 @@ def test_ragged_prompts_prefill_whole_and_one_position_each_is_projected(tiny):
 def test_padding_of_prefill_is_bounded():
     """Prompts of similar lengths go together: one long prompt doesn't pad all the others to it."""
     for lengths in ([3, 5, 8, 900], [100] * 16, list(range(8, 1000, 62)), [1], [7, 2000]):
-        runs = list(similar([0] * len(lengths), lengths))
-        assert [i for start, stop in runs for i in range(start, stop)] == list(range(len(lengths)))
-        for start, stop in runs:
-            padded = (stop - start) * lengths[stop - 1]
-            assert padded <= max(256, 1.25 * sum(lengths[start:stop]))
-    assert list(similar([0] * 16, [100] * 16)) == [(0, 16)]
+        groups = list(similar(lengths))
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        for group in groups:
+            padded = len(group) * max(lengths[i] for i in group)
+            assert padded <= max(256, 1.25 * sum(lengths[i] for i in group))
+    assert list(similar([100] * 16)) == [[*range(16)]]
 
 
 def test_long_ragged_prompts_in_several_passes_equal_singles(tiny):

@@ -205,8 +205,7 @@ def _answers(
                 f"{max_seq_len}: shorten it, or give a larger --max_seq_len"
             )
     if llama.prefixes is not None:
-        llama.prefixes.share(llama.model, ids)
-        llama.prefixes.grows = False  # else batches would depend on those before
+        llama.prefixes.share(ids)  # and nothing else, or batches would depend on those before
     # Similar lengths together; the longest first, so that too little memory shows at once.
     order = sorted(range(len(lines)), key=lambda i: (-lengths[i], i))
     size = llama.model.params.max_batch_size // n

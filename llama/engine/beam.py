@@ -7,10 +7,7 @@ length ** length_penalty.
 
 from typing import List, Literal, NamedTuple, Sequence, Set, Tuple
 
-import torch
-
-from llama.engine.prefill import prefill
-from llama.model import Transformer
+from llama.engine.engine import Engine
 
 
 class Beam(NamedTuple):
@@ -21,9 +18,8 @@ class Beam(NamedTuple):
     stopped: bool  # by a stop token, which isn't among the tokens but counts for the score
 
 
-@torch.inference_mode()
 def beam_search(
-    model: Transformer,
+    engine: Engine,
     prompt: Sequence[int],
     max_gen_len: int,
     num_beams: int,
@@ -47,20 +43,21 @@ def beam_search(
         raise ValueError(f"num_beams={num_beams} and max_gen_len={max_gen_len} must be at least 1")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r}: choose True, False or 'never'")
-    cache = model.new_cache(num_beams, len(prompt) + max_gen_len)
-    h, _ = prefill(model, [prompt], cache)
     running: List[Tuple[List[int], float]] = [([], 0.0)]  # tokens, log-probability
     finished: List[Beam] = []
+    # Enough that num_beams of them continue, even if the others end in stop tokens.
+    keep = max(2, 1 + len(stop_tokens)) * num_beams
     for length in range(1, max_gen_len + 1):
-        before = torch.tensor([[logprob] for _, logprob in running], device=h.device)
-        logprobs = (model.logits(h).log_softmax(-1) + before).flatten()
-        # Enough that num_beams of them continue, even if the others end in stop tokens.
-        keep = max(2, 1 + len(stop_tokens)) * num_beams
-        values, places = (part.tolist() for part in logprobs.topk(min(keep, len(logprobs))))
+        nexts = _likeliest(engine, [[*prompt, *tokens] for tokens, _ in running], keep)
+        found = [
+            (before + logprob, beam, token)
+            for beam, ((_, before), best) in enumerate(zip(running, nexts, strict=True))
+            for token, logprob in best
+        ]
+        found = sorted(found, key=lambda one: (-one[0], *one[1:]))[:keep]
         full = len(finished) == num_beams
         going_on: List[Tuple[int, int, float]] = []  # beam, token, log-probability
-        for rank, (logprob, at) in enumerate(zip(values, places, strict=True)):
-            beam, token = divmod(at, model.vocab_size)
+        for rank, (logprob, beam, token) in enumerate(found):
             if token not in stop_tokens and length < max_gen_len:
                 going_on.append((beam, token, logprob))
             elif rank < num_beams and not (full and early_stopping is True):
@@ -77,7 +74,22 @@ def beam_search(
             if early_stopping is True or best <= finished[-1].score:
                 break
         running = [(running[beam][0] + [token], logprob) for beam, token, logprob in going_on]
-        cache.gather([beam for beam, _, _ in going_on])
-        drawn = torch.tensor([[token] for _, token, _ in going_on], device=h.device)
-        h = model.hidden(drawn, cache.lengths, cache)[:, -1]
+    engine.tidy()
     return finished
+
+
+def _likeliest(
+    engine: Engine, texts: Sequence[Sequence[int]], n: int
+) -> List[List[Tuple[int, float]]]:
+    """For each text the n most probable next tokens, with their log-probabilities.
+
+    All but the last token of each is in the cache, whose blocks the beams share.
+    """
+    n = min(n, engine.vocab_size)
+    options = dict(temperature=0, top_logprobs=n, stop_tokens=set(), speculate="off")
+    requests = [engine.add(text, 1, **options) for text in texts]
+    found = []
+    for request in requests:
+        [event] = engine.events(request)
+        found.append(event.top_logprobs or [])
+    return found

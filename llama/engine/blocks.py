@@ -6,7 +6,7 @@ evicted first. This is bookkeeping only: the keys and values are in a `llama.lay
 """
 
 from collections import OrderedDict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from llama.layers.ids import common_length
 
@@ -44,6 +44,7 @@ class Blocks:
         self._users = [0] * n
         self._free = list(range(n - 1, 0, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # known and used by no row; oldest first
+        self._kept: Optional[Set[int]] = None
 
     @property
     def available(self) -> int:
@@ -145,6 +146,17 @@ class Blocks:
             if block in self._node:
                 self._forget(self._node[block])
 
+    def keep_only_known(self) -> None:
+        """From now on, `tidy` forgets what isn't known now."""
+        self._kept = set(self._node)
+
+    def tidy(self) -> None:
+        """Forget what wasn't known when `keep_only_known` was called, if it was."""
+        kept = self._node if self._kept is None else self._kept
+        for block in [*self._node]:
+            if block not in kept and block in self._node:
+                self._forget(self._node[block])
+
     def clear(self) -> None:
         """Forget all known blocks; those in use stay in use."""
         for root in self._roots.values():
@@ -171,6 +183,8 @@ class Blocks:
             todo += self._children(node)
             node.children, node.parent = {}, None
             del self._node[node.block]
+            if self._kept is not None:
+                self._kept.discard(node.block)
             if node.block in self._idle:
                 del self._idle[node.block]
                 self._free.append(node.block)

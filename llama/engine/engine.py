@@ -5,21 +5,31 @@ bit-identical whatever else is computed with it, in whatever chunks, after howev
 """
 
 import threading
+from itertools import accumulate
 from math import isfinite
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Unpack
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Unpack
 
 import torch
 
 from llama.engine.blocks import Blocks
-from llama.engine.loop import details_of, events_of, sample_row
+from llama.engine.events import (
+    advance,
+    asks_to_stop,
+    details_of,
+    details_of_all,
+    guide,
+    sample,
+    stopped,
+)
 from llama.engine.params import SamplingParams
 from llama.engine.passes import hidden
-from llama.engine.predictions import Event
+from llama.engine.predictions import Event, Speculation
 from llama.engine.projection import PROJECTED
-from llama.engine.requests import Details, Part, Request, Stats
+from llama.engine.requests import Part, Request, Stats
 from llama.engine.rows import Options, constrain, make_rows
 from llama.engine.scheduler import Plan, Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
+from llama.engine.speculative import MAX_DRAFT, Speculator, Speculators
 from llama.engine.structured import GrammarCompiler
 from llama.layers import parallel
 from llama.layers.paged import PAGE, PagedRows, blocks_for, copy_block
@@ -35,7 +45,8 @@ class Engine:
         max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
         max_rows: requests that run at once; others wait.
         cache_tokens: positions of the cache.
-        seed: of the requests that are added without one.
+        draft: a smaller model, for speculative decoding.
+        generator: of the seeds of requests that are made without one.
 
     Threads may share an engine; on several ranks, all make the same calls.
     """
@@ -48,7 +59,8 @@ class Engine:
         max_tokens_per_step: int = 512,
         max_rows: int = 64,
         cache_tokens: int,
-        seed: int = 1,
+        draft: Optional[Transformer] = None,
+        generator: Optional[torch.Generator] = None,
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step),
@@ -59,13 +71,14 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1")
         self._model, self._tokenizer = model, tokenizer
         blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
-        self._pool = model.new_cache(1 + blocks.total, PAGE)
-        self._scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
+        self.pool = model.new_cache(1 + blocks.total, PAGE)
+        self.scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
+        self.speculators = Speculators(draft, blocks.total)
         self._parts: Dict[Scheduled, Part] = {}
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
-        self._generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
-        self._lock = threading.RLock()  # held during steps
+        self._generator = generator or torch.Generator().manual_seed(1)  # of the seeds of rows
+        self.lock = threading.RLock()  # held during steps
         self._compiling = threading.Lock()
 
     @property
@@ -74,17 +87,28 @@ class Engine:
         return not self._parts
 
     @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
     def stats(self) -> Stats:
         """Counts; during a step, of its beginning or its end."""
-        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known,
             blocks.total, scheduler.computed, scheduler.reused, scheduler.preemptions,
         )  # fmt: skip
 
-    def make(
+    def make(self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any) -> Request:
+        """A request for `submit`, checked, its response format compiled. It waits for no step.
+
+        See `make_all` for the options and errors.
+        """
+        return self.make_all([prompt_tokens], max_gen_len, **options)
+
+    def make_all(
         self,
-        prompt_tokens: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -94,33 +118,31 @@ class Engine:
         cache_prompt: bool = True,
         **options: Unpack[Options],
     ) -> Request:
-        """A request for `submit`, checked, its response format compiled. It waits for no step.
-
-        See `Llama.generate` for the arguments, and `Options`.
+        """A request of several prompts, which fail together. See `Llama.generate` for the
+        arguments, and `Options`.
 
         Args:
-            echo: the events of the prompt's tokens come first, with their log-probabilities if
-                those were asked for; None for the first token.
+            echo: the events of a prompt's tokens come first, with their log-probabilities if those
+                were asked for; None for the first token.
             priority: a request of priority p may overtake those of priority 0 that came up to 100 p
                 steps earlier.
-            cache_prompt: False computes the whole prompt, whatever the cache knows of it.
+            cache_prompt: False computes whole prompts, whatever the cache knows of them.
 
         Raises:
-            ValueError: what `Llama.generate` raises; a request that the cache can't hold.
+            ValueError: what `Llama.generate` raises; a sequence that the cache can't hold.
         """
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
-        if params.guidance_scale != 1 or options.get("speculate") not in (None, "off"):
-            raise ValueError("guidance and speculative decoding: use Llama.generate")
         stops = options.get("stop_tokens")
         stops = self._tokenizer.stop_tokens if stops is None else stops
-        rows = make_rows(
-            self._model, [prompt_tokens], max_gen_len, params, self._generator, options
-        )
+        rows = make_rows(self._model, prompts, max_gen_len, params, self._generator, options)
+        speculator = self.speculators(options.get("speculate"))
         request = Request(
             rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
             echo=echo, priority=priority, cache_prompt=cache_prompt,
+            should_stop=options.get("should_stop"), speculator=speculator,
         )  # fmt: skip
-        self._scheduler.check(request.parts[0].sequence)
+        for part in request.parts:
+            self.scheduler.check(part.sequences)
         formats = options.get("response_format")
         if formats is not None:
             with self._compiling:
@@ -129,17 +151,16 @@ class Engine:
                 constrain(rows, self._compiler, formats, stops)
         for row in rows:
             row.begin(self._tokenizer, self._model.norm.weight.device)
+            if speculator is not None:
+                row.speculation = Speculation(proposed=0, accepted=0, passes=0)
         return request
 
     def submit(self, request: Request) -> None:
-        """Queue a request that `make` made; not one that was cancelled since.
-
-        Raises:
-            ValueError: the cache could never hold it.
-        """
-        with self._lock:
-            if not request.finished:
-                self._queue(request.parts[:1] if request.scored else request.parts)
+        """Queue a request that `make` made; not one that was cancelled since."""
+        with self.lock:
+            for part in request.parts if not request.finished else ():
+                if not part.row.sample:  # the others begin when the prompt is computed
+                    self._queue(part)
 
     def add(self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any) -> Request:
         """`make` and `submit`."""
@@ -149,14 +170,12 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request: its blocks are free at once, and nothing more is computed for it."""
-        with self._lock:
+        with self.lock:
             for part in request.parts:
-                if part.sequence in self._parts:
-                    self._end(part)
-            request.unfinished.clear()
+                self._end(part)
 
     def cancel_all(self) -> None:
-        with self._lock:
+        with self.lock:
             for part in list(self._parts.values()):
                 self.cancel(part.request)
 
@@ -167,17 +186,43 @@ class Engine:
         A request that fails (a logits processor that raises, logits that aren't finite) ends with
         an event of finish_reason "error", and has an `error`; others aren't affected.
         """
-        with self._lock:
-            if revision(self._model) != self._revision:  # what is known was computed by others
-                self._scheduler.blocks.clear()
-                self._revision = revision(self._model)
-            plan = self._scheduler.plan()
+        with self.lock:
+            self.sync()
+            proposed = self._propose()
+            plan = self.scheduler.plan()
             if not plan.counts:
                 return []
-            found = self._run(plan)
+            try:
+                found, sampled = self._sample(*self._pass(plan))
+            except BaseException:
+                self.scheduler.restart()
+                raise
+            for speculator, (parts, tokens) in proposed.items():
+                alone = tokens == sum(plan.counts.values()) and len(parts) == len(plan.counts)
+                speculator.learn([sampled.get(part, []) for part in parts], alone)
             for request, event in found:
                 request.events.append(event)
             return found
+
+    def sync(self) -> None:
+        """Forget what was computed with weights that have been changed since."""
+        if revision(self._model) != self._revision:
+            self.scheduler.blocks.clear()
+            self._revision = revision(self._model)
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """`submit` and `events`, once the iterator is begun; then forgets what isn't to be kept."""
+        self.submit(request)
+        try:
+            yield from self.events(request)
+        finally:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Forget what isn't to be kept, unless something is being computed."""
+        with self.lock:
+            if self.idle:
+                self.scheduler.blocks.tidy()
 
     def events(self, request: Request) -> Iterator[Event]:
         """The events of a request, as steps are made for it. Closing the iterator cancels it.
@@ -198,140 +243,173 @@ class Engine:
         finally:
             self.cancel(request)
 
-    def _queue(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            self._scheduler.add(part.sequence)
-            self._parts[part.sequence] = part
-
     # --- a step -----------------------------------------------------------------------------------
 
-    def _run(self, plan: Plan) -> List[Tuple[Request, Event]]:
+    def _queue(self, part: Part, beside: Optional[Part] = None) -> None:
+        for sequence in part.sequences:
+            self.scheduler.add(sequence, None if beside is None else beside.sequence)
+            self._parts[sequence] = part
+
+    def _end(self, part: Part, broken: bool = False) -> None:
+        """End a part that is queued or running, or not queued yet."""
+        part.request.unfinished.discard(id(part.row))
+        for sequence in part.sequences:
+            if self._parts.pop(sequence, None) is None:
+                continue
+            if part.request.speculator is not None:
+                part.request.speculator.forget(part.row)
+            if not broken or sequence not in self.scheduler.running:
+                self.scheduler.remove(sequence)
+                continue
+            for block in self.scheduler.discard(sequence):
+                for values in self.pool.parts.values():
+                    values[:, block] = 0  # a mask hides a value, but not that it isn't a number
+
+    def _propose(self) -> Dict[Speculator, Tuple[List[Part], int]]:
+        """Give drafts to the sequences that decode: the parts that each speculator saw, and the
+        tokens of a pass with nothing but these."""
+        seen: Dict[Speculator, List[Part]] = {}
+        for sequence in self.scheduler.running:
+            part = self._parts[sequence]
+            speculator, sequence.draft = part.request.speculator, []
+            if speculator is None or part.negative is not None:
+                continue
+            if part.row.answer and sequence.remaining == 1:
+                seen.setdefault(speculator, []).append(part)
+        found: Dict[Speculator, Tuple[List[Part], int]] = {}
+        for speculator, parts in seen.items():
+            drafts = speculator.propose([part.row for part in parts])
+            for part, draft in zip(parts, drafts, strict=True):
+                part.sequence.draft = draft
+            found[speculator] = parts, len(parts) + sum(map(len, drafts))
+        return found
+
+    def _pass(self, plan: Plan) -> Tuple[List[Part], torch.Tensor, torch.Tensor]:
+        """The parts that are ready for a token, and for each of these and its draft tokens the
+        logits, (positions, vocab_size), without guidance and with it."""
         for source, target in plan.copies:
-            copy_block(self._pool, source, target)
+            copy_block(self.pool, source, target)
+        new: List[List[int]] = []
+        ends: List[Tuple[Part, Scheduled]] = []
+        at: List[int] = []  # of each end, and of its draft tokens
+        scored: List[Tuple[Part, int, int, int]] = []
+        end = 0
+        for sequence, n in plan.counts.items():
+            part, known, draft = self._parts[sequence], sequence.computed, sequence.draft
+            new.append(sequence.tokens[known : known + n] + draft)
+            if part.request.scored and part.row.echo and sequence is part.sequence:
+                scored.append((part, known + 1, end, end + n))
+            end += n
+            if known + n - len(draft) == len(sequence.tokens):
+                for one in (part, *part.siblings) if not part.row.answer else (part,):
+                    ends.append((one, sequence))
+                    at += range(end - 1 - len(draft), end)
+        index = torch.tensor(at, device=self.pool.k.device)  # on a GPU, later would wait for it
         sequences = list(plan.counts)
         cache = PagedRows(
-            self._pool, [s.table for s in sequences], [s.computed for s in sequences],
+            self.pool, [s.table for s in sequences], [s.computed for s in sequences],
             [s.adapter for s in sequences],
         )  # fmt: skip
-        new = [s.tokens[s.computed : s.computed + n] for s, n in plan.counts.items()]
         h = hidden(self._model, new, cache)
-        ends, end = [], -1
+        for part, begin, first, last in scored:
+            self._score(part, begin, h[first:last])
         for sequence, n in plan.counts.items():
-            part = self._parts[sequence]
-            end += n
-            if part.request.scored and part.row.echo:
-                self._score(part, h[end - n + 1 : end + 1])
-            self._scheduler.advance(sequence, n)
-            if not sequence.remaining:
-                ends.append((part, end))
-        if not ends:
-            return []
-        return self._sample([part for part, _ in ends], h[[end for _, end in ends]])
+            self.scheduler.advance(sequence, n - len(sequence.draft))
+        return self._logits(ends, h[index]) if ends else ([], h, h)
 
-    def _score(self, part: Part, h: torch.Tensor) -> None:
-        """Score the prompt's tokens that follow the next ones, with their hidden states h."""
-        request, begin = part.request, part.sequence.computed + 1
-        following = part.row.prompt[begin : begin + len(h)]
+    def _logits(
+        self, ends: List[Tuple[Part, Scheduled]], h: torch.Tensor
+    ) -> Tuple[List[Part], torch.Tensor, torch.Tensor]:
+        """As `_pass` returns it, from the hidden states h where sequences end."""
+        if all(part.negative is None for part, _ in ends):
+            logits = self._model.logits(h)
+            return [part for part, _ in ends], logits, logits
+        plain: List[Part] = []
+        guided: List[Part] = []
+        rows: List[int] = []  # of h, those of plain parts
+        at = 0
+        for part, sequence in ends:
+            stop = at + 1 + len(sequence.draft)
+            if part.negative is None:
+                plain.append(part)
+                rows += range(at, stop)
+            else:  # ready once both sequences are
+                part.ready[sequence.extra] = h[at:stop]
+                guided += [part] if len(part.ready) == 2 else []
+            at = stop
+        if not plain and not guided:
+            return [], h, h
+        own = self._model.logits(torch.cat([h[rows], *(part.ready[False] for part in guided)]))
+        if not guided:
+            return plain, own, own
+        negative = self._model.logits(torch.cat([part.ready[True] for part in guided]))
+        for part in guided:
+            part.ready = {}
+        scales = [part.row.params.guidance_scale for part in guided]
+        logits = torch.cat([own[: len(rows)], guide(own[len(rows) :], negative, scales)])
+        return plain + guided, own, logits
+
+    def _score(self, part: Part, begin: int, h: torch.Tensor) -> None:
+        """Score the prompt's tokens from `begin` on, from the hidden states before each."""
+        request, following = part.request, part.row.prompt[begin : begin + len(h)]
         for at in range(0, len(following), PROJECTED):
             ids = [[token] for token in following[at : at + PROJECTED]]
             logits = self._model.logits(h[at : at + len(ids)])
             nothing: List[List[int]] = [[] for _ in ids]
             found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
-            request.scores |= {begin + at + i: one for i, [one] in enumerate(found)}
+            scores = request.scores[part.row.index]
+            scores |= {begin + at + i: one for i, [one] in enumerate(found)}
 
-    def _echo(self, part: Part) -> List[Event]:
-        """The events of a prompt's tokens, if they are still to come."""
-        row, request = part.row, part.request
-        if not row.echo:
-            return []
-        row.echo, part.sequence.reuses = False, request.cache_prompt
-        if request.scored and row.sample == 0:  # the others find it in the cache
-            others = request.parts[1:]
-            for other in others:
-                other.sequence.reuses = request.cache_prompt
-            self._queue(others)
-        return [
-            Event(
-                row.index, row.sample, token, row.decoder.feed(token),
-                *request.scores.get(i, (None, None)),
-            )
-            for i, token in enumerate(row.prompt)
-        ]  # fmt: skip
-
-    def _sample(self, parts: List[Part], h: torch.Tensor) -> List[Tuple[Request, Event]]:
-        """Sample a token for each sequence from the hidden states h, (sequences, dim)."""
-        logits = self._model.logits(h)
+    def _sample(
+        self, parts: List[Part], own: torch.Tensor, logits: torch.Tensor
+    ) -> Tuple[List[Tuple[Request, Event]], Dict[Part, List[int]]]:
+        """Sample the next tokens of parts, from logits as `_pass` returns them."""
+        if not parts:
+            return [], {}
+        drafts = [part.sequence.draft for part in parts]
         largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
-        sampled: List[List[int]] = [[] for _ in parts]
+        asking = list({part.request: None for part in parts if part.request.should_stop})
+        sampled: List[List[int]] = [[] for _ in (*parts, *asking)]
+        ends = list(accumulate(1 + len(draft) for draft in drafts))
+        spans = [slice(end - len(draft) - 1, end) for end, draft in zip(ends, drafts, strict=True)]
+        broken = {
+            part
+            for part, span in zip(parts, spans, strict=True)
+            if not part.row.full and not all(map(isfinite, largest[span]))
+        }
         if parallel.rank() == 0:
-            for i, part in enumerate(parts):
+            for i, (part, span) in enumerate(zip(parts, spans, strict=True)):
                 if not part.row.full:
-                    sampled[i] = _tokens(part, logits[i : i + 1], largest[i], likeliest[i])
-        sampled = parallel.share_lists(sampled, 2)
-        details = self._details(parts, sampled, logits)
+                    sampled[i] = sample(part, logits[span], likeliest[span], part not in broken)
+            for i, request in enumerate(asking, len(parts)):
+                sampled[i] = [int(asks_to_stop(request))]
+        sampled = parallel.share_lists(sampled, MAX_DRAFT + 2)
+        stopping = [r for r, answer in zip(asking, sampled[len(parts) :], strict=True) if answer[0]]
+        for part in broken:
+            self._end(part, broken=True)
+        failed: Set[Request] = set()
         found: List[Tuple[Request, Event]] = []
-        for part, tokens, of_tokens, most in zip(parts, sampled, details, largest, strict=True):
-            if part.request.finished:  # another of its sequences has failed
+        details = details_of_all(parts, sampled, own)
+        for part, draft, tokens, of_tokens in zip(parts, drafts, sampled, details, strict=False):
+            request = part.request
+            if request in failed:  # with another of its parts
                 continue
-            row, request = part.row, part.request
-            echoed = self._echo(part)
-            if tokens:
-                events = events_of(row, tokens, of_tokens, request.stop_tokens, False)
-                part.sequence.tokens += [e.token for e in events if e.token is not None]
-            elif row.full:  # from the beginning: no token was asked for
-                text = row.decoder.finish()
-                events = [Event(row.index, row.sample, None, text, finish_reason="length")]
-            else:
-                request.error = request.error or ValueError("sampling failed: see rank 0's error")
-                events = [Event(row.index, row.sample, None, "", finish_reason="error")]
-            if events[-1].finish_reason is not None:
-                events[-1] = events[-1]._replace(cached_tokens=part.sequence.found)
-            found += [(request, event) for event in echoed + events]
-            if not isfinite(most) and not row.full:
-                self._discard(part)
+            if request.scored and part.row.echo and not part.row.sample:
+                part.sequence.reuses = request.cache_prompt
+            events = advance(part, tokens, of_tokens, request in stopping)
+            found += [(request, event) for event in events]
             if request.error is not None:
+                failed.add(request)
                 self.cancel(request)
             elif events[-1].finish_reason is not None:
                 self._end(part)
-        return found
-
-    def _details(
-        self, parts: List[Part], sampled: List[List[int]], logits: torch.Tensor
-    ) -> List[List[Details]]:
-        """Log-probabilities of the sampled tokens of each sequence, where they were asked for."""
-        nothing: Details = (None, None)
-        found = [[nothing] * len(tokens) for tokens in sampled]
-        for i, (part, tokens) in enumerate(zip(parts, sampled, strict=True)):
-            wanted = part.request.logprobs, part.request.top_logprobs
-            if tokens and any(wanted):
-                [found[i]] = details_of(logits[i : i + 1], [tokens], [[]], *wanted)
-        return found
-
-    def _end(self, part: Part) -> None:
-        part.request.unfinished.discard(id(part.row))
-        del self._parts[part.sequence]
-        self._scheduler.remove(part.sequence)
-
-    def _discard(self, part: Part) -> None:
-        """End a sequence whose keys and values are broken."""
-        part.request.unfinished.discard(id(part.row))
-        del self._parts[part.sequence]
-        for block in self._scheduler.discard(part.sequence):
-            for values in self._pool.parts.values():
-                values[:, block] = 0  # a mask hides a value, but not that it isn't a number
-
-
-def _tokens(part: Part, logits: torch.Tensor, largest: float, likeliest: int) -> List[int]:
-    """The next token, and the stop token that a finished grammar implies; none if that fails."""
-    tokens: List[int] = []
-    try:
-        if not isfinite(largest):
-            raise ValueError(
-                f"the model's logits at token {len(part.sequence.tokens)} of a request aren't "
-                "finite: broken weights, or a dtype too narrow for them; try dtype=torch.float32"
-            )
-        sample_row(part.row, [], logits, [likeliest], part.request.stop_tokens, tokens)
-    except Exception as error:  # of the caller's own code, too: other requests go on
-        part.request.error = error
-        return []
-    return tokens
+            elif part.sequence not in self._parts:  # one of several samples
+                self._queue(part, part.first)
+            elif draft:
+                self.scheduler.advance(part.sequence, min(len(tokens), len(draft) + 1) - 1)
+        for request in stopping:
+            for part in request.parts:
+                if id(part.row) in request.unfinished:  # it wasn't in this pass
+                    found.append((request, stopped(part)))
+                    self._end(part)
+        return found, dict(zip(parts, sampled, strict=False))

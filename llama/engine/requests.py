@@ -1,11 +1,14 @@
 """What was asked of an engine, and what it is doing about it."""
 
 from collections import deque
-from typing import Deque, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
+
+import torch
 
 from llama.engine.predictions import Event
 from llama.engine.rows import Row
 from llama.engine.scheduler import Sequence
+from llama.engine.speculative import Speculator
 
 Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, top_logprobs
 
@@ -24,13 +27,12 @@ class Stats(NamedTuple):
 
 
 class Request:
-    """A prompt and what was asked for; one sequence for each sample.
+    """Prompts and what was asked for; a part for each sample of each prompt.
 
     Attributes:
-        parts: its sequences.
-        scores: of its prompt's tokens, as far as they are computed, with echo and logprobs.
+        scores: of its prompts' tokens, as far as they are computed, with echo and logprobs.
         error: why it failed, or None.
-        events: those that haven't been read. Their `row` is 0.
+        events: those that haven't been read.
     """
 
     def __init__(
@@ -43,18 +45,24 @@ class Request:
         echo: bool,
         priority: int,
         cache_prompt: bool,
+        should_stop: Optional[Callable[[], bool]],
+        speculator: Optional[Speculator],
     ):
         self.rows, self.stop_tokens = rows, stop_tokens
         self.logprobs, self.top_logprobs = logprobs, top_logprobs
-        self.cache_prompt = cache_prompt
+        self.cache_prompt, self.should_stop = cache_prompt, should_stop
+        self.speculator = speculator
         self.scored = echo and bool(logprobs or top_logprobs)
-        self.scores: Dict[int, Details] = {}
+        self.scores: Dict[int, Dict[int, Details]] = {row.index: {} for row in rows}
         reuses = cache_prompt and not self.scored  # this needs the hidden states of all tokens
         self.parts: List[Part] = []
         for row in rows:
             row.echo = echo
             sequence = Sequence(list(row.prompt), row.max_len, priority, reuses, row.adapter)
-            self.parts.append(Part(self, row, sequence))
+            self.parts.append(part := Part(self, row, sequence))
+            if row.sample:
+                part.first = self.parts[-1 - row.sample]
+                part.first.siblings.append(part)
         self.events: Deque[Event] = deque()
         self.error: Optional[Exception] = None
         self.unfinished = {id(row) for row in rows}
@@ -65,9 +73,30 @@ class Request:
         return not self.unfinished
 
 
-class Part(NamedTuple):
-    """A sequence of a request."""
+class Part:
+    """A row of a request, and its sequences in the cache.
 
-    request: Request
-    row: Row
-    sequence: Sequence
+    Attributes:
+        first: that of the prompt's first sample, perhaps itself.
+        siblings: the prompt's further samples, which begin when it is computed.
+        negative: with guidance, the same answer after the negative prompt.
+        ready: with guidance, the hidden states to sample from, once they are computed: of its own
+            sequence (False) and of the negative one (True).
+    """
+
+    def __init__(self, request: Request, row: Row, sequence: Sequence):
+        self.request, self.row, self.sequence = request, row, sequence
+        self.first: Part = self
+        self.siblings: List[Part] = []
+        self.negative: Optional[Sequence] = None
+        self.ready: Dict[bool, torch.Tensor] = {}
+        if row.params.guidance_scale != 1:
+            prompt = list(row.params.negative_prompt or row.prompt[-1:])
+            length = len(prompt) + row.max_len - len(row.prompt)
+            self.negative = Sequence(
+                prompt, length, sequence.priority, sequence.reuses, row.adapter, extra=True
+            )
+
+    @property
+    def sequences(self) -> List[Sequence]:
+        return [self.sequence] if self.negative is None else [self.sequence, self.negative]

@@ -14,7 +14,7 @@ Nothing here depends on torch or on the time of day.
 """
 
 import bisect
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from llama.engine.blocks import Blocks, Node
 from llama.layers.ids import common_length
@@ -32,6 +32,7 @@ class Sequence:
         priority: higher ones come earlier.
         reuses: whether what the cache knows of it is used.
         adapter: its number (`llama.layers.low_rank`); 0: none.
+        extra: whether it doesn't count as one of the rows that run at once.
 
     Attributes:
         computed: positions in the cache.
@@ -46,9 +47,11 @@ class Sequence:
         priority: int = 0,
         reuses: bool = True,
         adapter: int = 0,
+        extra: bool = False,
     ):
         self.tokens, self.max_len, self.priority = tokens, max_len, priority
         self.reuses, self.adapter, self.computed = reuses, adapter, 0
+        self.extra = extra
         self.found: Optional[int] = None
         self.table: List[int] = []
         self.nodes: List[Node] = []  # of its whole blocks
@@ -89,20 +92,23 @@ class Scheduler:
         self.computed = self.reused = self.preemptions = 0
         self._step = self._arrivals = 0
 
-    def check(self, sequence: Sequence) -> None:
-        """Raises ValueError if a sequence wouldn't fit into the whole cache."""
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raises ValueError if sequences wouldn't fit into the whole cache together."""
         size, total = self.blocks.size, self.blocks.total
-        if -(-sequence.max_len // size) > total:
+        lengths = [sequence.max_len for sequence in sequences]
+        if sum(-(-length // size) for length in lengths) > total:
             raise ValueError(
-                f"a request of up to {sequence.max_len} tokens, and the cache holds "
+                f"a request of up to {sum(lengths)} tokens, and the cache holds "
                 f"{total * size}: shorten it, or give the engine a larger cache_tokens"
             )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises what `check` raises."""
-        self.check(sequence)
+    def add(self, sequence: Sequence, beside: Optional[Sequence] = None) -> None:
+        """Queue a sequence, at the place of another if given; raises what `check` raises."""
+        self.check([sequence])
         self._arrivals += 1
         sequence.place = (self._step - PATIENCE * sequence.priority, self._arrivals)
+        if beside is not None:
+            sequence.place = beside.place
         bisect.insort(self.waiting, sequence, key=lambda s: s.place)
 
     def remove(self, sequence: Sequence) -> None:
@@ -122,21 +128,33 @@ class Scheduler:
         self._release(sequence)
         return [block for block in before if not self.blocks.users(block)]
 
+    def restart(self) -> None:
+        """A pass has failed: what it wrote isn't known, so all running sequences are computed again
+        and nothing is known to the cache."""
+        for sequence in self.running:
+            sequence.computed = 0  # nothing to publish
+            self._release(sequence)
+            bisect.insort(self.waiting, sequence, key=lambda s: s.place)
+        self.running.clear()
+        self.blocks.clear()
+
     def plan(self) -> Plan:
         """The next pass. `advance` is to be called when it has been computed."""
         self._step += 1
         plan, budget = Plan({}, [], []), self.max_tokens
         self.running.sort(key=lambda s: s.place)
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
-            if sequence in plan.preempted or not budget:
-                continue
             n = min(sequence.remaining, budget)
-            sequence.draft = sequence.draft[: budget - n]
-            if self._make_room(sequence, n, plan):
-                plan.counts[sequence] = n + len(sequence.draft)
-                budget -= plan.counts[sequence]
+            if n and sequence not in plan.preempted and self._make_room(sequence, n, plan):
+                plan.counts[sequence] = n
+                budget -= n
         if not plan.preempted:
             budget = self._admit_all(plan, budget)
+        while not plan.counts and self.running:  # these wait for others that have no room
+            self._preempt(self.running[-1], plan)
+            budget = self._admit_all(plan, budget)
+        for sequence in self.running:
+            budget -= self._plan_draft(sequence, plan, budget) if sequence.draft else 0
         self.computed += sum(plan.counts.values())
         return plan
 
@@ -152,22 +170,34 @@ class Scheduler:
 
     # --- running sequences ------------------------------------------------------------------------
 
+    def _needed(self, sequence: Sequence, n: int) -> int:
+        """The blocks that a sequence lacks for n more positions."""
+        return max(-(-(sequence.computed + n) // self.blocks.size) - len(sequence.table), 0)
+
     def _make_room(self, sequence: Sequence, n: int, plan: Plan) -> bool:
-        """Give a sequence the blocks for n tokens and its draft; others lose theirs if need be."""
-
-        def needed() -> int:
-            positions = sequence.computed + n + len(sequence.draft)
-            return max(-(-positions // self.blocks.size) - len(sequence.table), 0)
-
-        if needed() > self.blocks.available:
-            sequence.draft = []
-        while needed() > self.blocks.available:
+        """Give a sequence the blocks for n tokens; others lose theirs if need be."""
+        needed = self._needed(sequence, n)
+        while needed > self.blocks.available:
             last = max(self.running, key=lambda s: s.place)
             self._preempt(last, plan)
             if last is sequence:
                 return False
-        sequence.table += self.blocks.allocate(needed())
+        if needed:
+            sequence.table += self.blocks.allocate(needed)
         return True
+
+    def _plan_draft(self, sequence: Sequence, plan: Plan, budget: int) -> int:
+        """Add what there is room for of a sequence's draft; returns how much."""
+        known = plan.counts.get(sequence, 0)
+        whole = known and known == sequence.remaining
+        sequence.draft = sequence.draft[:budget] if whole else []
+        needed = self._needed(sequence, known + len(sequence.draft))
+        if needed > self.blocks.available:
+            sequence.draft, needed = [], 0
+        if sequence.draft:
+            sequence.table += self.blocks.allocate(needed)
+            plan.counts[sequence] += len(sequence.draft)
+        return len(sequence.draft)
 
     def _preempt(self, sequence: Sequence, plan: Plan) -> None:
         self.running.remove(sequence)
@@ -197,8 +227,9 @@ class Scheduler:
 
     def _admit_all(self, plan: Plan, budget: int) -> int:
         """Admit what fits, in order; returns what is left of the budget."""
+        rows = sum(not sequence.extra for sequence in self.running) if self.waiting else 0
         for sequence in self.waiting[: 2 * self.max_rows]:
-            if not budget or len(self.running) == self.max_rows:
+            if not budget or (rows == self.max_rows and not sequence.extra):
                 break
             if self._is_about_to_be_known(sequence):
                 continue
@@ -206,6 +237,7 @@ class Scheduler:
                 break  # and none behind it, or it might wait for ever
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            rows += not sequence.extra
             plan.counts[sequence] = min(sequence.remaining, budget)
             budget -= plan.counts[sequence]
         return budget

@@ -10,6 +10,7 @@ model samples with the same random numbers, so that it mostly proposes the same 
 
 import time
 from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from typing import Deque, Dict, Hashable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
@@ -17,10 +18,14 @@ from typing import Deque, Dict, Hashable, List, NamedTuple, Optional, Protocol, 
 import numpy as np
 import torch
 
-from llama.engine.prefill import prefill
+from llama.engine.blocks import Blocks
+from llama.engine.passes import hidden
 from llama.engine.rows import Row
 from llama.engine.sampling import sample_token
 from llama.layers import parallel
+from llama.layers.cache import KVCache
+from llama.layers.ids import common_length
+from llama.layers.paged import PAGE, PagedRows, blocks_for
 from llama.model import Transformer
 
 DRAFT_LENGTHS = (0, 1, 3, 7, 15, 31)  # tokens proposed per pass
@@ -28,13 +33,19 @@ MAX_DRAFT = DRAFT_LENGTHS[-1]
 
 
 class Speculator(Protocol):
-    """A source of draft tokens. Made for one call; all ranks make the same calls to it."""
+    """A source of draft tokens, for rows that come and go; all ranks make the same calls to it."""
 
     def propose(self, batch: List[Row]) -> List[List[int]]:
         """Draft tokens for each row, at most MAX_DRAFT, the same on all ranks."""
 
-    def learn(self, sampled: List[List[int]]) -> None:
-        """The tokens sampled since: those accepted, and the one after the last of them."""
+    def learn(self, sampled: List[List[int]], alone: bool = True) -> None:
+        """The tokens sampled since: those accepted, and the one after the last of them.
+
+        alone: whether the pass computed these rows with all of their draft tokens, and no others.
+        """
+
+    def forget(self, row: Row) -> None:
+        """A row has ended."""
 
 
 class Proposal(NamedTuple):
@@ -149,9 +160,10 @@ class _Timed:
         self._began = time.perf_counter()
         return drafts
 
-    def learn(self, sampled: List[List[int]]) -> None:
+    def learn(self, sampled: List[List[int]], alone: bool = True) -> None:
         if self._proposals:
-            self._length.passed(self._tokens, time.perf_counter() - self._began)
+            if alone:
+                self._length.passed(self._tokens, time.perf_counter() - self._began)
             self._length.learn(self._proposals, sampled)
 
 
@@ -165,7 +177,7 @@ class PromptLookup(_Timed):
 
     def __init__(self, length: DraftLength) -> None:
         super().__init__(length)
-        self._texts: Dict[Tuple[int, int], _Text] = {}
+        self._texts: Dict[int, _Text] = {}  # by the row's id
 
     def propose(self, batch: List[Row]) -> List[List[int]]:
         if parallel.rank() == 0:
@@ -177,10 +189,9 @@ class PromptLookup(_Timed):
         return self._begin_pass(parallel.share_lists(found, MAX_DRAFT))
 
     def _of(self, row: Row) -> Proposal:
-        key = row.index, row.sample
-        if key not in self._texts:
-            self._texts[key] = _Text(row.prompt)
-        text = self._texts[key]
+        text = self._texts.get(id(row))
+        if text is None:
+            self._texts[id(row)] = text = _Text(row.prompt)
         text.extend(row.answer[len(text.ids) - len(row.prompt) :])
         if row.constraint is not None:
             forced = row.constraint.forced()[: _max_draft(row)]
@@ -189,6 +200,9 @@ class PromptLookup(_Timed):
         match, tokens = text.find(_max_draft(row))
         tokens = _allowed(row, tokens)
         return Proposal(tokens, [min(match + i, MAX_MATCH) for i in range(len(tokens))])
+
+    def forget(self, row: Row) -> None:
+        self._texts.pop(id(row), None)
 
 
 MAX_MATCH = 16  # tokens compared; longer matches count the same
@@ -225,51 +239,89 @@ class _Text:
         return best, [ids[at + i % (end - at)] for i in range(max(most, 0))]
 
 
+@dataclass
+class _Held:
+    """What the draft model's cache holds of a row."""
+
+    table: List[int]  # its blocks
+    length: int = 0  # positions computed: of its text, of which it then had `of_text` tokens, ...
+    of_text: int = 0
+    draft: List[int] = field(default_factory=list)  # ... and of this draft
+
+    def known(self, text: List[int]) -> int:
+        """Positions that hold what the text has become, without its last token."""
+        accepted = common_length(self.draft, text[self.of_text : self.of_text + len(self.draft)])
+        return min(self.length, self.of_text + accepted, len(text) - 1)
+
+
 class DraftModel(_Timed):
     """Proposes what a smaller model with the same vocabulary generates.
 
-    Its cache follows the rows': it prefills the tokens sampled since its last call, and truncates
+    Its cache follows the rows': it computes the tokens sampled since its last call, in place of
     draft tokens that were rejected.
+
+    Args:
+        blocks: of its cache; rows that don't fit get no draft.
     """
 
-    def __init__(self, model: Transformer, length: DraftLength):
+    def __init__(self, model: Transformer, length: DraftLength, blocks: int):
         super().__init__(length)
-        self._model = model
-        self._rows: List[Row] = []
+        self._model, self._blocks = model, Blocks(1 + blocks, PAGE)
+        self._pool: Optional[KVCache] = None
+        self._held: Dict[int, _Held] = {}  # by the row's id
 
     def propose(self, batch: List[Row]) -> List[List[int]]:
         limits = [_max_draft(row) for row in batch]
         possible = [Proposal([], ["draft"] * limit) for limit in limits]
         [[length]] = parallel.share_lists([[self._length.choose_or_probe(possible)]], 1)
-        found = self._draft(batch, length) if length > 0 else [[] for _ in batch]
-        found = [ids[: max(limit, 0)] for ids, limit in zip(found, limits, strict=True)]
+        found: List[List[int]] = [[] for _ in batch]
+        fitting = [i for i in range(len(batch)) if length and self._fits(batch[i], limits[i])]
+        if fitting:
+            drafts = self._draft([batch[i] for i in fitting], length)
+            for i, draft in zip(fitting, drafts, strict=True):
+                found[i] = draft[: limits[i]]
         if parallel.rank() == 0:
             found = [_allowed(row, ids) for row, ids in zip(batch, found, strict=True)]
         found = parallel.share_lists(found, MAX_DRAFT)
         self._proposals = [Proposal(ids, ["draft"] * len(ids)) for ids in found]
         return self._begin_pass(found)
 
+    def _fits(self, row: Row, limit: int) -> bool:
+        """Give a row the blocks for all of its text and a draft, if it can use one."""
+        if limit < 1:
+            return False
+        held = self._held.setdefault(id(row), _Held([]))
+        needed = blocks_for(row.max_len + MAX_DRAFT) - len(held.table)
+        if needed > self._blocks.available:
+            return False
+        held.table += self._blocks.allocate(needed)
+        return True
+
+    def forget(self, row: Row) -> None:
+        held = self._held.pop(id(row), None)
+        if held is not None:
+            self._blocks.release(held.table)
+
     def _draft(self, batch: List[Row], length: int) -> List[List[int]]:
-        texts = [[*row.prompt, *row.answer] for row in batch]
         began = time.perf_counter()
-        if not self._rows:
-            max_len = max(row.max_len for row in batch) + MAX_DRAFT
-            self._cache, self._rows = self._model.new_cache(len(batch), max_len), batch
-        elif len(batch) < len(self._rows):
-            staying = {id(row) for row in batch}
-            self._cache.keep([i for i, row in enumerate(self._rows) if id(row) in staying])
-            self._rows = batch
-        cached = zip(self._cache.lengths, texts, strict=True)
-        self._cache.truncate([min(length, len(text) - 1) for length, text in cached])
-        h, _ = prefill(self._model, texts, self._cache)
+        if self._pool is None:
+            self._pool = self._model.new_cache(1 + self._blocks.total, PAGE)
+        held = [self._held[id(row)] for row in batch]
+        texts = [[*row.prompt, *row.answer] for row in batch]
+        known = [h.known(text) for h, text in zip(held, texts, strict=True)]
+        new = [text[n:] for text, n in zip(texts, known, strict=True)]
         drafts: List[List[int]] = [[] for _ in batch]
-        for i in range(length):
+        for _ in range(length):
+            cache = PagedRows(self._pool, [h.table for h in held], known)
+            known = [n + len(ids) for n, ids in zip(known, new, strict=True)]
+            ends = torch.tensor([*accumulate(map(len, new))], device=self._model.norm.weight.device)
+            h = hidden(self._model, new, cache)[ends - 1]
             tokens = self._sample(self._model.logits(h), batch, drafts)
             for draft, token in zip(drafts, tokens, strict=True):
                 draft.append(token)
-            if i < length - 1:
-                fed = torch.tensor(tokens, device=h.device)[:, None]
-                h = self._model.hidden(fed, self._cache.lengths, self._cache)[:, -1]
+            new = [[token] for token in tokens]
+        for each, n, text, draft in zip(held, known, texts, drafts, strict=True):
+            each.length, each.of_text, each.draft = n, len(text), draft
         took, old = (time.perf_counter() - began) / length, self._length.drafting
         self._length.drafting = took if not old else 0.75 * old + 0.25 * took
         return drafts
@@ -290,18 +342,19 @@ class DraftModel(_Timed):
 
 
 class Speculators:
-    """Makes a model's speculators, and keeps what they learn between calls.
+    """A model's speculators, and what they have learned.
 
     Args:
         draft: a smaller model, or None.
+        blocks: of the draft model's cache.
     """
 
-    def __init__(self, draft: Optional[Transformer]):
-        self._draft = draft
-        self._lengths = {name: DraftLength() for name in ("lookup", "draft")}
+    def __init__(self, draft: Optional[Transformer], blocks: int):
+        self._draft, self._blocks = draft, blocks
+        self._made: Dict[str, Speculator] = {}
 
     def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
-        """The speculator of that name, for one call; by default "draft" if there is a draft model.
+        """The speculator of that name; by default "draft" if there is a draft model.
 
         Raises:
             ValueError: another name, or "draft" without a draft model.
@@ -310,10 +363,12 @@ class Speculators:
             speculate = "off" if self._draft is None else "draft"
         if speculate == "off":
             return None
-        if speculate == "lookup":
-            return PromptLookup(self._lengths["lookup"])
-        if speculate != "draft":
+        if speculate not in ("lookup", "draft"):
             raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
+        if speculate == "lookup":
+            return self._made.setdefault(speculate, PromptLookup(DraftLength()))
         if self._draft is None:
             raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
-        return DraftModel(self._draft, self._lengths["draft"])
+        return self._made.setdefault(
+            speculate, DraftModel(self._draft, DraftLength(), self._blocks)
+        )

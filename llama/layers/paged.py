@@ -5,7 +5,7 @@ lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedA
 2309.06180). Which blocks are free, and which rows share them, is the caller's business.
 """
 
-from typing import Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,27 @@ def copy_block(pool: KVCache, source: int, target: int) -> None:
     """Copy all layers' keys and values of one block to another."""
     for part in pool.parts.values():
         part[:, target] = part[:, source]
+
+
+def read_blocks(pool: KVCache, table: Sequence[int], n: int) -> Dict[str, torch.Tensor]:
+    """A copy of the first n positions in these blocks, by name: (n_layers, n_kv_heads, n, ...)."""
+    return {
+        name: part[:, list(table)].transpose(1, 2).flatten(2, 3)[:, :, :n].contiguous()
+        for name, part in pool.parts.items()
+    }
+
+
+def write_blocks(pool: KVCache, table: Sequence[int], parts: Dict[str, torch.Tensor]) -> None:
+    """Write to these blocks what `read_blocks` returned.
+
+    Raises:
+        ValueError: it was read from a cache of another type or dtype.
+    """
+    for name, whole in pool.parts.items():
+        if name not in parts or parts[name].dtype != whole.dtype:
+            raise ValueError(f"{name} isn't what this cache holds: it is {whole.dtype}")
+        for block, values in zip(table, parts[name].split(PAGE, 2), strict=True):
+            whole[:, block, :, : values.shape[2]] = values
 
 
 def blocks_for(positions: int) -> int:

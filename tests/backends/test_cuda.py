@@ -18,7 +18,7 @@ from llama import Llama
 from llama.backends import compiled
 from llama.backends.quantized import ALL, Blocks
 from llama.checkpoint import ggml
-from llama.engine import loop, prefill
+from llama.engine import passes
 from llama.engine.params import SamplingParams
 from llama.engine.speculative import DraftLength, Speculators
 from llama.layers import parallel
@@ -130,7 +130,7 @@ def test_the_simulation_notices(gpu):
 def test_a_tensor_on_the_wrong_device_is_noticed(gpu, tiny_dir, monkeypatch, fault):
     llama = build(tiny_dir, "cuda")
     if fault == "tokens":
-        monkeypatch.setattr(loop, "padded", lambda rows, device: torch.zeros(3, 1).long())
+        monkeypatch.setattr(passes, "padded", lambda rows, device: torch.zeros(3, 1).long())
     else:
         arange = torch.arange
         monkeypatch.setattr(torch, "arange", lambda *a, device=None, **kw: arange(*a, **kw))
@@ -218,8 +218,8 @@ def test_a_constrained_row_waits_at_most_once_more(gpu, tiny_dir):
 
 
 def test_a_long_prompt_waits_for_none_of_its_parts(gpu, tiny_dir, monkeypatch):
-    monkeypatch.setattr(prefill, "PASS", 16)
     llama = build(tiny_dir, "cuda")
+    llama._engine.scheduler.max_tokens = 32
     llama.generate(ONE, 1, **GREEDY)  # RoPE's frequencies are on the GPU from now on
     parts = waits_by_pass(llama, gpu, [[*range(1, 100)]] * 2, **GREEDY)[:13]
     assert parts == [[]] * 12 + [["loop.run", "loop._sample"]]
@@ -230,7 +230,7 @@ def test_guidance_waits_no_more_and_a_draft_model_for_its_tokens(gpu, tiny_dir, 
     guided = SamplingParams(temperature=0, guidance_scale=1.5)
     own, negative = waits_by_pass(llama, gpu, ONE, params=guided, **END)[-2:]
     assert own == [] and negative == ["loop._sample"]  # both rows of a token are one wait
-    llama._speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model)
+    llama._engine.speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model, 64)
     for waits in waits_by_pass(llama, gpu, ONE, **GREEDY)[1:-1]:
         assert Counter(waits) == {"loop._sample": 1, "speculative.DraftModel._sample": 3}
 
@@ -240,7 +240,7 @@ def test_all_else_that_computes(gpu, tiny_dir, three_drafts):
     there, here = both(tiny_dir, prefix_cache_mb=1)
     for device, llama in (("cuda", there), ("cpu", here)):
         draft = build(tiny_dir, device, quantize="int4").model
-        llama._speculators = Speculators(draft)
+        llama._engine.speculators = Speculators(draft, 64)
     guided = SamplingParams(temperature=0, guidance_scale=1.5, negative_prompt=[5, 6])
     shared = [[*range(1, 50), last] for last in (7, 8)]
     for run in (

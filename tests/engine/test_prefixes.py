@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import InMemory, fingerprint, gguf, huggingface, meta
-from llama.engine.prefixes import MIN_SHARED, PrefixCache, common_prefixes
+from llama.engine.passes import hidden
+from llama.engine.prefixes import MIN_SHARED, common_prefixes
 from llama.layers.cache import Int8KVCache, KVCache
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ BIG = 1 << 30
 
 def with_prefixes(llama: Llama, limit: int = BIG, draft=None) -> Llama:
     other = Llama(llama.model, llama.tokenizer, draft=draft)
-    other.prefixes = PrefixCache(limit, lambda: "tiny")
+    other._keep_prefixes(limit, lambda: "tiny")
     return other
 
 
@@ -34,16 +35,16 @@ def reusing(tiny) -> Llama:
 
 
 class Fed:
-    """Counts the tokens that go through a model, padding included."""
+    """Rows and tokens of the longest one, of each pass."""
 
-    def __init__(self, llama: Llama, monkeypatch):
-        self.shapes, forward = [], llama.model.hidden
+    def __init__(self, monkeypatch):
+        self.shapes = []
 
-        def spy(tokens, *rest):
-            self.shapes.append(tuple(tokens.shape))
-            return forward(tokens, *rest)
+        def spy(model, new, cache):
+            self.shapes.append((len(new), max(map(len, new))))
+            return hidden(model, new, cache)
 
-        monkeypatch.setattr(llama.model, "hidden", spy)
+        monkeypatch.setattr("llama.engine.engine.hidden", spy)
 
     def take(self) -> List[tuple]:
         shapes, self.shapes = self.shapes, []
@@ -63,7 +64,7 @@ def test_a_second_call_computes_what_is_new(make_model, tiny, monkeypatch, tempe
     [first], _ = plain.generate([[*range(60)]], 12, **options)
     longer = [*range(60), *first, 7, 7, 9]  # a chat's next turn
     expected, _ = plain.generate([longer], 12, **options)
-    fed = Fed(reusing, monkeypatch)
+    fed = Fed(monkeypatch)
     assert reusing.generate([[*range(60)]], 12, **options)[0] == [first]
     assert fed.take()[0] == (1, 60)
     assert reusing.generate([longer], 12, **options)[0] == expected
@@ -78,7 +79,7 @@ def test_a_chats_next_turn(smollm2, monkeypatch):
     dialog = [{"role": "user", "content": "What is the capital of France? " * 10}]
     [answer] = llama.chat_completion([dialog], 0, max_gen_len=12)
     dialog += [answer["generation"], {"role": "user", "content": "And of Italy?"}]
-    fed = Fed(llama, monkeypatch)
+    fed = Fed(monkeypatch)
     [found] = llama.chat_completion([dialog], 0, max_gen_len=12)
     [(rows, new), *_] = fed.take()
     assert rows == 1 and new < 20
@@ -89,11 +90,11 @@ def test_a_batch_computes_what_its_prompts_share_once(tiny, reusing, monkeypatch
     prompts = [f"{SHOTS}in: {word} out:" for word in ("four", "five", "six", "sevenandahalf")]
     options = dict(temperature=0, max_gen_len=8, n=2)
     expected = tiny.text_completion(prompts, **options)
-    fed = Fed(reusing, monkeypatch)
     assert reusing.text_completion(prompts, **options) == expected
     common = 1 + len(SHOTS) + len("in: ")  # with bos
-    first, second, *_ = fed.take()
-    assert first == (1, common) and second[0] == 4 and second[1] < 20
+    tails = sum(1 + len(prompt) - common for prompt in prompts)
+    assert reusing._engine.stats.computed_tokens <= common + tails + 4 * 2 * 8
+    fed = Fed(monkeypatch)
     again = [f"{SHOTS}in: {word} out:" for word in ("eight", "nine")]
     expected = tiny.text_completion(again, **options)
     fed.take()
@@ -136,86 +137,41 @@ def test_with_speculation(tiny, speculate):
         assert found == expected
         text = [*prompt, *found[0]]
         once = tiny.model.new_cache(1)
-        tiny.model.hidden(torch.tensor([text]), 0, once)
-        kept = reusing.model.new_cache(1)
-        kept.reserve(len(text))
-        reusing.prefixes.fill(text, kept, 0)
-        assert kept.lengths[0] >= len(text) - 1
-        n = kept.lengths[0]
-        assert torch.allclose(kept.k[:, 0, :, :n], once.k[:, 0, :, :n], atol=1e-4)
+        with torch.inference_mode():
+            tiny.model.hidden(torch.tensor([text]), 0, once)
+        assert reusing.prefixes.cached(text) >= len(text) - 1
+        kept = reusing.prefixes._computed(text)["k"]
+        assert torch.allclose(kept, once.k[:, 0, :, : len(text)], atol=1e-4)
 
 
-# --- the tree ------------------------------------------------------------------------------------
+# --- what is kept --------------------------------------------------------------------------------
 
 
-def numbered(ids, rows=1, row=0):
-    """A cache whose row holds the text: keys are the sums of its tokens up to each."""
-    cache = KVCache(1, rows, 64, 1, 2, dtype=torch.float32, device=CPU)
-    cache.reserve(64)
-    sums = torch.tensor(ids).cumsum(0).float()
-    cache.k[0, row, 0, : len(ids)] = sums[:, None]
-    cache.v[0, row, 0, : len(ids)] = -sums[:, None]
-    return cache
+def test_the_least_recently_used_goes_first(tiny):
+    small = with_prefixes(tiny, 0)  # no more than the blocks of a call: 32
+    options = dict(temperature=0, max_gen_len=1, stop_tokens=set())
+    texts = [[i] * 128 for i in range(20)]
+    for text in texts:
+        small.generate([text[:-1]], **options)
+        small.generate([[0] * 127], **options)
+    assert small.prefixes.cached(texts[0]) == small.prefixes.cached(texts[19]) == 127
+    assert small.prefixes.cached(texts[1]) == 0
+    assert small._engine.stats.blocks_known <= small._engine.stats.blocks == 32
 
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
-@given(TEXTS, st.integers(0, 40))
-def test_the_tree_knows_the_longest_beginnings_within_its_bound(texts, tokens):
-    """Against a list of all texts; with a bound, never more and never wrong."""
-    for limit in (BIG, 16 * tokens):  # a token's key and value of 2 fp32 each
-        tree = PrefixCache(limit, str)
-        for text in texts:
-            tree.add(text, numbered(text), 0)
-            assert tree.nbytes <= limit
-        for text in texts:
-            cache = numbered([0], rows=3)
-            cache.lengths = [5, 0, 5]
-            known = tree.cached([*text, 9])
-            tree.fill([*text, 9], cache, 1)
-            assert cache.lengths == [5, known, 5]
-            right = numbered(text).k[0, 0, 0, :known]
-            assert torch.equal(cache.k[0, 1, 0, :known], right)
-            assert torch.equal(cache.v[0, 1, 0, :known], -right)
-            if limit == BIG:
-                assert known == len(text)
-                assert tree.cached(text) == len(text) - 1
-        if limit == BIG:  # nothing is held twice
-            distinct = {tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)}
-            assert tree.nbytes == 16 * len(distinct)
-
-
-def test_the_least_recently_used_goes_first():
-    tree = PrefixCache(16 * 10, str)
-    for text in ([1] * 4, [2] * 4):
-        tree.add(text, numbered(text), 0)
-    tree.cached([1] * 4)
-    tree.add([3] * 4, numbered([3] * 4), 0)
-    assert [tree.cached([i] * 4 + [9]) for i in (1, 2, 3)] == [4, 0, 4]
-    tree.add([1, 1, 5], numbered([1, 1, 5]), 0)  # what texts share stays with the longest-lived
-    assert tree.cached([1, 1, 5, 9]) == 3 and tree.nbytes <= 160
-    tree.add([7] * 50, numbered([7] * 50), 0)  # more than there is room for
-    assert tree.cached([7] * 50) == 0 and tree.cached([1, 1, 5, 9]) == 3
-
-
-def test_a_cache_of_another_kind_is_refused():
-    tree = PrefixCache(BIG, str)
-    tree.add([1, 2], numbered([1, 2]), 0)
-    other = KVCache(1, 1, 8, 1, 2, dtype=torch.bfloat16, device=CPU)
-    with pytest.raises(ValueError, match="bfloat16"):
-        tree.fill([1, 2, 3], other, 0)
-
-
 def test_frozen_prefixes_stay_as_they_are(tiny, reusing):
     """What is generated then depends on nothing that was generated before."""
-    reusing.prefixes.compute(reusing.model, [*range(50)])
-    reusing.prefixes.grows, before = False, reusing.prefixes.nbytes
     options = dict(temperature=0, stop_tokens=set())
     prompts = [[*range(50), 9, i] for i in range(4)]
+    reusing.prefixes.share(prompts)
+    before = reusing._engine.stats.blocks_known
+    assert reusing.prefixes.cached(prompts[0]) == 51
     assert reusing.generate(prompts, 9, **options)[0] == tiny.generate(prompts, 9, **options)[0]
-    assert reusing.prefixes.nbytes == before
+    assert reusing._engine.stats.blocks_known == before
+    assert reusing.prefixes.cached([*prompts[0], 1]) == 51
 
 
 # --- what prompts have in common -----------------------------------------------------------------
@@ -258,7 +214,7 @@ def test_a_prefix_from_a_file_is_the_one_computed(tiny_dir, tmp_path, monkeypatc
     assert second.load_prefix(tmp_path / "shots") == len(SHOTS) + 1  # and bos
     prompt = [SHOTS + "in: four out:"]
     expected = build(tiny_dir, **options).text_completion(prompt, 0, max_gen_len=9)
-    fed = Fed(second, monkeypatch)
+    fed = Fed(monkeypatch)
     assert second.text_completion(prompt, 0, max_gen_len=9) == expected
     assert fed.take()[0] == (1, len("in: four out:"))
 

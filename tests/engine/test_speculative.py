@@ -54,14 +54,17 @@ class Oracle:
             self.guesses.append(right[: max(room, 0)])
         return self.guesses
 
-    def learn(self, drawn):
+    def learn(self, drawn, alone):
         for tokens in drawn:
             self.seen.add(len(tokens))
+
+    def forget(self, row):
+        pass
 
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(llama, "_speculators", lambda name: oracle if name else None)
+    monkeypatch.setattr(llama._engine, "speculators", lambda name: oracle if name else None)
     return oracle
 
 
@@ -212,10 +215,12 @@ def test_draws_follow_the_models_distribution(make_model, tiny, speculate, monke
     accepted, values = 0, []
     for seed in SEEDS:
         options = dict(params=params, seed=seed, n=n, stop_tokens=set(), speculate=speculate)
-        rows, events = llama._start([prompt], 1.0, 1.0, 6, False, **options)
-        for event in events:
+        request = llama._make([prompt], 1.0, 1.0, 6, False, **options)
+        for event in llama._engine.run(request):
             accepted += event.speculation["accepted"] if event.speculation else 0
-        found = torch.bincount(torch.tensor([row.answer[2] for row in rows]), minlength=vocab)
+        found = torch.bincount(
+            torch.tensor([row.answer[2] for row in request.rows]), minlength=vocab
+        )
         values.append(float(((found - expected) ** 2 / expected).sum()))
     assert accepted > 100
     assert max(values) < 18.48  # p = 0.01 at 7 degrees of freedom, for each of the seeds
@@ -321,7 +326,8 @@ def test_guesses_are_given_up_where_they_lose(tiny, monkeypatch):
     llama = Llama(tiny.model, tiny.tokenizer, draft=random_model(TINY, seed=1))
     proposed = []
     for _ in range(3):
-        *_, last = llama._start([[1, 2, 3]], 0, 0.9, 100, False, stop_tokens=set())[1]
+        request = llama._make([[1, 2, 3]], 0, 0.9, 100, False, stop_tokens=set())
+        *_, last = llama._engine.run(request)
         proposed.append(last.speculation["proposed"])
         assert last.speculation["passes"] > 90
     assert proposed[0] < 30 and max(proposed[1:]) < 6

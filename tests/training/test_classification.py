@@ -14,7 +14,7 @@ from llama import Llama, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, gguf, huggingface
 from llama.checkpoint.names import HF
 from llama.checkpoint.safetensors import interleave
-from llama.engine.prefill import padded
+from llama.layers.ids import padded
 from llama.training.classification import SequenceClassifier
 
 ARGS = replace(TINY, head_dim=TINY.head_dim)

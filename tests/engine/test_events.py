@@ -1,9 +1,7 @@
 """Streams, seeds, samples and stops: a row depends on nothing but itself."""
 
-import gc
 import json
 import random
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ from conftest import TINY, run_ranks, write_checkpoint
 from test_stopping import cut
 
 from llama import Llama, SamplingParams
-from llama.engine import prefill
 
 TEXTS = ["a", "The quick", "x" * 30, "2 + 2 =", "zz zz", "ö", "hello there", "?!", "q", "a b c d e"]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=200, repetition_penalty=1.05)
@@ -157,7 +154,7 @@ def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
     options = dict(temperature=0, logprobs=True, echo=True, stop_tokens=set())
     expected, known = tiny.generate(prompts, 8, **options)
     for tokens in (4, 28, 200):
-        monkeypatch.setattr(prefill, "PASS", tokens)
+        monkeypatch.setattr(tiny._engine.scheduler, "max_tokens", tokens)
         found, scores = tiny.generate(prompts, 8, **options)
         assert found == expected
         for a, b in zip(scores, known, strict=True):
@@ -165,22 +162,14 @@ def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
 
 
 def test_closing_a_stream_frees_its_cache(tiny):
-    caches, make = [], tiny.model.new_cache
-
-    def spy(*arguments):
-        cache = make(*arguments)
-        caches.append(weakref.ref(cache))
-        return cache
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.model, "new_cache", spy)
-        stream = tiny.stream_text(["a", "b"], 0, max_gen_len=20)
-        next(stream)
-    assert caches[0]() is not None
+    stream = tiny.stream_text(["a", "b"], 0, max_gen_len=20)
+    next(stream)
+    assert tiny._engine.stats.blocks_used == 2
     stream.close()
-    gc.collect()
-    assert caches[0]() is None
+    stats = tiny._engine.stats
+    assert tiny._engine.idle and stats.blocks_used == stats.blocks_known == 0
     assert tiny.text_completion(["a"], 0, max_gen_len=4)
+    assert tiny._engine.stats.blocks_known == 0  # nothing is kept from call to call
 
 
 @pytest.mark.parametrize(
