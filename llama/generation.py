@@ -417,13 +417,14 @@ class Llama:
         *,
         tools: Optional[Sequence[Tool]] = None,
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = False,
         truncate: Optional[Literal["oldest_turns"]] = None,
         continue_final_message: bool = False,
         template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
     ) -> Tuple[Request, List[List[Message]]]:
         """`_make` for dialogs; also the messages that truncation dropped from each."""
-        options["response_format"] = call_format(tools, tool_choice, options)
+        options["response_format"] = call_format(tools, tool_choice, options, parallel_tool_calls)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
         return self._make(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
