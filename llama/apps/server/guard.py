@@ -20,8 +20,8 @@ from llama.apps.server.settings import LOOPBACK, Settings
 PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
 OPEN = (*PAGES, "/health")  # to all: no model's text is in them
 CORS = {
-    "access-control-allow-methods": "GET, POST",
-    "access-control-allow-headers": "Authorization, Content-Type",
+    "access-control-allow-methods": "GET, POST, DELETE",
+    "access-control-allow-headers": "Authorization, *",  # OpenAI's packages send some of their own
     "access-control-max-age": "600",
 }
 
