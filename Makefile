@@ -44,6 +44,11 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 soak: $(VENV)/installed-test  ## thousands of random schedules of requests, each compared with itself alone
 	LLAMA_SCHEDULES=2000 $(BIN)/python -m pytest tests/engine/test_engine.py tests/engine/test_scheduler.py
 
+foreign: $(VENV)/installed-test  ## llama.cpp's tests of its server and other projects' clients, against ours
+	$(BIN)/llama download smollm2
+	$(BIN)/python tests/foreign/server_tests.py
+	$(BIN)/python tests/foreign/clients.py
+
 docs: $(VENV)/installed-test  ## the documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -61,4 +66,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) -e '.[test]'
 	touch $@
 
-.PHONY: help demo test check lint bench soak docs clean
+.PHONY: help demo test check lint bench soak foreign docs clean

@@ -184,7 +184,7 @@ def with_adapters(ckpt, prompts, new, names, build):
         llama.add_adapter(name, Path(ckpt).with_name(name))
     engine, pairs = llama.engine(cache_tokens=1024), zip(prompts, names, strict=True)
     requests = [
-        engine.add(prompt, new, 0, logprobs=True, stop_tokens=set(), adapter=name)
+        engine.add(prompt, new, temperature=0, logprobs=True, stop_tokens=set(), adapter=name)
         for prompt, name in pairs
     ]
     while not engine.idle:

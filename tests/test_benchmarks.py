@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT, TINY, write_checkpoint
 
-from benchmarks import flax_speed, loading, peers, savings
+from benchmarks import adapters, flax_speed, loading, peers, savings
 from benchmarks.sides import Side
 from llama import checkpoint
 
@@ -110,6 +110,14 @@ def test_a_run_is_kept_with_its_plots(tmp_path):
         assert (tmp_path / f"{group}.png").stat().st_size > 5000 and (
             kept / f"{group}.png"
         ).exists()
+
+
+def test_what_adapters_cost_is_measured(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model", replace(TINY, head_dim=32))
+    adapters.main(str(path), rounds=1, rows=(2,))
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {*report["rows"]["2"]} == {"none loaded", "without", "one", "four"}
+    assert all(took > 0 for took in report["rows"]["2"].values())
 
 
 def test_savings_are_of_equal_texts_and_answers_fit(smollm2_path, monkeypatch):

@@ -208,10 +208,10 @@ def test_the_layout_lists_every_file():
     text = TEXTS["CONTRIBUTING.md"]
     layout = text[text.index("## Repository layout") :]
     layout = layout[: layout.index("\n## ", 3)]
-    listed = set(re.findall(r"^ +([\w/]+\.(?:py|cpp|h))\b", layout, flags=re.MULTILINE))
+    listed = set(re.findall(r"^ +([\w/]+\.(?:py|cpp|h|html|css|js))\b", layout, flags=re.MULTILINE))
     files = {
         path.relative_to(ROOT / "llama").as_posix()
-        for kind in ("*.py", "*.cpp", "*.h")
+        for kind in ("*.py", "*.cpp", "*.h", "*.html", "*.css", "*.js")
         for path in (ROOT / "llama").rglob(kind)
     }
     assert listed - files == set()

@@ -1,7 +1,9 @@
 """Adds LoRA adapters to a loaded model, for `llama.layers.low_rank` to choose one for each row."""
 
+from typing import Dict
+
 from llama.backends.cpu.layers import NativeLayers
-from llama.checkpoint.adapter import Adapter, shards
+from llama.checkpoint.adapter import Adapter, Pair, shards
 from llama.layers import parallel
 from llama.layers.low_rank import LowRankLinear, chosen, names
 from llama.model import Transformer, TransformerBlock
@@ -16,22 +18,29 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
     """
     if not name or name in names(model):
         raise ValueError(f"an adapter {name!r}: give it a name that none of the others has")
-    pairs = shards(adapter, model.params)
-    first, number, weight = model.layers[0], len(names(model)) + 1, model.norm.weight
+    pairs, first = shards(adapter, model.params), model.layers[0]
     if isinstance(first, NativeLayers):
         first.adapters.add(pairs)
     elif all(type(block) is TransformerBlock for block in model.layers):
-        for weight_name, (A, B, scale) in pairs.items():
-            path = weight_name.removesuffix(".weight")
-            layer = model.get_submodule(path)
-            if not isinstance(layer, LowRankLinear):
-                splits_outputs = parallel.shard_axis(weight_name) == 0
-                layer = LowRankLinear(layer, chosen(model), splits_outputs)
-                model.set_submodule(path, layer)
-            layer.add(number, A.to(weight), (B * scale).to(weight))
+        _add_to_plain(model, len(names(model)) + 1, pairs)
     else:
         raise ValueError(
             "layers that are compiled for GPUs or offloaded take no adapters: build with "
             "compile=False and without offload, or with adapter_dir, for one adapter of all rows"
         )
     model._adapter_names = [*names(model), name]  # type: ignore[assignment]
+
+
+def _add_to_plain(model: Transformer, number: int, pairs: Dict[str, Pair]) -> None:
+    weight = model.norm.weight
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in pairs}
+    for name, layer in layers.items():
+        if hasattr(layer, "lora_A"):
+            raise ValueError(f"{name} has an adapter of llama.training.lora: merge it or detach it")
+    for name, (A, B, scale) in pairs.items():
+        layer = layers[name]
+        if not isinstance(layer, LowRankLinear):
+            splits_outputs = parallel.shard_axis(name) == 0
+            layer = LowRankLinear(layer, chosen(model), splits_outputs)
+            model.set_submodule(name.removesuffix(".weight"), layer)
+        layer.add(number, A.to(weight), (B * scale).to(weight))

@@ -74,18 +74,23 @@ def test_other_hosts_are_refused_unless_public(host):
 
 
 def test_pages_of_other_origins_need_to_be_named():
-    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    headers = {
+        "Origin": "https://a.example", "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "Authorization, X-Stainless-OS",  # openai's in a browser
+    }  # fmt: skip
     assert "access-control-allow-origin" not in ask(headers=headers).headers
     assert ask(method="OPTIONS", headers=headers).status_code == 405
     settings = Settings(log="off", cors=["https://a.example"])
     preflight = ask(settings, ["key"], "OPTIONS", headers=headers)
-    assert preflight.status_code == 204
+    assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
-    assert "Authorization" in preflight.headers["access-control-allow-headers"]
+    assert "X-Stainless-OS" in preflight.headers["access-control-allow-headers"]
+    assert "DELETE" in preflight.headers["access-control-allow-methods"]
     reply = ask(settings, headers=headers)
     assert reply.headers["access-control-allow-origin"] == "https://a.example"
-    other = ask(settings, headers={"Origin": "https://b.example"})
-    assert "access-control-allow-origin" not in other.headers
+    for method in ("GET", "OPTIONS"):
+        other = ask(settings, method=method, headers={**headers, "Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
 
 
 def test_large_bodies_are_refused_before_they_are_read():

@@ -369,8 +369,8 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
 def test_other_processors_compute_the_same(tmp_path, instructions):
     """The code that isn't written for AVX-512, on this processor, if it is one that knows it."""
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/backends']\n"
-        "import torch\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/backends', 'tests/engine']\n"
+        "import test_adapters, torch\n"
         "from test_native import SMALL, difference, ids, kernels, pair, stepped\n"
         "from test_native import test_a_product_is_the_exact_one as exact\n"
         "for kind in kernels.KINDS:\n"
@@ -382,6 +382,8 @@ def test_other_processors_compute_the_same(tmp_path, instructions):
         "        with torch.inference_mode():\n"
         "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
         "        assert found < bound, (kind, dtype, found)\n"
+        "test_adapters.test_as_merged_into_the_weights(test_adapters.native.swap)\n"
+        "test_adapters.test_rows_are_as_alone_on_any_number_of_threads(torch.float32)\n"
     )
     # -O1 compiles in half of the time.
     done = in_a_process(tmp_path, code, LLAMA_NATIVE=instructions, CXXFLAGS="-O1")

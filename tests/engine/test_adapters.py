@@ -206,6 +206,10 @@ def test_mistakes(path, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         llama.add_adapter("nothing", tmp_path)
     assert llama.adapters == ["poet", "clerk"]
+    trained = random_model(SMALL)
+    lora.attach(trained, adapter("poet"))
+    with pytest.raises(ValueError, match="has an adapter of llama.training.lora"):
+        adapters.add(trained, "clerk", adapter("clerk"))
     offloaded = random_model(SMALL)
     offloaded.layers[1].__class__ = type("StreamedBlock", (type(offloaded.layers[1]),), {})
     with pytest.raises(ValueError, match="or offloaded take no adapters"):

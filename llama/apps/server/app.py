@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from llama.apps.server import errors
 from llama.apps.server.chat import chat
@@ -42,27 +42,30 @@ def make_app(
             yield
 
     posts: Dict[str, Endpoint] = {
-        "/v1/chat/completions": chat,
-        "/v1/completions": completions,
-        "/v1/responses": responses,
-        "/v1/responses/input_tokens": input_tokens,
-        "/v1/embeddings": embeddings,
+        "/chat/completions": chat,
+        "/completions": completions,
+        "/responses": responses,
+        "/responses/input_tokens": input_tokens,
+        "/embeddings": embeddings,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
         "/apply-template": apply_template,
     }
     gets: Dict[str, Endpoint] = {
-        "/v1/models": models,
-        "/v1/models/{model:path}": model,
+        "/models": models,
+        "/models/{model:path}": model,
         "/health": health,
         "/metrics": metrics,
         "/stats": stats,
     }
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes: List[BaseRoute] = [
+        Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()
+    ]
     routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
-    name = "/v1/responses/{id}"
+    name = "/responses/{id}"
     routes += [Route(name, stored, methods=["GET", "DELETE"])]
     routes += [Route(f"{name}/input_items", input_items, methods=["GET"])]
+    routes += [Mount("/v1", routes=[*routes])]  # clients' base_url has it, or hasn't
     routes += [Route(path, page, methods=["GET"]) for path in PAGES]
     app = Starlette(
         routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, settings, keys)],

@@ -202,7 +202,7 @@ async def _chunks(
         return {**head, "choices": [only], **nothing}
 
     for i in range(answer.choices):
-        yield chunk(i, {"role": "assistant", "content": "", "refusal": None})
+        yield chunk(i, {"role": "assistant", "content": None, "refusal": None})
     async with aclosing(answer.pieces()) as pieces:
         async for piece in pieces:
             entry = chat_logprob(answer.tokenizer, piece.event)

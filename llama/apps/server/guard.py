@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Dict, Optional
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.apps.server.errors import ApiError, response
@@ -20,8 +21,7 @@ from llama.apps.server.settings import LOOPBACK, Settings
 PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
 OPEN = (*PAGES, "/health")  # to all: no model's text is in them
 CORS = {
-    "access-control-allow-methods": "GET, POST, DELETE",
-    "access-control-allow-headers": "Authorization, *",  # OpenAI's packages send some of their own
+    "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",
 }
 
@@ -62,8 +62,11 @@ class Guard:
             await send(message)
 
         try:
-            if allowed and scope["method"] == "OPTIONS":
-                await _preflight(send_more)
+            asked = headers.get("access-control-request-method")
+            if asked and self._settings.cors and scope["method"] == "OPTIONS":
+                names = headers.get("access-control-request-headers", "")
+                preflight = Response(headers={**CORS, "access-control-allow-headers": names})
+                await preflight(scope, receive, send_more)
                 return
             self._check(scope["path"], headers)
         except ApiError as error:
@@ -126,12 +129,6 @@ class Guard:
                 more,
                 flush=True,
             )
-
-
-async def _preflight(send: Send) -> None:
-    headers = [(name.encode(), value.encode()) for name, value in CORS.items()]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _digest(key: bytes) -> bytes:

@@ -70,8 +70,7 @@ function blocks(lines, depth = 0) {
     if (!line.trim()) continue;
     if ((match = FENCE.exec(line))) {
       const [, fence, language] = match;
-      const ends = (l) => l.trim().startsWith(fence) && !l.trim().replaceAll(fence[0], "");
-      const code = take((l) => !ends(l)).join("\n");
+      const code = take((l) => l.trim() !== fence).join("\n");
       at++;
       make = () => codeCard(language.trim().split(/\s/)[0], code);
     } else if ((match = HEADING.exec(line))) {
@@ -95,7 +94,7 @@ function blocks(lines, depth = 0) {
 
   function list([whole, { length: indent }, marker, first]) {
     const items = [[first]];
-    let width = whole.length - first.length;
+    const width = whole.length - first.length;
     for (; at < lines.length; at++) {
       const line = lines[at];
       const item = ITEM.exec(line);
@@ -106,11 +105,10 @@ function blocks(lines, depth = 0) {
         items.at(-1).push("");
       } else if (item && deep < indent + 2) {
         if (/\d/.test(item[2]) !== /\d/.test(marker)) break;
-        width = line.length - item[3].length;
         items.push([item[3]]);
-      } else if (deep > indent) items.at(-1).push(line.slice(Math.min(deep, width)));
-      else if (lines[at - 1].trim() && !starts(line)) items.at(-1).push(line);
-      else break;
+      } else if (deep > indent || (lines[at - 1].trim() && !starts(line))) {
+        items.at(-1).push(line.slice(Math.min(deep, width)));
+      } else break;
     }
     const kind = /\d/.test(marker) ? ["ol", { start: parseInt(marker) }] : ["ul", {}];
     return () => el(...kind, ...items.map((item) => el("li", {}, ...elements(item, depth))));
@@ -120,26 +118,25 @@ function blocks(lines, depth = 0) {
 function table([head, columns, ...rows]) {
   const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
   const right = cells(columns).map((column) => (/-:\s*$/.test(column) ? "right" : "left"));
-  const row = (tag, line) => el("tr", {}, ...right.map((side, i) =>
-    el(tag, { class: side }, ...inline((cells(line)[i] ?? "").replaceAll("\\|", "|").trim()))));
+  const row = (tag, line, own = cells(line)) => el("tr", {}, ...right.map((side, i) =>
+    el(tag, { class: side }, ...inline((own[i] ?? "").replaceAll("\\|", "|").trim()))));
   return () => el("div", { class: "table", tabindex: 0, role: "region", "aria-label": "Table" },
     el("table", {}, row("th", head), ...rows.map((line) => row("td", line))));
 }
 
 const HASHES = /^(py|python\d?|sh|bash|shell|zsh|yaml|yml|toml|rb|ruby|r|make|dockerfile)$/i;
-const KEYWORDS = `and as async await bool break case catch char class const continue def default do
- done double elif else enum except export extends fi finally float fn for from func function if impl
- import in int let long match mut new nil not null or pass private public raise return self static
- struct super switch then this throw try type use var void while with yield [Ff]alse None [Tt]rue
- SELECT FROM WHERE JOIN ON GROUP BY ORDER`.split(/\s+/).join("|");
+const KEYWORDS = `and async await break case catch class const continue def do elif else except
+ false False finally fn for from function if impl import in let match new None not null or public
+ raise return self static struct then throw true True try var while with yield`.replace(/\s+/g, "|");
 
 function highlighted(code, language) {
   if (!language || language === "text" || code.length > 20000) return [code];
   const comment = HASHES.test(language) ? "(?<![\\w$&])#.*" : "//.*|/\\*[^]*?\\*/";
   const string = /"""[^]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'/.source;
   const words = RegExp(`(${string})|(${comment})|\\b(\\d[\\w.]*)\\b|\\b(${KEYWORDS})\\b`, "g");
+  const kinds = ["string", "comment", "number", "keyword"];
   return pieces(code, words, ([text, ...groups]) =>
-    el("span", { class: ["string", "comment", "number", "keyword"][groups.findIndex(Boolean)] }, text));
+    el("span", { class: kinds[groups.findIndex(Boolean)] }, text));
 }
 
 export function copyButton(text) { // without https or localhost, browsers have no clipboard
@@ -157,10 +154,8 @@ export function codeCard(language, code, title = language || "code") {
 export function markdown(node, text) {
   const found = blocks(text.split("\n"));
   found.forEach(([source, make], i) => {
-    const old = node.children[i];
-    if (old?.source === source) return;
-    const made = Object.assign(make(), { source });
-    old ? old.replaceWith(made) : node.append(made);
+    const old = node.children[i] ?? node.appendChild(el("p"));
+    if (old.source !== source) old.replaceWith(Object.assign(make(), { source }));
   });
   while (node.children.length > found.length) node.lastChild.remove();
 }

@@ -7,6 +7,7 @@ const PREFIX = "llama/";
 const chats = new Map(); // id -> {id, title, changed, model, settings, messages}
 const running = new Map(); // conversation -> AbortController
 const faults = new Map(); // conversation -> [message, what "Retry" does]
+const ARROWS = { ArrowLeft: "previousSibling", ArrowRight: "nextSibling" };
 let current; // conversation
 let pinned = true; // whether the end is in view, and kept there
 let afterKey; // what goes on when a key has been entered
@@ -23,15 +24,8 @@ const pretty = (text) => {
   return value && typeof value === "object" && JSON.stringify(value, null, 2);
 };
 const who = ({ role, name }) => ({ user: "You", tool: `Result of ${name}` })[role] ?? "Assistant";
+const focus = () => matchMedia("(pointer: fine)").matches && $("text").focus(); // no touch keyboard
 const button = (text, onclick) => el("button", { type: "button", onclick }, text);
-
-// Conversations.
-
-function load(key) {
-  const chat = key.startsWith(PREFIX) && parsed(localStorage.getItem(key));
-  if (!chat) chats.delete(key.slice(PREFIX.length));
-  else if (!running.has(chats.get(chat.id))) chats.set(chat.id, chat);
-}
 
 function save(chat) {
   chats.set(chat.id, chat);
@@ -39,17 +33,15 @@ function save(chat) {
     localStorage.setItem(PREFIX + chat.id, JSON.stringify(chat));
   } catch {
     const said = "The browser's storage is full: export and delete conversations.";
-    faults.set(chat, [said, () => [faults.delete(chat), save(chat), show()]]);
+    faults.set(chat, [said, () => save(chat)]);
   }
   listChats();
 }
 
 function listChats() {
   const sorted = [...chats.values()].sort((a, b) => b.changed - a.changed);
-  $("list").replaceChildren(...sorted.map((chat) => {
-    const here = chat === current ? "page" : undefined;
-    return el("li", {}, el("a", { href: `#${chat.id}`, "aria-current": here }, chat.title));
-  }));
+  $("list").replaceChildren(...sorted.map((chat) => el("li", {},
+    el("a", { href: `#${chat.id}`, "aria-current": chat === current }, chat.title))));
 }
 
 function open() {
@@ -66,7 +58,7 @@ function open() {
   pinned = true;
   listChats();
   show();
-  $("text").focus();
+  focus();
 }
 
 function download(kind) {
@@ -78,8 +70,6 @@ function download(kind) {
   const href = URL.createObjectURL(new Blob([text]));
   el("a", { href, download: `${current.title || "conversation"}.${kind}` }).click();
 }
-
-// The server.
 
 async function call(path, options, retry) {
   const key = sessionStorage.getItem("key");
@@ -96,13 +86,12 @@ async function call(path, options, retry) {
 }
 
 async function loadModels() {
-  const chat = current;
-  faults.delete(chat);
+  faults.delete(current);
   try {
     const { data } = await (await call("v1/models", {}, loadModels)).json();
     $("model").replaceChildren(...data.map(({ id }) => el("option", {}, id)));
   } catch (error) {
-    faults.set(chat, [error.message, loadModels]);
+    faults.set(current, [error.message, loadModels]);
   }
   show();
 }
@@ -125,10 +114,8 @@ function request({ model, settings: { system, probabilities, ...settings }, mess
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const whole = (rest + value.replaceAll("\r", "")).split("\n\n");
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const whole = (rest + part.value.replaceAll("\r", "")).split("\n\n");
     rest = whole.pop();
     for (const event of whole) {
       const lines = event.split("\n").filter((line) => line.startsWith("data:"));
@@ -140,7 +127,7 @@ async function* events(body) {
 }
 
 function absorb(message, { choices, error, usage }) {
-  if (error) throw new Error(error.message);
+  if (error) throw new Error(error.message ?? error);
   if (usage) message.usage = usage;
   const { delta = {}, logprobs, finish_reason } = choices?.[0] ?? {};
   message.content += delta.content ?? "";
@@ -158,9 +145,11 @@ function absorb(message, { choices, error, usage }) {
   message.finish = finish_reason ?? message.finish;
 }
 
+/** Asks for the next turn, in place of the assistant's last one if the conversation ends so. */
 async function answer(chat) {
+  if (chat.messages.at(-1).role === "assistant") chat.messages.pop();
   const { signal } = running.set(chat, new AbortController()).get(chat);
-  const again = () => regenerate(chat);
+  const again = () => answer(chat);
   Object.assign(chat, { model: $("model").value, changed: Date.now() });
   const message = { role: "assistant", content: "", model: chat.model };
   $("title").value = chat.title ||= chat.messages[0].content.slice(0, 80);
@@ -174,7 +163,7 @@ async function answer(chat) {
     chat.messages.push(message);
     save(chat);
     show();
-    $("text").focus();
+    focus();
     $("status").textContent = "Answering";
     const { body } = await call("v1/chat/completions", options, again);
     let first;
@@ -197,20 +186,12 @@ async function answer(chat) {
   $("status").textContent = $("turns").querySelector("article:last-of-type .body").textContent;
 }
 
-function regenerate(chat) {
-  if (chat.messages.at(-1).role === "assistant") chat.messages.pop();
-  answer(chat);
-}
-
-// What is shown.
-
 function show() {
-  const [turns, fault, busy] = [$("turns"), faults.get(current), running.has(current)];
+  const [turns, busy] = [$("turns"), running.has(current)];
   turns.replaceChildren(...current.messages.map(turn));
-  if (fault) {
-    const again = button("Retry", fault[1]);
-    turns.append(el("div", { class: "error", role: "alert" }, el("p", {}, fault[0]), again));
-  }
+  const [said, again] = faults.get(current) ?? [];
+  if (said) turns.append(el("div", { class: "error", role: "alert" }, el("p", {}, said),
+    button("Retry", again)));
   turns.classList.toggle("busy", busy);
   [$("stop").hidden, $("send").hidden] = [!busy, busy];
   $("model").value = current.model;
@@ -236,10 +217,8 @@ function turn(message, index, { length }) {
   const footer = el("footer", {}, copyButton(content));
   const article = el("article", { class: live ? `${role} live` : role },
     el("h2", {}, who(message)), body, cards, footer);
-  const goOn = (from, messages) => {
-    current.messages.splice(from, length, ...messages);
-    answer(current);
-  };
+  const goOn = (from, messages) =>
+    [current.messages.splice(from, length, ...messages), answer(current)];
   const change = ([text]) => goOn(index, [{ role, content: text }]);
   const send = (texts) => goOn(length, calls.map(({ id, function: { name } }, i) =>
     ({ role: "tool", tool_call_id: id, name, content: texts[i] })));
@@ -251,7 +230,7 @@ function turn(message, index, { length }) {
   article.fill = () => fill(body, cards, message);
   article.fill();
   if (role === "user") footer.append(button("Edit", edit));
-  if (role === "assistant" && last) footer.append(button("Regenerate", () => regenerate(current)));
+  if (role === "assistant" && last) footer.append(button("Regenerate", () => answer(current)));
   if (role === "assistant") footer.append(el("span", {}, summary(message)));
   if (calls.length && last && !live) article.append(fields("Send results", send,
     calls.map((call) => [`Result of ${call.function.name}`, ""])));
@@ -261,11 +240,8 @@ function turn(message, index, { length }) {
 /** A form of text areas, given as [label, text]; `done` is called with the texts. */
 function fields(action, done, labelled) {
   const areas = labelled.map(([, text]) => el("textarea", {}, text));
-  const onsubmit = (event) => {
-    event.preventDefault();
-    done(areas.map((area) => area.value));
-  };
-  return el("form", { class: "fields", onsubmit },
+  const onsubmit = () => done(areas.map((area) => area.value));
+  return el("form", { class: "fields", method: "dialog", onsubmit },
     ...areas.map((area, i) => el("label", {}, labelled[i][0], area)),
     el("button", { class: "main" }, action));
 }
@@ -289,7 +265,8 @@ function summary({ model, usage: { completion_tokens: tokens } = {}, seconds, fi
 
 function showTokens(body, logprobs) {
   const label = "Tokens; the arrow keys move between them";
-  const group = { class: "tokens", role: "group", "aria-label": label, onkeydown: moveToken };
+  const onkeydown = ({ key, target }) => target[ARROWS[key]]?.focus();
+  const group = { class: "tokens", role: "group", "aria-label": label, onkeydown };
   if (!body.querySelector(".tokens")) body.replaceChildren(el("div", group));
   const tokens = body.firstChild;
   for (const entry of logprobs.slice(tokens.children.length)) {
@@ -298,11 +275,6 @@ function showTokens(body, logprobs) {
     const tabindex = tokens.firstChild ? -1 : 0;
     tokens.append(Object.assign(el("span", { tabindex, ...described }, entry[0]), { entry }));
   }
-}
-
-function moveToken({ key, target }) {
-  if (key === "ArrowRight") target.nextSibling?.focus();
-  if (key === "ArrowLeft") target.previousSibling?.focus();
 }
 
 function showTip({ target }) {
@@ -320,14 +292,10 @@ function showTip({ target }) {
 
 function askKey(retry) {
   afterKey = retry;
-  $("key").returnValue = "";
   if (!$("key").open) $("key").showModal();
 }
 
-// Events.
-
-$("composer").onsubmit = (event) => {
-  event.preventDefault();
+$("composer").onsubmit = () => {
   const content = $("text").value;
   if (!content.trim() || running.has(current)) return;
   $("text").value = "";
@@ -335,15 +303,17 @@ $("composer").onsubmit = (event) => {
   answer(current);
 };
 $("text").onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  $("composer").requestSubmit();
+  const enter = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  if (enter) $("composer").requestSubmit();
+  return !enter;
 };
-$("stop").onclick = () => [running.get(current).abort(), $("text").focus()];
+$("stop").onclick = () => [running.get(current).abort(), focus()];
 $("title").onchange = () => {
   current.title = $("title").value.trim() || current.title;
   if (chats.has(current.id)) save(current);
 };
+$("export-md").onclick = () => download("md");
+$("export-json").onclick = () => download("json");
 $("delete").onclick = () => {
   if (!confirm(`Delete "${current.title}"?`)) return;
   running.get(current)?.abort();
@@ -360,8 +330,7 @@ $("settings").oninput = ({ target }) => {
   if (target.type === "checkbox") show();
 };
 $("change-key").onclick = () => askKey(loadModels);
-$("key").onclose = () => {
-  if ($("key").returnValue !== "save") return;
+$("key-form").onsubmit = () => {
   sessionStorage.setItem("key", $("key-value").value);
   afterKey();
 };
@@ -370,17 +339,11 @@ $("turns").onscroll = ({ target }) => {
 };
 $("turns").onmouseover = showTip;
 $("turns").addEventListener("focusin", showTip);
-for (const item of document.querySelectorAll("[data-export]")) {
-  item.onclick = () => download(item.dataset.export);
-}
 onkeydown = ({ key }) => void ($("tip").hidden ||= key === "Escape");
 onhashchange = open;
 onpagehide = () => [...running.keys()].forEach(save);
-onstorage = ({ key }) => { // another tab has changed a conversation
-  load(key ?? "");
-  key === PREFIX + current.id && !running.has(current) ? open() : listChats();
-};
-
-Object.keys(localStorage).forEach(load);
+for (const [key, text] of Object.entries(localStorage)) {
+  if (key.startsWith(PREFIX) && parsed(text)) chats.set(key.slice(PREFIX.length), parsed(text));
+}
 open();
 loadModels();
