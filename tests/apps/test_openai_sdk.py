@@ -546,6 +546,9 @@ def test_parsed_responses_and_the_helpers_stream(client):
         ("chat.completions.create", {"messages": HELLO, "tools": TOOLS, "tool_choice": {
             "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
                 {"type": "function", "function": {"name": "x"}}]}}}, 400, "tool_choice"),
+        ("chat.completions.create", {"messages": HELLO, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}}, 400,
+         "response_format"),
         ("completions.create", {"prompt": "x", "best_of": 3}, 400, "best_of"),
         ("embeddings.create", {"input": "x", "dimensions": 10**9}, 400, "dimensions"),
         ("responses.create", {"input": []}, 400, "input"),
@@ -553,6 +556,7 @@ def test_parsed_responses_and_the_helpers_stream(client):
         ("responses.create", {"input": "x", "max_output_tokens": -1}, 400, "max_output_tokens"),
         ("responses.create", {"input": "x", "tools": [{"type": "web_search"}]}, 400,
          "tools[0].type"),
+        ("responses.create", {"input": "x", "text": {"format": {"type": "x"}}}, 400, "text"),
         ("responses.create", {"input": "x", "background": True}, 400, "background"),
         ("responses.create", {"input": "x " * 9000}, 400, "input"),
         ("responses.create", {"input": [{"type": "item_reference", "id": "x"}]}, 400, "input"),

@@ -110,8 +110,6 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     tool_call_id: Optional[str] = None
     refusal: Optional[str] = None
     annotations: Optional[List[Any]] = None
-    audio: None = None
-    function_call: None = None
     parsed: Any = None  # the SDK's own
 
 
@@ -208,6 +206,10 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
         raise invalid(f"the body isn't valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object")
+    value = _given(value)
+    for name in ("messages", "input"):
+        if isinstance(value.get(name), list):
+            value[name] = [_given(one) if isinstance(one, dict) else one for one in value[name]]
     known = {one.encode_name for one in msgspec.structs.fields(kind)}
     ignored = [name for name in value if name not in known]
     if ignored and not lenient:
@@ -237,6 +239,11 @@ def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
         param = path or (missing[1] if missing else None)
         place = f"{param}: " if path else ""
         raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
+
+
+def _given(value: Dict[str, Any]) -> Dict[str, Any]:
+    """Without what is null: clients write so what they don't give, known or not."""
+    return {name: one for name, one in value.items() if one is not None}
 
 
 def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

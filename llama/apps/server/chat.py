@@ -15,8 +15,9 @@ from llama.apps.server.service import FINGERPRINT, Running, Service, received
 from llama.apps.server.streams import EventStream, whole
 from llama.apps.server.texts import MOST_TOP_LOGPROBS, chat_logprob
 from llama.engine.predictions import Event
-from llama.engine.structured import call_format
+from llama.engine.structured import tool_call_format
 from llama.text.tool_stream import Delta, ToolCallStream
+from llama.text.tools import split_tools
 
 MOST_TOOLS = 128
 
@@ -107,17 +108,22 @@ async def start(
         raise invalid("top_logprobs: only with logprobs: true", "top_logprobs")
     if len(body.tools or ()) > MOST_TOOLS:
         raise invalid(f"{len(body.tools or ())} tools: give at most {MOST_TOOLS}", "tools")
-    tools, more = shown_tools(body), {"logprobs": bool(body.logprobs), "top_logprobs": top}
+    tools = shown_tools(body)
+    more: Dict[str, Any] = {"logprobs": bool(body.logprobs), "top_logprobs": top}
     choice: Any = body.tool_choice or "auto"
     choice = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
     if choice not in ("auto", "none"):
         if body.response_format not in (None, {"type": "text"}):
             raise invalid("tool_choice and response_format: choose one", "tool_choice")
-        name = choice.function.name if isinstance(choice, NamedTool) else str(choice)
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        wanted = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        if not wanted:
+            known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+            raise invalid(f"tool_choice: no such tool; there are: {known}", "tool_choice")
         try:
-            more["response_format"] = call_format(tools, name, {})
+            more["response_format"] = tool_call_format(wanted)
         except ValueError as error:
-            raise invalid(str(error), "tool_choice") from None
+            raise invalid(str(error), "tools") from None
     ids = await encode(service.llama, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return ChatAnswer(service, await service.submit(request, [ids], body, most, **more), body)
@@ -127,17 +133,21 @@ def shown_tools(body: Chat) -> List[Dict[str, Any]]:
     """The tools that the model is told of.
 
     Raises:
-        ApiError: tool_choice allows one that isn't there.
+        ApiError: one isn't valid, or tool_choice allows one that isn't there.
     """
     choice = body.tool_choice
     tools: List[Dict[str, Any]] = [
         {"type": "function", "function": {k: v for k, v in f.items() if v is not None}}
         for f in (tool.function for tool in body.tools or ())
     ]
+    try:
+        split_tools(tools)
+    except ValueError as error:
+        raise invalid(str(error), "tools") from None
     if not isinstance(choice, AllowedTools):
         return tools if choice != "none" else []
     names = {tool.function.name for tool in choice.allowed_tools.tools}
-    found = [tool for tool in tools if tool["function"].get("name") in names]
+    found = [tool for tool in tools if tool["function"]["name"] in names]
     if len(found) < len(names):
         raise invalid(f"tool_choice: {', '.join(sorted(names))}: not all in tools", "tool_choice")
     return found

@@ -11,6 +11,11 @@ from llama.text.chat import Message, PromptOptions
 from llama.text.context import encode_dialogs
 
 MOST_MESSAGES = 4096
+# What PromptOptions' errors begin with, as it is called here.
+_PARAMETERS = {
+    "template_kwargs": "chat_template_kwargs",
+    "continue_final_message": "continue_final_message",
+}
 
 
 async def encode(
@@ -42,7 +47,8 @@ async def encode(
                 llama.model.params.max_seq_len, options,
             )  # fmt: skip
         except ValueError as error:
-            raise invalid(str(error).removeprefix("dialog 0: "), "messages") from None
+            text = str(error).removeprefix("dialog 0: ").replace("dialog 0", "the dialog")
+            raise invalid(text, _PARAMETERS.get(text.partition(":")[0], "messages")) from None
         return ids
 
     return await asyncio.to_thread(run)
@@ -82,7 +88,7 @@ def _text(where: str, content: Union[str, List[Part], None]) -> Optional[str]:
         text = part.text if part.type in ("text", "input_text", "output_text") else part.refusal
         if text is None:
             raise invalid(
-                f"{where}: a part of type {part.type[:50]!r}; this model reads text only",
+                f"{where}: no text in a part of type {part.type[:50]!r}; the model reads only text",
                 f"{where}.content",
             )
         texts.append(text)

@@ -39,10 +39,7 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True)
     id: Optional[str] = None
     status: Optional[str] = None
     phase: Optional[str] = None
-    async_: None = None
-    caller: None = None
-    namespace: None = None
-    parsed_arguments: Any = None
+    parsed_arguments: Any = None  # the SDK's own
 
 
 class TextOptions(Struct, forbid_unknown_fields=True):

@@ -65,6 +65,12 @@ def _count(body: Generation) -> int:
     return body.n or 1
 
 
+def constraint_name(body: Generation) -> str:
+    """The parameter from which an answer's response format comes."""
+    names = (*_GUIDED, "response_format")
+    return next((name for name in names if getattr(body, name) is not None), "tools")
+
+
 def _constraint(body: Generation) -> Optional[Dict[str, Any]]:
     found = {
         name: make(getattr(body, name))

@@ -10,7 +10,7 @@ from llama._version import __version__
 from llama.apps.server.bodies import B, Generation, read
 from llama.apps.server.errors import ApiError, busy, invalid
 from llama.apps.server.metrics import Metrics
-from llama.apps.server.sampling import options_of
+from llama.apps.server.sampling import constraint_name, options_of
 from llama.apps.server.settings import Settings
 from llama.engine.async_engine import Answer, AsyncEngine
 from llama.engine.params import SamplingParams
@@ -100,8 +100,12 @@ class Service:
                 limit = self.context if max_tokens is None else max_tokens
                 running.answers.append(await self.engine.submit(ids, limit, **options))
                 running.prompt_tokens += len(ids)
-        except BaseException:
+        except BaseException as error:
             running.end()
+            text = str(error)
+            if isinstance(error, ValueError) and text.startswith("response_format "):
+                name = constraint_name(body)
+                raise invalid(text.replace("response_format", name, 1), name) from None
             raise
         running.each = options["n"]
         return running
