@@ -216,8 +216,8 @@ class Llama:
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
-                model without a chat format, or tools with a format that has none; and what
-                `generate` raises.
+                model without a chat format, or built-in tools with a format that has none; and
+                what `generate` raises.
         """
         tools = options.get("tools")
         request, left_out = self._make_chat(
