@@ -51,7 +51,7 @@ class Server:
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
+        self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],), daemon=True)
         self.thread.start()
 
     def reset(self):

@@ -236,6 +236,7 @@ def test_two_conversations_at_once(page, server):
     send(page, "A story")
     expect(turns(page).last).to_have_text("Once")
     page.get_by_role("link", name="New conversation").click()
+    expect(turns(page)).to_have_count(0)
     send(page, "2 + 2?")
     expect(turns(page)).to_have_text(["2 + 2?", "Four"])
     gate.set()
