@@ -27,7 +27,10 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     if isinstance(required, list) and isinstance(least, int) and least > len(required):
         # Names that aren't listed may occur twice.
         raise ValueError(f"{where}: minProperties isn't supported beyond the required ones")
-    names = [schema.get("enum"), schema.get("const"), [*schema.get("properties", ())]]
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise ValueError(f"{where}: 'properties' must be an object, not {properties!r}")
+    names = [schema.get("enum"), schema.get("const"), [*properties]]
     texts = json.dumps(names, ensure_ascii=False).replace("\\\\", "")
     if "\\u" in texts or "\x7f" in texts:  # llguidance would drop them
         raise ValueError(f"{where}: a name, const or enum has a control character: take it out")

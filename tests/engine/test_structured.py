@@ -533,6 +533,7 @@ NODE["self"] = NODE
         ({"type": "json_schema", "schema": {"minimum": 3, "maximum": 1, "type": "integer"}},
          "minimum .3. is greater"),
         ({"type": "json_schema", "schema": {"items": [{}], "type": "array"}}, "prefixItems"),
+        ({"type": "json_schema", "schema": {"properties": 0.5}}, "'properties' must be an object"),
         ({"type": "json_schema", "schema": {"required": 5}}, "json_schema"),
         ({"type": "json_schema", "schema": {"required": ["a"], "additionalProperties": False,
                                             "type": "object"}}, "'a' is unsatisfiable"),

@@ -103,7 +103,7 @@ class Service:
         except BaseException as error:
             running.end()
             text = str(error)
-            if isinstance(error, ValueError) and text.startswith("response_format "):
+            if isinstance(error, ValueError) and text.startswith("response_format"):
                 name = constraint_name(body)
                 raise invalid(text.replace("response_format", name, 1), name) from None
             raise
