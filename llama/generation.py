@@ -276,7 +276,8 @@ class Llama:
             cache_tokens = max(context, min(room, max_rows * context // 4))
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=max_tokens_per_step,
-            max_rows=max_rows, cache_tokens=cache_tokens, draft=self._draft,
+            max_rows=max_rows, cache_tokens=cache_tokens, generator=self.generator,
+            draft=self._draft,
         )  # fmt: skip
 
     def async_engine(self, **limits: Any) -> AsyncEngine:
@@ -465,5 +466,5 @@ class Llama:
         blocks = args.max_batch_size * blocks_for(args.max_seq_len) + more
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=PASS, max_rows=args.max_batch_size,
-            cache_tokens=blocks * PAGE, draft=self._draft, generator=self.generator,
+            cache_tokens=blocks * PAGE, generator=self.generator, draft=self._draft,
         )  # fmt: skip
