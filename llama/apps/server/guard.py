@@ -19,7 +19,7 @@ from llama.apps.server.errors import ApiError, response
 from llama.apps.server.settings import LOOPBACK, Settings
 
 PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
-OPEN = (*PAGES, "/health")  # to all: no model's text is in them
+OPEN = (*PAGES, "/favicon.ico", "/health")  # to all: no model's text is in them
 CORS = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",
