@@ -216,8 +216,8 @@ class Llama:
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
-                model without a chat format, or tools with a format that has none; and what
-                `generate` raises.
+                model without a chat format, or built-in tools with a format that has none; and
+                what `generate` raises.
         """
         tools = options.get("tools")
         request, left_out = self._make_chat(
@@ -276,7 +276,8 @@ class Llama:
             cache_tokens = max(context, min(room, max_rows * context // 4))
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=max_tokens_per_step,
-            max_rows=max_rows, cache_tokens=cache_tokens, draft=self._draft,
+            max_rows=max_rows, cache_tokens=cache_tokens, generator=self.generator,
+            draft=self._draft,
         )  # fmt: skip
 
     def async_engine(self, **limits: Any) -> AsyncEngine:
@@ -417,13 +418,14 @@ class Llama:
         *,
         tools: Optional[Sequence[Tool]] = None,
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = False,
         truncate: Optional[Literal["oldest_turns"]] = None,
         continue_final_message: bool = False,
         template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
     ) -> Tuple[Request, List[List[Message]]]:
         """`_make` for dialogs; also the messages that truncation dropped from each."""
-        options["response_format"] = call_format(tools, tool_choice, options)
+        options["response_format"] = call_format(tools, tool_choice, options, parallel_tool_calls)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
         return self._make(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
@@ -464,5 +466,5 @@ class Llama:
         blocks = args.max_batch_size * blocks_for(args.max_seq_len) + more
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=PASS, max_rows=args.max_batch_size,
-            cache_tokens=blocks * PAGE, draft=self._draft, generator=self.generator,
+            cache_tokens=blocks * PAGE, generator=self.generator, draft=self._draft,
         )  # fmt: skip

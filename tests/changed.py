@@ -14,6 +14,7 @@ OTHERS = {  # what has a test of another name
     "example_chat_completion.py": "tests/test_examples.py",
     "example_text_completion.py": "tests/test_examples.py",
     "tests/ranks.py": "tests/layers",
+    "tests/scripted.py": "tests/apps/test_page.py",
     "tests/simulated.py": "tests/backends",
 }
 

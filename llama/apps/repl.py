@@ -299,7 +299,9 @@ def _path(text: str, command: str) -> Path:
 
 
 def read_tools(path: str) -> List[Tool]:
-    """Schemas of tools from a file. Raises ValueError for other content, and OSError."""
+    """Schemas of tools from a file. Raises ValueError and FileNotFoundError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; write a JSON list of tools' schemas there")
     try:
         tools = json.loads(Path(path).read_text("utf-8"))
         return [*split_tools(tools if isinstance(tools, list) else [tools])[0]]

@@ -15,24 +15,21 @@ from llama.engine.blocks import Blocks
 from llama.engine.events import (
     advance,
     asks_to_stop,
-    details_of,
     details_of_all,
-    guide,
     sample,
     stopped,
 )
 from llama.engine.params import SamplingParams
-from llama.engine.passes import hidden
 from llama.engine.predictions import Event, Speculation
-from llama.engine.projection import PROJECTED
 from llama.engine.requests import Part, Request, Stats
 from llama.engine.rows import Options, constrain, make_rows
-from llama.engine.scheduler import Plan, Scheduler
+from llama.engine.scheduler import Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.speculative import MAX_DRAFT, Speculator, Speculators
+from llama.engine.steps import compute
 from llama.engine.structured import GrammarCompiler
 from llama.layers import parallel
-from llama.layers.paged import PAGE, PagedRows, blocks_for, copy_block
+from llama.layers.paged import PAGE, blocks_for
 from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -45,8 +42,8 @@ class Engine:
         max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
         max_rows: requests that run at once; others wait.
         cache_tokens: positions of the cache.
-        draft: a smaller model, for speculative decoding.
         generator: of the seeds of requests that are made without one.
+        draft: a smaller model, for speculative decoding.
 
     Threads may share an engine; on several ranks, all make the same calls.
     """
@@ -59,8 +56,8 @@ class Engine:
         max_tokens_per_step: int = 512,
         max_rows: int = 64,
         cache_tokens: int,
+        generator: torch.Generator,
         draft: Optional[Transformer] = None,
-        generator: Optional[torch.Generator] = None,
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step),
@@ -77,7 +74,7 @@ class Engine:
         self._parts: Dict[Scheduled, Part] = {}
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
-        self._generator = generator or torch.Generator().manual_seed(1)  # of the seeds of rows
+        self._generator = generator  # of the seeds of rows
         self.lock = threading.RLock()  # held during steps
         self._compiling = threading.Lock()
 
@@ -193,7 +190,9 @@ class Engine:
             if not plan.counts:
                 return []
             try:
-                found, sampled = self._sample(*self._pass(plan))
+                found, sampled = self._sample(
+                    *compute(self._model, self.pool, self.scheduler, plan, self._parts)
+                )
             except BaseException:
                 self.scheduler.restart()
                 raise
@@ -284,86 +283,10 @@ class Engine:
             found[speculator] = parts, len(parts) + sum(map(len, drafts))
         return found
 
-    def _pass(self, plan: Plan) -> Tuple[List[Part], torch.Tensor, torch.Tensor]:
-        """The parts that are ready for a token, and for each of these and its draft tokens the
-        logits, (positions, vocab_size), without guidance and with it."""
-        for source, target in plan.copies:
-            copy_block(self.pool, source, target)
-        new: List[List[int]] = []
-        ends: List[Tuple[Part, Scheduled]] = []
-        at: List[int] = []  # of each end, and of its draft tokens
-        scored: List[Tuple[Part, int, int, int]] = []
-        end = 0
-        for sequence, n in plan.counts.items():
-            part, known, draft = self._parts[sequence], sequence.computed, sequence.draft
-            new.append(sequence.tokens[known : known + n] + draft)
-            if part.request.scored and part.row.echo and sequence is part.sequence:
-                scored.append((part, known + 1, end, end + n))
-            end += n
-            if known + n - len(draft) == len(sequence.tokens):
-                for one in (part, *part.siblings) if not part.row.answer else (part,):
-                    ends.append((one, sequence))
-                    at += range(end - 1 - len(draft), end)
-        index = torch.tensor(at, device=self.pool.k.device)  # on a GPU, later would wait for it
-        sequences = list(plan.counts)
-        cache = PagedRows(
-            self.pool, [s.table for s in sequences], [s.computed for s in sequences],
-            [s.adapter for s in sequences],
-        )  # fmt: skip
-        h = hidden(self._model, new, cache)
-        for part, begin, first, last in scored:
-            self._score(part, begin, h[first:last])
-        for sequence, n in plan.counts.items():
-            self.scheduler.advance(sequence, n - len(sequence.draft))
-        return self._logits(ends, h[index]) if ends else ([], h, h)
-
-    def _logits(
-        self, ends: List[Tuple[Part, Scheduled]], h: torch.Tensor
-    ) -> Tuple[List[Part], torch.Tensor, torch.Tensor]:
-        """As `_pass` returns it, from the hidden states h where sequences end."""
-        if all(part.negative is None for part, _ in ends):
-            logits = self._model.logits(h)
-            return [part for part, _ in ends], logits, logits
-        plain: List[Part] = []
-        guided: List[Part] = []
-        rows: List[int] = []  # of h, those of plain parts
-        at = 0
-        for part, sequence in ends:
-            stop = at + 1 + len(sequence.draft)
-            if part.negative is None:
-                plain.append(part)
-                rows += range(at, stop)
-            else:  # ready once both sequences are
-                part.ready[sequence.extra] = h[at:stop]
-                guided += [part] if len(part.ready) == 2 else []
-            at = stop
-        if not plain and not guided:
-            return [], h, h
-        own = self._model.logits(torch.cat([h[rows], *(part.ready[False] for part in guided)]))
-        if not guided:
-            return plain, own, own
-        negative = self._model.logits(torch.cat([part.ready[True] for part in guided]))
-        for part in guided:
-            part.ready = {}
-        scales = [part.row.params.guidance_scale for part in guided]
-        logits = torch.cat([own[: len(rows)], guide(own[len(rows) :], negative, scales)])
-        return plain + guided, own, logits
-
-    def _score(self, part: Part, begin: int, h: torch.Tensor) -> None:
-        """Score the prompt's tokens from `begin` on, from the hidden states before each."""
-        request, following = part.request, part.row.prompt[begin : begin + len(h)]
-        for at in range(0, len(following), PROJECTED):
-            ids = [[token] for token in following[at : at + PROJECTED]]
-            logits = self._model.logits(h[at : at + len(ids)])
-            nothing: List[List[int]] = [[] for _ in ids]
-            found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
-            scores = request.scores[part.row.index]
-            scores |= {begin + at + i: one for i, [one] in enumerate(found)}
-
     def _sample(
         self, parts: List[Part], own: torch.Tensor, logits: torch.Tensor
     ) -> Tuple[List[Tuple[Request, Event]], Dict[Part, List[int]]]:
-        """Sample the next tokens of parts, from logits as `_pass` returns them."""
+        """Sample the next tokens of parts, from logits as `compute` returns them."""
         if not parts:
             return [], {}
         drafts = [part.sequence.draft for part in parts]

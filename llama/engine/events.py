@@ -173,9 +173,8 @@ def stopped(part: Part) -> Event:
 def guide(own: torch.Tensor, negative: torch.Tensor, scales: List[float]) -> torch.Tensor:
     """Classifier-free guidance (arXiv 2306.17806): logits to guided log-probabilities, all of them
     (rows, vocab_size)."""
-    scale = torch.tensor(scales, device=own.device)[:, None]
-    own, negative = own.log_softmax(-1), negative.log_softmax(-1)
-    return negative + scale * (own - negative)
+    pairs = zip(own.log_softmax(-1), negative.log_softmax(-1), scales, strict=True)
+    return torch.stack([less + scale * (more - less) for more, less, scale in pairs])
 
 
 def details_of_all(

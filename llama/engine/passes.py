@@ -21,9 +21,13 @@ def hidden(model: Transformer, new: Sequence[Sequence[int]], cache: PagedRows) -
     if hasattr(model, "hidden_of_rows"):
         return model.hidden_of_rows(new, cache)  # type: ignore[operator]
     parts: List[torch.Tensor] = [torch.empty(0)] * len(new)
+    groups = []
     for rows in similar([len(ids) for ids in new]):
         tokens = padded([list(new[row]) for row in rows], model.norm.weight.device)
         some = cache.select(rows)
+        some.prepare(tokens.shape[1])
+        groups.append((rows, tokens, some))
+    for rows, tokens, some in groups:
         with choose(model, some.adapters):
             h = model.hidden(tokens, some.lengths, some)
         for row, of_row in zip(rows, h, strict=True):

@@ -62,6 +62,7 @@ class ChatOptions(Options, total=False):
         built-in tools. Its calls are in the message, as `tool_calls`.
     tool_choice: "auto" (default) lets the model decide whether to call one; "required", or the name
         of a tool, constrains the answer to one call that fits its schema.
+    parallel_tool_calls: with such a tool_choice, the answer may also be a list of calls.
     truncate: "oldest_turns" drops the oldest turns of a dialog until it fits into the context with
         max_gen_len tokens of answer (by default a quarter of the context); the system message
         stays. By default a dialog longer than the context is an error.
@@ -72,6 +73,7 @@ class ChatOptions(Options, total=False):
 
     tools: Optional[Sequence[Tool]]
     tool_choice: str
+    parallel_tool_calls: bool
     truncate: Optional[Literal["oldest_turns"]]
     continue_final_message: bool
     template_kwargs: Optional[Mapping[str, Any]]

@@ -3,8 +3,9 @@
 A response format is a dict, of one of these types:
 
     {"type": "json_object"}                              any JSON object
-    {"type": "json_schema", "json_schema": {"schema": {...}}}   OpenAI's spelling; other keys of the
-        inner dict ("name", "strict", "description") are ignored
+    {"type": "json_schema", "json_schema": {"schema": {...}}}   OpenAI's spelling. With "strict":
+        true, objects have no other properties than those named, unless their schema says so; other
+        keys of the inner dict ("name", "description") are ignored
     {"type": "json_schema", "schema": {...}}             the same
     {"type": "regex", "regex": "..."}                    a text that matches it as a whole
     {"type": "choice", "choice": ["yes", "no"]}          one of these texts
@@ -12,16 +13,19 @@ A response format is a dict, of one of these types:
 
 JSON is written as by json.dumps with ensure_ascii=False: ", " and ": ", no other white space, the
 properties in the schema's order. llguidance parses the grammars and computes the masks; what it
-doesn't support raises ValueError.
+doesn't support raises ValueError, as does what costs too much: see `grammar_limits`.
 """
 
 import json
 import re
+from functools import partial
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Set
 
 import numpy as np
 import torch
 
+from llama.engine.grammar_limits import check_cost, check_size
+from llama.engine.json_schema import LISTS, closed_schema, plain_schema
 from llama.text.tools import Tool, plain_json, split_tools
 from llama.tokenizer import Tokenizer
 
@@ -37,18 +41,6 @@ _JSON = {
     "json_allowed_escapes": '"\\bfnrt',
 }
 _CACHED = 64  # compiled formats
-
-# The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
-# Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
-_ONE = {"additionalProperties", "items"}
-_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
-_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
-_VALUES = {
-    "$ref", "type", "enum", "const", "required", "minProperties", "maxProperties", "minItems",
-    "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$schema", "$id", "$comment", "title",
-    "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
-}  # fmt: skip
 
 
 class GrammarCompiler:
@@ -96,8 +88,12 @@ class GrammarCompiler:
         format_ = plain_json(dict(response_format), "response_format")
         key = json.dumps(format_)
         if key not in self._compiled:
-            kind = _check(format_)
-            matcher = self.library(self.trie, _grammar(self.library, format_), log_level=0)
+            kind = str(format_.get("type"))
+            check_size(key, partial(_refuse, kind))
+            _check(format_)
+            grammar = _grammar(self.library, format_)
+            check_cost(key, grammar, partial(_refuse, kind))
+            matcher = self.library(self.trie, grammar, log_level=0)
             first = Constraint(self, matcher, stop_tokens)
             if not (matcher.is_error() or first._allowed().any() or matcher.is_accepting()):
                 _refuse(kind, "no text fits it")
@@ -249,10 +245,16 @@ class _Vocabulary:
 
 
 def call_format(
-    tools: Optional[Sequence[Tool]], tool_choice: str, options: Mapping[str, Any]
+    tools: Optional[Sequence[Tool]],
+    tool_choice: str,
+    options: Mapping[str, Any],
+    parallel: bool = False,
 ) -> Any:
     """The response format for tool_choice: a call of any tool ("required") or of the named one; for
     "auto" that of the options, if any.
+
+    Args:
+        parallel: several calls are allowed too.
 
     Raises:
         ValueError: no such tool, or one without a schema; the options have a response format too.
@@ -272,16 +274,17 @@ def call_format(
             f"tool_choice={tool_choice!r}: 'auto', 'required' or one of the tools ({known}); "
             "built-in ones have no schema"
         )
-    return tool_call_format(schemas)
+    return tool_call_format(schemas, parallel)
 
 
-def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
+def tool_call_format(schemas: Sequence[Dict[str, Any]], parallel: bool = False) -> ResponseFormat:
     """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
 
     Unless its schema says otherwise, a call has no parameters but those that the tool names.
 
     Args:
         schemas: as `llama.text.tools.split_tools` returns them.
+        parallel: or a list of at least two calls.
     """
     if not schemas:
         raise ValueError("tool_call_format takes at least one tool")
@@ -289,24 +292,32 @@ def tool_call_format(schemas: Sequence[Dict[str, Any]]) -> ResponseFormat:
     for i, schema in enumerate(schemas):
         tool = schema["function"]
         taken = {"type": "object", **plain_json(tool.get("parameters") or {}, tool["name"])}
-        if not taken.keys() & (_LISTS | {"$ref", "patternProperties"}):
+        if not taken.keys() & (LISTS | {"$ref", "patternProperties"}):
             taken.setdefault("additionalProperties", False)
-        taken = _plain_schema(taken, tool["name"], f"#/anyOf/{i}/properties/parameters")
-        call = {"name": {"const": tool["name"]}, "parameters": taken}
-        calls.append({"type": "object", "properties": call, "required": [*call],
+        taken = plain_schema(taken, tool["name"], f"#/$defs/call/anyOf/{i}/properties/parameters")
+        keys = {"name": {"const": tool["name"]}, "parameters": taken}
+        calls.append({"type": "object", "properties": keys, "required": [*keys],
                       "additionalProperties": False})  # fmt: skip
-    return {"type": "json_schema", "schema": {"anyOf": calls}}
+    call: Dict[str, Any] = {"$ref": "#/$defs/call"}
+    several = {"type": "array", "items": call, "minItems": 2, "maxItems": 128}
+    top = {"anyOf": [call, several]} if parallel else call
+    return {"type": "json_schema", "schema": {"$defs": {"call": {"anyOf": calls}}, **top}}
 
 
-def _check(format_: Dict[str, Any]) -> str:
-    """Check a response format, except its schema or grammar; returns its type."""
+def _check(format_: Dict[str, Any]) -> None:
+    """Check a response format, except its schema or grammar; OpenAI's spelling becomes ours."""
     kind = format_.get("type")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"response_format has the type {kind!r}: it is one of {', '.join(_KEYS)}")
     if kind == "json_schema" and isinstance(format_.get("json_schema"), dict):
         if "schema" in format_:
             _refuse(kind, "it has both 'schema' and 'json_schema': leave one out")
-        format_["schema"] = format_.pop("json_schema").get("schema")
+        inner = format_.pop("json_schema")
+        format_["schema"] = inner.get("schema")
+        if inner.get("strict") not in (None, False, True):
+            _refuse(kind, f"its 'strict' is true or false, not {inner['strict']!r}")
+        if inner.get("strict") and isinstance(format_["schema"], dict):
+            format_["schema"] = closed_schema(format_["schema"])
     if re.search("[\ud800-\udfff]", json.dumps(format_, ensure_ascii=False)):
         _refuse(kind, "it has half of a surrogate pair")
     key = _KEYS[kind]
@@ -321,7 +332,6 @@ def _check(format_: Dict[str, Any]) -> str:
         wrong = wrong or not value or not all(isinstance(one, str) for one in value)
     if wrong:
         _refuse(kind, f"its {key!r} must be {said}, not {value!r}")
-    return kind
 
 
 def _grammar(library: Any, format_: Dict[str, Any]) -> str:
@@ -335,48 +345,8 @@ def _grammar(library: Any, format_: Dict[str, Any]) -> str:
         # A single terminal, so that one choice may be a prefix of another.
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in format_["choice"])
         return library.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
-    schema = _plain_schema(format_.get("schema", {"type": "object"}), f"response_format {kind}")
+    schema = plain_schema(format_.get("schema", {"type": "object"}), f"response_format {kind}")
     return library.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
-
-
-def _plain_schema(schema: Any, where: str, base: str = "#") -> Any:
-    """A copy in llguidance's keywords, whose references are relative to the pointer `base`."""
-    if not isinstance(schema, dict):
-        return schema
-    unknown = schema.keys() - _ONE - _LISTS - _NAMED - _VALUES - {"nullable"}
-    if unknown:
-        raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
-    required, least = schema.get("required", []), schema.get("minProperties", 0)
-    if isinstance(required, list) and isinstance(least, int) and least > len(required):
-        # Names that aren't listed may occur twice.
-        raise ValueError(f"{where}: minProperties isn't supported beyond the required ones")
-    properties = schema.get("properties", {})
-    if not isinstance(properties, dict):
-        raise ValueError(f"{where}: 'properties' must be an object, not {properties!r}")
-    names = [schema.get("enum"), schema.get("const"), [*properties]]
-    texts = json.dumps(names, ensure_ascii=False).replace("\\\\", "")
-    if "\\u" in texts or "\x7f" in texts:  # llguidance would drop them
-        raise ValueError(f"{where}: a name, const or enum has a control character: take it out")
-
-    def plain(value: Any) -> Any:
-        return _plain_schema(value, where, base)
-
-    copy = dict(schema)
-    for key, value in schema.items():
-        if key in _ONE:
-            if isinstance(value, list):
-                raise ValueError(f"{where}: {key!r} is a list: write 'prefixItems' instead")
-            copy[key] = plain(value)
-        elif key in _LISTS and isinstance(value, list):
-            copy[key] = [plain(one) for one in value]
-        elif key in _NAMED and isinstance(value, dict):
-            copy[key] = {name: plain(one) for name, one in value.items()}
-        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            copy[key] = base + value[1:]
-    if copy.pop("nullable", False) is True:  # of OpenAPI, and of llama.tools
-        outer = {key: copy.pop(key) for key in ("$defs", "definitions") if key in copy}
-        copy = {**outer, "anyOf": [copy, {"type": "null"}]}
-    return copy
 
 
 def _reason(error: str) -> str:

@@ -5,7 +5,7 @@ lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedA
 2309.06180). Which blocks are free, and which rows share them, is the caller's business.
 """
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class PagedRows(KVCache):
         width = max(map(len, tables))
         padded = [[*table, *[SCRATCH] * (width - len(table))] for table in tables]
         self.tables = torch.tensor(padded, dtype=torch.int32)
+        self._blocks: Optional[torch.Tensor] = None  # the tables, on the pool's device
         self.max_len = PAGE * width
         self.counts = [0] * len(tables)
         self.adapters = list(adapters) or [0] * len(tables)
@@ -48,6 +49,7 @@ class PagedRows(KVCache):
         other = object.__new__(PagedRows)
         other.pool, other.max_len = self.pool, self.max_len
         other.tables = self.tables[list(rows)]
+        other._blocks = None
         other.lengths = [self.lengths[row] for row in rows]
         other.counts = [self.counts[row] for row in rows]
         other.adapters = [self.adapters[row] for row in rows]
@@ -72,22 +74,33 @@ class PagedRows(KVCache):
         more = blocks_for(n) - self.tables.shape[1]
         if more > 0:
             self.tables = F.pad(self.tables, (0, more), value=SCRATCH)
+            self._blocks = None
+
+    def prepare(self, n: int) -> None:
+        """Put the tables of rows with up to n new positions on the pool's device. In the middle of
+        a pass a GPU would be waited for."""
+        self.reserve(max(self.lengths) + n)
+        self._blocks = self.tables.to(self.pool.k.device).long()
 
     def extend(self, starts: Sequence[int], n: int) -> None:
         self.max_len = max(self.max_len, max(starts) + n)
         super().extend(starts, n)
+        if self._blocks is None:
+            self.prepare(0)
+        self._at: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
 
     def update(
         self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        device, rows = k.device, len(self.lengths)
-        tables = self.tables.to(device).long()
-        places = positions.expand(rows, -1)
-        blocks, offsets = tables.gather(1, places // PAGE), places % PAGE
+        assert self._blocks is not None
+        if self._at is None:  # the same in all layers
+            places = positions.expand(len(self.lengths), -1)
+            self._at = self._blocks.gather(1, places // PAGE), places % PAGE
+        blocks, offsets = self._at
         parts = self.pool.parts
         for name, new in self.pool.encode(k, v).items():
             parts[name][layer][blocks, :, offsets] = new
-        used = tables[:, : -(-max(self.lengths) // PAGE)]
+        used = self._blocks[:, : blocks_for(max(self.lengths))]
         found = {
             name: part[layer][used].transpose(1, 2).flatten(2, 3)[:, :, : max(self.lengths)]
             for name, part in parts.items()

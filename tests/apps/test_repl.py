@@ -268,6 +268,8 @@ def test_calls_are_shown_as_they_come_and_the_next_line_is_their_result():
 @pytest.mark.parametrize("content", ["{", "3", '[{"name": ""}]', "\xff"])
 def test_files_that_hold_no_tools(tmp_path, content):
     path = tmp_path / "tools.json"
+    with pytest.raises(FileNotFoundError, match="no such file; write a JSON list"):
+        repl.read_tools(str(path))
     path.write_text(content, "latin-1")
     with pytest.raises(ValueError, match="tools.json holds no list of tools' JSON schemas: "):
         repl.read_tools(str(path))

@@ -90,6 +90,7 @@ def test_a_stream_has_the_shape_that_clients_expect(server):
     assert len({(c["id"], c["created"], c["object"]) for c in chunks}) == 1
     assert first["object"] == "chat.completion.chunk"
     assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert first["choices"][0]["delta"]["content"] is None
     assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"]
     assert usage["choices"] == [] and all(c["usage"] is None for c in chunks[:-1])
     assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]

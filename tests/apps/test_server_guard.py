@@ -24,7 +24,7 @@ def ask(settings=None, keys=(), method="GET", path="/v1/models", host="localhost
 
 
 def test_a_server_isnt_ready_while_it_loads():
-    for path in ("/health", "/v1/models", "/metrics"):
+    for path in ("/health", "/v1/models", "/models", "/metrics"):
         reply = ask(path=path)
         assert reply.status_code == 503 and reply.headers["retry-after"]
         assert "loaded" in reply.json()["error"]["message"]

@@ -154,7 +154,7 @@ def test_it_generates_what_the_cpu_generates(
         assert there.generate(prompts, 6, **options) == here.generate(prompts, 6, **options)
 
 
-def waits_by_pass(llama, gpu, prompts, **options):
+def waits_by_pass(llama, gpu, prompts, n=6, **options):
     """Where each pass of the model waits, from its beginning to that of the next. The first are
     those of the prompts."""
     hidden, found = llama.model.hidden, []
@@ -166,7 +166,7 @@ def waits_by_pass(llama, gpu, prompts, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama.model, "hidden", begin)
-        llama.generate(prompts, 6, **options)
+        llama.generate(prompts, n, **options)
     return found
 
 
@@ -179,7 +179,7 @@ def test_a_pass_waits_for_its_tokens_alone(
     llama = build(tiny_dir, "cuda", compile=compile, quantize=quantize, kv_cache=kv_cache)
     for options in (GREEDY, GREEDY | {"speculate": "lookup"}):
         _, *passes = waits_by_pass(llama, gpu, prompts, **options)
-        assert len(passes) > 1 and all(waits == ["loop._sample"] for waits in passes)
+        assert len(passes) > 1 and all(waits == ["engine.Engine._sample"] for waits in passes)
 
 
 EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that samples with top_p
@@ -191,11 +191,11 @@ EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that
     [
         (dict(END, temperature=0.6, top_p=1.0), [], ["sampling.sample_from"]),
         (dict(END, temperature=0.6, top_p=0.9), [], EACH),
-        (dict(END, logprobs=True, top_logprobs=3), ["loop.details_of"], EACH),
+        (dict(END, logprobs=True, top_logprobs=3), ["events.details_of"], EACH),
         (dict(END, params=SamplingParams(typical_p=0.5)), [], EACH),
         (dict(END, params=SamplingParams(top_k=9, min_p=0.1)), [], EACH),
         # The indices of each penalty but the first are copied while the one before is computed.
-        (SAMPLED, ["loop.details_of"],
+        (SAMPLED, ["events.details_of"],
          [*EACH, "sampling.penalize_repetition", "sampling._added", "sampling.constrained"]),
         (REGEX, [], EACH),
     ],
@@ -203,7 +203,7 @@ EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that
 def test_a_sampled_row_waits_for_its_token(gpu, tiny_dir, options, of_pass, of_row, prompts):
     llama = build(tiny_dir, "cuda")
     _, *passes = waits_by_pass(llama, gpu, prompts, **options)
-    expected = Counter(["loop._sample", *of_pass, *list(of_row) * len(prompts)])
+    expected = Counter(["engine.Engine._sample", *of_pass, *list(of_row) * len(prompts)])
     for waits in passes:
         assert Counter(waits) == expected
 
@@ -213,26 +213,29 @@ def test_a_constrained_row_waits_at_most_once_more(gpu, tiny_dir):
     llama = build(tiny_dir, "cuda")
     _, *passes = waits_by_pass(llama, gpu, RAGGED, **REGEX | {"temperature": 0})
     for waits in passes:
-        assert Counter(waits).keys() <= {"loop._sample", "sampling.sample_token"}
+        assert Counter(waits).keys() <= {"engine.Engine._sample", "sampling.sample_token"}
         assert len(waits) <= 1 + len(RAGGED)
 
 
-def test_a_long_prompt_waits_for_none_of_its_parts(gpu, tiny_dir, monkeypatch):
+def test_a_part_of_a_prompt_waits_for_the_one_before_alone(gpu, tiny_dir):
+    """Its tokens are copied once that one is computed; layers wait for nothing."""
     llama = build(tiny_dir, "cuda")
     llama._engine.scheduler.max_tokens = 32
     llama.generate(ONE, 1, **GREEDY)  # RoPE's frequencies are on the GPU from now on
-    parts = waits_by_pass(llama, gpu, [[*range(1, 100)]] * 2, **GREEDY)[:13]
-    assert parts == [[]] * 12 + [["loop.run", "loop._sample"]]
+    parts = waits_by_pass(llama, gpu, [[*range(1, 100)], [*range(1, 97)]], **GREEDY)
+    assert len(parts) > 6 and all(len(waits) == 1 for waits in parts)
 
 
 def test_guidance_waits_no_more_and_a_draft_model_for_its_tokens(gpu, tiny_dir, three_drafts):
     llama = build(tiny_dir, "cuda")
     guided = SamplingParams(temperature=0, guidance_scale=1.5)
-    own, negative = waits_by_pass(llama, gpu, ONE, params=guided, **END)[-2:]
-    assert own == [] and negative == ["loop._sample"]  # both rows of a token are one wait
+    last = waits_by_pass(llama, gpu, ONE, params=guided, **END)[-1]
+    assert last == ["engine.Engine._sample"]  # both rows of a token are one wait
     llama._engine.speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model, 64)
-    for waits in waits_by_pass(llama, gpu, ONE, **GREEDY)[1:-1]:
-        assert Counter(waits) == {"loop._sample": 1, "speculative.DraftModel._sample": 3}
+    passes = waits_by_pass(llama, gpu, ONE, 24, **GREEDY)
+    assert len(passes) > 3
+    for waits in passes[1:-2]:  # the last token needs no draft
+        assert Counter(waits) == {"engine.Engine._sample": 1, "speculative.DraftModel._sample": 3}
 
 
 def test_all_else_that_computes(gpu, tiny_dir, three_drafts):

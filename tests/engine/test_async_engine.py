@@ -167,7 +167,7 @@ def test_a_step_that_fails_ends_the_thread_and_tells_everybody(tiny: Llama, monk
         async with tiny.async_engine(cache_tokens=256) as engine:
             answers = [await engine.submit([i], 100, stop_tokens=set()) for i in range(3)]
             await anext(answers[0])
-            monkeypatch.setattr("llama.engine.engine.hidden", broken)
+            monkeypatch.setattr("llama.engine.steps.hidden", broken)
             for answer in answers:
                 with pytest.raises(RuntimeError, match="has failed: out of memory"):
                     async for _ in answer:

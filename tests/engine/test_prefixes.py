@@ -44,7 +44,7 @@ class Fed:
             self.shapes.append((len(new), max(map(len, new))))
             return hidden(model, new, cache)
 
-        monkeypatch.setattr("llama.engine.engine.hidden", spy)
+        monkeypatch.setattr("llama.engine.steps.hidden", spy)
 
     def take(self) -> List[tuple]:
         shapes, self.shapes = self.shapes, []

@@ -120,8 +120,8 @@ def make(structures, format_):
     return structures.constraint(format_, structures.tokenizer.stop_tokens)
 
 
-def schema_format(schema):
-    return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+def schema_format(schema, strict=None):
+    return {"type": "json_schema", "json_schema": {"name": "x", "strict": strict, "schema": schema}}
 
 
 def allowed(structures, constraint):
@@ -518,6 +518,7 @@ NODE["self"] = NODE
         ({"type": "json_schema"}, "'schema' must be a JSON schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "a JSON schema {...}, not None"),
         ({"type": "json_schema", "json_schema": {"schema": {}}, "schema": {}}, "leave one out"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "strict": 1.5}}, "true or false"),
         ({"type": "json_schema", "schema": NODE}, "can't be written as JSON"),
         ({"type": "json_schema", "schema": {"enum": [float("nan")]}}, "can't be written as JSON"),
         ({"type": "json_schema", "schema": {"type": "text"}}, "Invalid type: text"),
@@ -555,6 +556,75 @@ def test_keywords_that_would_not_be_kept_are_refused(bytewise, keyword):
     for schema in (inner, closed(a=inner), {"anyOf": [inner]}, {"$defs": {"d": inner}}):
         with pytest.raises(ValueError, match=f"{keyword}"):
             make(bytewise, schema_format(schema))
+
+
+def test_strict_schemas_have_no_other_properties(bytewise):
+    opened = {"type": "object", "properties": {"k": DIGIT}}
+    noted = {**opened, "additionalProperties": DIGIT}
+    parts = {"allOf": [opened, {"type": "object", "properties": {"j": DIGIT}}]}
+    for schema in (opened, {"type": "array", "items": opened}, {"anyOf": [SHORT, opened]},
+                   closed(a=opened), {"$defs": {"o": opened}, "$ref": "#/$defs/o"}):  # fmt: skip
+        outer = {"type": "array"}.items() <= schema.items(), "a" in schema.get("properties", {})
+        for key, fits_strictly in (("k", True), ("j", False)):
+            text = f'{{"{key}": 1}}'
+            text = f"[{text}]" if outer[0] else f'{{"a": {text}}}' if outer[1] else text
+            assert spells(bytewise, schema_format(schema), text)
+            assert spells(bytewise, schema_format(schema, True), text) == fits_strictly
+    assert spells(bytewise, schema_format(noted, True), '{"k": 1, "x": 2}')
+    assert spells(bytewise, schema_format(parts, True), '{"k": 1, "j": 2}')
+
+
+def spells(structures, format_, text):
+    constraint = make(structures, format_)
+    ids = list(text.encode())
+    return constraint.valid(ids) == len(ids)
+
+
+COSTLY = {
+    "a large multiple": schema_format({"type": "integer", "multipleOf": 1_000_003}),
+    "choices and a pattern": schema_format(
+        {"enum": [f"v{i}" for i in range(18_000)], "pattern": "^v(.*1){3}", "type": "string"}
+    ),
+    "intersections": {
+        "type": "grammar",
+        "grammar": "start: T\nT: " + " & ".join(f"/([ab]{{{n}}})*/" for n in (101, 103, 107, 109)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_formats_that_take_too_long_to_compile_are_refused(bytewise, name):
+    """Each would take at least minutes; the limit is on CPU time, so that load doesn't matter."""
+    with pytest.raises(ValueError, match="compiling it takes more than 2 s or 2048 MB: simplify"):
+        make(bytewise, COSTLY[name])
+
+
+def nested(levels):
+    schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "format_, message",
+    [
+        (schema_format(nested(200)), "json_schema: it is nested more than 100 levels deep"),
+        ({"type": "regex", "regex": "a" * 300_000}, "it has 300,0.. characters, and the limit is"),
+        ({"type": "grammar", "grammar": "#" * 300_000}, "grammar: it has 300,0.. characters"),
+        ({"type": "choice", "choice": ["x" * 9] * 30_000}, "choice: it has 3.0,0.. characters"),
+        (schema_format({"const": "x" * 300_000}), "json_schema: it has 300,... characters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_formats_that_are_too_large_are_refused(bytewise, format_, message):
+    with pytest.raises(ValueError, match=message):
+        make(bytewise, format_)
+
+
+def test_brackets_in_texts_are_not_levels(bytewise):
+    assert make(bytewise, {"type": "choice", "choice": ['["' * 200, "[\\" * 200]})
+    assert make(bytewise, schema_format(nested(90)))
 
 
 def test_a_grammar_without_an_end_says_so(bytewise):
@@ -721,6 +791,18 @@ def test_a_call_can_be_required(tiny, tiny_dir):
         event.text for event in llama.stream_chat([dialog], **options, seed=0, tool_choice="clock")
     )
     assert json.loads(text)["name"] == "clock"
+
+
+def test_several_calls_where_they_are_allowed(bytewise):
+    tools = [{"name": "f", "parameters": closed(a=DIGIT)}, {"name": "g"}]
+    one = '{"name": "f", "parameters": {"a": 1}}'
+    schemas, _ = split_tools(tools)
+    for text, parallel in ((one, None), (f"[{one}, {one}]", True), (f"[{one}]", False)):
+        for allowed_ in (True, False):
+            format_ = tool_call_format(schemas, allowed_)
+            expected = parallel is None or (parallel and allowed_)
+            assert spells(bytewise, format_, text) == expected
+    assert [call["name"] for call in parse_tool_calls(f"[{one}, {one}]", tools).calls] == ["f"] * 2
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ async def start(
             known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
             raise invalid(f"tool_choice: no such tool; there are: {known}", "tool_choice")
         try:
-            more["response_format"] = tool_call_format(wanted)
+            more["response_format"] = tool_call_format(wanted, body.parallel_tool_calls is True)
         except ValueError as error:
             raise invalid(str(error), "tools") from None
     ids = await encode(service.llama, body, tools or None, truncate)

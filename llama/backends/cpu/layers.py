@@ -116,7 +116,8 @@ class NativeTransformer(Transformer):
             range(len(new)), key=lambda row: (len(new[row]) >= MANY, cache.adapters[row])
         )
         cache.extend_each([len(ids) for ids in new])
-        ordered = cache.select(order)
+        sorted_already = order == [*range(len(new))]
+        ordered = cache if sorted_already else cache.select(order)
         ids = torch.tensor([id for row in order for id in new[row]])
         starts = [n - c for n, c in zip(ordered.lengths, ordered.counts, strict=True)]
         ends = zip(starts, ordered.lengths, strict=True)
@@ -127,7 +128,10 @@ class NativeTransformer(Transformer):
         step = Step(places[None], freqs_cis, None, ordered)
         for layer in self.layers:
             h = layer(h, step)
-        parts = self.norm(h)[0].split(ordered.counts)
+        h = self.norm(h)[0]
+        if sorted_already:
+            return h
+        parts = h.split(ordered.counts)
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat([parts[i] for i in back])
 

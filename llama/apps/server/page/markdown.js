@@ -127,7 +127,7 @@ function table([head, columns, ...rows]) {
 const HASHES = /^(py|python\d?|sh|bash|shell|zsh|yaml|yml|toml|rb|ruby|r|make|dockerfile)$/i;
 const KEYWORDS = `and async await break case catch class const continue def do elif else except
  false False finally fn for from function if impl import in let match new None not null or public
- raise return self static struct then throw true True try var while with yield`.replace(/\s+/g, "|");
+ raise return self static struct then throw true True try while with yield`.replace(/\s+/g, "|");
 
 function highlighted(code, language) {
   if (!language || language === "text" || code.length > 20000) return [code];

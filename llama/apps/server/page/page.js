@@ -33,7 +33,7 @@ function save(chat) {
     localStorage.setItem(PREFIX + chat.id, JSON.stringify(chat));
   } catch {
     const said = "The browser's storage is full: export and delete conversations.";
-    faults.set(chat, [said, () => save(chat)]);
+    faults.set(chat, [said, () => [faults.delete(chat), save(chat), show()]]);
   }
   listChats();
 }

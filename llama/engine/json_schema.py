@@ -1,0 +1,77 @@
+"""JSON schemas in llguidance's keywords."""
+
+import json
+from typing import Any
+
+# The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
+# Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
+_ONE = {"additionalProperties", "items"}
+LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
+_VALUES = {
+    "$ref", "type", "enum", "const", "required", "minProperties", "maxProperties", "minItems",
+    "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
+    "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$schema", "$id", "$comment", "title",
+    "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
+}  # fmt: skip
+
+
+def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
+    """A copy in llguidance's keywords, whose references are relative to the pointer `base`."""
+    if not isinstance(schema, dict):
+        return schema
+    unknown = schema.keys() - _ONE - LISTS - _NAMED - _VALUES - {"nullable"}
+    if unknown:
+        raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
+    required, least = schema.get("required", []), schema.get("minProperties", 0)
+    if isinstance(required, list) and isinstance(least, int) and least > len(required):
+        # Names that aren't listed may occur twice.
+        raise ValueError(f"{where}: minProperties isn't supported beyond the required ones")
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise ValueError(f"{where}: 'properties' must be an object, not {properties!r}")
+    names = [schema.get("enum"), schema.get("const"), [*properties]]
+    texts = json.dumps(names, ensure_ascii=False).replace("\\\\", "")
+    if "\\u" in texts or "\x7f" in texts:  # llguidance would drop them
+        raise ValueError(f"{where}: a name, const or enum has a control character: take it out")
+
+    def plain(value: Any) -> Any:
+        return plain_schema(value, where, base)
+
+    copy = dict(schema)
+    for key, value in schema.items():
+        if key in _ONE:
+            if isinstance(value, list):
+                raise ValueError(f"{where}: {key!r} is a list: write 'prefixItems' instead")
+            copy[key] = plain(value)
+        elif key in LISTS and isinstance(value, list):
+            copy[key] = [plain(one) for one in value]
+        elif key in _NAMED and isinstance(value, dict):
+            copy[key] = {name: plain(one) for name, one in value.items()}
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            copy[key] = base + value[1:]
+    if copy.pop("nullable", False) is True:  # of OpenAPI, and of llama.tools
+        outer = {key: copy.pop(key) for key in ("$defs", "definitions") if key in copy}
+        copy = {**outer, "anyOf": [copy, {"type": "null"}]}
+    return copy
+
+
+def closed_schema(schema: Any) -> Any:
+    """A copy whose objects have no properties but those named, unless it says otherwise.
+
+    Parts of an object's schema, in allOf for example, don't know what the others name.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    copy = dict(schema)
+    for key, value in schema.items():
+        if key in _ONE:
+            copy[key] = closed_schema(value)
+        elif key in LISTS - {"allOf"} and isinstance(value, list):
+            copy[key] = [closed_schema(one) for one in value]
+        elif key in _NAMED and isinstance(value, dict):
+            copy[key] = {name: closed_schema(one) for name, one in value.items()}
+    is_object = schema.get("type") == "object" or "properties" in schema
+    if is_object and not schema.keys() & (LISTS | {"$ref", "patternProperties"}):
+        copy.setdefault("additionalProperties", False)
+    return copy

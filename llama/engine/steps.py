@@ -1,0 +1,101 @@
+"""A step: what a plan says, computed, to the logits of those that are ready for a token."""
+
+from typing import List, Mapping, Tuple
+
+import torch
+
+from llama.engine.events import details_of, guide
+from llama.engine.passes import hidden
+from llama.engine.projection import PROJECTED
+from llama.engine.requests import Part
+from llama.engine.scheduler import Plan, Scheduler
+from llama.engine.scheduler import Sequence as Scheduled
+from llama.layers.cache import KVCache
+from llama.layers.paged import PagedRows, copy_block
+from llama.model import Transformer
+
+Ready = Tuple[List[Part], torch.Tensor, torch.Tensor]
+
+
+def compute(
+    model: Transformer,
+    pool: KVCache,
+    scheduler: Scheduler,
+    plan: Plan,
+    parts: Mapping[Scheduled, Part],
+) -> Ready:
+    """Compute a plan: the parts that are ready for a token, and for each of these and its draft
+    tokens the logits, (positions, vocab_size), without guidance and with it."""
+    for source, target in plan.copies:
+        copy_block(pool, source, target)
+    new: List[List[int]] = []
+    ends: List[Tuple[Part, Scheduled]] = []
+    at: List[int] = []  # of each end, and of its draft tokens
+    scored: List[Tuple[Part, int, int, int]] = []
+    end = 0
+    for sequence, n in plan.counts.items():
+        part, known, draft = parts[sequence], sequence.computed, sequence.draft
+        new.append(sequence.tokens[known : known + n] + draft)
+        if part.request.scored and part.row.echo and sequence is part.sequence:
+            scored.append((part, known + 1, end, end + n))
+        end += n
+        if known + n - len(draft) == len(sequence.tokens):
+            for one in (part, *part.siblings) if not part.row.answer else (part,):
+                ends.append((one, sequence))
+                at += range(end - 1 - len(draft), end)
+    index = torch.tensor(at, device=pool.k.device)  # on a GPU, later would wait for it
+    sequences = list(plan.counts)
+    cache = PagedRows(
+        pool, [s.table for s in sequences], [s.computed for s in sequences],
+        [s.adapter for s in sequences],
+    )  # fmt: skip
+    h = hidden(model, new, cache)
+    for part, begin, first, last in scored:
+        _score(model, part, begin, h[first:last])
+    for sequence, n in plan.counts.items():
+        scheduler.advance(sequence, n - len(sequence.draft))
+    return _logits(model, ends, h[index]) if ends else ([], h, h)
+
+
+def _logits(model: Transformer, ends: List[Tuple[Part, Scheduled]], h: torch.Tensor) -> Ready:
+    """As `compute` returns it, from the hidden states h where sequences end."""
+    if all(part.negative is None for part, _ in ends):
+        logits = model.logits(h)
+        return [part for part, _ in ends], logits, logits
+    plain: List[Part] = []
+    guided: List[Part] = []
+    states: List[torch.Tensor] = []  # of plain parts
+    at = 0
+    for part, sequence in ends:
+        stop = at + 1 + len(sequence.draft)
+        if part.negative is None:
+            plain.append(part)
+            states.append(h[at:stop])
+        else:  # ready once both sequences are
+            part.ready[sequence.extra] = h[at:stop]
+            guided += [part] if len(part.ready) == 2 else []
+        at = stop
+    if not plain and not guided:
+        return [], h, h
+    n = sum(map(len, states))
+    own = model.logits(torch.cat(states + [part.ready[False] for part in guided]))
+    if not guided:
+        return plain, own, own
+    negative = model.logits(torch.cat([part.ready[True] for part in guided]))
+    for part in guided:
+        part.ready = {}
+    scales = [part.row.params.guidance_scale for part in guided]
+    logits = torch.cat([own[:n], guide(own[n:], negative, scales)])
+    return plain + guided, own, logits
+
+
+def _score(model: Transformer, part: Part, begin: int, h: torch.Tensor) -> None:
+    """Score the prompt's tokens from `begin` on, from the hidden states before each."""
+    request, following = part.request, part.row.prompt[begin : begin + len(h)]
+    for at in range(0, len(following), PROJECTED):
+        ids = [[token] for token in following[at : at + PROJECTED]]
+        logits = model.logits(h[at : at + len(ids)])
+        nothing: List[List[int]] = [[] for _ in ids]
+        found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
+        scores = request.scores[part.row.index]
+        scores |= {begin + at + i: one for i, [one] in enumerate(found)}
