@@ -87,11 +87,12 @@ def write_tasks(folder: Path) -> None:
         "generation_kwargs: {until: [' ', ',', '.'], max_gen_toks: 8, do_sample: false, "
         'temperature: 0.0}\nmetric_list: [{metric: exact_match}]\ndoc_to_text: "%s"\n'
     )
-    for name, docs, text in (
+    text = generate.replace("{{answer}}", "{{choices[answer]}}").replace("' ', ", "")
+    for name, docs, task in (
         ("choice", choices, 'output_type: multiple_choice\ndoc_to_text: "{{question}}"\n'
          'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\ntarget_delimiter: ""\n'
          "metric_list: [{metric: acc}]\n"),
-        ("text", choices, generate.replace("{{answer}}", "{{choices[answer]}}") % "{{question}}"),
+        ("text", choices, text % "{{question}}"),
         ("answer", answers, generate % "{{question}}"),
         ("dialog", answers, generate % dialog),
     ):  # fmt: skip
@@ -100,7 +101,7 @@ def write_tasks(folder: Path) -> None:
         given = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
         (folder / f"local_{name}.yaml").write_text(
             f"task: local_{name}\ndataset_path: json\ntest_split: test\n"
-            f"dataset_kwargs: {json.dumps(given)}\n{text}"
+            f"dataset_kwargs: {json.dumps(given)}\n{task}"
         )
 
 
@@ -112,7 +113,8 @@ def own_scores(folder: Path) -> Dict[str, float]:
         capture_output=True, text=True, check=True, timeout=60 * MINUTES,
     )  # fmt: skip
     found = scores(json.loads(done.stdout.splitlines()[-1])["results"])
-    return {**found, "local_answer": found.pop("local_dialog")}
+    found["local_answer"] = found.pop("local_dialog")
+    return found
 
 
 def scores(results: Dict[str, Any]) -> Dict[str, float]:
