@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Dict, Optional
 
@@ -56,6 +57,7 @@ class Guard:
                 notes["status"] = message["status"]
                 more = MutableHeaders(scope=message)
                 more["x-content-type-options"] = "nosniff"
+                more["x-request-id"] = uuid.uuid4().hex
                 if allowed:
                     more["access-control-allow-origin"] = allowed
                     more.add_vary_header("Origin")
