@@ -11,6 +11,7 @@ import time
 from typing import Iterator, List
 
 import httpx
+import psutil
 from conftest import ROOT
 
 PATIENCE = 240  # seconds that something may take on a machine with other work
@@ -67,9 +68,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(*options: object, env: dict | None = None) -> Iterator[Served]:
+def serve(*options: object, env: dict | None = None, ranks: int = 0) -> Iterator[Served]:
+    """ranks: under torchrun, if there are any."""
     port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
-    command = [sys.executable, "-m", "llama", "serve", *port, *map(str, options)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launch if ranks else ()), "-m", "llama", "serve", *port]
+    command += map(str, options)
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, **(env or {})},
@@ -79,6 +83,9 @@ def serve(*options: object, env: dict | None = None) -> Iterator[Served]:
         yield served
         served.client.close()
     finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):  # of torchrun
+                one.kill()
         process.kill()
         process.wait(PATIENCE)
         process.stdout.close()

@@ -7,6 +7,7 @@ import json
 import signal
 
 import httpx
+import psutil
 import pytest
 import torch
 from served import PATIENCE, events, serve, wait_for
@@ -478,3 +479,25 @@ def test_wrong_options_are_one_line(smollm2_path, options, word):
     with pytest.raises(RuntimeError, match=word) as raised, serve(*options):
         pass
     assert "Traceback" not in str(raised.value)
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+def test_on_two_ranks(tiny_dir, tiny):
+    """The answers of one rank, up to the order of sums; a rank that dies ends the server."""
+    body = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    with serve(tiny_dir, "--device=cpu", "--dtype=fp32", ranks=2) as server:
+        [ids], [logprobs] = tiny.generate([[5, 6, 7]], 8, temperature=0, logprobs=True)
+        for _ in range(2):
+            [found] = server.client.post("/v1/completions", json=body).json()["choices"]
+            assert found["text"] == tiny.tokenizer.decode(ids)
+            torch.testing.assert_close(
+                found["logprobs"]["token_logprobs"], logprobs, atol=1e-4, rtol=1e-4
+            )
+        server.wait_idle()
+        children = psutil.Process(server.process.pid).children()
+        [other] = [child for child in children if child.environ().get("RANK") == "1"]
+        other.kill()
+        assert server.process.wait(PATIENCE) != 0
+        psutil.wait_procs(children, PATIENCE)

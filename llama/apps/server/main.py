@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from llama.apps.server.app import make_app
 from llama.apps.server.connections import limited
 from llama.apps.server.service import Service
 from llama.apps.server.settings import Settings
+from llama.engine.leader import follow
 from llama.generation import Llama
 from llama.layers import parallel
 
@@ -30,7 +32,10 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     """
     keys = settings.keys()
     if not parallel.is_rank_zero():
-        raise ValueError("llama serve: one rank only, for now")
+        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends first, and then this one
+            signal.signal(number, signal.SIG_IGN)
+        follow(load(options, settings).engine(**_limits(settings)))
+        return
     listening = _listen(settings)
     failure: Dict[str, Exception] = {}
 
@@ -50,7 +55,9 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
                 name = settings.served_name or model_name(str(options["ckpt_dir"]))
                 app.state.service = Service(llama, engine, settings, name)
                 _greet(settings, listening, name, bool(keys))
-                await asyncio.Event().wait()
+                while engine.failure is None:
+                    await asyncio.sleep(1)
+                raise engine.failure
         except Exception as error:
             failure["error"] = error
             server.should_exit = True
