@@ -1,6 +1,5 @@
 """Llama: a model with its tokenizer and chat format. Meta's API, and additions to it."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import (
     Any,
@@ -26,8 +25,9 @@ from llama.checkpoint.adapter import read_adapter
 from llama.engine import embeddings, scoring
 from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import beam_search
+from llama.engine.calls import Calls
 from llama.engine.engine import Engine
-from llama.engine.events import collect, prediction
+from llama.engine.events import prediction
 from llama.engine.predictions import (
     BeamPrediction,
     ChatPrediction,
@@ -42,8 +42,6 @@ from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.structured import call_format
 from llama.layers import low_rank, parallel
-from llama.layers.cache import PASS
-from llama.layers.paged import PAGE, blocks_for
 from llama.model import Transformer
 from llama.text.chat import (
     PLAIN,
@@ -115,6 +113,12 @@ class Llama:
         self.prefixes: Optional[Prefixes] = None
         self.device = model.norm.weight.device
         self.generator = torch.Generator().manual_seed(seed)  # of the seeds of rows
+        self._calls = Calls(model, tokenizer, self.generator, draft)
+
+    def _keep_prefixes(self, nbytes: int, fingerprint: Callable[[], str]) -> None:
+        """Keep what calls compute for those that follow, in so much more memory."""
+        self._calls = Calls(self.model, self.tokenizer, self.generator, self._draft, nbytes)
+        self.prefixes = Prefixes(self._calls.plain, self.model, fingerprint)
 
     def generate(
         self,
@@ -144,10 +148,10 @@ class Llama:
             ValueError: no prompts, too many, an empty or too long one, ids outside of the
                 vocabulary, or parameters out of range; non-finite logits.
         """
-        request = self._make(
-            prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, **options
+        request = self._calls.make(
+            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options
         )
-        found = collect(self._engine.run(request), request)
+        found = self._calls.collect(request)
         return [row.tokens for row in found], [r.logprobs for r in found] if logprobs else None
 
     def text_completion(
@@ -169,12 +173,12 @@ class Llama:
             Per prompt and sample `generation` (str) and `finish_reason`; with logprobs also
             `tokens` (each one's text) and `logprobs`; with top_logprobs also `top_logprobs`.
         """
-        request = self._make(
-            self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, **options
+        request = self._calls.make(
+            self._encode(prompts), max_gen_len, temperature, top_p, logprobs, echo, **options
         )
         return [
             {"generation": row.text, **prediction(row, self.tokenizer, request)}
-            for row in collect(self._engine.run(request), request)
+            for row in self._calls.collect(request)
         ]
 
     def stream_text(
@@ -191,8 +195,8 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         ids = self._encode(prompts)
-        return self._engine.run(
-            self._make(ids, temperature, top_p, max_gen_len, logprobs, **options)
+        return self._calls.run(
+            self._calls.make(ids, max_gen_len, temperature, top_p, logprobs, **options)
         )
 
     def chat_completion(
@@ -224,8 +228,7 @@ class Llama:
             dialogs, temperature, top_p, max_gen_len, logprobs, **options
         )
         predictions: List[ChatPrediction] = []
-        answers = collect(self._engine.run(request), request)
-        for row, found in zip(request.rows, answers, strict=True):
+        for row, found in zip(request.rows, self._calls.collect(request), strict=True):
             message: Message = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
             details = prediction(found, self.tokenizer, request)
@@ -252,7 +255,7 @@ class Llama:
         """
         tools = options.get("tools")
         request, _ = self._make_chat(dialogs, temperature, top_p, max_gen_len, logprobs, **options)
-        events = self._engine.run(request)
+        events = self._calls.run(request)
         return with_calls(events, tools) if tools else events
 
     def engine(
@@ -313,9 +316,10 @@ class Llama:
         ids = self._encode(prompts)
         check_batch(self.model.params, len(ids), 1)
         check(self.model, ids, max_gen_len, 1)
+        engine, context = self._calls.plain, self.model.params.max_seq_len
         for prompt in ids:
             beams = beam_search(
-                self._engine, prompt, min(max_gen_len, self.model.params.max_seq_len - len(prompt)),
+                engine, prompt, min(max_gen_len, context - len(prompt)),
                 num_beams, stop_tokens=self.tokenizer.stop_tokens,
                 length_penalty=length_penalty, early_stopping=early_stopping,
             )  # fmt: skip
@@ -424,47 +428,9 @@ class Llama:
         template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
     ) -> Tuple[Request, List[List[Message]]]:
-        """`_make` for dialogs; also the messages that truncation dropped from each."""
+        """The request for dialogs, and the messages that truncation dropped from each."""
         options["response_format"] = call_format(tools, tool_choice, options, parallel_tool_calls)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
-        return self._make(ids, temperature, top_p, max_gen_len, logprobs, **options), left_out
-
-    def _make(
-        self,
-        prompts: Sequence[Sequence[int]],
-        temperature: float,
-        top_p: float,
-        max_gen_len: Optional[int],
-        logprobs: bool,
-        echo: bool = False,
-        **options: Unpack[Options],
-    ) -> Request:
-        """A call as a request to the engine, with n rows for each prompt."""
-        check_batch(self.model.params, len(prompts), options.get("n", 1))
-        max_gen_len = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
-        return self._engine.make_all(
-            prompts, max_gen_len, temperature, top_p, logprobs, echo, **options
-        )
-
-    @cached_property
-    def _engine(self) -> Engine:
-        """The engine of all calls, which keeps nothing from one to the next."""
-        engine = self._new_engine(0)
-        engine.scheduler.blocks.keep_only_known()
-        return engine
-
-    def _keep_prefixes(self, nbytes: int, fingerprint: Callable[[], str]) -> None:
-        """Keep what calls compute for those that follow, in so much more memory."""
-        self._engine = self._new_engine(nbytes)
-        self.prefixes = Prefixes(self._engine, self.model, fingerprint)
-
-    def _new_engine(self, nbytes: int) -> Engine:
-        """An engine with a cache for all rows that a call may have, and some more memory."""
-        args = self.model.params
-        more = nbytes // self.model.new_cache(1, PAGE).nbytes
-        blocks = args.max_batch_size * blocks_for(args.max_seq_len) + more
-        return Engine(
-            self.model, self.tokenizer, max_tokens_per_step=PASS, max_rows=args.max_batch_size,
-            cache_tokens=blocks * PAGE, generator=self.generator, draft=self._draft,
-        )  # fmt: skip
+        how = temperature, top_p, logprobs
+        return self._calls.make(ids, max_gen_len, *how, **options), left_out

@@ -220,7 +220,7 @@ def test_a_constrained_row_waits_at_most_once_more(gpu, tiny_dir):
 def test_a_part_of_a_prompt_waits_for_the_one_before_alone(gpu, tiny_dir):
     """Its tokens are copied once that one is computed; layers wait for nothing."""
     llama = build(tiny_dir, "cuda")
-    llama._engine.scheduler.max_tokens = 32
+    llama._calls.plain.scheduler.max_tokens = 32
     llama.generate(ONE, 1, **GREEDY)  # RoPE's frequencies are on the GPU from now on
     parts = waits_by_pass(llama, gpu, [[*range(1, 100)], [*range(1, 97)]], **GREEDY)
     assert len(parts) > 6 and all(len(waits) == 1 for waits in parts)
@@ -231,7 +231,7 @@ def test_guidance_waits_no_more_and_a_draft_model_for_its_tokens(gpu, tiny_dir, 
     guided = SamplingParams(temperature=0, guidance_scale=1.5)
     last = waits_by_pass(llama, gpu, ONE, params=guided, **END)[-1]
     assert last == ["engine.Engine._sample"]  # both rows of a token are one wait
-    llama._engine.speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model, 64)
+    llama._calls.plain.speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model, 64)
     passes = waits_by_pass(llama, gpu, ONE, 24, **GREEDY)
     assert len(passes) > 3
     for waits in passes[1:-2]:  # the last token needs no draft
@@ -243,7 +243,7 @@ def test_all_else_that_computes(gpu, tiny_dir, three_drafts):
     there, here = both(tiny_dir, prefix_cache_mb=1)
     for device, llama in (("cuda", there), ("cpu", here)):
         draft = build(tiny_dir, device, quantize="int4").model
-        llama._engine.speculators = Speculators(draft, 64)
+        llama._calls.plain.speculators = Speculators(draft, 64)
     guided = SamplingParams(temperature=0, guidance_scale=1.5, negative_prompt=[5, 6])
     shared = [[*range(1, 50), last] for last in (7, 8)]
     for run in (

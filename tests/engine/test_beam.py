@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama import SamplingParams
+from llama import Llama, SamplingParams
 from llama.engine.beam import beam_search
 
 TEXTS = [
@@ -55,7 +55,7 @@ def test_beams_are_transformers(smollm2, peer, prompts, options):
         expected, found = theirs(
             peer, prompt, ends, max_new_tokens=10, num_return_sequences=n, **options
         )
-        beams = beam_search(smollm2._engine, prompt, 10, stop_tokens=ends, **options)
+        beams = beam_search(smollm2._calls.plain, prompt, 10, stop_tokens=ends, **options)
         assert [beam.tokens for beam in beams] == expected
         scores = torch.tensor([beam.score for beam in beams])
         assert torch.allclose(scores, found.sequences_scores, rtol=1e-5, atol=1e-5)
@@ -63,13 +63,13 @@ def test_beams_are_transformers(smollm2, peer, prompts, options):
 
 def test_one_beam_is_greedy(tiny):
     for prompt in ([1, 2, 3], [9]):
-        [beam] = beam_search(tiny._engine, prompt, 12, 1, stop_tokens=set())
+        [beam] = beam_search(tiny._calls.plain, prompt, 12, 1, stop_tokens=set())
         assert [beam.tokens] == tiny.generate([prompt], 12, 0, stop_tokens=set())[0]
 
 
 def test_more_beams_find_more_probable_answers(tiny):
     scores = [
-        beam_search(tiny._engine, [5, 6], 8, n, stop_tokens=set(), length_penalty=0)[0].score
+        beam_search(tiny._calls.plain, [5, 6], 8, n, stop_tokens=set(), length_penalty=0)[0].score
         for n in (1, 4, 16)
     ]
     assert scores == sorted(scores) and scores[0] < scores[-1]
@@ -116,3 +116,13 @@ def test_guided_rows_leave_with_the_others(tiny):
     assert together == alone and len({len(row) for row in together}) > 1
     with pytest.raises(ValueError, match="negative_prompt is empty"):
         SamplingParams(negative_prompt=[])
+
+
+def test_guided_rows_may_fill_the_context(make_model, tiny):
+    """Each with a negative prompt as long, in a call of as many rows as there may be."""
+    llama = Llama(make_model(max_batch_size=2), tiny.tokenizer)
+    params = SamplingParams(temperature=0, guidance_scale=1.5, negative_prompt=[4] * 128)
+    options = dict(params=params, stop_tokens=set())
+    found, _ = llama.generate([[1, 2, 3], [5] * 9], 128, **options)
+    assert [len(row) for row in found] == [125, 119]
+    assert llama.generate([[5] * 9], 119, **options)[0] == found[1:]

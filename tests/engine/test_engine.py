@@ -62,7 +62,8 @@ schedules = st.lists(
         st.integers(1, 90),  # tokens of it
         st.integers(1, 12),  # new tokens
         st.booleans(),  # greedy
-        st.integers(1, 2),  # samples
+        st.integers(1, 3),  # samples
+        st.sampled_from(["plain", "plain", "guided", "guessed"]),
         st.integers(0, 6),  # steps until the next one comes
         st.integers(0, 40),  # steps until it is cancelled; from 20 on never
     ),
@@ -92,19 +93,49 @@ def test_any_schedule_on_the_plain_layers(llama, plan, cache, chunk, rows):
     follow(llama, plan, cache, chunk, rows)
 
 
+class Guesses:
+    """Draft tokens that are right up to some place: every case of acceptance, whatever it costs."""
+
+    def __init__(self):
+        self.answers, self.chance = {}, random.Random(0)
+
+    def propose(self, batch):
+        drafts = []
+        for row in batch:
+            draft = self.answers[row.seed][len(row.answer) :][: self.chance.randint(0, 6)]
+            draft += [self.chance.randrange(500) for _ in range(self.chance.randint(0, 2))]
+            drafts.append(draft[: max(row.max_len - len(row.prompt) - len(row.answer) - 1, 0)])
+        return drafts
+
+    def learn(self, sampled, alone):
+        assert all(isinstance(tokens, list) for tokens in sampled)
+
+    def forget(self, row):
+        pass
+
+
 def follow(llama, plan, cache, chunk, rows):
     """Add and cancel requests as a schedule says; compare each with itself alone."""
     engine = llama.engine(cache_tokens=cache, max_tokens_per_step=chunk, max_rows=rows)
+    guesses = Guesses()
+    engine.speculators = lambda name: guesses if name else None
     todo, requests, step, wait = list(plan), [], 0, 0
     while todo or not engine.idle:
         while todo and wait <= 0:
-            which, length, new, greedy, n, wait, patience = todo.pop(0)
+            which, length, new, greedy, n, kind, wait, patience = todo.pop(0)
             params = SamplingParams(temperature=0) if greedy else SAMPLED
+            if kind == "guided":
+                params = replace(params, guidance_scale=1.5, negative_prompt=TEXTS[1][:3])
             asked = (TEXTS[which][:length], new, params, len(requests), n)
-            request = engine.add(
+            request = engine.make(
                 asked[0], new, params=params, seed=len(requests), n=n, logprobs=True,
-                stop_tokens=set(),
+                stop_tokens=set(), speculate="lookup" if kind == "guessed" else None,
             )  # fmt: skip
+            if kind == "guessed":
+                answers, _ = alone(llama, *asked)
+                seeds = [row.seed for row in request.rows]
+                guesses.answers |= dict(zip(seeds, answers, strict=True))
+            engine.submit(request)
             requests.append((request, asked, step + patience if patience < 20 else 10**9))
         wait -= 1
         for request, _, end in requests:

@@ -154,7 +154,7 @@ def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
     options = dict(temperature=0, logprobs=True, echo=True, stop_tokens=set())
     expected, known = tiny.generate(prompts, 8, **options)
     for tokens in (4, 28, 200):
-        monkeypatch.setattr(tiny._engine.scheduler, "max_tokens", tokens)
+        monkeypatch.setattr(tiny._calls.plain.scheduler, "max_tokens", tokens)
         found, scores = tiny.generate(prompts, 8, **options)
         assert found == expected
         for a, b in zip(scores, known, strict=True):
@@ -164,12 +164,12 @@ def test_long_prompts_go_through_in_passes(tiny, monkeypatch):
 def test_closing_a_stream_frees_its_cache(tiny):
     stream = tiny.stream_text(["a", "b"], 0, max_gen_len=20)
     next(stream)
-    assert tiny._engine.stats.blocks_used == 2
+    assert tiny._calls.plain.stats.blocks_used == 2
     stream.close()
-    stats = tiny._engine.stats
-    assert tiny._engine.idle and stats.blocks_used == stats.blocks_known == 0
+    stats = tiny._calls.plain.stats
+    assert tiny._calls.plain.idle and stats.blocks_used == stats.blocks_known == 0
     assert tiny.text_completion(["a"], 0, max_gen_len=4)
-    assert tiny._engine.stats.blocks_known == 0  # nothing is kept from call to call
+    assert tiny._calls.plain.stats.blocks_known == 0  # nothing is kept from call to call
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_batch_computes_what_its_prompts_share_once(tiny, reusing, monkeypatch
     assert reusing.text_completion(prompts, **options) == expected
     common = 1 + len(SHOTS) + len("in: ")  # with bos
     tails = sum(1 + len(prompt) - common for prompt in prompts)
-    assert reusing._engine.stats.computed_tokens <= common + tails + 4 * 2 * 8
+    assert reusing._calls.plain.stats.computed_tokens <= common + tails + 4 * 2 * 8
     fed = Fed(monkeypatch)
     again = [f"{SHOTS}in: {word} out:" for word in ("eight", "nine")]
     expected = tiny.text_completion(again, **options)
@@ -148,7 +148,7 @@ def test_with_speculation(tiny, speculate):
 
 
 def test_the_least_recently_used_goes_first(tiny):
-    small = with_prefixes(tiny, 0)  # no more than the blocks of a call: 32
+    small = with_prefixes(tiny, 1)  # no more than the blocks of a call: 32
     options = dict(temperature=0, max_gen_len=1, stop_tokens=set())
     texts = [[i] * 128 for i in range(20)]
     for text in texts:
@@ -156,7 +156,7 @@ def test_the_least_recently_used_goes_first(tiny):
         small.generate([[0] * 127], **options)
     assert small.prefixes.cached(texts[0]) == small.prefixes.cached(texts[19]) == 127
     assert small.prefixes.cached(texts[1]) == 0
-    assert small._engine.stats.blocks_known <= small._engine.stats.blocks == 32
+    assert small._calls.plain.stats.blocks_known <= small._calls.plain.stats.blocks == 32
 
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -167,10 +167,10 @@ def test_frozen_prefixes_stay_as_they_are(tiny, reusing):
     options = dict(temperature=0, stop_tokens=set())
     prompts = [[*range(50), 9, i] for i in range(4)]
     reusing.prefixes.share(prompts)
-    before = reusing._engine.stats.blocks_known
+    before = reusing._calls.plain.stats.blocks_known
     assert reusing.prefixes.cached(prompts[0]) == 51
     assert reusing.generate(prompts, 9, **options)[0] == tiny.generate(prompts, 9, **options)[0]
-    assert reusing._engine.stats.blocks_known == before
+    assert reusing._calls.plain.stats.blocks_known == before
     assert reusing.prefixes.cached([*prompts[0], 1]) == 51
 
 

@@ -64,7 +64,7 @@ class Oracle:
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(llama._engine, "speculators", lambda name: oracle if name else None)
+    monkeypatch.setattr(llama._calls.plain, "speculators", lambda name: oracle if name else None)
     return oracle
 
 
@@ -215,8 +215,8 @@ def test_draws_follow_the_models_distribution(make_model, tiny, speculate, monke
     accepted, values = 0, []
     for seed in SEEDS:
         options = dict(params=params, seed=seed, n=n, stop_tokens=set(), speculate=speculate)
-        request = llama._make([prompt], 1.0, 1.0, 6, False, **options)
-        for event in llama._engine.run(request):
+        request = llama._calls.make([prompt], 6, 1.0, 1.0, **options)
+        for event in llama._calls.plain.run(request):
             accepted += event.speculation["accepted"] if event.speculation else 0
         found = torch.bincount(
             torch.tensor([row.answer[2] for row in request.rows]), minlength=vocab
@@ -326,8 +326,8 @@ def test_guesses_are_given_up_where_they_lose(tiny, monkeypatch):
     llama = Llama(tiny.model, tiny.tokenizer, draft=random_model(TINY, seed=1))
     proposed = []
     for _ in range(3):
-        request = llama._make([[1, 2, 3]], 0, 0.9, 100, False, stop_tokens=set())
-        *_, last = llama._engine.run(request)
+        request = llama._calls.make([[1, 2, 3]], 100, 0, 0.9, stop_tokens=set())
+        *_, last = llama._calls.plain.run(request)
         proposed.append(last.speculation["proposed"])
         assert last.speculation["passes"] > 90
     assert proposed[0] < 30 and max(proposed[1:]) < 6

@@ -121,7 +121,7 @@ class NativeTransformer(Transformer):
         ids = torch.tensor([id for row in order for id in new[row]])
         starts = [n - c for n, c in zip(ordered.lengths, ordered.counts, strict=True)]
         ends = zip(starts, ordered.lengths, strict=True)
-        places = torch.cat([torch.arange(start, end) for start, end in ends])
+        places = torch.tensor([place for start, end in ends for place in range(start, end)])
         angles = places[None, :, None, None].float() * self.freqs
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
         h = self.tok_embeddings(ids[None])
