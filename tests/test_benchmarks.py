@@ -116,7 +116,7 @@ def test_what_adapters_cost_is_measured(tmp_path, capsys):
     path = write_checkpoint(tmp_path / "model", replace(TINY, head_dim=32))
     adapters.main(str(path), rounds=1, rows=(2,))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {*report["rows"]["2"]} == {"none loaded", "without", "one", "four"}
+    assert {*report["rows"]["2"]} == {"none loaded", "none used", "one", "four"}
     assert all(took > 0 for took in report["rows"]["2"].values())
 
 
