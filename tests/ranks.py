@@ -5,6 +5,7 @@ that takes a moment, where each rank under torchrun imports torch anew. Tests of
 the example scripts start torchrun itself.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from llama import Llama, SamplingParams, checkpoint, training
 from llama.backends import compiled
 from llama.checkpoint.adapter import read_adapter, write_adapter
+from llama.engine.async_engine import AsyncEngine
+from llama.engine.leader import follow
 from llama.families.trace import trace
 from llama.layers import parallel
 from llama.training import lora
@@ -82,6 +85,45 @@ def prefixes(ckpt, prompt, shots, read, write):
     llama.model.hidden = lambda tokens, *rest: fed.append(tokens.shape[1]) or forward(tokens, *rest)
     [answer] = llama.text_completion([prompt], 0, max_gen_len=9)
     return {"text": answer["generation"], "fed": fed[0]}
+
+
+def served(ckpt, prompts):
+    """Requests that reach rank 0 alone, one of which is cancelled and one of which fails."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
+    engine = llama.engine(cache_tokens=512, max_rows=3)
+    if parallel.rank():
+        follow(engine)
+        assert engine.idle and engine.stats.blocks_used == 0
+        return {}
+
+    def broken(ids, logits):
+        raise KeyError("mine")
+
+    async def ask():
+        async with AsyncEngine(engine) as running:
+            options = dict(params=SamplingParams(0.9), stop_tokens=set())
+            gone = await running.submit([5], 100, **options)
+            await anext(gone)
+            gone.cancel()
+            bad = SamplingParams(logits_processor=broken)
+            failing = await running.submit([1], 5, params=bad, stop_tokens=set())
+            form = {"type": "regex", "regex": "[ab]{6}"}
+            formed = await running.submit([1], 9, response_format=form, stop_tokens={7})
+            answers = [
+                await running.submit(prompt, 9, seed=i, n=2, **options)
+                for i, prompt in enumerate(prompts)
+            ]
+            found = [[event async for event in answer] for answer in answers]
+            text = "".join([event.text async for event in formed])
+            try:
+                await anext(failing)
+            except KeyError as error:
+                message = str(error)
+        return found, text, message
+
+    found, text, message = asyncio.run(ask())
+    tokens = [[e.token for e in events if e.sample == n] for events in found for n in (0, 1)]
+    return {"tokens": tokens, "text": text, "error": message}
 
 
 def by_torch_compile(ckpt, prompts):

@@ -20,8 +20,12 @@ from typing import (
 )  # fmt: skip
 
 from llama.engine.engine import Engine
+from llama.engine.leader import Leader
 from llama.engine.predictions import Event
 from llama.engine.requests import Request, Stats
+from llama.layers import parallel
+
+HEARTBEAT = 60.0  # seconds after which idle ranks, which wait for a step, get an empty one
 
 T = TypeVar("T")
 
@@ -74,14 +78,15 @@ class AsyncEngine:
             async for event in running.stream(prompt_tokens, max_gen_len=100):
                 print(event.text, end="")
 
-    The event loop never waits for a step. Leaving the context cancels all requests.
+    The event loop never waits for a step. Leaving the context cancels all requests. On several
+    ranks, rank 0 has the AsyncEngine, and the others call `llama.engine.leader.follow`.
 
     Attributes:
         failure: what ended the thread, if it has failed; nothing is generated any more then.
     """
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self._engine = engine if parallel.world_size() == 1 else Leader(engine)
         self.failure: Optional[Exception] = None
         self._answers: Dict[Request, Answer] = {}  # the event loop's
         self._inbox: Deque[Callable[[], None]] = deque()  # run by the thread between two steps
@@ -210,7 +215,8 @@ class AsyncEngine:
         while True:
             with self._changed:
                 while not self._inbox and self._engine.idle and not self._stopping:
-                    self._changed.wait()
+                    if not self._changed.wait(HEARTBEAT):
+                        return True
                 calls, stopping = list(self._inbox), self._stopping
                 self._inbox.clear()
             for call in calls:

@@ -11,6 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 from scripted import Server, chunk, refused, said
+from served import serve
 from starlette.responses import Response
 
 expect.set_options(timeout=60_000)
@@ -557,3 +558,20 @@ def test_a_phone(page, server):
     page.get_by_role("link", name="New conversation").click()
     expect(chats).to_be_hidden()
     expect(page.get_by_label("Message")).to_be_in_viewport()
+
+
+def test_with_the_real_server(browser, smollm2_path, errors):
+    """A turn, with probabilities, of `llama serve` as it is started."""
+    with serve(smollm2_path, "--device=cpu") as server:
+        context = browser.new_context()
+        context.set_default_timeout(60_000)
+        page = context.new_page()
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.goto(server.url)
+        button(page, "Settings").click()
+        page.get_by_label("Show the probabilities of tokens").check()
+        page.get_by_label("Temperature").fill("0")
+        send(page, "What is the capital of France?")
+        expect(turns(page).last).to_have_text("The capital of France is Paris.")
+        expect(page.get_by_label("Model")).to_have_value("SmolLM2-135M-Instruct.Q4_1")
+        context.close()

@@ -67,6 +67,7 @@ def make_app(
     routes += [Route(f"{name}/input_items", input_items, methods=["GET"])]
     routes += [Mount("/v1", routes=[*routes])]  # clients' base_url has it, or hasn't
     routes += [Route(path, page, methods=["GET"]) for path in PAGES]
+    routes += [Route("/favicon.ico", no_icon, methods=["GET"])]
     app = Starlette(
         routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, settings, keys)],
         exception_handlers={
@@ -118,3 +119,8 @@ async def page(request: Request) -> Response:
     """The chat page and its other files."""
     name = request.url.path[1:] or "index.html"
     return FileResponse(PAGE / name, headers={"content-security-policy": POLICY})
+
+
+async def no_icon(request: Request) -> Response:
+    """Browsers ask for one, and report an error if the answer is one."""
+    return Response(status_code=204)

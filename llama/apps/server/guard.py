@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Dict, Optional
 
@@ -19,7 +20,7 @@ from llama.apps.server.errors import ApiError, response
 from llama.apps.server.settings import LOOPBACK, Settings
 
 PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
-OPEN = (*PAGES, "/health")  # to all: no model's text is in them
+OPEN = (*PAGES, "/favicon.ico", "/health")  # to all: no model's text is in them
 CORS = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",
@@ -56,6 +57,7 @@ class Guard:
                 notes["status"] = message["status"]
                 more = MutableHeaders(scope=message)
                 more["x-content-type-options"] = "nosniff"
+                more["x-request-id"] = uuid.uuid4().hex
                 if allowed:
                     more["access-control-allow-origin"] = allowed
                     more.add_vary_header("Origin")
