@@ -13,6 +13,8 @@ import torch
 
 from llama.engine.blocks import Blocks
 from llama.engine.events import (
+    FAILS,
+    STOPS,
     advance,
     asks_to_stop,
     details_of_all,
@@ -291,7 +293,7 @@ class Engine:
             return [], {}
         drafts = [part.sequence.draft for part in parts]
         largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
-        asking = list({part.request: None for part in parts if part.request.should_stop})
+        asking = list({p.request: None for p in parts if p.request.should_stop and not p.row.full})
         sampled: List[List[int]] = [[] for _ in (*parts, *asking)]
         ends = list(accumulate(1 + len(draft) for draft in drafts))
         spans = [slice(end - len(draft) - 1, end) for end, draft in zip(ends, drafts, strict=True)]
@@ -305,9 +307,10 @@ class Engine:
                 if not part.row.full:
                     sampled[i] = sample(part, logits[span], likeliest[span], part not in broken)
             for i, request in enumerate(asking, len(parts)):
-                sampled[i] = [int(asks_to_stop(request))]
+                sampled[i] = [asks_to_stop(request)]
         sampled = parallel.share_lists(sampled, MAX_DRAFT + 2)
-        stopping = [r for r, answer in zip(asking, sampled[len(parts) :], strict=True) if answer[0]]
+        answers = {r: answer[0] for r, answer in zip(asking, sampled[len(parts) :], strict=True)}
+        stopping = [request for request, answer in answers.items() if answer == STOPS]
         for part in broken:
             self._end(part, broken=True)
         failed: Set[Request] = set()
@@ -319,9 +322,11 @@ class Engine:
                 continue
             if request.scored and part.row.echo and not part.row.sample:
                 part.sequence.reuses = request.cache_prompt
+            if answers.get(request) == FAILS:
+                tokens = []
             events = advance(part, tokens, of_tokens, request in stopping)
             found += [(request, event) for event in events]
-            if request.error is not None:
+            if events[-1].finish_reason == "error":
                 failed.add(request)
                 self.cancel(request)
             elif events[-1].finish_reason is not None:

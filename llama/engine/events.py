@@ -117,13 +117,16 @@ def sample(part: Part, logits: torch.Tensor, likeliest: List[int], finite: bool)
     return tokens
 
 
-def asks_to_stop(request: Request) -> bool:
+GOES_ON, STOPS, FAILS = range(3)
+
+
+def asks_to_stop(request: Request) -> int:
     """Ask `should_stop`; if it raises, the request fails with that."""
     try:
-        return request.should_stop is not None and bool(request.should_stop())
+        return STOPS if request.should_stop is not None and request.should_stop() else GOES_ON
     except Exception as error:
         request.error = error
-        return False
+        return FAILS
 
 
 def advance(part: Part, tokens: List[int], details: List[Details], stops: bool) -> List[Event]:

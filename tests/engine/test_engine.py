@@ -195,6 +195,39 @@ def test_one_that_fails_fails_alone(llama):
     assert engine.stats.blocks_used == 0
 
 
+def test_should_stop_ends_a_request_or_fails_it(llama):
+    """Whichever of its rows it meets; a row that is still waiting ends with it."""
+    engine = llama.engine(cache_tokens=1024, max_rows=2)
+    asked = iter([False, True])
+    options = dict(temperature=0, stop_tokens=set())
+    request = engine.make_all([[1], [2], [3]], 9, should_stop=lambda: next(asked), **options)
+    events = list(engine.run(request))
+    ends = {event.row: event.finish_reason for event in events if event.finish_reason}
+    assert ends == dict.fromkeys(range(3), "stop")
+    tokens = [event.row for event in events if event.token is not None]
+    assert sorted(tokens) == [0, 0, 1, 1]
+    other = engine.add([4, 5], 9, **options)
+    request = engine.make_all([[1], [2]], 9, should_stop=lambda: {}["no"], **options)
+    with pytest.raises(KeyError, match="no"):
+        list(engine.run(request))
+    assert len(list(engine.events(other))) == 9 and engine.idle
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_request_fails_whichever_of_its_rows_does(llama, row):
+    def broken(ids, logits):
+        if ids[0] == row:
+            raise KeyError("mine")
+        return logits
+
+    engine = llama.engine(cache_tokens=1024)
+    params = SamplingParams(0, logits_processor=broken)
+    request = engine.make_all([[0], [1], [2]], 5, params=params, n=2, stop_tokens=set())
+    with pytest.raises(KeyError, match="mine"):
+        list(engine.run(request))
+    assert engine.idle and engine.stats.blocks_used == 0
+
+
 @pytest.mark.parametrize("compile", [None, False])
 def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, compile):
     """A row of the embedding is NaN: who has that token fails, and its blocks harm nobody."""
