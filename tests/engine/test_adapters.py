@@ -180,6 +180,23 @@ def test_known_blocks_are_those_of_the_adapter(pair):
         assert engine.stats.cached_tokens == times * (len(prompt) - 1)
 
 
+def test_calls_and_guidance(pair):
+    """One adapter for all prompts of a call, or one each, as a request alone; a negative prompt has
+    that of its prompt."""
+    _, llama = pair
+    prompts, alike = [[1, 2, 3], [4], [5, 6], [7]], dict(temperature=0, stop_tokens=set())
+    mixed, _ = llama.generate(prompts, 6, adapter=NAMES, **alike)
+    for name, prompt, found in zip(NAMES, prompts, mixed, strict=True):
+        [alone], _ = llama.generate([prompt], 6, adapter=name, **alike)
+        assert found == alone
+    alone, _ = llama.generate(prompts[:1], 6, adapter="poet", **alike)
+    assert llama.generate(prompts[:1] * 2, 6, adapter="poet", **alike)[0] == alone * 2
+    params = SamplingParams(temperature=0, guidance_scale=2, negative_prompt=prompts[0])
+    [same], _ = llama.generate(prompts[:1], 6, adapter="poet", params=params, stop_tokens=set())
+    [plain], _ = llama.generate(prompts[:1], 6, adapter="poet", **alike)
+    assert same == plain  # log p + 2 (log p - log p)
+
+
 def test_mistakes(path, tmp_path):
     llama = build(path, "kernels")
     engine = llama.engine(cache_tokens=256)
