@@ -84,7 +84,7 @@ def test_any_schedule_ends_with_each_row_as_alone(requests, blocks, max_tokens, 
     while todo or alive:
         while todo and wait <= 0:
             prompt, new, priority, wait, patience, adapter = todo.pop(0)
-            sequence = Sequence(list(prompt), len(prompt) + new, priority, adapter)
+            sequence = Sequence(list(prompt), len(prompt) + new, priority, adapter=adapter)
             scheduler.add(sequence)
             alive[sequence] = step + patience if patience < 30 else 10**9
             text = list(prompt)
