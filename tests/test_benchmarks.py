@@ -1,6 +1,7 @@
 """The benchmark's parts work and compare equal work; figures are for people, not for tests."""
 
 import json
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -146,4 +147,5 @@ def test_flax_speed(tmp_path):
     path = write_checkpoint(tmp_path / "tiny", args)
     found = flax_speed.compare(str(path), "fp32", [1, 2, 3], 100, turns=1, threads=1)
     assert {key.split(":")[0] for key in found} == {f"fp32, {side}" for side in flax_speed.SIDES}
-    assert len(found) == 9 and all(value > 0 for value in found.values())
+    # A decoding step is a difference of two times, which noise can make negative.
+    assert len(found) == 9 and all(map(math.isfinite, found.values()))

@@ -53,7 +53,7 @@ ELSEWHERE = {
     "python3 -m venv .venv": MAKE,
     ".venv/bin/pip install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu "
     "torch": MAKE,
-    ".venv/bin/pip install -c constraints.txt -e .": MAKE,
+    ".venv/bin/pip install -c constraints.txt -e '.[server]'": MAKE,
     ".venv/bin/pip install -c constraints.txt -e '.[test]'": MAKE,
     ".venv/bin/pip wheel --no-deps -w dist .": "test_package.py",
     ".venv/bin/pip install dist/llama_reference-*.whl": "test_package.py",

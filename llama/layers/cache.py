@@ -2,9 +2,9 @@
 
 import copy
 import math
+import mmap
 from typing import Any, Dict, List, Sequence, Tuple
 
-import numpy as np
 import torch
 
 GROWTH = 256  # positions by which a cache grows
@@ -14,13 +14,17 @@ PASS = 4096  # tokens per forward pass at most, which bounds the memory of activ
 def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of zeros; on the CPU, its pages take memory only once they are written to.
 
-    numpy calls calloc, whose pages the operating system maps on first use; torch.zeros writes to
-    each page. So a long cache takes memory only for the positions in use.
+    The operating system maps the pages of an anonymous mapping on first use; torch.zeros writes to
+    each. So a long cache takes memory only for the positions in use, unless pages are huge ones,
+    for which numpy's zeros ask: a block of positions lies in as many places as there are layers.
     """
-    if device.type != "cpu":
+    size = math.prod(shape)
+    if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    memory = mmap.mmap(-1, size * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class KVCache:

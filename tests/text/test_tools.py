@@ -17,6 +17,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers.utils import get_json_schema
 
 from llama import Event, Llama, parse_tool_calls, tool_schema
+from llama.engine.events import collect
 from llama.text.llama31 import Llama31Format, write_call
 from llama.text.templates import TemplateFormat
 
@@ -477,14 +478,19 @@ class Says:
     def __new__(cls, llama, formatter, *replies):
         one = Llama(llama.model, llama.tokenizer, formatter)
 
-        def start(ids, *_, **__):
-            rows = [SimpleNamespace(index=i, sample=0) for i in range(len(ids))]
-            said = zip(rows, replies, strict=False)
-            return rows, iter(
-                [Event(row.index, 0, None, r, finish_reason="stop") for row, r in said]
-            )
+        def run(request):
+            said = zip(request.rows, replies, strict=False)
+            return iter([Event(row.index, 0, None, r, finish_reason="stop") for row, r in said])
 
-        one._start = start
+        def make(ids, *_, **__):
+            row = {"sample": 0, "prompt": [], "echo": False}
+            rows = [SimpleNamespace(index=i, **row) for i in range(len(ids))]
+            return SimpleNamespace(rows=rows, logprobs=False, top_logprobs=0)
+
+        def collected(request):
+            return collect(run(request), request)
+
+        one._calls = SimpleNamespace(make=make, run=run, collect=collected)
         return one
 
 
