@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -41,7 +42,8 @@ class Side:
     def __init__(self, name: str, command: List[str], url: str, model: Optional[str] = None):
         self.name, self.url, self.model = name, url, model
         self.rounds: List[Dict[str, Any]] = []
-        self._log = open(f"{name.replace(' ', '-')}.log", "w")  # noqa: SIM115
+        log = Path(tempfile.gettempdir()) / f"{name.replace(' ', '-')}.log"
+        self._log = open(log, "w")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -581,7 +581,7 @@ def spells(structures, format_, text):
 
 
 COSTLY = {
-    "a large multiple": schema_format({"type": "integer", "multipleOf": 1_000_003}),
+    "a large multiple": schema_format({"type": "integer", "multipleOf": 100_000_007}),
     "intersections": {
         "type": "grammar",
         "grammar": "start: T\nT: " + " & ".join(f"/([ab]{{{n}}})*/" for n in (101, 103, 107, 109)),
