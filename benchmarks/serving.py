@@ -19,6 +19,7 @@ import platform
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -118,11 +119,18 @@ def main(
     llama_server: Optional[str] = None,
     hf: Optional[str] = None,
     rate: Optional[float] = None,
+    letters: bool = False,
     out: Optional[str] = None,
 ) -> None:
-    """Print a table of the medians, and a line of JSON; with out, save it as serving.json there."""
+    """Print a table of the medians, and a line of JSON; with out, save it as serving.json there.
+
+    Args:
+        letters: prompts of letters in place of words, for the models of benchmarks.shapes, in
+            whose vocabulary a letter is a token.
+    """
     threads = threads or len(os.sched_getaffinity(0))
-    jobs = load.make_jobs(requests, rate, seed=1)
+    texts = (string.ascii_letters, "") if letters else (load.WORDS, " ")
+    jobs = load.make_jobs(requests, rate, 1, *texts)
     found = list(sides(path, threads, concurrency, llama_server, hf))
     try:
         for _ in range(rounds):

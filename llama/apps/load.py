@@ -38,17 +38,24 @@ class Timing(NamedTuple):
     whole: float
 
 
-def make_jobs(count: int, rate: Optional[float], seed: int) -> List[Job]:
+def make_jobs(
+    count: int,
+    rate: Optional[float],
+    seed: int,
+    vocabulary: Sequence[str] = WORDS,
+    space: str = " ",
+) -> List[Job]:
     """Requests of three kinds in equal shares: short chats, long prompts, a shared system prompt.
 
     Args:
         rate: requests per second, at exponentially distributed intervals (Poisson arrivals); None:
             all at once.
+        vocabulary: of which texts are made, joined by `space`; each should be about a token.
     """
     rng = random.Random(seed)
 
     def words(n: int) -> str:
-        return " ".join(rng.choices(WORDS, k=n))
+        return space.join(rng.choices(vocabulary, k=n))
 
     system, at, found = words(SYSTEM), 0.0, []
     for i in range(count):
@@ -58,7 +65,7 @@ def make_jobs(count: int, rate: Optional[float], seed: int) -> List[Job]:
         elif kind == 1:
             prompt, most = words(rng.randint(300, 900)), rng.randint(16, 48)
         else:
-            prompt, most = f"{system} {words(rng.randint(10, 60))}", rng.randint(16, 64)
+            prompt, most = f"{system}{space}{words(rng.randint(10, 60))}", rng.randint(16, 64)
         found.append(Job(at, prompt, most))
         at += rng.expovariate(rate) if rate else 0.0
     return found
