@@ -1,10 +1,12 @@
 """Requests that come, go and share: each as alone, and nothing left behind."""
 
+import gc
 import os
 import random
 import threading
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import TINY, random_weights, write_byte_tokenizer, write_checkpoint
@@ -377,6 +379,39 @@ def test_requests_are_made_while_a_step_runs(llama):
     engine.cancel(left := engine.make([1], 5))
     engine.submit(left)
     assert engine.idle
+
+
+REQUESTS = int(os.environ.get("LLAMA_REQUESTS", 400))  # `make soak` takes more
+
+
+def test_many_requests_wait_and_memory_stays(llama):
+    """All are queued at once, and each is answered; what they took is given back."""
+    engine, chance = llama.engine(max_rows=16, cache_tokens=1024), random.Random(1)
+    process = psutil.Process()
+
+    def rounds(count):
+        requests = []
+        for _ in range(count):
+            prompt = [chance.randrange(500) for _ in range(chance.randrange(1, 30))]
+            new = chance.randrange(1, 6)
+            requests.append((engine.add(prompt, new, stop_tokens=set()), new))
+        assert engine.stats.waiting == count and engine.stats.running == 0
+        while not engine.idle:
+            engine.step()
+        for request, new in requests:
+            assert request.error is None
+            assert sum(event.token is not None for event in request.events) == new
+        assert engine.stats.blocks_used == 0
+
+    for _ in range(3):  # the first ones fill the cache, and what allocators keep
+        rounds(REQUESTS)
+    gc.collect()
+    before = process.memory_info().rss
+    rounds(REQUESTS)
+    gc.collect()
+    after = process.memory_info().rss
+    print(f"{REQUESTS} requests: resident memory {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB")
+    assert after <= 1.01 * before
 
 
 def test_what_can_not_be_is_refused_with_the_numbers(llama):
