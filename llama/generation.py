@@ -24,20 +24,14 @@ from llama.checkpoint import remote
 from llama.checkpoint.adapter import read_adapter
 from llama.engine import embeddings, scoring
 from llama.engine.async_engine import AsyncEngine
-from llama.engine.beam import beam_search
+from llama.engine.beam import BeamPrediction, beam_predictions
 from llama.engine.calls import Calls
 from llama.engine.engine import Engine
 from llama.engine.events import prediction
-from llama.engine.predictions import (
-    BeamPrediction,
-    ChatPrediction,
-    CompletionPrediction,
-    Event,
-    with_calls,
-)
+from llama.engine.predictions import ChatPrediction, CompletionPrediction, Event, with_calls
 from llama.engine.prefixes import Prefixes
 from llama.engine.requests import Request
-from llama.engine.rows import ChatOptions, Options, check, check_batch
+from llama.engine.rows import ChatOptions, Options, check
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.structured import call_format
@@ -312,26 +306,10 @@ class Llama:
         early_stopping: bool | Literal["never"] = False,
     ) -> List[List[BeamPrediction]]:
         """Per prompt up to num_beams continuations, the best first; see `llama.engine.beam`."""
-        found: List[List[BeamPrediction]] = []
-        ids = self._encode(prompts)
-        check_batch(self.model.params, len(ids), 1)
-        check(self.model, ids, max_gen_len, 1)
-        engine, context = self._calls.plain, self.model.params.max_seq_len
-        for prompt in ids:
-            beams = beam_search(
-                engine, prompt, min(max_gen_len, context - len(prompt)),
-                num_beams, stop_tokens=self.tokenizer.stop_tokens,
-                length_penalty=length_penalty, early_stopping=early_stopping,
-            )  # fmt: skip
-            found.append([
-                {
-                    "generation": self.tokenizer.decode(beam.tokens),
-                    "finish_reason": "stop" if beam.stopped else "length",
-                    "score": beam.score,
-                }
-                for beam in beams
-            ])  # fmt: skip
-        return found
+        return beam_predictions(
+            self._calls.plain, self._encode(prompts), max_gen_len, num_beams,
+            length_penalty=length_penalty, early_stopping=early_stopping,
+        )  # fmt: skip
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
         """The log-probability of each token of some texts; see `llama.engine.scoring.score`."""

@@ -5,9 +5,11 @@ finished by a stop token or at the maximum length, and its score is its log-prob
 length ** length_penalty.
 """
 
-from typing import List, Literal, NamedTuple, Sequence, Set, Tuple
+from typing import Any, List, Literal, NamedTuple, Sequence, Set, Tuple
 
 from llama.engine.engine import Engine
+from llama.engine.predictions import BeamPrediction
+from llama.engine.rows import check, check_batch
 
 
 class Beam(NamedTuple):
@@ -16,6 +18,32 @@ class Beam(NamedTuple):
     tokens: List[int]
     score: float  # log-probability (natural) / length ** length_penalty
     stopped: bool  # by a stop token, which isn't among the tokens but counts for the score
+
+
+def beam_predictions(
+    engine: Engine, prompts: Sequence[Sequence[int]], max_gen_len: int, num_beams: int, **how: Any
+) -> List[List[BeamPrediction]]:
+    """`beam_search` for each prompt, with the tokenizer's stop tokens, as far as the context goes.
+
+    Raises:
+        ValueError: prompts that the model can't take, too many of them, and what it raises.
+    """
+    tokenizer, args = engine.tokenizer, engine.model.params
+    check_batch(args, len(prompts), 1)
+    check(engine.model, prompts, max_gen_len, 1)
+    found: List[List[BeamPrediction]] = []
+    for prompt in prompts:
+        length = min(max_gen_len, args.max_seq_len - len(prompt))
+        how["stop_tokens"] = tokenizer.stop_tokens
+        found.append([
+            {
+                "generation": tokenizer.decode(beam.tokens),
+                "finish_reason": "stop" if beam.stopped else "length",
+                "score": beam.score,
+            }
+            for beam in beam_search(engine, prompt, length, num_beams, **how)
+        ])  # fmt: skip
+    return found
 
 
 def beam_search(

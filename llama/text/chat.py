@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol
 
 from llama.text.encoder import Encoder
 from llama.text.generic_tools import has_calls, tools_as_text
@@ -17,7 +17,7 @@ from llama.text.messages import (
     read_calls,
     tool_calls,
 )
-from llama.text.tools import Tool
+from llama.text.tools import Tools
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +82,7 @@ class Format(Protocol):
     """A chat format: how a checkpoint expects dialogs to be encoded."""
 
     def encode_dialog_prompt(
-        self,
-        dialog: Dialog,
-        tools: Optional[Sequence[Tool]] = None,
-        options: PromptOptions = PLAIN,
+        self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog, followed by the header of the assistant's answer; see `PromptOptions`.
 
@@ -124,10 +121,7 @@ class ChatFormat:
         ]
 
     def encode_dialog_prompt(
-        self,
-        dialog: Dialog,
-        tools: Optional[Sequence[Tool]] = None,
-        options: PromptOptions = PLAIN,
+        self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog, and the header of the assistant's answer for the model to go on from. Tools,
         which this format doesn't know, are written as text.

@@ -1,11 +1,11 @@
 """Llama 2's chat format."""
 
-from typing import List, Optional, Sequence
+from typing import List
 
 from llama.text.chat import PLAIN, Dialog, PromptOptions, content_of
 from llama.text.encoder import Encoder
 from llama.text.generic_tools import has_calls, tools_as_text
-from llama.text.tools import Tool
+from llama.text.tools import Tools
 
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -22,10 +22,7 @@ class Llama2Format:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(
-        self,
-        dialog: Dialog,
-        tools: Optional[Sequence[Tool]] = None,
-        options: PromptOptions = PLAIN,
+        self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog up to and including the last user message, after which the model answers, or
         the last message if that is continued.

@@ -14,7 +14,7 @@ from llama.text.chat import (
     tool_calls,
 )
 from llama.text.encoder import Encoder
-from llama.text.tools import BUILTINS, PYTHON_TAG, Tool, ToolCall, split_tools
+from llama.text.tools import BUILTINS, PYTHON_TAG, Tool, ToolCall, Tools, split_tools
 
 CallFormat = Literal["json", "function_tag", "python_list"]
 CALL_FORMATS = ("json", "function_tag", "python_list")
@@ -59,10 +59,7 @@ class Llama31Format(ChatFormat):
         return [*ids, special["<|eom_id|>" if waits else "<|eot_id|>"]]
 
     def encode_dialog_prompt(
-        self,
-        dialog: Dialog,
-        tools: Optional[Sequence[Tool]] = None,
-        options: PromptOptions = PLAIN,
+        self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog with its tools, and the header of the assistant's answer.
 

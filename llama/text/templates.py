@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import secrets
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional
 
 import jinja2
 from jinja2 import nodes
@@ -26,7 +26,7 @@ from llama.text.encoder import Encoder
 from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format
-from llama.text.tools import BUILTINS, Tool, plain_json, split_tools
+from llama.text.tools import BUILTINS, Tools, plain_json, split_tools
 
 
 def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Format]:
@@ -109,10 +109,7 @@ class TemplateFormat:
         return self._special.sub(lambda found: f"<{self._nonce}:{ids[found[0]]}>", text)
 
     def encode_dialog_prompt(
-        self,
-        dialog: Dialog,
-        tools: Optional[Sequence[Tool]] = None,
-        options: PromptOptions = PLAIN,
+        self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog with its tools, followed by the header of the assistant's answer. Tools and
         calls for which the template has no place are written as text.
@@ -149,7 +146,7 @@ class TemplateFormat:
             )
         return ids
 
-    def _tools(self, tools: Optional[Sequence[Tool]]) -> Dict[str, Any]:
+    def _tools(self, tools: Tools) -> Dict[str, Any]:
         """The template variables for tools; Llama 3.1's has one for built-in tools."""
         schemas, builtins = split_tools(tools or [])
         variables: Dict[str, Any] = {"tools": schemas} if schemas else {}

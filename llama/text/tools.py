@@ -6,10 +6,11 @@ import json
 import re
 import types
 import typing
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 # A built-in tool by its name, a JSON schema, or a Python function with type hints and docstring.
 Tool = Union[str, Dict[str, Any], Callable[..., Any]]
+Tools = Optional[Sequence[Tool]]
 # {"name": str, "arguments": dict of JSON values}, and "id" where the model's format has one.
 ToolCall = Dict[str, Any]
 
