@@ -125,6 +125,10 @@ def torchrun(ranks: int | None = None, python: List[str] | None = None) -> List[
     return ["env", f"PYTHON_EXEC={script}", *launch]
 
 
+def llama_command() -> List[str]:
+    return [*forked_python(), "-m", "llama"]
+
+
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:
     """Whole weights of a shape, large enough that outputs differ clearly from token to token."""
     generator = torch.Generator().manual_seed(seed)
