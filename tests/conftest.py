@@ -3,25 +3,32 @@
 import base64
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, List
 
 # Workers take turns on the cores (`pytest_xdist_auto_num_workers`); more threads would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test has two threads after all, one that waits for the other leaves the core to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch.compile would start processes that import torch, to compile side by side.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# It would try each instruction set that the processor has by compiling programs, for 15 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # A job in a shell's background ignores Ctrl-C, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import forked
 import psutil
 import pytest
 import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
@@ -42,7 +49,7 @@ TINY = ModelArgs(
 )
 
 
-SHARED = "LLAMA_TESTS_SHARED"
+SHARED, OWNER = "LLAMA_TESTS_SHARED", "LLAMA_TESTS_OWNER"
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -55,6 +62,7 @@ def pytest_configure(config):
     """A folder for what the workers share, which inherit its name."""
     if SHARED not in os.environ:
         os.environ[SHARED] = folder = tempfile.mkdtemp(prefix="llama-tests-")
+        os.environ[OWNER] = str(os.getpid())
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop(SHARED, None))
 
@@ -86,6 +94,39 @@ def pytest_collection_modifyitems(items):
             item.path.stem not in longest,
         )
     )
+
+
+def forked_python() -> List[str]:
+    """Python for -m or a script, without the seconds that imports take: see tests/forked.py."""
+
+    def start(address: Path) -> None:
+        command = [sys.executable, forked.__file__, "--serve", str(address), os.environ[OWNER]]
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        while not address.exists():
+            assert server.poll() is None
+            time.sleep(0.02)
+
+    os.environ[forked.ADDRESS] = str(shared("forked", start))
+    return forked.PYTHON
+
+
+def torchrun(ranks: int | None = None, python: List[str] | None = None) -> List[str]:
+    """As above, and so are its ranks. Without a number, its options follow.
+
+    python: for torchrun itself. What is killed before it has ended its ranks must not be forked.
+    """
+    forked = forked_python()
+    script = shared("python", lambda path: path.write_text(f'#!/bin/sh\n{shlex.join(forked)} "$@"'))
+    script.chmod(0o755)
+    options = [] if ranks is None else ["--standalone", f"--nproc_per_node={ranks}"]
+    launch = [*(python or forked), "-m", "torch.distributed.run", *options]
+    return ["env", f"PYTHON_EXEC={script}", *launch]
+
+
+def llama_command() -> List[str]:
+    return [*forked_python(), "-m", "llama"]
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Iterator, List
 
 import httpx
 import psutil
-from conftest import ROOT
+from conftest import ROOT, llama_command, torchrun
 
 PATIENCE = 240  # seconds that something may take on a machine with other work
 
@@ -68,12 +68,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(*options: object, env: dict | None = None, ranks: int = 0) -> Iterator[Served]:
-    """ranks: under torchrun, if there are any."""
+def serve(
+    *options: object, env: dict | None = None, ranks: int = 0, forked: bool = True
+) -> Iterator[Served]:
+    """ranks: under torchrun, if there are any. forked: the process stands for another one."""
     port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launch if ranks else ()), "-m", "llama", "serve", *port]
-    command += map(str, options)
+    command = [sys.executable, "-m", "llama"]
+    if ranks:
+        command = [*torchrun(ranks, [sys.executable]), "-m", "llama"]
+    elif forked:
+        command = llama_command()
+    command = [*command, "serve", *port, *map(str, options)]
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, **(env or {})},

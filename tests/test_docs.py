@@ -2,12 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, forked_python, llama_command, torchrun
 from served import serve
 
 import llama
@@ -99,7 +100,13 @@ def address(smollm2_path):
 
 
 def run(command: str) -> subprocess.CompletedProcess:
-    command = command.replace(".venv/bin/", f"{BIN}/")
+    """A command, whose programs needn't import torch first."""
+    at_once = {"llama": llama_command(), "torchrun": torchrun()}
+    command = re.sub(
+        r"\.venv/bin/(\w+)",
+        lambda name: shlex.join(at_once.get(name[1], [str(BIN / name[1])])),
+        command,
+    )
     return subprocess.run(
         command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -170,9 +177,8 @@ def test_python(smollm2_path, tmp_path, address):
         "    exec(compile(text, page, 'exec'), {'__name__': page})\n"
     )
     done = subprocess.run(
-        [sys.executable, str(programs)], cwd=ROOT, capture_output=True, text=True, timeout=580,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [*forked_python(), str(programs)], cwd=ROOT, capture_output=True, text=True, timeout=580
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     printed = dict(
         zip(pages, re.split(r"^# .*\n", done.stdout, flags=re.MULTILINE)[1:], strict=True)
@@ -224,6 +230,7 @@ def test_the_readme_is_short():
     assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     """As `make docs` does; the API reference is from docstrings, the commands' from their help."""
     done = subprocess.run(

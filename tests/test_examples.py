@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, forked_python, torchrun
 
 import example_chat_completion
 import example_text_completion
@@ -20,14 +20,10 @@ def run(*command, timeout=300):
     )
 
 
-def torchrun(ranks, *arguments):
-    launcher = Path(sys.executable).parent / "torchrun"
-    return run(launcher, "--nproc_per_node", str(ranks), *arguments)
-
-
 def test_chat_under_torchrun_says_paris(smollm2_path):
-    done = torchrun(
-        1, "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
+    done = run(
+        Path(sys.executable).parent / "torchrun", "--nproc_per_node", "1",
+        "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
         "--max_gen_len", "24", "--temperature", "0.6", "--max_seq_len", "512",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -38,16 +34,16 @@ def test_chat_under_torchrun_says_paris(smollm2_path):
 
 
 def test_text_without_a_launcher(smollm2_path):
-    done = run(
-        sys.executable, "example_text_completion.py", "--max_gen_len", "8", "--temperature=0"
-    )
+    arguments = ["--max_gen_len", "8", "--temperature=0"]
+    done = run(*forked_python(), "example_text_completion.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "The capital of France is\n>  Paris" in done.stdout
     assert "cheese =>" in done.stdout and done.stdout.count("\n> ") == 4
 
 
 def test_text_on_three_ranks_prints_once(smollm2_path):
-    done = torchrun(3, "example_text_completion.py", "--max_gen_len=8", "--temperature=0")
+    arguments = ["--max_gen_len=8", "--temperature=0"]
+    done = run(*torchrun(3), "example_text_completion.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The capital of France is\n>  Paris")
     assert done.stdout.count("\n> ") == 4
@@ -55,7 +51,7 @@ def test_text_on_three_ranks_prints_once(smollm2_path):
 
 def test_more_dialogs_than_max_batch_size_are_answered_in_turns(smollm2_path):
     arguments = ["--max_gen_len=4", "--max_batch_size=1", "--temperature=0"]
-    done = run(sys.executable, "example_chat_completion.py", *arguments)
+    done = run(*forked_python(), "example_chat_completion.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> Assistant:") == 4
 

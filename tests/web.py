@@ -124,7 +124,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             half = len(body) // 2
             self.wfile.write(body[:half])
             self.wfile.flush()
-            server.release.wait(15)
+            server.release.wait(600)
             body = body[half:]
         self.wfile.write(body)
 

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, random_weights, write_byte_tokenizer, write_checkpoint
+from conftest import (
+    ROOT,
+    TINY,
+    llama_command,
+    random_weights,
+    torchrun,
+    write_byte_tokenizer,
+    write_checkpoint,
+)
 
 from llama import checkpoint
 from llama.apps import cli
@@ -29,9 +37,9 @@ def documented(options):
     return {name: " ".join(words.split()) for name, words in found}
 
 
-def llama(*arguments, **options):
-    command = [sys.executable, "-m", "llama", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+def llama(*arguments, command=(sys.executable, "-m", "llama"), **options):
+    command = [*command, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 
 def read(path) -> str:
@@ -39,7 +47,7 @@ def read(path) -> str:
 
 
 def ok(*arguments) -> str:
-    done = llama(*arguments)
+    done = llama(*arguments, command=llama_command())
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # it's no terminal: no progress bar
     return done.stdout
@@ -371,11 +379,7 @@ def test_what_is_not_utf_8_is_refused_by_chat_as_by_complete(tiny_dir):
 
 @pytest.mark.slow
 def test_ranks_say_it_once(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "llama", "inspect", str(tmp_path)], cwd=ROOT, capture_output=True,
-        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = llama("inspect", tmp_path, command=[*torchrun(2), "-m", "llama"])
     assert done.returncode == 1
     assert done.stderr.count(f"error: {tmp_path} holds no checkpoint") == 1
 
@@ -464,7 +468,7 @@ def test_inspect_says_what_is_wrong(tmp_path):
     path = write_checkpoint(tmp_path / "meta", TINY)
     params = json.loads((path / "params.json").read_text())
     (path / "params.json").write_text(json.dumps(params | {"n_layers": 3}))
-    done = llama("inspect", path)
+    done = llama("inspect", path, command=llama_command())
     assert done.returncode == 1 and "lacks layers.2" in done.stderr
     assert "n_layers = 3" in done.stdout and "Traceback" not in done.stderr
 

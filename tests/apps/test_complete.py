@@ -10,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, write_checkpoint
+from conftest import ROOT, TINY, forked_python, torchrun, write_checkpoint
 from cyclopts import CycloptsError
 
 from llama import Llama, Transformer
@@ -37,7 +37,7 @@ def start(command, text=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         list(map(str, command)), env=environment, input=text, capture_output=True, text=True,
-        timeout=120,
+        timeout=240,
     )  # fmt: skip
 
 
@@ -209,8 +209,7 @@ def test_two_ranks(tmp_path, batch):
         "except FileNotFoundError as error:\n"
         f"    open({str(tmp_path)!r} + f'/{{rank()}}', 'w').write(str(error))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = start([*command, "--nproc_per_node", 2, script], text="Hello")
+    done = start([*torchrun(2), script], text="Hello")
     assert done.returncode == 0, done.stderr[-4000:]
     half = len(done.stdout) // 2
     assert done.stdout.endswith("\n") and done.stdout[:half] != done.stdout[half:]
@@ -438,7 +437,9 @@ print(json.dumps({"killed": killed, "jobs": jobs, "lines": lines}))
 def test_killed_at_random_moments(tiny_dir, batch, tmp_path):
     batch(32)
     options = {**CPU, "max_batch_size": 4, "max_gen_len": 16}
-    done = start([sys.executable, "-c", KILLER, tiny_dir, tmp_path, 20, json.dumps(options)])
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    done = start([*forked_python(), script, tiny_dir, tmp_path, 20, json.dumps(options)])
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     print(told)

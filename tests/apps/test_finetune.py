@@ -7,12 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, random_weights, write_checkpoint
+from conftest import (
+    ROOT,
+    TINY,
+    forked_python,
+    llama_command,
+    random_weights,
+    torchrun,
+    write_checkpoint,
+)
+from served import wait_for
 from test_model import gap, ids, to_hugging_face
 
 from llama import Llama, checkpoint
@@ -48,12 +56,12 @@ def here(base, out, **more):
     main(str(base / "data.jsonl"), out=str(out), ckpt_dir=str(base / "base"), **(OPTIONS | more))
 
 
-def start(base, out, *more, ranks=1):
+def start(base, out, *more, ranks=1, script=None):
     """The command, in processes of its own."""
-    command = [sys.executable]
+    command = llama_command() if script is None else [*forked_python(), str(script)]
     if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["-m", "llama", "finetune", str(base / "data.jsonl"), "--out", str(out)]
+        command = [*torchrun(ranks), "-m", "llama"]
+    command = [*command, "finetune", str(base / "data.jsonl"), "--out", str(out)]
     command += ["--ckpt_dir", str(base / "base"), *more]
     command += [f"--{name}={value}" for name, value in OPTIONS.items()]
     return subprocess.Popen(
@@ -100,16 +108,32 @@ def test_a_run_lowers_the_loss_and_says_so(whole, base):
     assert all(line["tokens"] > 0 and line["seconds"] > 0 for line in steps)
 
 
+WAITING = """
+import signal
+from llama.__main__ import main
+from llama.training import Trainer
+
+learned = Trainer.one_step
+
+def one_step(trainer):
+    if trainer.step == 8:
+        signal.pause()
+    return learned(trainer)
+
+Trainer.one_step = one_step
+raise SystemExit(main())
+"""
+
+
 def interrupted(base, out, number):
-    """The command, stopped once it has done six steps."""
-    process = start(base, out, "--save_every", "2")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 7:
-            process.send_signal(number)
-            break
-        time.sleep(0.002)
-    _, said = process.communicate(timeout=60)
+    """The command, stopped once it has done six steps, which goes no further than eight."""
+    script = out.with_suffix(".py")
+    script.write_text(WAITING)
+    process = start(base, out, "--save_every", "2", script=script)
+    lines = out / "log.jsonl"
+    wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) > 7)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=240)
     return process.returncode, said
 
 

@@ -17,7 +17,7 @@ import pytest
 from served import PATIENCE, serve
 
 CONNECTIONS = int(os.environ.get("LLAMA_CONNECTIONS", 1500))
-SECONDS = float(os.environ.get("LLAMA_LOAD_SECONDS", 20))
+SECONDS = float(os.environ.get("LLAMA_LOAD_SECONDS", 5))
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -26,14 +26,16 @@ LONG = {"messages": HELLO, "max_tokens": 1900, "ignore_eos": True, "stream": Tru
 
 @pytest.fixture(scope="module")
 def server(smollm2_path):
-    with serve(smollm2_path, "--device=cpu", "--max_queue=48", "--timeout=120") as running:
+    with serve(
+        smollm2_path, "--device=cpu", "--max_queue=48", "--timeout=120", forked=False
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def impatient(tiny_dir):
     """A server that closes what is slow."""
-    with serve(tiny_dir, "--device=cpu", "--dtype=fp32", "--timeout=0.5") as running:
+    with serve(tiny_dir, "--device=cpu", "--dtype=fp32", "--timeout=2") as running:
         yield running
 
 

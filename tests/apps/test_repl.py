@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pexpect
 import pytest
-from conftest import ROOT
+from conftest import ROOT, llama_command
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -465,7 +465,7 @@ def test_ctrl_c_just_before_the_read_is_not_lost(dumb, capsys):
             time.sleep(0.01)
         time.sleep(0.3)  # until the main thread waits for a line
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-        if not ended.wait(10):
+        if not ended.wait(240):
             keys.write(b"too late\n")
 
     for _ in range(2):  # what the first one left doesn't matter
@@ -592,7 +592,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
 def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
     """Prefix caching and speculative decoding change nothing of what is said."""
     lines = "What is the capital of France?\nSay that again.\n/stats\n"
-    command = [sys.executable, "-m", "llama", "chat", str(smollm2_path)]
+    command = [*llama_command(), "chat", str(smollm2_path)]
     command += ["--temperature", "0", "--dtype", "fp32", "--device", "cpu", "--max_gen_len", "30"]
     said = []
     for options in (["--prefix_cache_mb", "0"], ["--speculate", "lookup"]):

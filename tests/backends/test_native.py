@@ -150,6 +150,7 @@ def test_rows_stand_at_their_own_positions():
 @pytest.mark.parametrize("cache_type", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, *quantize.KINDS])
+@pytest.mark.slow
 def test_a_token_is_the_same_to_the_bit_whatever_is_computed_with_it(dtype, kind, cache_type):
     """Alone or in a batch, as a whole, in chunks or token by token, with one thread or two."""
     _, compiled = pair(SMALL, kind, dtype)
@@ -158,23 +159,23 @@ def test_a_token_is_the_same_to_the_bit_whatever_is_computed_with_it(dtype, kind
 
 def check_that_logits_never_depend_on_the_batch(compiled: NativeTransformer, cache_type: type):
     compiled.new_cache = partial(compiled.new_cache, cache_type=cache_type)
-    tokens = ids(64, 700)
+    tokens = ids(64, 560)  # more than the 512 that a pass takes at once
     with torch.inference_mode():
-        expected = stepped(compiled, tokens[:1], 700)
-        for rows, length in ((2, 700), (16, 700), (64, 200)):
+        expected = stepped(compiled, tokens[:1], 560)
+        for rows, length in ((2, 560), (16, 530), (64, 90)):
             found = stepped(compiled, tokens[:rows, :length], length)
             assert torch.equal(found[:1], expected[:, :length])
-        for prompt, step in ((1, 1), (7, 7), (32, 32), (512, 512), (600, 1)):
+        for prompt, step in ((1, 1), (7, 7), (32, 32), (512, 512), (490, 1)):
             assert torch.equal(stepped(compiled, tokens[:1], prompt, step), expected)
         torch.set_num_threads(1)
         try:
-            assert torch.equal(stepped(compiled, tokens[:1], 640, 30), expected)
+            assert torch.equal(stepped(compiled, tokens[:1], 500, 30), expected)
         finally:
             torch.set_num_threads(2)
         if cache_type is KVCache:  # an uncached pass has no 8-bit keys
             assert torch.equal(compiled(tokens[:2])[:1], expected)
 
-        lengths = [600, 5, 77, 513, 1, 30, 222, 9, 64, 65]
+        lengths = [550, 5, 77, 513, 1, 30, 222, 9, 64, 65]
         cache, new = compiled.new_cache(10), ids(10, 3, seed=1)
         compiled(tokens[:10], 0, cache)
         cache.truncate(lengths)
@@ -266,6 +267,7 @@ def test_a_file_of_any_block_type_is_computed_as_it_is(file_of, kind, capfd):
 
 @pytest.mark.parametrize("dtype, cache_type", [("fp32", KVCache), ("bf16", Int8KVCache)])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.slow
 def test_a_files_blocks_give_the_same_to_the_bit_whatever_is_computed_with_them(
     file_of, kind, dtype, cache_type
 ):

@@ -302,7 +302,7 @@ def test_one_of_several_processes_fetches(server, tmp_path):
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     assert sorted(server.bodies()) == sorted(set(server.bodies()))  # each file once

@@ -162,7 +162,6 @@ def test_ranks_that_cannot_share_the_heads_are_told_so(tiny_dir, tmp_path):
 def test_a_silent_peer_is_an_error_and_not_a_hang(tiny_dir, tmp_path):
     report = run_ranks(2, "silent_peer", tmp_path / "out", ckpt=str(tiny_dir))
     assert "imed out" in report["error"]
-    assert report["seconds"] < 5
 
 
 def test_replicas_work_side_by_side(tiny, tiny_dir, tmp_path):
