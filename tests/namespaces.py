@@ -13,6 +13,7 @@ processes of the nodes are killed, and with them the namespaces go.
 It takes root's rights (in a container: CAP_SYS_ADMIN and CAP_NET_ADMIN), util-linux and iproute2.
 """
 
+import ctypes
 import os
 import subprocess
 from contextlib import contextmanager
@@ -42,8 +43,7 @@ class _Keeper:
         self.pid = inside[0].pid if inside else self.process.pid
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        self.process.communicate()  # closes the pipe; the kernel kills what is left there
 
 
 def _refuse(why: str) -> None:
@@ -60,17 +60,19 @@ class Node:
     Attributes:
         address: its IPv4 address.
         name: its host name.
+        pid: of the process that keeps its namespaces.
     """
 
     def __init__(self, index: int, switch: _Keeper):
         self.address, self.name = f"10.0.0.{index + 1}", f"node{index}"
         self._switch, self._port = switch, f"port{index}"
         self._keeper = _Keeper(MACHINE, f"hostname {self.name}\nip link set lo up")
+        self.pid = self._keeper.pid
         self._started: List[subprocess.Popen] = []
 
     def _plug_in(self) -> None:
         port = self._port
-        self._at_switch("add", port, "type", "veth", "peer", INTERFACE, "netns", self._keeper.pid)
+        self._at_switch("add", port, "type", "veth", "peer", INTERFACE, "netns", self.pid)
         self._at_switch("set", port, "master", "switch", "up")
         setup = f"ip address add {self.address}/24 dev {INTERFACE} && ip link set {INTERFACE} up"
         subprocess.run(self._command(["sh", "-c", setup]), check=True)
@@ -82,7 +84,7 @@ class Node:
             _refuse(done.stderr)
 
     def _command(self, command: Sequence[str | Path], cwd: str | Path = ".") -> List[str]:
-        enter = ["nsenter", "--net", "--uts", "--ipc", "--pid", "--mount", "-t", self._keeper.pid]
+        enter = ["nsenter", "--net", "--uts", "--ipc", "--pid", "--mount", "-t", self.pid]
         return [*map(str, [*enter, "env", f"--chdir={Path(cwd).resolve()}", *command])]
 
     def popen(
@@ -103,15 +105,14 @@ class Node:
 
     def processes(self) -> List[psutil.Process]:
         """All that runs on this node, by the ids that they have on this machine."""
-        keeper = psutil.Process(self._keeper.pid)
-        namespace = os.stat(f"/proc/{keeper.pid}/ns/pid").st_ino
+        namespace = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
         found = []
         for process in psutil.process_iter():
             try:
                 same = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == namespace
             except OSError:  # it has ended
                 continue
-            if same and process != keeper and process.status() != psutil.STATUS_ZOMBIE:
+            if same and process.pid != self.pid and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
 
@@ -124,9 +125,18 @@ class Node:
         self._at_switch("set", self._port, "up")
 
     def _end(self) -> None:
-        self._keeper.end()  # the kernel kills all that is in its namespace
+        self._keeper.end()
         for process in self._started:
             process.wait()
+
+
+def enter(pid: int) -> None:
+    """Move this process, which has one thread, to the network and the host name of a node, whose
+    `pid` it is."""
+    for kind in ("net", "uts"):
+        with open(f"/proc/{pid}/ns/{kind}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"no way into the namespace {kind} of {pid}")
 
 
 @contextmanager
