@@ -241,9 +241,10 @@ def test_the_others_end_and_say_who_has_failed(three, tmp_path, strike, rank):
         assert re.search(reason + waiting.format(rank, "node1"), said), said
 
 
-@pytest.mark.skipif(STARTS < 10, reason="two starts of all ranks: make soak")
-def test_torchrun_starts_all_ranks_again(smollm2_path, tmp_path):
-    """A killed rank, and one that its own machine's torchrun doesn't know to hang."""
+@pytest.mark.skipif(STARTS < 10, reason="several starts of all ranks: make soak")
+@pytest.mark.parametrize("strike", STRIKES)
+def test_torchrun_starts_all_ranks_again(smollm2_path, tmp_path, strike):
+    """By itself where a rank was killed or hangs; else when the same commands are given again."""
     commands = [
         command.replace(" -m llama", " --max_restarts 1 -m llama").replace(
             "--max-gen-len 4", f"--max-gen-len 200 --rank_timeout {TIMEOUT:g}"
@@ -252,15 +253,22 @@ def test_torchrun_starts_all_ranks_again(smollm2_path, tmp_path):
     ]
     with network(2) as nodes:
         alone, _ = finish(nodes, commands, tmp_path)
-        for strike in (psutil.Process.kill, psutil.Process.suspend):
-            started = start(nodes, commands, tmp_path)
-            until(lambda: (tmp_path / "0.out").read_text(), "the first words")
-            ranks = [p for p in nodes[0].processes() if "complete" in p.cmdline()]
-            victim = next(p for p in ranks if p.environ().get("RANK") == "1")
-            strike(victim)
-            assert [process.wait(PATIENCE) for process in started] == [0, 0]
-            first, again = (tmp_path / "0.out").read_text(), alone
-            assert first.endswith(again) and len(first) > len(again)
+        started = start(nodes, commands, tmp_path)
+        until(lambda: (tmp_path / "0.out").read_text(), "the first words")
+        victim = next(p for p in nodes[0].processes() if p.environ().get("RANK") == "1")
+        began = time.monotonic()
+        STRIKES[strike](victim, nodes[1])
+        statuses = [process.wait(PATIENCE) for process in started]
+        print(f"{strike}: all have ended after {time.monotonic() - began:.1f} s, {statuses}")
+        assert not nodes[0].processes() and not nodes[1].processes()
+        if strike == "cut off":
+            assert all(statuses)
+            nodes[1].restore()
+            assert finish(nodes, commands, tmp_path) == [alone, ""]
+        else:
+            assert statuses == [0, 0]
+            printed = (tmp_path / "0.out").read_text()
+            assert printed.endswith(alone) and len(printed) > len(alone)
 
 
 def test_without_the_right_to_make_namespaces_a_test_fails_in_one_line(tmp_path, monkeypatch):

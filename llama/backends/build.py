@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Callable, Literal, Mapping, NamedTuple, Optional, Tuple
 
 import torch
@@ -82,7 +81,7 @@ def open_checkpoint(
     ckpt_dir: str | Path,
     adapter_dir: Optional[str | Path] = None,
     lend: bool = False,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: Optional[Mapping[str, Any]] = None,
 ) -> Checkpoint:
     """Open a checkpoint, with an adapter merged into its weights if given; either may be remote.
 
@@ -100,7 +99,7 @@ def open_checkpoint(
             return source
         return Merged(source, read_adapter(nodes.local_path(adapter_dir, lend), source.args))
 
-    return nodes.open_on_all_ranks(find, settings, lend)
+    return nodes.open_on_all_ranks(find, settings or {}, lend)
 
 
 def open_tokenizer(

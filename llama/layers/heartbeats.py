@@ -38,7 +38,7 @@ class Heartbeats:
         self._interval = timeout / 20
         self._keys = [f"sign of life of rank {i}" for i in range(world)]
         self._signs = [(b"", time.monotonic())] * world  # the last ones, and since when
-        self._closed = False  # the store
+        self._closed: Optional[float] = None  # when the store was found to be
         self._answered, self._stopping = threading.Event(), threading.Event()
         self._beating = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
         self._beating.start()
@@ -58,17 +58,11 @@ class Heartbeats:
         waited_for = _collective(traceback.walk_tb(error.__traceback__))
         if waited_for is None or not isinstance(error, RuntimeError):
             return None
-        deadline = time.monotonic() + self._timeout
-        while not (lost := self._lost(4 * self._interval, ended=True)):
-            if self._closed or time.monotonic() > deadline:
-                lost = self._lost(2 * self._interval) if self._closed else ""
-                break
+        few, deadline = 2 * self._interval, time.monotonic() + self._timeout
+        while not (self._lost(2 * few, ended=True) or self._closed or time.monotonic() > deadline):
             time.sleep(self._interval)
-        if not lost and not self._closed:
-            lost = (
-                "all ranks are alive; one of them hasn't come, or the network between them failed"
-            )
-        return self._message(lost or self._store_is("closed the connection"), waited_for)
+        alive = "" if self._closed else "all ranks are alive, but one hasn't come in time"
+        return self._message(self._lost(few, ended=True) or alive, waited_for)
 
     # --- in threads of their own ------------------------------------------------------------------
 
@@ -79,7 +73,7 @@ class Heartbeats:
             try:
                 self._exchange(ENDED if last else str(number))
             except RuntimeError:
-                self._closed = True
+                self._closed = time.monotonic()
             self._answered.set()
             if last or self._closed:
                 break
@@ -102,43 +96,43 @@ class Heartbeats:
             self._answered.clear()
             if self._stopping.is_set():
                 return
-        verb = "closed the connection" if self._closed else f"not answered for {self._timeout:g} s"
-        self._end(self._store_is(verb))
+        self._end("")
 
-    def _end(self, why: str) -> None:
-        frames = sys._current_frames()
-        main = threading.main_thread().ident
-        places = (
-            _collective(reversed([*traceback.walk_stack(frames[thread])]))
+    def _end(self, lost: str) -> None:
+        frames, main = sys._current_frames(), threading.main_thread().ident
+        stacks = (
+            reversed([*traceback.walk_stack(frames[thread])])
             for thread in sorted(frames, key=lambda thread: thread != main)
         )
-        os.write(2, f"{self._message(why, next(filter(None, places), None))}\n".encode())
+        waited_for = next(filter(None, map(_collective, stacks)), None)
+        os.write(2, f"{self._message(lost, waited_for)}\n".encode())
         os._exit(1)  # the main thread can't be interrupted while it waits
 
     # --- messages ---------------------------------------------------------------------------------
 
     def _lost(self, seconds: float, ended: bool = False) -> str:
         """The ranks that have given no sign for so long, or have ended; "" if there are none."""
-        found = []
+        found, now = [], self._closed or time.monotonic()
         for rank, (value, since) in enumerate(self._signs):
             host, _, sign = value.decode().partition(" ")
-            silent = time.monotonic() - since
-            if sign == ENDED and ended and rank != self._rank:
+            if rank == self._rank or not sign:  # it hasn't started
+                continue
+            if sign == ENDED and ended:
                 found.append(f"rank {rank} on host {host} has ended")
-            elif sign not in ("", ENDED) and silent >= seconds:
-                found.append(f"rank {rank} on host {host} has not answered for {silent:.0f} s")
+            elif sign != ENDED and now - since >= seconds:
+                found.append(f"rank {rank} on host {host} has not answered for {now - since:.0f} s")
         return "; ".join(found)
 
-    def _store_is(self, verb: str) -> str:
-        host = self._signs[0][0].decode().partition(" ")[0] or "?"
-        return (
-            f"the job's store at {self._place}, beside rank 0 on host {host}, has {verb}: "
-            "it has ended, or this machine or that one is cut off from the network"
-        )
-
-    def _message(self, why: str, waited_for: Optional[str]) -> str:
+    def _message(self, lost: str, waited_for: Optional[str]) -> str:
+        """Why this rank ends, of which only some other one or the store can be the reason."""
+        if not lost:
+            host = self._signs[0][0].decode().partition(" ")[0]
+            lost = f"the job's store at {self._place}, beside rank 0 on host {host}, has " + (
+                "closed the connection" if self._closed else f"not answered for {self._timeout:g} "
+                "s: that machine or this one is cut off from the network"
+            )  # fmt: skip
         me = f"rank {self._rank} on host {socket.gethostname()}"
-        return f"error: {why}; {me} " + (f"waited for {waited_for}" if waited_for else "ends")
+        return f"error: {lost}; {me} " + (f"waited for {waited_for}" if waited_for else "ends")
 
 
 def _collective(stack: Iterable[Tuple[FrameType, int]]) -> Optional[str]:

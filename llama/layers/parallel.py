@@ -98,6 +98,7 @@ def initialize(
 
     Raises:
         ValueError: a size that the number of processes doesn't allow.
+        ConnectionError: the ranks don't reach each other.
     """
     device = pick_device(device)
     patience = datetime.timedelta(seconds=wait)
@@ -113,7 +114,15 @@ def initialize(
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             heartbeats = Heartbeats(store, place, rank, world, timeout)
         atexit.register(_shut_down, heartbeats)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=patience
+            )
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"the ranks can't connect to each other: {str(error).splitlines()[0]}; on several "
+                f"machines, {backend.upper()}_SOCKET_IFNAME names the interface between them"
+            ) from error
     world = dist.get_world_size()
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
