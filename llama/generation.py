@@ -16,7 +16,6 @@ from typing import (
 
 import torch
 
-from llama import checkpoint
 from llama.backends import adapters, memory
 from llama.backends.build import assemble
 from llama.backends.options import ModelOptions, takes
@@ -85,10 +84,9 @@ class Llama:
             # Saved prefixes can't be shared between precisions: their keys and values differ.
             kinds = [str(built.model.norm.weight.dtype)[6:], built.quantize]
             kind = " ".join(filter(None, [*kinds, options.kv_cache and "int8 cache"]))
-            source = built.source
+            fingerprint = built.fingerprint
             llama._keep_prefixes(
-                options.prefix_cache_mb * 1_000_000,
-                lambda: f"{checkpoint.fingerprint(source)} {kind}",
+                options.prefix_cache_mb * 1_000_000, lambda: f"{fingerprint()} {kind}"
             )
         return llama
 

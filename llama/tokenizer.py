@@ -7,11 +7,12 @@ characters it consists of.
 """
 
 import codecs
+import hashlib
 from pathlib import Path
 from typing import Collection, Dict, List, Literal, Sequence, Set
 
 from llama.text.chat import ROLES, ChatFormat, Dialog, Message, Role
-from llama.text.vocabulary.base import Names
+from llama.text.vocabulary.base import Names, Vocabulary
 from llama.text.vocabulary.codecs import codec
 from llama.text.vocabulary.reading import read
 
@@ -19,7 +20,8 @@ __all__ = ["ROLES", "ChatFormat", "Dialog", "Message", "Role", "StreamDecoder", 
 
 
 class Tokenizer:
-    """Encodes and decodes with the vocabulary of a tokenizer.model, .gguf or tokenizer.json file.
+    """Encodes and decodes with the vocabulary of a tokenizer.model, .gguf or tokenizer.json file,
+    or with one that has been read.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included.
@@ -36,8 +38,8 @@ class Tokenizer:
         ValueError: not a tokenizer file, or of an unsupported kind, which is named.
     """
 
-    def __init__(self, model_path: str | Path):
-        vocabulary = read(model_path)
+    def __init__(self, model_path: str | Path | Vocabulary):
+        vocabulary = model_path if isinstance(model_path, Vocabulary) else read(model_path)
         self.vocabulary = vocabulary
         self.special_tokens: Dict[str, int] = vocabulary.special_tokens
         self.n_words: int = vocabulary.n_words
@@ -113,6 +115,13 @@ class Tokenizer:
         """Whether every id means the same in both vocabularies."""
         mine, theirs = self._codec.token_bytes, other._codec.token_bytes
         return mine == theirs and self.special_tokens == other.special_tokens
+
+    def fingerprint(self) -> str:
+        """A hash of what every id means and of the rest of the vocabulary: the same for the same
+        vocabulary in another kind of file."""
+        v, words = self.vocabulary, self._codec.token_bytes
+        rest = [v.special_tokens, v.bos_id, sorted(v.stop_tokens), v.add_bos, v.chat_template]
+        return hashlib.sha256(repr([words, *rest]).encode()).hexdigest()[:16]
 
     def stream(self) -> "StreamDecoder":
         """A decoder of tokens that come one by one: what it gives adds up to `decode`'s text."""

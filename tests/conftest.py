@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Optional, Sequence
 
 # Workers take turns on the cores (`pytest_xdist_auto_num_workers`); more threads would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +34,7 @@ import pytest
 import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
 import torch
 from filelock import FileLock
+from namespaces import INTERFACE, Node
 
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
@@ -175,24 +176,46 @@ def _rank_server() -> subprocess.Popen:
     )
 
 
-def run_ranks(world: int, task: str, out: Path, **arguments) -> dict:
-    """Run a task of tests/ranks.py on several ranks; returns what its rank 0 reports."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def run_ranks(
+    world: int,
+    task: str,
+    out: Path,
+    nodes: Sequence[Node] = (),
+    during: Optional[Callable[[], object]] = None,
+    **arguments,
+) -> dict:
+    """Run a task of tests/ranks.py on several ranks; returns what its rank 0 reports.
+
+    Args:
+        nodes: those of `namespaces.network` that the ranks run on, one for each, rank 0 on the
+            first; by default all run here.
+        during: called when the ranks have been started. Then they may end as they like, and their
+            exit statuses are in the report, which holds nothing else but what they have printed.
+    """
     environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # that store, as under torchrun
-        "WORLD_SIZE": str(world),
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
-    }
+    }  # fmt: skip
+    if nodes:
+        environment |= {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": "29500"}
+        environment |= {"GLOO_SOCKET_IFNAME": INTERFACE}
+    else:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # that store, as under torchrun
     job = dict(world=world, task=task, out=str(out), arguments=arguments, timeout=300)
+    job |= dict(environment=environment, nodes=[node.pid for node in nodes], all=bool(during))
     server = _rank_server()
-    print(json.dumps(job | {"environment": environment}), file=server.stdin, flush=True)
-    status = server.stdout.readline().strip()
+    print(json.dumps(job), file=server.stdin, flush=True)
+    try:
+        if during:
+            during()
+    finally:
+        statuses = json.loads(server.stdout.readline())
     said = {name: Path(f"{out}.{name}").read_text() for name in ("stdout", "stderr")}
-    assert status == "0", f"{status}\n" + said["stdout"][-2000:] + said["stderr"][-6000:]
+    if during:
+        return said | {"statuses": statuses}
+    assert not any(statuses), f"{statuses}\n" + said["stdout"][-2000:] + said["stderr"][-6000:]
     return json.loads(out.read_text()) | said
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from namespaces import enter
 
 from llama import Llama, SamplingParams, checkpoint, training
 from llama.backends import compiled
@@ -170,7 +171,7 @@ def too_many(ckpt):
 
 def silent_peer(ckpt):
     """A rank that doesn't answer is an error after the timeout, not a hang."""
-    parallel.initialize(device="cpu", timeout=5.0)
+    parallel.initialize(device="cpu", wait=5.0)
     noticed = Path(f"{sys.argv[2]}.noticed")
     if parallel.rank() != 0:
         while not noticed.exists():
@@ -184,6 +185,30 @@ def silent_peer(ckpt):
     finally:
         noticed.touch()
     return {"error": None}
+
+
+def everywhere(builds, prompts):
+    """Several models, each built with a rank's own options; what each of them generates, or the
+    error of each rank."""
+    found = []
+    for of_ranks in builds:
+        try:
+            options = {"device": "cpu", "dtype": "fp32", "max_seq_len": 64}
+            llama = Llama.build(**options | of_ranks[int(os.environ["RANK"])])
+            said = llama.generate(prompts, 9, temperature=0, stop_tokens=set())[0]
+        except (ValueError, OSError) as error:
+            said = f"{type(error).__name__}: {error}"
+        found.append([None] * len(of_ranks))
+        dist.all_gather_object(found[-1], said)
+    return {"found": found}
+
+
+def endless(ckpt, timeout):
+    """Generates until something happens. Each rank says who it is once it has begun."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=64, rank_timeout=timeout)
+    while True:
+        llama.generate([[1, 2, 3]], 50, temperature=0, stop_tokens=set())
+        Path(f"{sys.argv[2]}.{parallel.rank()}").write_text(str(os.getpid()))
 
 
 def replicas(ckpt, prompts):
@@ -344,6 +369,8 @@ def offloaded(ckpts, tokenizer, prompts, build):
 def be_rank(rank: int, job: dict) -> None:
     """One of the ranks: a process of its own, with torchrun's environment."""
     os.setsid()  # what it starts is ended with it
+    if job["nodes"]:
+        enter(job["nodes"][rank])
     signal.alarm(job["timeout"])
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(f"{job['out']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -356,24 +383,27 @@ def be_rank(rank: int, job: dict) -> None:
     sys.exit()
 
 
-def wait(ranks: set) -> int:
-    """0 when all have ended well; else the first other status, and the others are ended."""
-    while ranks:
-        pid, status = os.wait()
-        ranks.discard(pid)
-        if status:
-            for other in ranks:
+def wait(ranks: list, until_all: bool) -> list:
+    """The exit statuses of all. Unless it is to wait for all, those that run when one fails are
+    ended."""
+    statuses = dict.fromkeys(ranks, 0)
+    left = set(ranks)
+    while left:
+        pid, statuses[pid] = os.wait()
+        left.discard(pid)
+        if statuses[pid] and not until_all:
+            for other in left:
                 os.killpg(other, signal.SIGKILL)
                 os.waitpid(other, 0)
-            return status
-    return 0
+            break
+    return [*statuses.values()]
 
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        job, ranks = json.loads(line), set()
+        job, ranks = json.loads(line), []
         for rank in range(job["world"]):
             if (pid := os.fork()) == 0:
                 be_rank(rank, job)
-            ranks.add(pid)
-        print(wait(ranks), flush=True)
+            ranks.append(pid)
+        print(json.dumps(wait(ranks, job["all"])), flush=True)

@@ -42,7 +42,7 @@ def chat(
 
     repl.check_packages()
     known = repl.read_tools(tools) if tools else []
-    parallel.initialize(device=model.device, timeout=WEEK)
+    parallel.initialize(device=model.device, timeout=model.rank_timeout, wait=WEEK)
     if not parallel.is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
     llama = Llama.build(**{**vars(model), "max_batch_size": 1})  # one dialog at a time

@@ -83,7 +83,7 @@ def complete(
         "stop": completion.read_stops(stop or []) + ([few_shot.stop] if few_shot else []),
         "speculate": speculate, "response_format": completion.read_format(response_format),
     }  # fmt: skip
-    parallel.initialize(device=model.device)
+    parallel.initialize(device=model.device, timeout=model.rank_timeout)
     if input is None and output is None:
         text = completion.on_rank_zero(lambda: completion.read_prompt(prompt, prompt_file))
         text = few_shot.prompt(few_shot.without_separator(text)) if few_shot else text

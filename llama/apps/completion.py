@@ -129,8 +129,9 @@ def complete_file(
     force: bool,
 ) -> None:
     """Rank 0 reads and writes; what is left to do is known to all."""
+    shaping = {**build, "rank_timeout": None, "broadcast_weights": None}  # without these two
     settings = {
-        **build, **sampling, "params": asdict(sampling["params"]), "seed": seed,
+        **shaping, **sampling, "params": asdict(sampling["params"]), "seed": seed,
         "few_shot": few_shot and asdict(few_shot), "ranks": parallel.world_size(),
     }  # fmt: skip
     lines: List[Line] = on_rank_zero(lambda: read_lines(source, few_shot))

@@ -42,5 +42,5 @@ def serve(model: ServedModel = MODEL, server: Server = SERVER) -> None:
         ) from None
     from llama.layers import parallel
 
-    parallel.initialize(device=model.device)
+    parallel.initialize(device=model.device, timeout=model.rank_timeout)
     run(vars(model), Settings(**vars(server)))

@@ -5,14 +5,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Literal, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
 from llama import checkpoint
-from llama.backends import cpu, memory, offloaded, quantized
+from llama.backends import cpu, memory, nodes, offloaded, quantized
 from llama.backends.options import ModelOptions
-from llama.checkpoint import Checkpoint, remote
+from llama.checkpoint import Checkpoint
 from llama.checkpoint.adapter import Merged, read_adapter
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
@@ -26,16 +26,19 @@ class Built(NamedTuple):
     model: Transformer
     tokenizer: Tokenizer
     draft: Optional[Transformer]
-    source: Checkpoint
+    fingerprint: Callable[[], str]  # `checkpoint.fingerprint`'s
     quantize: Optional[str]  # one of `quantized.KINDS`; None: dense
 
 
 def assemble(options: ModelOptions) -> Built:
     """Open, check and load. Errors are those of `Llama.build`."""
     start = time.monotonic()
-    device = parallel.initialize(options.model_parallel_size, options.device)
+    device = parallel.initialize(options.model_parallel_size, options.device, options.rank_timeout)
     dtype = parallel.pick_dtype(options.dtype, device)
-    source = open_checkpoint(options.ckpt_dir, options.adapter_dir)
+    lend = options.broadcast_weights
+    same = ("max_seq_len", "max_batch_size", "quantize", "kv_cache", "prefix_cache_mb")
+    settings = {"dtype": dtype, **{name: getattr(options, name) for name in same}}
+    source = open_checkpoint(options.ckpt_dir, options.adapter_dir, lend, settings)
     args = replace(
         source.args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size
     )
@@ -50,52 +53,77 @@ def assemble(options: ModelOptions) -> Built:
     say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload, source))
     if args.max_seq_len > source.args.max_seq_len:
         say(f"note: {options.ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
-    tokenizer = open_tokenizer(source, options.tokenizer_path)
-    draft, draft_path = None, None
+    tokenizer = open_tokenizer(source, options.tokenizer_path, lend)
+    draft, draft_source = None, None
     if options.draft_ckpt_dir is not None:
-        draft_path = remote.local_path(options.draft_ckpt_dir)
-        reserve += draft_bytes(draft_path, args, dtype, options.draft_quantize)
+        draft_source = open_checkpoint(options.draft_ckpt_dir, lend=lend)
+        reserve += draft_bytes(draft_source, args, dtype, options.draft_quantize)
     model = prepare(
         source, args, device=device, dtype=dtype, quantize=options.quantize,
         kv_cache=kv_cache, compile=options.compile, offload=offload, reserve=reserve,
     )  # fmt: skip
-    if draft_path is not None:
+    if draft_source is not None:
         draft = prepare_draft(
-            draft_path, args, tokenizer, device=device,
+            draft_source, args, tokenizer, device=device,
             dtype=dtype, quantize=options.draft_quantize, compile=options.compile,
         )  # fmt: skip
+    for borrowed in (source, draft_source):
+        if isinstance(borrowed, nodes.Borrowed):
+            borrowed.close()
+    known = source.fingerprint if isinstance(source, nodes.Borrowed) else None
     took = f"{time.monotonic() - start:.1f} s"
     placement = getattr(model, "placement", None)  # of an offloaded one
     say(f"loaded {options.ckpt_dir} in {took}" + (f"; {placement}" if placement else ""))
-    return Built(model, tokenizer, draft, source, quantize)
+    return Built(model, tokenizer, draft, lambda: known or checkpoint.fingerprint(source), quantize)
 
 
-def open_checkpoint(ckpt_dir: str | Path, adapter_dir: Optional[str | Path] = None) -> Checkpoint:
+def open_checkpoint(
+    ckpt_dir: str | Path,
+    adapter_dir: Optional[str | Path] = None,
+    lend: bool = False,
+    settings: Optional[Mapping[str, Any]] = None,
+) -> Checkpoint:
     """Open a checkpoint, with an adapter merged into its weights if given; either may be remote.
+
+    Args:
+        lend, settings: see `nodes.open_on_all_ranks`; of remote files, only rank 0 has a copy then.
 
     Raises:
         FileNotFoundError: no checkpoint or adapter there.
-        ValueError: a broken checkpoint, or an adapter of another model.
+        ValueError: a broken checkpoint, an adapter of another model, or other ones on other ranks.
     """
-    source = checkpoint.open(remote.local_path(ckpt_dir))
-    if adapter_dir is None:
-        return source
-    return Merged(source, read_adapter(remote.local_path(adapter_dir), source.args))
+
+    def find() -> Checkpoint:
+        source = checkpoint.open(nodes.local_path(ckpt_dir, lend))
+        if adapter_dir is None:
+            return source
+        return Merged(source, read_adapter(nodes.local_path(adapter_dir, lend), source.args))
+
+    return nodes.open_on_all_ranks(find, settings or {}, lend)
 
 
-def open_tokenizer(source: Checkpoint, tokenizer_path: Optional[str | Path] = None) -> Tokenizer:
+def open_tokenizer(
+    source: Checkpoint, tokenizer_path: Optional[str | Path] = None, lend: bool = False
+) -> Tokenizer:
     """The tokenizer at a path, by default the one found with the checkpoint.
+
+    Args:
+        lend: ranks that find none get rank 0's.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it has more tokens than the model's vocabulary.
+        ValueError: it has more tokens than the model's vocabulary, or is another on other ranks.
     """
     path = tokenizer_path or source.tokenizer_path
-    if path is None:
-        raise FileNotFoundError(
-            f"no tokenizer.model in {source.path}: copy it there or pass tokenizer_path"
-        )
-    tokenizer = Tokenizer(remote.local_path(path))
+
+    def find() -> Tokenizer:
+        if path is None:
+            raise FileNotFoundError(
+                f"no tokenizer.model in {source.path}: copy it there or pass tokenizer_path"
+            )
+        return Tokenizer(nodes.local_path(path, lend))
+
+    tokenizer = nodes.tokenizer_on_all_ranks(find, lend)
     if tokenizer.n_words > source.args.vocab_size:
         raise ValueError(
             f"{path} has {tokenizer.n_words} tokens and the model in {source.path} "
@@ -183,9 +211,11 @@ def prepare(
     return model
 
 
-def draft_bytes(path: Path, args: ModelArgs, dtype: torch.dtype, quantize: Optional[str]) -> int:
+def draft_bytes(
+    source: Checkpoint, args: ModelArgs, dtype: torch.dtype, quantize: Optional[str]
+) -> int:
     """Bytes that `prepare_draft` will take on each rank, at most."""
-    args, kind = _draft_args(checkpoint.open(path), args), quantize if quantize != "dense" else None
+    args, kind = _draft_args(source, args), quantize if quantize != "dense" else None
     return memory.estimate(args, parallel.world_size(), dtype, kind).total
 
 
@@ -194,7 +224,7 @@ def _draft_args(source: Checkpoint, args: ModelArgs) -> ModelArgs:
 
 
 def prepare_draft(
-    path: Path,
+    source: Checkpoint,
     args: ModelArgs,
     tokenizer: Tokenizer,
     *,
@@ -208,13 +238,12 @@ def prepare_draft(
     Raises:
         ValueError: it has another vocabulary, or too little memory; and what `prepare` raises.
     """
-    source = checkpoint.open(path)
     if source.args.vocab_size != args.vocab_size or (
         source.tokenizer_path is not None and not tokenizer.agrees(Tokenizer(source.tokenizer_path))
     ):
         raise ValueError(
-            f"{path} has another vocabulary ({source.args.vocab_size} tokens) than the model "
-            f"({args.vocab_size}): a draft model must have the same tokenizer"
+            f"{source.path} has another vocabulary ({source.args.vocab_size} tokens) than the "
+            f"model ({args.vocab_size}): a draft model must have the same tokenizer"
         )
     args = _draft_args(source, args)
     world = parallel.world_size()

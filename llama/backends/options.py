@@ -54,6 +54,10 @@ class ModelOptions:
         adapter_dir: a LoRA adapter in PEFT's layout, merged into the weights as they are loaded.
         offload: auto streams the layers that don't fit into memory from disk for each pass; slow,
             but any model runs that fits on the disk.
+        broadcast_weights: ranks that don't find the checkpoint, on other machines, get it from
+            rank 0, each its part of the weights, into memory.
+        rank_timeout: seconds without a sign of life of another rank, as it is dead, stopped or cut
+            off, after which this one ends, 1 or more.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -76,10 +80,13 @@ class ModelOptions:
     prefix_cache_mb: int = 0
     adapter_dir: Optional[str | Path] = None
     offload: Optional[Literal["auto"]] = None
+    broadcast_weights: bool = False
+    rank_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name, least in (
             ("max_seq_len", 1), ("max_batch_size", 1), ("seed", 0), ("prefix_cache_mb", 0),
+            ("rank_timeout", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -94,6 +101,8 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}, or None")
+        if self.offload and self.broadcast_weights:
+            raise ValueError("offload streams from each machine's disk: not with broadcast_weights")
 
 
 P = ParamSpec("P")

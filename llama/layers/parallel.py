@@ -8,12 +8,15 @@ import atexit
 import datetime
 import math
 import os
+import sys
 from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fs_init
+
+from llama.layers.heartbeats import Heartbeats
 
 
 def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
@@ -79,7 +82,8 @@ def pick_dtype(dtype: Optional[str | torch.dtype], device: torch.device) -> torc
 def initialize(
     model_parallel_size: Optional[int] = None,
     device: Optional[str | torch.device] = None,
-    timeout: float = 1800.0,
+    timeout: float = 60.0,
+    wait: float = 1800.0,
 ) -> torch.device:
     """Initialize the process group and fairscale's model-parallel groups; return the device.
 
@@ -89,22 +93,36 @@ def initialize(
 
     Args:
         model_parallel_size: ranks that share one copy of the model; all of them by default.
-        timeout: seconds that a collective waits for the other ranks.
+        timeout: seconds without a sign of life of another rank after which this process ends.
+        wait: seconds that a collective waits for ranks that are alive.
 
     Raises:
         ValueError: a size that the number of processes doesn't allow.
+        ConnectionError: the ranks don't reach each other.
     """
     device = pick_device(device)
-    patience = datetime.timedelta(seconds=timeout)
+    patience = datetime.timedelta(seconds=wait)
     if not dist.is_initialized():
-        atexit.register(_shut_down)
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        store: dist.Store = dist.HashStore()
+        rank, world, heartbeats = 0, 1, None
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=patience)
-        else:
+            store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+            # torchrun keeps its store when it restarts ranks: what the last ones left there is old.
+            store = dist.PrefixStore(f"start {store.add(f'starts of {rank}', 1)}", store)
+        if world > 1:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            heartbeats = Heartbeats(store, place, rank, world, timeout)
+        atexit.register(_shut_down, heartbeats)
+        try:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience
+                backend, store=store, rank=rank, world_size=world, timeout=patience
             )
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"the ranks can't connect to each other: {str(error).splitlines()[0]}; on several "
+                f"machines, {backend.upper()}_SOCKET_IFNAME names the interface between them"
+            ) from error
     world = dist.get_world_size()
     size = world if model_parallel_size is None else model_parallel_size
     if size < 1 or world % size:
@@ -136,12 +154,17 @@ def ensure_initialized(device: Optional[str | torch.device] = None) -> None:
         initialize(device="cpu" if device is None else device)
 
 
-def _shut_down() -> None:
-    """Destroy the groups before the interpreter exits.
+def _shut_down(heartbeats: Optional[Heartbeats]) -> None:
+    """Destroy the groups before the interpreter exits, and say why, if other ranks are the reason.
 
     Otherwise the process occasionally aborts ("terminate called without an active exception"),
     which torchrun reports as a failed job.
     """
+    if heartbeats is not None:
+        error = getattr(sys, "last_value", None)  # which has ended the program
+        if error and (reason := heartbeats.explain(error)):
+            print(reason, file=sys.stderr, flush=True)
+        heartbeats.stop()
     fs_init.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
