@@ -74,7 +74,8 @@ def batch(
         ValueError: options out of range or that don't go together; missing packages; what
             `Llama.build` raises.
         FileNotFoundError, FileExistsError: a file that isn't there, or an output that is.
-        RuntimeError: the engine has failed, or no engine of the cluster answers.
+        OSError: no such cluster, or none of its engines answers.
+        RuntimeError: the engine has failed.
     """
     try:
         from llama.apps.batch_job import Job, run

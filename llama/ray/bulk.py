@@ -7,9 +7,10 @@ the end is asked for once more.
 
 import os
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from math import ceil
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -61,8 +62,11 @@ def answers(
     Raises:
         ValueError: Ray isn't installed; no room for an engine.
         ConnectionError: no cluster there.
-        RuntimeError: no engine answers.
+        OSError: no engine answers.
     """
+    options = {name: _absolute(value) for name, value in options.items()}
+    adapters = [f"{name}={_absolute(path)}" for name, path in settings.adapters.items()]
+    settings = replace(settings, adapter=adapters)
     with _cluster(address) as ray:
         left = {request.number: request for request in requests}
         while left:
@@ -76,7 +80,7 @@ def answers(
                 failure = error
             if len(left) == before:
                 reason = f": {failure}" if failure else ", see the messages of Ray"
-                raise RuntimeError(f"no engine answers{reason}") from failure
+                raise OSError(f"no engine answers{reason}") from failure
 
 
 def _once(
@@ -129,6 +133,12 @@ def blocks(requests: Sequence[Request], size: int) -> Iterator[List[Request]]:
             block = block[size:]
     if block:
         yield block
+
+
+def _absolute(value: Any) -> Any:
+    """A path of this machine for processes with other working directories."""
+    local = isinstance(value, (str, Path)) and Path(value).exists()
+    return str(Path(value).absolute()) if local else value
 
 
 def _pool(

@@ -5,9 +5,9 @@ import json
 import queue
 import threading
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
-from typing import Any, AsyncIterator, Iterable, Iterator, List, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple
 
 from starlette.types import Message, Scope
 
@@ -63,7 +63,7 @@ class Offline:
         llama = load(options, settings)
         engine = llama.async_engine(**limits(settings))
         name = settings.served_name or model_name(str(options["ckpt_dir"]))
-        self._app, self._stop = make_app(settings, _nothing, []), asyncio.Event()
+        self._app, self._stop = make_app(settings, nullcontext, []), asyncio.Event()
         loop: Future[asyncio.AbstractEventLoop] = Future()
 
         async def run() -> None:
@@ -133,9 +133,3 @@ class Offline:
         if failure is not None:
             raise EngineFailed(f"the engine has failed: {failure}") from failure
         return Reply(request.number, status, b"".join(parts))
-
-
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    """The application's start, which no server calls."""
-    yield
