@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ def _answer(job: Job, lines: List[Line], results: Results, cluster: Optional[Clu
         ) from None
     seconds = time.monotonic() - began
     rate = f"{len(requests) / seconds:.1f} requests/s"
-    print(f"{len(requests)} requests in {seconds:.1f} s, {rate}", file=sys.stderr)
+    print(f"{len(requests)} requests in {seconds:.1f} s, {rate}", flush=True)
 
 
 def _replies(
@@ -153,9 +152,10 @@ def _write(job: Job, lines: List[Line], results: Results) -> None:
     if failed:
         records = (line.record(seed, *reply(line)) for line in failed)
         results.publish(job.failures, written(job.failures, records))
-        print(f"{len(failed)} of {len(lines)} lines failed: {job.failures}", file=sys.stderr)
+        print(f"{len(failed)} of {len(lines)} lines failed: {job.failures}")
     else:
         job.failures.unlink(missing_ok=True)
     numbers = {line.number for line in failed}
     good = (line for line in lines if line.number not in numbers)
+    print(f"{len(lines) - len(failed)} of {len(lines)} lines: {job.target}")
     results.finish(written(job.target, (line.record(seed, *reply(line)) for line in good)))

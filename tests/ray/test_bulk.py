@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import psutil
 import pytest
 from batches import LINES, PREFIXES, normal, requests
@@ -101,31 +103,47 @@ def test_a_worker_a_node_and_the_driver_are_killed(cluster, tiny_dir, tmp_path):
     assert len(names) == LINES and {*names.values()} == {1}
 
 
+def test_predictor(tiny, tiny_dir):
+    """Without Ray: rows as `Llama` answers them; errors are values."""
+    predictor = llama.ray.Predictor(
+        str(tiny_dir), {"temperature": 0.9, "max_tokens": 8}, device="cpu", dtype="fp32",
+        max_seq_len=128,
+    )  # fmt: skip
+    prompts = [f"{prefix} {i}" for prefix in PREFIXES for i in range(3)]
+    seeds = np.arange(13)
+    rows = {"id": seeds, "prompt": np.array([*prompts, "a" * 200], object)}
+    one, two = predictor(rows), predictor({name: column[::-1] for name, column in rows.items()})
+    assert list(one["generation"]) == list(two["generation"][::-1])  # seeds are the rows' own
+    assert "the context" in one["error"][12] and one["generation"][12] is None
+    found = predictor({**rows, "seed": seeds})
+    options = {"temperature": 0.9, "max_gen_len": 8, "seed": [*range(12)]}
+    for i, expected in enumerate(tiny.text_completion(prompts, **options)):
+        assert found["error"][i] is None
+        assert {name: found[name][i] for name in expected} == expected
+    dialog = [{"role": "user", "content": "Hi"}]
+    column = np.empty(1, object)
+    column[0] = np.array(dialog, object)  # as Arrow's lists come
+    found = predictor({"messages": column, "seed": np.array([3])})
+    [expected] = tiny.chat_completion([dialog], temperature=0.9, max_gen_len=8, seed=3)
+    assert found["generation"][0] == expected["generation"]["content"]
+    with pytest.raises(ValueError, match="columns text: give one of prompt and messages"):
+        predictor({"text": column})
+
+
 @pytest.mark.slow
-def test_predictor_in_a_pipeline(cluster, tiny, tiny_dir):
-    """Ray Data's own stages around it; each row as `Llama` answers it."""
+def test_the_pipeline_of_the_docs(cluster, tiny_dir):
     import ray
 
+    text = (ROOT / "docs" / "batch.md").read_text()
+    [code] = [
+        block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "import ray" in block
+    ]
+    code = code.replace("checkpoints/SmolLM2-135M-Instruct", str(tiny_dir))
+    found: dict = {}
     ray.init(cluster.address, log_to_driver=False)
     try:
-        prompts = [f"{prefix} {i}" for prefix in PREFIXES for i in range(3)] + ["a" * 200]
-        rows = ray.data.from_items([{"id": i, "prompt": p} for i, p in enumerate(prompts)])
-        found = rows.map_batches(
-            llama.ray.Predictor,
-            batch_size=4,
-            compute=ray.data.ActorPoolStrategy(size=1),
-            fn_constructor_kwargs={
-                "ckpt_dir": str(tiny_dir), "body": {"temperature": 0, "max_tokens": 8},
-                "device": "cpu", "dtype": "fp32", "max_seq_len": 128,
-            },
-        ).filter(lambda row: row["id"] != 1)  # fmt: skip
-        answers = {row["prompt"]: row for row in found.take_all()}
+        exec(code.replace('"max_seq_len": 512', '"max_seq_len": 128, "device": "cpu"'), found)
+        rows = {row["id"]: row for row in found["answers"].take_all()}
     finally:
         ray.shutdown()
-    assert len(answers) == len(prompts) - 1
-    failed = answers.pop("a" * 200)
-    assert "the context" in failed["error"] and failed["generation"] is None
-    alone = tiny.text_completion([*answers], temperature=0, max_gen_len=8)
-    for row, expected in zip(answers.values(), alone, strict=True):
-        assert row["error"] is None
-        assert {name: row[name] for name in expected} == expected
+    assert sorted(rows) == [1, 2] and all(row["generation"] for row in rows.values())
