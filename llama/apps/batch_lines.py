@@ -15,6 +15,7 @@ from llama.text.files import decode, json_line
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings")  # OpenAI's Batch API's
+PLAIN = {"prompt", "messages"}  # what a line may have in place of a request
 JSONL, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
 
 
@@ -33,15 +34,15 @@ class Line:
 
     Attributes:
         number: from 1.
-        value: what stands there; for what isn't an object, nothing.
-        name: custom_id, or the number.
+        value: what stands there, or only its custom_id.
+        name: custom_id, or of its number.
         request: what is asked, or why that is no request: its error's body.
         plain: a prompt or messages, and no request in OpenAI's format.
     """
 
     number: int
     value: Dict[str, Any]
-    name: object
+    name: str
     request: Request | Dict[str, Any]
     plain: bool
 
@@ -50,7 +51,7 @@ class Line:
         if not self.plain:
             name = f"{seed_of(seed, self.name):016x}"
             return {
-                "id": f"batch_req_{name}", "custom_id": self.value.get("custom_id"),
+                "id": f"batch_req_{name}", **self.value,
                 "response": {"status_code": status, "request_id": f"req_{name}", "body": body},
                 "error": None,
             }  # fmt: skip
@@ -74,21 +75,22 @@ def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
     seen: Dict[str, int] = {}
     lines = []
     for number, raw in _raw_lines(path):
-        value: Any = None
+        value: Dict[str, Any] = {}
+        name, is_plain = f"line {number}", False
+        request: Request | Dict[str, Any]
         try:
-            value = _value(number, raw)
-            is_plain = not {"custom_id", "url", "body"} & value.keys()
-            name = number if is_plain else value.get("custom_id", number)
-            to, body = _of_prompt(number, value, plain) if is_plain else _of_line(number, raw)
-            if not is_plain and seen.setdefault(name, number) != number:
-                raise ValueError(f"line {number}: custom_id {name!r} is line {seen[name]}'s, too")
-            request: Any = Request(number, to, body, seed_of(seed, name))
+            value = _value(raw)
+            is_plain = "body" not in value and bool(PLAIN & value.keys())
+            to, body = _of_prompt(value, plain) if is_plain else _of_line(raw)
+            if not is_plain and seen.setdefault(value["custom_id"], number) != number:
+                first = seen[value["custom_id"]]
+                raise ValueError(f"custom_id {value['custom_id']!r} is line {first}'s, too")
+            name = name if is_plain else value["custom_id"]
+            request = Request(number, to, body, seed_of(seed, name))
         except (ValueError, RecursionError) as error:
-            value = value if isinstance(value, dict) else {}
-            is_plain = bool({"prompt", "messages"} & value.keys()) and "body" not in value
-            request = invalid(str(error)).body
-            name = number
-        lines.append(Line(number, value, name, request, is_plain))
+            request = invalid(f"line {number}: {str(error).replace('`', '')}").body
+        kept = value if is_plain else {"custom_id": value.get("custom_id")}
+        lines.append(Line(number, kept, name, request, is_plain))
     if not lines:
         raise ValueError(f'{path} has no lines: each is a text, {{"prompt": ...}} or a request')
     return lines
@@ -116,37 +118,36 @@ def _raw_lines(path: Path) -> Iterator[Tuple[int, bytes]]:
             yield number, msgspec.json.encode({"prompt": prompt})
 
 
-def _value(number: int, raw: bytes) -> Dict[str, Any]:
+def _value(raw: bytes) -> Dict[str, Any]:
     try:
         value = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"line {number} isn't valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it isn't valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"line {number} is no object {{...}}")
+        raise ValueError("it is no object {...}")
+    if not {"custom_id", "body", *PLAIN} & value.keys():
+        has = ", ".join(map(repr, value)) or "nothing"
+        raise ValueError(f"neither a prompt, messages nor a request; it has {has:.200}")
     return value
 
 
-def _of_prompt(number: int, value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, bytes]:
+def _of_prompt(value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, bytes]:
     """The path and the body of a request for a prompt or messages."""
-    [*names] = {"prompt", "messages"} & value.keys()
-    if len(names) != 1:
-        has = ", ".join(map(repr, value)) or "nothing"
-        raise ValueError(f"line {number}: one of prompt, messages or a request; it has {has}")
-    body = msgspec.json.encode({**plain, names[0]: value[names[0]]})
-    return (CHAT if names == ["messages"] else COMPLETIONS), body
+    if value.keys() >= PLAIN:
+        raise ValueError("prompt and messages: one of them")
+    [name] = PLAIN & value.keys()
+    body = json.dumps({**plain, name: value[name]}).encode()
+    return (CHAT if name == "messages" else COMPLETIONS), body
 
 
-def _of_line(number: int, raw: bytes) -> Tuple[str, bytes]:
+def _of_line(raw: bytes) -> Tuple[str, bytes]:
     """The path and the body of a request in OpenAI's format."""
-    try:
-        given = msgspec.json.decode(raw, type=Given)
-        body = msgspec.json.decode(given.body, type=Dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ValueError(f"line {number}: {str(error).replace('`', '')}") from None
+    given = msgspec.json.decode(raw, type=Given)
+    body = msgspec.json.decode(given.body, type=Dict[str, Any])
     if given.url not in URLS:
-        raise ValueError(f"line {number}: url {given.url!r:.100}; there are {', '.join(URLS)}")
+        raise ValueError(f"url {given.url!r:.100}: it is one of {', '.join(URLS)}")
     if body.get("stream"):
-        raise ValueError(f"line {number}: stream: a batch has no streams; leave it out")
+        raise ValueError("stream: a batch has no streams; leave it out")
     return given.url, bytes(given.body)
 
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from batches import LINES, normal, requests
-from conftest import ROOT
+from batches import LINES, PREFIXES, normal, requests
+from conftest import ROOT, run_ranks
 from served import PATIENCE, serve, wait_for
 
 from llama import Llama
@@ -92,6 +92,16 @@ def test_what_gives_no_seed_gets_one_from_its_name(run):
     assert texts(asked, "--seed=2") != found
 
 
+@pytest.mark.slow
+def test_several_ranks(run, tiny_dir, tmp_path):
+    prompts = "\n".join(json.dumps({"prompt": f"{name} {i}"}) for i, name in enumerate(PREFIXES))
+    alone, _ = run(prompts, "--max-gen-len=8")
+    out = tmp_path / "ranks.jsonl"
+    words = [str(tmp_path / "in.jsonl"), str(out), str(tiny_dir), *CPU, "--max-gen-len=8"]
+    run_ranks(2, "batch", tmp_path / "report", words=words)
+    assert lines_of(out) == lines_of(alone)
+
+
 # --- prompts, dialogs, Parquet --------------------------------------------------------------------
 
 
@@ -140,10 +150,10 @@ def test_parquet(run, tmp_path):
 
 GOOD = '{"custom_id": "good", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}'
 BAD = {
-    "{": (None, "line 2 isn't valid JSON"),
-    "[1]": (None, "line 2 is no object"),
-    '{"text": "b"}': (None, "one of prompt, messages or a request; it has 'text'"),
-    '{"prompt": "\\ud800"}': (None, "line 2 isn't valid JSON"),
+    "{": (None, "line 2: it isn't valid JSON"),
+    "[1]": (None, "line 2: it is no object"),
+    '{"text": "b"}': (None, "neither a prompt, messages nor a request; it has 'text'"),
+    '{"prompt": "\\ud800"}': (None, "line 2: it isn't valid JSON"),
     GOOD: ("good", "custom_id 'good' is line 1's, too"),
     GOOD.replace("good", "x").replace("POST", "GET"): ("x", "GET"),
     GOOD.replace("good", "x").replace("/v1/comp", "/v2/comp"): ("x", "url '/v2/completions'"),
