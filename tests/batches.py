@@ -2,8 +2,23 @@
 
 import os
 import random
+from dataclasses import replace
+from pathlib import Path
+
+from conftest import TINY, shared, write_checkpoint
 
 LINES = int(os.environ.get("LLAMA_BATCH_LINES", 60))  # `make soak` sets more
+
+WITH_KERNELS = replace(
+    TINY, n_heads=2, n_kv_heads=1, head_dim=32
+)  # widths that the CPU kernels take
+
+
+def small_model() -> Path:
+    """A random checkpoint whose results are bit-identical whatever is computed with them."""
+
+    return shared("batch-model", lambda path: write_checkpoint(path, WITH_KERNELS))
+
 
 PREFIXES = [f"{name}: " + name.lower() * 6 for name in ("Alpha", "Beta", "Gamma", "Delta")]
 

@@ -10,11 +10,12 @@ from collections import Counter
 import numpy as np
 import psutil
 import pytest
-from batches import LINES, PREFIXES, normal, requests
+from batches import LINES, PREFIXES, normal, requests, small_model
 from conftest import ROOT
 from served import wait_for
 
 import llama
+from llama import Llama
 from llama.apps import cli
 from llama.apps.server.offline import Request, beginning
 from llama.ray.bulk import BEGINNING, blocks
@@ -39,6 +40,11 @@ def test_what_begins_alike_is_in_one_block():
 
 
 @pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
 def cluster():
     """Three nodes with one CPU each; yields the address and the processes of each node."""
     from ray.cluster_utils import Cluster
@@ -54,8 +60,8 @@ def cluster():
         cluster.shutdown()
 
 
-def batch(source, out, tiny_dir, *options):
-    return ["batch", str(source), str(out), str(tiny_dir), *CPU, *options]
+def batch(source, out, model, *options):
+    return ["batch", str(source), str(out), str(model), *CPU, *options]
 
 
 def results(out):
@@ -64,12 +70,12 @@ def results(out):
 
 
 @pytest.mark.slow
-def test_a_worker_a_node_and_the_driver_are_killed(cluster, tiny_dir, tmp_path):
+def test_a_worker_a_node_and_the_driver_are_killed(cluster, model, tmp_path):
     """No line is lost, none comes twice, and each is the local run's."""
     source, out, local = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "local.jsonl"
     source.write_text("\n".join(map(json.dumps, requests(LINES))))
     partial = tmp_path / ".out.jsonl.partial"
-    command = batch(source, out, tiny_dir, f"--ray={cluster.address}", "--engines=3")
+    command = batch(source, out, model, f"--ray={cluster.address}", "--engines=3")
 
     def kept():
         return [json.loads(x)["line"] for x in partial.open()][1:] if partial.exists() else []
@@ -97,18 +103,19 @@ def test_a_worker_a_node_and_the_driver_are_killed(cluster, tiny_dir, tmp_path):
     before = kept()
     assert LINES // 2 <= len(before) == len({*before}) <= LINES
     cli.parse(command)()  # on the nodes that are left
-    cli.parse(batch(source, local, tiny_dir))()
+    cli.parse(batch(source, local, model))()
     assert results(out) == results(local)
     names = Counter(line["custom_id"] for line in results(out))
     assert len(names) == LINES and {*names.values()} == {1}
 
 
-def test_predictor(tiny, tiny_dir):
+def test_predictor(model):
     """Without Ray: rows as `Llama` answers them; errors are values."""
     predictor = llama.ray.Predictor(
-        str(tiny_dir), {"temperature": 0.9, "max_tokens": 8}, device="cpu", dtype="fp32",
+        str(model), {"temperature": 0.9, "max_tokens": 8}, device="cpu", dtype="fp32",
         max_seq_len=128,
     )  # fmt: skip
+    alone = Llama.build(model, device="cpu", dtype="fp32", max_seq_len=128)
     prompts = [f"{prefix} {i}" for prefix in PREFIXES for i in range(3)]
     seeds = np.arange(13)
     rows = {"id": seeds, "prompt": np.array([*prompts, "a" * 200], object)}
@@ -117,28 +124,28 @@ def test_predictor(tiny, tiny_dir):
     assert "the context" in one["error"][12] and one["generation"][12] is None
     found = predictor({**rows, "seed": seeds})
     options = {"temperature": 0.9, "max_gen_len": 8, "seed": [*range(12)]}
-    for i, expected in enumerate(tiny.text_completion(prompts, **options)):
+    for i, expected in enumerate(alone.text_completion(prompts, **options)):
         assert found["error"][i] is None
         assert {name: found[name][i] for name in expected} == expected
     dialog = [{"role": "user", "content": "Hi"}]
     column = np.empty(1, object)
     column[0] = np.array(dialog, object)  # as Arrow's lists come
     found = predictor({"messages": column, "seed": np.array([3])})
-    [expected] = tiny.chat_completion([dialog], temperature=0.9, max_gen_len=8, seed=3)
+    [expected] = alone.chat_completion([dialog], temperature=0.9, max_gen_len=8, seed=3)
     assert found["generation"][0] == expected["generation"]["content"]
     with pytest.raises(ValueError, match="columns text: give one of prompt and messages"):
         predictor({"text": column})
 
 
 @pytest.mark.slow
-def test_the_pipeline_of_the_docs(cluster, tiny_dir):
+def test_the_pipeline_of_the_docs(cluster, model):
     import ray
 
     text = (ROOT / "docs" / "batch.md").read_text()
     [code] = [
         block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "import ray" in block
     ]
-    code = code.replace("checkpoints/SmolLM2-135M-Instruct", str(tiny_dir))
+    code = code.replace("checkpoints/SmolLM2-135M-Instruct", str(model))
     found: dict = {}
     ray.init(cluster.address, log_to_driver=False)
     try:
