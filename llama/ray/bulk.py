@@ -5,7 +5,10 @@ are left go on, Ray starts another one for one that died where there is room, an
 the end is asked for once more.
 """
 
+import logging
 import os
+import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -81,6 +84,10 @@ def answers(
             if len(left) == before:
                 reason = f": {failure}" if failure else ", see the messages of Ray"
                 raise OSError(f"no engine answers{reason}") from failure
+            if left:
+                print(
+                    f"{len(left)} requests were lost with an engine: asked again", file=sys.stderr
+                )
 
 
 def _once(
@@ -99,11 +106,13 @@ def _once(
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.max_errored_blocks = -1
-    with ray.data.DataContext.current(context):
-        found = ray.data.from_arrow([
-            pyarrow.table(dict(zip(Request._fields, zip(*block, strict=True), strict=True)))
-            for block in blocks(requests, size)
-        ]).map_batches(
+    tables = [
+        pyarrow.table(dict(zip(Request._fields, zip(*block, strict=True), strict=True)))
+        for block in blocks(requests, size)
+    ]
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.64 will name the last two otherwise
+        found = ray.data.from_arrow(tables).map_batches(
             Worker, batch_size=None,
             fn_constructor_kwargs={**options, "settings": asdict(settings)},
             compute=ray.data.ActorPoolStrategy(
@@ -169,6 +178,7 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
         yield ray
         return
     quiet: Dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it tells of, is dealt with here
     try:
         try:
             ray.init(address or "auto", **quiet)
