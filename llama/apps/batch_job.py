@@ -6,7 +6,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Generator, List, Mapping, Optional, Tuple
 
 from tqdm import tqdm
 
@@ -127,7 +127,7 @@ def _answer(job: Job, lines: List[Line], results: Results, cluster: Optional[Clu
 
 def _replies(
     job: Job, requests: List[Request], cluster: Optional[Cluster]
-) -> Iterator[List[Reply]]:
+) -> Generator[List[Reply], None, None]:
     if cluster is None:
         with Offline(job.build, job.settings) as model:
             yield from model.answers(requests)

@@ -75,12 +75,12 @@ class Predictor:
         columns: Dict[str, List[Any]] = {"generation": [], "finish_reason": [], "error": []}
         for reply in self.answer(requests):
             answer = json.loads(reply.body)
-            error = answer["error"]["message"] if reply.status != 200 else None
-            choice = answer["choices"][0] if error is None else {"text": None}
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            row = (text, choice.get("finish_reason"), error)
-            for column, one in zip(columns.values(), row, strict=True):
-                column.append(one)
+            choice = answer["choices"][0] if reply.status == 200 else {}
+            columns["generation"].append(
+                choice.get("message", {}).get("content", choice.get("text"))
+            )
+            columns["finish_reason"].append(choice.get("finish_reason"))
+            columns["error"].append(None if choice else answer["error"]["message"])
         return {**batch, **{name: np.array(found, object) for name, found in columns.items()}}
 
     def answer(self, requests: Sequence[Request]) -> List[Reply]:

@@ -29,7 +29,7 @@ def test_what_begins_alike_is_in_one_block():
         asked = []
         for name in ("a", "b", "c", "d", "e"):
             for i in range(each):
-                body = {"prompt": name * BEGINNING + str(i), "max_tokens": i}
+                body = {"prompt": f"{name * BEGINNING}{i:02}", "max_tokens": i}
                 asked.append(Request(len(asked), "/v1/completions", json.dumps(body).encode(), 0))
         found = list(blocks(sorted(asked, key=beginning), 8))
         assert [one for block in found for one in block] == asked
@@ -126,7 +126,7 @@ def test_predictor(model):
         str(model), {"temperature": 0.9, "max_tokens": 8}, device="cpu", dtype="fp32",
         max_seq_len=128,
     )  # fmt: skip
-    alone = Llama.build(model, device="cpu", dtype="fp32", max_seq_len=128)
+    alone = Llama.build(model, device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=16)
     prompts = [f"{prefix} {i}" for prefix in PREFIXES for i in range(3)]
     seeds = np.arange(13)
     rows = {"id": seeds, "prompt": np.array([*prompts, "a" * 200], object)}
