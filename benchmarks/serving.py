@@ -8,17 +8,20 @@ context, and gets the same requests (llama.apps.load), `concurrency` of them at 
 sleeps (SIGSTOP) while another has its turn; the turns go A B A B, and medians of the rounds are
 compared.
 
-The sides: `llama serve`; `llama.cpp`, its llama-server, compiled for this machine, of which the
-path is given; `transformers`, `transformers serve` with continuous batching, with --hf a directory
-in Hugging Face's format.
+The sides: `llama serve`; with --alone its engine without HTTP; `llama.cpp`, its llama-server,
+compiled for this machine, of which the path is given; `transformers`, `transformers serve` with
+continuous batching, with --hf a directory in Hugging Face's format (whose configuration should
+name no eos token, since transformers has no ignore_eos).
 """
 
+import asyncio
 import json
 import os
 import platform
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -30,6 +33,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import fire
 
+from llama import Llama
 from llama.apps import load
 
 DEMO = "checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +44,8 @@ class Side:
     """A server in a process of its own, asleep but in its turns."""
 
     def __init__(self, name: str, command: List[str], url: str, model: Optional[str] = None):
-        self.name, self.url, self.model = name, url, model
+        self.name, self.url = name, url
+        self._how: Dict[str, Any] = {"model": model, "ignore_eos": model is None}
         self.rounds: List[Dict[str, Any]] = []
         log = Path(tempfile.gettempdir()) / f"{name.replace(' ', '-')}.log"
         self._log = open(log, "w")  # noqa: SIM115
@@ -50,10 +55,10 @@ class Side:
         self._wait()
         self._signal(signal.SIGSTOP)
 
-    def turn(self, jobs: List[load.Job], concurrency: int) -> None:
+    def turn(self, jobs: List[load.Job], warm: List[load.Job], concurrency: int) -> None:
         self._signal(signal.SIGCONT)
-        load.run(self.url, jobs[:2], 2, model=self.model)  # awake, and warm
-        self.rounds.append(load.run(self.url, jobs, concurrency, model=self.model))
+        load.run(self.url, warm, len(warm), **self._how)  # awake
+        self.rounds.append(load.run(self.url, jobs, concurrency, **self._how))
         self._signal(signal.SIGSTOP)
 
     def close(self) -> None:
@@ -75,9 +80,49 @@ class Side:
         raise ValueError(f"{self.name} doesn't start: see {self._log.name}")
 
 
+class InProcess:
+    """The engine of `llama serve` without HTTP, in this process."""
+
+    name = "engine alone"
+
+    def __init__(self, path: str, rows: int):
+        self._llama = Llama.build(path, max_batch_size=rows, max_seq_len=CONTEXT)
+        self.rounds: List[Dict[str, Any]] = []
+
+    def turn(self, jobs: List[load.Job], warm: List[load.Job], concurrency: int) -> None:
+        self.rounds.append(asyncio.run(self._turn(jobs, warm, concurrency)))
+
+    async def _turn(
+        self, jobs: List[load.Job], warm: List[load.Job], concurrency: int
+    ) -> Dict[str, Any]:
+        encode, bos = self._llama.tokenizer.encode, self._llama.tokenizer.add_bos
+        limit = asyncio.Semaphore(concurrency)
+
+        async def one(job: load.Job) -> load.Timing:
+            async with limit:
+                sent, times = time.perf_counter(), []
+                ids = encode(job.prompt, bos=bos, eos=False)
+                async for _ in engine.stream(ids, job.max_tokens, temperature=0, stop_tokens=set()):
+                    times.append(time.perf_counter())
+                return load.timing(job.max_tokens, sent, times)
+
+        async with self._llama.async_engine() as engine:
+            await asyncio.gather(*map(one, warm))
+            began = time.perf_counter()
+            found = await asyncio.gather(*map(one, jobs))
+        return load.summary(found, time.perf_counter() - began, concurrency)
+
+    def close(self) -> None: ...
+
+
 def sides(
-    path: str, threads: int, rows: int, llama_server: Optional[str], hf: Optional[str]
-) -> Iterator[Side]:
+    path: str,
+    threads: int,
+    rows: int,
+    llama_server: Optional[str],
+    hf: Optional[str],
+    alone: bool,
+) -> Iterator["Side | InProcess"]:
     def url() -> str:
         with socket.create_server(("127.0.0.1", 0)) as free:
             return f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -90,6 +135,8 @@ def sides(
          "--max_batch_size", str(rows), "--max_seq_len", str(CONTEXT), "--log", "off"],
         at,
     )  # fmt: skip
+    if alone:
+        yield InProcess(path, rows)
     if llama_server:
         at = url()
         yield Side(
@@ -104,7 +151,7 @@ def sides(
             "transformers",
             [str(Path(sys.executable).parent / "transformers"), "serve", "--port",
              at.rpartition(":")[2], "--continuous-batching", "--dtype", "bfloat16",
-             "--device", "cpu", "--force-model", hf],
+             "--device", "cpu", hf],
             at, hf,
         )  # fmt: skip
 
@@ -118,16 +165,26 @@ def main(
     llama_server: Optional[str] = None,
     hf: Optional[str] = None,
     rate: Optional[float] = None,
+    letters: bool = False,
+    alone: bool = False,
     out: Optional[str] = None,
 ) -> None:
-    """Print a table of the medians, and a line of JSON; with out, save it as serving.json there."""
+    """Print a table of the medians, and a line of JSON; with out, save it as serving.json there.
+
+    Args:
+        alone: also the engine without HTTP.
+        letters: prompts of letters in place of words, for the models of benchmarks.shapes, in
+            whose vocabulary a letter is a token.
+    """
     threads = threads or len(os.sched_getaffinity(0))
-    jobs = load.make_jobs(requests, rate, seed=1)
-    found = list(sides(path, threads, concurrency, llama_server, hf))
+    texts = (string.ascii_letters, "") if letters else (load.WORDS, " ")
+    found = list(sides(path, threads, concurrency, llama_server, hf, alone))
     try:
-        for _ in range(rounds):
+        for number in range(rounds):  # each with texts of its own, which no cache knows
+            jobs = load.make_jobs(requests, rate, number, *texts)
+            warm = load.make_jobs(2, None, rounds + number, *texts)
             for side in found:
-                side.turn(jobs, concurrency)
+                side.turn(jobs, warm, concurrency)
                 print(side.name, json.dumps(side.rounds[-1]), file=sys.stderr, flush=True)
     finally:
         for side in found:

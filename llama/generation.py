@@ -335,18 +335,18 @@ class Llama:
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
         """The log-probability of each token of some texts; see `llama.engine.scoring.score`."""
-        return scoring.score(self.model, self.tokenizer, texts, batch_size)
+        return scoring.score(self._calls.plain, texts, batch_size)
 
     def perplexity(self, text: str, stride: Optional[int] = None) -> Perplexity:
         """Perplexity of a text of any length, in windows of max_seq_len tokens that begin every
         `stride` tokens; see `llama.engine.scoring.perplexity`."""
-        return scoring.perplexity(self.model, self.tokenizer, text, stride)
+        return scoring.perplexity(self._calls.plain, text, stride)
 
     def embed(
         self, texts: Sequence[str], pooling: Literal["last", "mean"] = "mean", **options: Any
     ) -> torch.Tensor:
         """A vector for each text, (len(texts), dim); see `llama.engine.embeddings.embed`."""
-        return embeddings.embed(self.model, self.tokenizer, texts, pooling, **options)
+        return embeddings.embed(self._calls.plain, texts, pooling, **options)
 
     def save_prefix(self, path: str | Path, prefix: str | Dialog) -> None:
         """Save the keys and values of a text or dialog to a file, for `load_prefix`.

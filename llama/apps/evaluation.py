@@ -41,6 +41,7 @@ class HarnessModel(TemplateLM):
         self.llama, self.parse_special = llama, parse_special
         self.max_length = llama.model.params.max_seq_len
         self.batch_size = llama.model.params.max_batch_size
+        self._engine = llama.engine(max_rows=self.batch_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -74,10 +75,10 @@ class HarnessModel(TemplateLM):
                 )
             pairs.append((context[-room:], continuation))
         found: List[Tuple[float, bool]] = []
-        step = 32 * self.batch_size  # enough to find similar lengths among
+        step = 32 * self.batch_size  # enough to find equal contexts among
         for begin in tqdm(range(0, len(pairs), step), "scoring", disable=disable_tqdm):
             part = pairs[begin : begin + step]
-            found += score_continuations(self.llama.model, part, self.batch_size)
+            found += score_continuations(self._engine, part, self.batch_size)
         return found
 
     def loglikelihood_rolling(self, requests: List[Any], disable_tqdm: bool = False) -> List[float]:

@@ -38,17 +38,24 @@ class Timing(NamedTuple):
     whole: float
 
 
-def make_jobs(count: int, rate: Optional[float], seed: int) -> List[Job]:
+def make_jobs(
+    count: int,
+    rate: Optional[float],
+    seed: int,
+    vocabulary: Sequence[str] = WORDS,
+    space: str = " ",
+) -> List[Job]:
     """Requests of three kinds in equal shares: short chats, long prompts, a shared system prompt.
 
     Args:
         rate: requests per second, at exponentially distributed intervals (Poisson arrivals); None:
             all at once.
+        vocabulary: of which texts are made, joined by `space`; each should be about a token.
     """
     rng = random.Random(seed)
 
     def words(n: int) -> str:
-        return " ".join(rng.choices(WORDS, k=n))
+        return space.join(rng.choices(vocabulary, k=n))
 
     system, at, found = words(SYSTEM), 0.0, []
     for i in range(count):
@@ -58,7 +65,7 @@ def make_jobs(count: int, rate: Optional[float], seed: int) -> List[Job]:
         elif kind == 1:
             prompt, most = words(rng.randint(300, 900)), rng.randint(16, 48)
         else:
-            prompt, most = f"{system} {words(rng.randint(10, 60))}", rng.randint(16, 64)
+            prompt, most = f"{system}{space}{words(rng.randint(10, 60))}", rng.randint(16, 64)
         found.append(Job(at, prompt, most))
         at += rng.expovariate(rate) if rate else 0.0
     return found
@@ -71,8 +78,12 @@ def run(
     *,
     model: Optional[str] = None,
     api_key: Optional[str] = None,
+    ignore_eos: bool = True,
 ) -> Dict[str, Any]:
     """Send all jobs, `concurrency` of them at a time, and summarize the answers.
+
+    Args:
+        ignore_eos: ask for answers of full length; False for servers that don't know this.
 
     Raises:
         ValueError: the server answers with an error, which is named.
@@ -85,14 +96,18 @@ def run(
         if failed.is_set():
             return None
         try:
-            return _ask(url, job, model, api_key)
+            return _ask(url, job, model, api_key, ignore_eos)
         except BaseException:
             failed.set()
             raise
 
     with ThreadPoolExecutor(concurrency) as pool:
         found = [timing for timing in pool.map(one, jobs) if timing is not None]
-    seconds = time.perf_counter() - began
+    return summary(found, time.perf_counter() - began, concurrency)
+
+
+def summary(found: Sequence[Timing], seconds: float, concurrency: int) -> Dict[str, Any]:
+    """Rates, and what requests saw, as percentiles in seconds."""
     tokens = sum(timing.tokens for timing in found)
     return {
         "requests": len(found), "concurrency": concurrency, "seconds": round(seconds, 3),
@@ -111,14 +126,16 @@ def percentiles(values: Sequence[float]) -> Dict[str, float]:
     return {f"p{q}": round(cuts[q - 1], 4) for q in (50, 95, 99)}
 
 
-def _ask(url: str, job: Job, model: Optional[str], api_key: Optional[str]) -> Timing:
+def _ask(
+    url: str, job: Job, model: Optional[str], api_key: Optional[str], ignore_eos: bool
+) -> Timing:
     """Send a request and read its stream to the end."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=600)
     body = {
         "prompt": job.prompt, "max_tokens": job.max_tokens, "temperature": 0, "stream": True,
-        "ignore_eos": True, **({"model": model} if model else {}),
+        **({"ignore_eos": True} if ignore_eos else {}), **({"model": model} if model else {}),
     }  # fmt: skip
     headers = {"Content-Type": "application/json"}
     if api_key:
@@ -140,5 +157,10 @@ def _ask(url: str, job: Job, model: Optional[str], api_key: Optional[str]) -> Ti
         connection.close()
     if not times:
         raise ValueError(f"{url}: a stream without any token")
+    return timing(job.max_tokens if ignore_eos else len(times), sent, times)
+
+
+def timing(tokens: int, sent: float, times: Sequence[float]) -> Timing:
+    """What a request saw, by when its tokens came."""
     gaps = [after - before for before, after in pairwise(times)]
-    return Timing(job.max_tokens, times[0] - sent, gaps, times[-1] - sent)
+    return Timing(tokens, times[0] - sent, gaps, times[-1] - sent)

@@ -39,12 +39,11 @@ def score(
     # A mistake shows before weights are read.
     texts = [[(file, read_text(Path(file), exact=True))] for file in files]
     texts += [read_lines(Path(jsonl))] if jsonl is not None else []
-    llama = Llama.build(**vars(model))
+    engine = Llama.build(**vars(model)).engine(max_rows=model.max_batch_size)
     for named in texts:
         found = perplexities(
-            llama.model, llama.tokenizer, [text for _, text in named], stride,
-            batch_size=model.max_batch_size,
-        )  # fmt: skip
+            engine, [text for _, text in named], stride, batch_size=model.max_batch_size
+        )
         for (name, _), result in zip(named, found, strict=True):
             if parallel.is_rank_zero():
                 print((as_json if json else as_line)(name, result), flush=True)

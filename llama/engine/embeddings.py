@@ -5,16 +5,18 @@ from typing import Iterator, List, Literal, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
+from llama.engine.engine import Engine
+from llama.engine.readings import States, read
 from llama.layers.ids import check_ids, padded
-from llama.model import ModelArgs, Transformer
-from llama.tokenizer import Tokenizer
+from llama.model import ModelArgs
+
+Pooling = Literal["last", "mean"]
 
 
 def embed(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    engine: Engine,
     texts: Sequence[str],
-    pooling: Literal["last", "mean"] = "mean",
+    pooling: Pooling = "mean",
     normalize: bool = True,
     batch_size: int = 8,
 ) -> torch.Tensor:
@@ -27,34 +29,29 @@ def embed(
         batch_size: texts computed at a time.
 
     Raises:
-        ValueError: another pooling; a text without tokens, or longer than max_seq_len, by number.
+        ValueError: another pooling; batch_size below 1; a text without tokens, or longer than
+            max_seq_len, by number.
     """
     if pooling not in ("last", "mean"):
         raise ValueError(f"pooling={pooling!r}: choose 'last' or 'mean'")
+    tokenizer, args = engine.tokenizer, engine.model.params
     encoded = [tokenizer.encode(text, bos=tokenizer.add_bos, eos=False) for text in texts]
-    return embed_ids(model, encoded, pooling, normalize, batch_size)
+    check_texts(encoded, args, batch_size)
+    found = [pooled_states(ids, pooling) for ids in encoded]
+    read(engine, zip(encoded, found, strict=True), batch_size)
+    rows = [pooled(states) for states in found]
+    vectors = torch.stack(rows) if rows else torch.empty(0, args.dim)
+    return F.normalize(vectors, dim=-1) if normalize else vectors
 
 
-@torch.inference_mode()
-def embed_ids(
-    model: Transformer,
-    encoded: Sequence[Sequence[int]],
-    pooling: Literal["last", "mean"] = "mean",
-    normalize: bool = True,
-    batch_size: int = 8,
-) -> torch.Tensor:
-    """`embed` for texts of token ids."""
-    device = model.norm.weight.device
-    found = torch.empty(len(encoded), model.params.dim)
-    for rows, tokens, lengths in batches(encoded, model.params, batch_size, device):
-        h = model.hidden(tokens).float()  # (B, T, dim)
-        if pooling == "last":
-            pooled = h[torch.arange(len(rows), device=device), lengths - 1]
-        else:
-            real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-            pooled = (h * real[..., None]).sum(1) / lengths[:, None]
-        found[rows] = pooled.cpu()
-    return F.normalize(found, dim=-1) if normalize else found
+def pooled_states(ids: Sequence[int], pooling: Pooling) -> States:
+    """A reading of the states that are to be pooled, for `pooled`."""
+    return States(0 if pooling == "mean" else len(ids) - 1)
+
+
+def pooled(states: States) -> torch.Tensor:
+    """Their mean: (dim,)."""
+    return states.states.mean(0)
 
 
 def batches(
@@ -66,6 +63,16 @@ def batches(
         ValueError: batch_size below 1, ids outside of the vocabulary; a text without tokens, or
             longer than max_seq_len, by number.
     """
+    check_texts(texts, args, batch_size)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        lengths = torch.tensor([len(texts[i]) for i in rows], device=device)
+        yield rows, padded([texts[i] for i in rows], device), lengths
+
+
+def check_texts(texts: Sequence[Sequence[int]], args: ModelArgs, batch_size: int) -> None:
+    """Raises what `batches` raises."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     for row, ids in enumerate(texts):
@@ -74,8 +81,3 @@ def batches(
                 f"text {row} has {len(ids)} tokens: it takes 1 to max_seq_len, {args.max_seq_len}"
             )
     check_ids(texts, args.vocab_size, "text")
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        lengths = torch.tensor([len(texts[i]) for i in rows], device=device)
-        yield rows, padded([texts[i] for i in rows], device), lengths

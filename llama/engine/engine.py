@@ -23,7 +23,7 @@ from llama.engine.events import (
 )
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event, Speculation
-from llama.engine.requests import Part, Request, Stats
+from llama.engine.requests import Part, Reading, Request, Stats
 from llama.engine.rows import Options, constrain, make_rows
 from llama.engine.scheduler import Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
@@ -68,7 +68,7 @@ class Engine:
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self._model, self._tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, tokenizer
         blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
         self.pool = model.new_cache(1 + blocks.total, PAGE)
         self.scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
@@ -87,7 +87,7 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size
+        return self.model.vocab_size
 
     @property
     def stats(self) -> Stats:
@@ -115,6 +115,7 @@ class Engine:
         echo: bool = False,
         priority: int = 0,
         cache_prompt: bool = True,
+        reading: Optional[Reading] = None,
         **options: Unpack[Options],
     ) -> Request:
         """A request of several prompts, which fail together. See `Llama.generate` for the
@@ -126,19 +127,20 @@ class Engine:
             priority: a request of priority p may overtake those of priority 0 that came up to 100 p
                 steps earlier.
             cache_prompt: False computes whole prompts, whatever the cache knows of them.
+            reading: sees the hidden states of the prompt, of which there is one.
 
         Raises:
             ValueError: what `Llama.generate` raises; a sequence that the cache can't hold.
         """
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
         stops = options.get("stop_tokens")
-        stops = self._tokenizer.stop_tokens if stops is None else stops
-        rows = make_rows(self._model, prompts, max_gen_len, params, self._generator, options)
+        stops = self.tokenizer.stop_tokens if stops is None else stops
+        rows = make_rows(self.model, prompts, max_gen_len, params, self._generator, options)
         speculator = self.speculators(options.get("speculate"))
         request = Request(
             rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
             echo=echo, priority=priority, cache_prompt=cache_prompt,
-            should_stop=options.get("should_stop"), speculator=speculator,
+            should_stop=options.get("should_stop"), speculator=speculator, reading=reading,
         )  # fmt: skip
         for part in request.parts:
             self.scheduler.check(part.sequences)
@@ -146,10 +148,10 @@ class Engine:
         if formats is not None:
             with self._compiling:
                 if self._compiler is None:
-                    self._compiler = GrammarCompiler(self._tokenizer, self._model.params.vocab_size)
+                    self._compiler = GrammarCompiler(self.tokenizer, self.model.params.vocab_size)
                 constrain(rows, self._compiler, formats, stops)
         for row in rows:
-            row.begin(self._tokenizer, self._model.norm.weight.device)
+            row.begin(self.tokenizer, self.model.norm.weight.device)
             if speculator is not None:
                 row.speculation = Speculation(proposed=0, accepted=0, passes=0)
         return request
@@ -193,7 +195,7 @@ class Engine:
                 return []
             try:
                 found, sampled = self._sample(
-                    *compute(self._model, self.pool, self.scheduler, plan, self._parts)
+                    *compute(self.model, self.pool, self.scheduler, plan, self._parts)
                 )
             except BaseException:
                 self.scheduler.restart()
@@ -207,9 +209,9 @@ class Engine:
 
     def sync(self) -> None:
         """Forget what was computed with weights that have been changed since."""
-        if revision(self._model) != self._revision:
+        if revision(self.model) != self._revision:
             self.scheduler.blocks.clear()
-            self._revision = revision(self._model)
+            self._revision = revision(self.model)
 
     def run(self, request: Request) -> Iterator[Event]:
         """`submit` and `events`, once the iterator is begun; then forgets what isn't to be kept."""
@@ -295,8 +297,8 @@ class Engine:
         largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
         asking = list({p.request: None for p in parts if p.request.should_stop and not p.row.full})
         sampled: List[List[int]] = [[] for _ in (*parts, *asking)]
-        ends = list(accumulate(1 + len(draft) for draft in drafts))
-        spans = [slice(end - len(draft) - 1, end) for end, draft in zip(ends, drafts, strict=True)]
+        ends = accumulate(part.asked for part in parts)
+        spans = [slice(end - part.asked, end) for end, part in zip(ends, parts, strict=True)]
         broken = {
             part
             for part, span in zip(parts, spans, strict=True)
@@ -321,7 +323,7 @@ class Engine:
             if request in failed:  # with another of its parts
                 continue
             if request.scored and part.row.echo and not part.row.sample:
-                part.sequence.reuses = request.cache_prompt
+                part.sequence.reusable = None if request.cache_prompt else 0
             if answers.get(request) == FAILS:
                 tokens = []
             events = advance(part, tokens, of_tokens, request in stopping)

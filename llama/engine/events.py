@@ -189,7 +189,7 @@ def details_of_all(
     groups: Dict[Tuple[bool, int], List[Tuple[int, List[int]]]] = {}
     at = 0
     for i, part in enumerate(parts):
-        n = 1 + len(part.sequence.draft)
+        n = part.asked
         wanted = part.request.logprobs, part.request.top_logprobs
         if sampled[i] and any(wanted):
             groups.setdefault(wanted, []).append((i, list(range(at, at + n))))

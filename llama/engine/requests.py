@@ -1,7 +1,7 @@
 """What was asked of an engine, and what it is doing about it."""
 
 from collections import deque
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Protocol, Set, Tuple
 
 import torch
 
@@ -9,6 +9,7 @@ from llama.engine.predictions import Event
 from llama.engine.rows import Row
 from llama.engine.scheduler import Sequence
 from llama.engine.speculative import Speculator
+from llama.model import Transformer
 
 Details = Tuple[Optional[float], Optional[List[Tuple[int, float]]]]  # logprob, top_logprobs
 
@@ -24,6 +25,18 @@ class Stats(NamedTuple):
     computed_tokens: int  # of prompts and answers
     cached_tokens: int  # found in the cache
     preemptions: int  # sequences that lost their blocks and are computed again
+
+
+class Reading(Protocol):
+    """Sees the hidden states of a prompt's tokens from `start` on, as they are computed.
+
+    `read` gets those from position `begin` on, (tokens, dim), in order, and again from `start` if
+    its request has been preempted.
+    """
+
+    start: int
+
+    def read(self, model: Transformer, begin: int, h: torch.Tensor) -> None: ...
 
 
 class Request:
@@ -47,18 +60,21 @@ class Request:
         cache_prompt: bool,
         should_stop: Optional[Callable[[], bool]],
         speculator: Optional[Speculator],
+        reading: Optional[Reading] = None,
     ):
+        self.reading = reading
         self.rows, self.stop_tokens = rows, stop_tokens
         self.logprobs, self.top_logprobs = logprobs, top_logprobs
         self.cache_prompt, self.should_stop = cache_prompt, should_stop
         self.speculator = speculator
         self.scored = echo and bool(logprobs or top_logprobs)
         self.scores: Dict[int, Dict[int, Details]] = {row.index: {} for row in rows}
-        reuses = cache_prompt and not self.scored  # this needs the hidden states of all tokens
+        # Positions whose hidden states are needed are computed, whatever the cache knows of them.
+        most = 0 if self.scored or not cache_prompt else reading.start if reading else None
         self.parts: List[Part] = []
         for row in rows:
             row.echo = echo
-            sequence = Sequence(list(row.prompt), row.max_len, priority, reuses, row.adapter)
+            sequence = Sequence(list(row.prompt), row.max_len, priority, most, row.adapter)
             self.parts.append(part := Part(self, row, sequence))
             if row.sample:
                 part.first = self.parts[-1 - row.sample]
@@ -94,8 +110,13 @@ class Part:
             prompt = list(row.params.negative_prompt or row.prompt[-1:])
             length = len(prompt) + row.max_len - len(row.prompt)
             self.negative = Sequence(
-                prompt, length, sequence.priority, sequence.reuses, row.adapter, extra=True
+                prompt, length, sequence.priority, sequence.reusable, row.adapter, extra=True
             )
+
+    @property
+    def asked(self) -> int:
+        """The positions at which a pass that ends with its last known token predicts one."""
+        return 0 if self.row.full and self.negative is None else 1 + len(self.sequence.draft)
 
     @property
     def sequences(self) -> List[Sequence]:

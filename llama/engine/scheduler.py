@@ -30,7 +30,7 @@ class Sequence:
         tokens: those known: the prompt's; those of the answer are appended as they are sampled.
         max_len: tokens that it may have in the end.
         priority: higher ones come earlier.
-        reuses: whether what the cache knows of it is used.
+        reusable: how many of its first tokens may be taken from the cache; None: all.
         adapter: its number (`llama.layers.low_rank`); 0: none.
         extra: whether it doesn't count as one of the rows that run at once.
 
@@ -45,12 +45,12 @@ class Sequence:
         tokens: List[int],
         max_len: int,
         priority: int = 0,
-        reuses: bool = True,
+        reusable: Optional[int] = None,
         adapter: int = 0,
         extra: bool = False,
     ):
         self.tokens, self.max_len, self.priority = tokens, max_len, priority
-        self.reuses, self.adapter, self.computed = reuses, adapter, 0
+        self.reusable, self.adapter, self.computed = reusable, adapter, 0
         self.extra = extra
         self.found: Optional[int] = None
         self.table: List[int] = []
@@ -244,23 +244,24 @@ class Scheduler:
 
     def _is_about_to_be_known(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing what this one begins with."""
-        tokens = sequence.tokens
-        for other in self.running if sequence.reuses else ():
+        tokens = sequence.tokens[: sequence.reusable]
+        for other in self.running if tokens else ():
             if (
                 other.remaining
                 and other.adapter == sequence.adapter
                 and other.tokens[:HELD] == tokens[:HELD]
             ):
-                shared = common_length(tokens[:-1], other.tokens)
+                last = len(sequence.tokens) - 1  # whose hidden state is needed
+                shared = common_length(tokens[:last], other.tokens)
                 match = self.blocks.match(tokens, sequence.adapter)
-                known = min(match.positions, len(tokens) - 1)
+                known = min(match.positions, last)
                 if shared >= known + HELD and other.computed < shared:
                     return True
         return False
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give a sequence the blocks for its known tokens, those known to the cache among them."""
-        known = sequence.tokens if sequence.reuses else ()
+        known = sequence.tokens[: sequence.reusable]
         nodes, tail, positions = self.blocks.match(known, sequence.adapter)
         if positions == len(sequence.tokens):  # the last one's hidden state is needed
             positions -= 1

@@ -8,12 +8,10 @@ import math
 from itertools import accumulate, pairwise
 from typing import Iterator, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
-import torch
-
-from llama.engine.projection import logprobs_of
-from llama.layers.ids import check_ids, padded
-from llama.model import Transformer
-from llama.tokenizer import Tokenizer
+from llama.engine.engine import Engine
+from llama.engine.readings import Scores, read
+from llama.layers.ids import check_ids
+from llama.model import ModelArgs
 
 Convention = Literal["transformers", "llama.cpp"]
 
@@ -42,9 +40,7 @@ class Span(NamedTuple):
     start: int
 
 
-def score(
-    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 8
-) -> List[TextScore]:
+def score(engine: Engine, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
     """Log-probability of each token of each text, in the order of the texts.
 
     Raises:
@@ -52,15 +48,15 @@ def score(
     """
     if isinstance(texts, str):
         raise ValueError("texts is one text: pass a list of texts")
+    tokenizer, most = engine.tokenizer, engine.model.params.max_seq_len
     encoded = [tokenizer.encode(text, bos=tokenizer.add_bos, eos=False) for text in texts]
     for row, ids in enumerate(encoded):
-        if len(ids) > model.params.max_seq_len:
+        if len(ids) > most:
             raise ValueError(
-                f"text {row} has {len(ids)} tokens, and max_seq_len is "
-                f"{model.params.max_seq_len}: ask for its perplexity, which is computed in "
-                "windows, or build with a larger max_seq_len"
+                f"text {row} has {len(ids)} tokens, and max_seq_len is {most}: ask for its "
+                "perplexity, which is computed in windows, or build with a larger max_seq_len"
             )
-    found = score_spans(model, [Span(ids, 1) for ids in encoded], batch_size)
+    found = score_spans(engine, [Span(ids, 1) for ids in encoded], batch_size)
     return [
         TextScore(ids, [0.0] * bool(ids) + logprobs, math.fsum(logprobs))
         for ids, (logprobs, _) in zip(encoded, found, strict=True)
@@ -68,7 +64,7 @@ def score(
 
 
 def score_continuations(
-    model: Transformer, pairs: Sequence[Tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
+    engine: Engine, pairs: Sequence[Tuple[Sequence[int], Sequence[int]]], batch_size: int = 8
 ) -> List[ContinuationScore]:
     """Log-probability of each continuation given its context, both as token ids.
 
@@ -81,13 +77,12 @@ def score_continuations(
     spans = [Span([*context, *continuation], len(context)) for context, continuation in pairs]
     return [
         ContinuationScore(math.fsum(logprobs), all(greedy))
-        for logprobs, greedy in score_spans(model, spans, batch_size)
+        for logprobs, greedy in score_spans(engine, spans, batch_size)
     ]
 
 
 def perplexity(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    engine: Engine,
     text: str,
     stride: Optional[int] = None,
     context: Optional[int] = None,
@@ -110,7 +105,7 @@ def perplexity(
     """
     if isinstance(text, str):
         (found,) = perplexities(
-            model, tokenizer, [text], stride, context, convention=convention, batch_size=batch_size
+            engine, [text], stride, context, convention=convention, batch_size=batch_size
         )
         if found.tokens:
             return found
@@ -122,8 +117,7 @@ def perplexity(
 
 
 def perplexities(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    engine: Engine,
     texts: Sequence[str],
     stride: Optional[int] = None,
     context: Optional[int] = None,
@@ -135,7 +129,7 @@ def perplexities(
 
     A text without a token to score has 0 tokens and a perplexity of NaN.
     """
-    most = model.params.max_seq_len
+    tokenizer, most = engine.tokenizer, engine.model.params.max_seq_len
     context = most if context is None else context
     if not 2 <= context <= most:
         raise ValueError(
@@ -156,7 +150,7 @@ def perplexities(
         else:
             bos = tokenizer.bos_id if tokenizer.add_bos else None
             windows.append(list(halved_chunks(ids, context, bos)))
-    found = score_spans(model, [span for spans in windows for span in spans], batch_size)
+    found = score_spans(engine, [span for spans in windows for span in spans], batch_size)
     results = []
     for begin, end in pairwise(accumulate(map(len, windows), initial=0)):
         logprobs = [logprob for row, _ in found[begin:end] for logprob in row]
@@ -192,51 +186,36 @@ def halved_chunks(ids: Sequence[int], context: int, bos: Optional[int]) -> Itera
         yield Span(chunk if bos is None else [bos, *chunk[1:]], context // 2 + 1)
 
 
-@torch.inference_mode()
 def score_spans(
-    model: Transformer, spans: Sequence[Span], batch_size: int = 8
+    engine: Engine, spans: Sequence[Span], batch_size: int = 8
 ) -> List[Tuple[List[float], List[bool]]]:
     """For each of ids[start:] its log-probability and whether it is the most probable token.
 
-    Memory: the hidden states of a batch, and the logits of `projection.PROJECTED` positions. Under
-    torchrun all ranks call this with the same arguments, and each has the result.
+    Memory: the cache of `batch_size` spans, the hidden states of a pass, and the logits of
+    `projection.PROJECTED` positions. Under torchrun all ranks call this with the same arguments,
+    and each has the result.
 
     Raises:
         ValueError: ids outside of the vocabulary, more than max_seq_len before the last one,
             batch_size below 1, start below 1, or logits that aren't finite.
     """
-    _check(model, spans, batch_size)
-    device = model.norm.weight.device
-    results: List[Tuple[List[float], List[bool]]] = [([], []) for _ in spans]
-    # Similar lengths together, so that little is padded; the longest first, so that a batch that
-    # doesn't fit into memory is the first one.
+    _check(engine.model.params, spans, batch_size)
+    scores = [Scores(span.ids, span.start) for span in spans]
+    # Longest first, so that what doesn't fit into memory is found out at once; those that begin
+    # alike side by side, so that their beginning is still in the cache.
     order = [row for row, span in enumerate(spans) if len(span.ids) > span.start]
-    order.sort(key=lambda row: -len(spans[row].ids))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        tokens = padded([spans[row].ids for row in rows], device)
-        wanted = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids, start = spans[row]
-            wanted[i, start - 1 : len(ids) - 1] = True  # where ids[start:] are predicted
-        h = model.hidden(tokens[:, :-1])[wanted]  # (number of scored tokens, dim), row after row
-        found = logprobs_of(model, h, tokens[:, 1:][wanted])
-        logprobs, greedy = (part.tolist() for part in found)
-        at = 0
-        for row in rows:
-            end = at + len(spans[row].ids) - spans[row].start
-            results[row] = logprobs[at:end], greedy[at:end]
-            at = end
-            if not all(map(math.isfinite, results[row][0])):  # on every rank alike
-                raise ValueError(
-                    f"the model's logits for text {row} aren't finite: broken weights, or a dtype "
-                    "too narrow for them; try dtype=torch.float32"
-                )
-    return results
+    order.sort(key=lambda row: (-spans[row].start, list(spans[row].ids)))
+    read(engine, ((list(spans[row].ids[:-1]), scores[row]) for row in order), batch_size)
+    for row, found in enumerate(scores):
+        if not all(map(math.isfinite, found.logprobs)):  # on every rank alike
+            raise ValueError(
+                f"the model's logits for text {row} aren't finite: broken weights, or a dtype "
+                "too narrow for them; try dtype=torch.float32"
+            )
+    return [(found.logprobs, found.greedy) for found in scores]
 
 
-def _check(model: Transformer, spans: Sequence[Span], batch_size: int) -> None:
-    params = model.params
+def _check(params: ModelArgs, spans: Sequence[Span], batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     for row, (ids, start) in enumerate(spans):

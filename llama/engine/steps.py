@@ -7,7 +7,7 @@ import torch
 from llama.engine.events import details_of, guide
 from llama.engine.passes import hidden
 from llama.engine.projection import PROJECTED
-from llama.engine.requests import Part
+from llama.engine.requests import Part, Reading
 from llama.engine.scheduler import Plan, Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.layers.cache import KVCache
@@ -32,18 +32,24 @@ def compute(
     ends: List[Tuple[Part, Scheduled]] = []
     at: List[int] = []  # of each end, and of its draft tokens
     scored: List[Tuple[Part, int, int, int]] = []
+    read: List[Tuple[Reading, int, int, int]] = []
     end = 0
     for sequence, n in plan.counts.items():
         part, known, draft = parts[sequence], sequence.computed, sequence.draft
         new.append(sequence.tokens[known : known + n] + draft)
         if part.request.scored and part.row.echo and sequence is part.sequence:
             scored.append((part, known + 1, end, end + n))
+        reading = part.request.reading
+        if reading is not None and known + n > reading.start:
+            begin = max(known, reading.start)
+            read.append((reading, begin, end + begin - known, end + n))
         end += n
         if known + n - len(draft) == len(sequence.tokens):
             for one in (part, *part.siblings) if not part.row.answer else (part,):
                 ends.append((one, sequence))
-                at += range(end - 1 - len(draft), end)
-    index = torch.tensor(at, device=pool.k.device)  # on a GPU, later would wait for it
+                at += range(end - one.asked, end)
+    # On a GPU, later would wait for it.
+    index = torch.tensor(at, dtype=torch.long, device=pool.k.device)
     sequences = list(plan.counts)
     cache = PagedRows(
         pool, [s.table for s in sequences], [s.computed for s in sequences],
@@ -52,6 +58,8 @@ def compute(
     h = hidden(model, new, cache)
     for part, begin, first, last in scored:
         _score(model, part, begin, h[first:last])
+    for reading, begin, first, last in read:
+        reading.read(model, begin, h[first:last])
     for sequence, n in plan.counts.items():
         scheduler.advance(sequence, n - len(sequence.draft))
     return _logits(model, ends, h[index]) if ends else ([], h, h)
@@ -60,14 +68,14 @@ def compute(
 def _logits(model: Transformer, ends: List[Tuple[Part, Scheduled]], h: torch.Tensor) -> Ready:
     """As `compute` returns it, from the hidden states h where sequences end."""
     if all(part.negative is None for part, _ in ends):
-        logits = model.logits(h)
+        logits = model.logits(h) if len(h) else h
         return [part for part, _ in ends], logits, logits
     plain: List[Part] = []
     guided: List[Part] = []
     states: List[torch.Tensor] = []  # of plain parts
     at = 0
     for part, sequence in ends:
-        stop = at + 1 + len(sequence.draft)
+        stop = at + part.asked
         if part.negative is None:
             plain.append(part)
             states.append(h[at:stop])

@@ -76,7 +76,7 @@ def evaluate(ckpt, tasks, *more, **options):
 
 
 def total(llama, ids, start):
-    ((logprobs, _),) = score_spans(llama.model, [Span(ids, start)])
+    ((logprobs, _),) = score_spans(llama.engine(), [Span(ids, start)])
     return sum(logprobs)
 
 

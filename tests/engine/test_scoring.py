@@ -11,6 +11,7 @@ import xllamacpp
 from conftest import ROOT, TINY, random_weights
 from test_model import to_hugging_face
 
+from llama import Llama
 from llama.apps import cli
 from llama.checkpoint.convert import convert
 from llama.engine import projection, scoring
@@ -71,7 +72,7 @@ def long_text(tokenizer, tokens):
 
 
 def test_scores_are_those_of_a_plain_forward_in_the_order_of_the_texts(tiny):
-    for text, found in zip(TEXTS, score(tiny.model, tiny.tokenizer, TEXTS, 4), strict=True):
+    for text, found in zip(TEXTS, score(tiny.engine(), TEXTS, 4), strict=True):
         ids = tiny.tokenizer.encode(text, bos=True, eos=False)
         with torch.no_grad():
             logprobs = tiny.model(torch.tensor([ids]))[0].log_softmax(-1)
@@ -81,9 +82,9 @@ def test_scores_are_those_of_a_plain_forward_in_the_order_of_the_texts(tiny):
 
 
 def test_a_batch_equals_singles(tiny):
-    together = score(tiny.model, tiny.tokenizer, TEXTS, batch_size=len(TEXTS))
+    together = score(tiny.engine(), TEXTS, batch_size=len(TEXTS))
     for text, found in zip(TEXTS, together, strict=True):
-        (alone,) = score(tiny.model, tiny.tokenizer, [text])
+        (alone,) = score(tiny.engine(), [text])
         assert found.tokens == alone.tokens
         assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
@@ -91,7 +92,7 @@ def test_a_batch_equals_singles(tiny):
 def test_what_generation_says_of_its_tokens_is_what_scoring_says(tiny):
     prompt = tiny.tokenizer.encode("Once", bos=True, eos=False)
     (new,), (logprobs,) = tiny.generate([prompt], 20, 0, logprobs=True, stop_tokens=set())
-    ((found, greedy),) = score_spans(tiny.model, [Span([*prompt, *new], len(prompt))])
+    ((found, greedy),) = score_spans(tiny.engine(), [Span([*prompt, *new], len(prompt))])
     assert found == pytest.approx(logprobs, abs=1e-4) and all(greedy)
 
 
@@ -101,40 +102,64 @@ def test_continuations_and_whether_greedy_decoding_gives_them(tiny):
     for context in contexts:
         (best,), _ = tiny.generate([context], 6, temperature=0, stop_tokens=set())
         pairs += [(context, best), (context, [*best[:5], (best[5] + 1) % 512]), (context, [])]
-    found = score_continuations(tiny.model, pairs, batch_size=2)
+    found = score_continuations(tiny.engine(), pairs, batch_size=2)
     assert [one.greedy for one in found] == [True, False, True] * 3
     for (context, continuation), one in zip(pairs, found, strict=True):
-        ((logprobs, _),) = score_spans(tiny.model, [Span([*context, *continuation], len(context))])
+        ((logprobs, _),) = score_spans(
+            tiny.engine(), [Span([*context, *continuation], len(context))]
+        )
         assert one.total == pytest.approx(sum(logprobs), abs=1e-4)
         assert len(logprobs) == len(continuation)
+
+
+def test_a_context_that_continuations_share_is_computed_once(tiny):
+    context, endings = list(range(3, 103)), [[9, 8], [7], [9, 9, 9], [6, 5, 4, 3]]
+    engine = tiny.engine()
+    together = score_continuations(engine, [(context, ending) for ending in endings])
+    fed = len(context) + sum(len(ending) - 1 for ending in endings)  # the last ones aren't
+    again = len(endings) - 1  # the position that predicts the first token of an ending
+    assert engine.stats.computed_tokens == fed + again
+    for ending, found in zip(endings, together, strict=True):
+        [alone] = score_continuations(tiny.engine(), [(context, ending)])
+        assert found.greedy == alone.greedy and found.total == pytest.approx(alone.total, abs=1e-4)
+
+
+def test_scores_do_not_depend_on_what_runs_beside_them(tiny):
+    engine = tiny.engine(max_tokens_per_step=16, cache_tokens=256)  # chunks, and preemptions
+    spans = [Span([*range(3, 60 + i)], 20) for i in range(0, 12, 3)]
+    alone = [score_spans(tiny.engine(), [span])[0] for span in spans]
+    other = engine.add([5, 6, 7], 40, temperature=0, stop_tokens=set())
+    for found, expected in zip(score_spans(engine, spans), alone, strict=True):
+        assert found[0] == pytest.approx(expected[0], abs=1e-4) and found[1] == expected[1]
+    assert len(list(engine.events(other))) == 40
 
 
 def test_few_positions_are_projected_at_a_time_and_only_those_scored(tiny, monkeypatch):
     projected, logits = [], tiny.model.logits
     monkeypatch.setattr(tiny.model, "logits", lambda h: projected.append(len(h)) or logits(h))
-    score_spans(tiny.model, [Span([7] * 100, 40), Span([8] * 129, 1), Span([9], 1)])
+    score_spans(tiny.engine(), [Span([7] * 100, 40), Span([8] * 129, 1), Span([9], 1)])
     assert sum(projected) == 60 + 128 and max(projected) <= projection.PROJECTED
 
 
 def test_mistakes_are_named(tiny):
-    model, tokenizer = tiny.model, tiny.tokenizer
+    engine = tiny.engine()
     for call, message in [
-        (lambda: score(model, tokenizer, "text"), "pass a list"),
-        (lambda: score(model, tokenizer, ["a", "b" * 128]), "text 1 has 129 tokens.* perplexity"),
-        (lambda: score(model, tokenizer, ["a"], batch_size=0), "batch_size=0"),
-        (lambda: score_continuations(model, [([1], [2]), ([], [2])]), "context 1 is empty"),
-        (lambda: score_continuations(model, [([1], [2] * 129)]), "has 130 tokens, and 129 can"),
-        (lambda: score_continuations(model, [([1], [512])]), "token id 512.*0 to 511"),
-        (lambda: score_spans(model, [Span([1, -2], 1)]), "token id -2"),
-        (lambda: score_spans(model, [Span([1, 2], 0)]), "start=0"),
-        (lambda: perplexity(model, tokenizer, ["a"]), "pass one str"),
-        (lambda: perplexity(model, tokenizer, ""), "no token"),
-        (lambda: perplexity(model, tokenizer, "abc", convention="llama.cpp"), "fill a window"),
-        (lambda: perplexity(model, tokenizer, "abc", convention="gpt"), "convention='gpt'"),
-        (lambda: perplexity(model, tokenizer, "abc", context=129), "context=129.*max_seq_len"),
-        (lambda: perplexity(model, tokenizer, "abc", context=1), "context=1 must"),
-        (lambda: perplexity(model, tokenizer, "abc", stride=0), "stride=0 must"),
-        (lambda: perplexity(model, tokenizer, "abc", stride=9, context=8), "stride=9 must"),
+        (lambda: score(engine, "text"), "pass a list"),
+        (lambda: score(engine, ["a", "b" * 128]), "text 1 has 129 tokens.* perplexity"),
+        (lambda: score(engine, ["a"], batch_size=0), "batch_size=0"),
+        (lambda: score_continuations(engine, [([1], [2]), ([], [2])]), "context 1 is empty"),
+        (lambda: score_continuations(engine, [([1], [2] * 129)]), "has 130 tokens, and 129 can"),
+        (lambda: score_continuations(engine, [([1], [512])]), "token id 512.*0 to 511"),
+        (lambda: score_spans(engine, [Span([1, -2], 1)]), "token id -2"),
+        (lambda: score_spans(engine, [Span([1, 2], 0)]), "start=0"),
+        (lambda: perplexity(engine, ["a"]), "pass one str"),
+        (lambda: perplexity(engine, ""), "no token"),
+        (lambda: perplexity(engine, "abc", convention="llama.cpp"), "fill a window"),
+        (lambda: perplexity(engine, "abc", convention="gpt"), "convention='gpt'"),
+        (lambda: perplexity(engine, "abc", context=129), "context=129.*max_seq_len"),
+        (lambda: perplexity(engine, "abc", context=1), "context=1 must"),
+        (lambda: perplexity(engine, "abc", stride=0), "stride=0 must"),
+        (lambda: perplexity(engine, "abc", stride=9, context=8), "stride=9 must"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -145,7 +170,7 @@ def test_logits_that_are_not_finite_are_named(make_model, tiny):
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="text 1 aren't finite.*float32"):
-        score_spans(model, [Span([], 1), Span([1, 2], 1)])
+        score_spans(Llama(model, tiny.tokenizer).engine(), [Span([], 1), Span([1, 2], 1)])
 
 
 def test_scores_of_the_demo_model_equal_transformers(smollm2, hugging_face, parity):
@@ -158,7 +183,7 @@ def test_scores_of_the_demo_model_equal_transformers(smollm2, hugging_face, pari
         "a " * 40,
         "The cat sat on the mat, and then it sat on the other mat.",
     ]
-    found = score(smollm2.model, smollm2.tokenizer, texts)
+    found = score(smollm2.engine(), texts)
     assert len(found) == 10
     for one in found:
         expected = [0.0, *their_logprobs(hugging_face, one.tokens).tolist()]
@@ -174,7 +199,7 @@ def test_strided_windows_score_each_token_once_as_transformers_does(tiny, contex
     theirs = to_hugging_face(TINY, random_weights(TINY))
     text = ("The quick brown fox jumps over the lazy dog. " * 5)[:length]
     ids = tiny.tokenizer.encode(text, bos=True, eos=False)
-    found = perplexity(tiny.model, tiny.tokenizer, text, stride, context)
+    found = perplexity(tiny.engine(), text, stride, context)
     expected, tokens = their_perplexity(theirs, ids, context, stride)
     assert found.tokens == tokens and found.perplexity == pytest.approx(expected, rel=1e-4)
     assert stride == context or found.tokens == len(ids) - 1
@@ -182,8 +207,8 @@ def test_strided_windows_score_each_token_once_as_transformers_does(tiny, contex
 
 
 def test_a_text_within_the_context_is_one_window(tiny):
-    found = perplexity(tiny.model, tiny.tokenizer, TEXTS[0])
-    (whole,) = score(tiny.model, tiny.tokenizer, TEXTS[:1])
+    found = perplexity(tiny.engine(), TEXTS[0])
+    (whole,) = score(tiny.engine(), TEXTS[:1])
     assert found.nll == pytest.approx(-whole.total, abs=1e-4)
     assert found.tokens == len(whole.tokens) - 1
 
@@ -200,17 +225,17 @@ def test_the_chunks_are_those_of_llama_cpp():
 
 def test_texts_together_have_the_perplexity_of_each_alone(tiny):
     texts = [TEXTS[0] * 9, "", TEXTS[3] * 3]
-    together = scoring.perplexities(tiny.model, tiny.tokenizer, texts, 16, 32)
+    together = scoring.perplexities(tiny.engine(), texts, 16, 32)
     assert together[1].tokens == 0 and math.isnan(together[1].perplexity)
     for text, found in zip(texts[::2], together[::2], strict=True):
-        alone = perplexity(tiny.model, tiny.tokenizer, text, 16, 32, batch_size=1)
+        alone = perplexity(tiny.engine(), text, 16, 32, batch_size=1)
         assert found == pytest.approx(alone, rel=1e-5)
 
 
 def test_perplexity_of_a_long_text_equals_transformers(smollm2, hugging_face):
     text = long_text(smollm2.tokenizer, 800)
     ids = smollm2.tokenizer.encode(text, bos=False, eos=False)
-    found = perplexity(smollm2.model, smollm2.tokenizer, text, context=512)
+    found = perplexity(smollm2.engine(), text, context=512)
     expected, tokens = their_perplexity(hugging_face, ids, 512, 256)
     assert found.tokens == tokens == len(ids) - 1 >= 750
     assert found.perplexity == pytest.approx(expected, rel=1e-4)
@@ -247,12 +272,12 @@ def test_perplexity_is_llama_cpps(smollm2, smollm2_path, tmp_path, parity, weigh
     path = smollm2_path
     if weights == "F32":
         path = convert(path, tmp_path / "f32.gguf", "gguf", quiet=True)
-    model, tokenizer = smollm2.model, smollm2.tokenizer
+    tokenizer = smollm2.tokenizer
     text = (ROOT / "LICENSE").read_text()  # texts that don't change, for a bound that is tight
     text += "".join(tokenizer.decode(c["ids"] + c["greedy"]) + "\n" for c in parity["completions"])
     (chunk, *_) = halved_chunks(tokenizer.encode(text, bos=False, eos=False), context, None)
     found = perplexity(
-        model, tokenizer, tokenizer.decode(chunk.ids), context=context, convention="llama.cpp"
+        smollm2.engine(), tokenizer.decode(chunk.ids), context=context, convention="llama.cpp"
     )
     theirs = llama_cpp_logprobs(path, chunk.ids, chunk.start)
     assert found.tokens == len(theirs) == context // 2 - 1
@@ -275,7 +300,7 @@ def test_the_command_scores_files_and_lines(tiny_dir, tiny, tmp_path, capsys):
     names = [files[0], f"{files[1]}:1", f"{files[1]}:3", f"{files[1]}:5"]
     assert [record["name"] for record in records] == names
     for text, record in zip([TEXTS[0] * 20, "one\u2028line", "", TEXTS[3]], records, strict=True):
-        (found,) = scoring.perplexities(tiny.model, tiny.tokenizer, [text], 16, 64)
+        (found,) = scoring.perplexities(tiny.engine(), [text], 16, 64)
         assert record["tokens"] == found.tokens
         assert record["logprob"] == pytest.approx(-found.nll, abs=1e-3)
         assert record["perplexity"] == (
@@ -305,7 +330,7 @@ def test_files_that_cannot_be_scored(tmp_path):
 
 def test_scoring_needs_no_bos(smollm2):
     assert not smollm2.tokenizer.add_bos
-    empty, one = score(smollm2.model, smollm2.tokenizer, ["", "a"])
+    empty, one = score(smollm2.engine(), ["", "a"])
     assert empty == ([], [], 0.0) and one.logprobs == [0.0] and one.total == 0.0
 
 
