@@ -58,7 +58,7 @@ def batch(
             JSON list.
         response_format: structured outputs: JSON, or a file of it.
         ray: on a Ray cluster, --ray=HOST:PORT; without an address, on the one that this machine
-            belongs to, or else on one of its own.
+            belongs to, or else on one of its own, as always with --ray=local.
         engines: how many, with --ray; by default one for each GPU of the cluster, or without any
             one for each machine.
         cpus: of each engine, with --ray and without GPUs; by default a machine's.
@@ -87,8 +87,11 @@ def batch(
     from llama.apps.completion import read_format, read_stops
     from llama.layers import parallel
 
-    if max_gen_len < 0:
-        raise ValueError(f"--max-gen-len={max_gen_len} must be at least 0")
+    for name, value, least in (("max-gen-len", max_gen_len, 0), ("engines", engines, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}={value} must be at least {least}")
+    if cpus is not None and cpus <= 0:
+        raise ValueError(f"--cpus={cpus:g} must be more than 0")
     if ray is False and (engines is not None or cpus is not None):
         raise ValueError("--engines and --cpus are of a Ray cluster: add --ray")
     parallel.initialize(device="cpu" if ray else model.device)

@@ -18,11 +18,12 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from llama.apps.server.offline import WINDOW, EngineFailed, Reply, Request, beginning
+from llama.apps.server.offline import EngineFailed, Reply, Request, beginning
 from llama.apps.server.settings import Settings
 from llama.ray.predictor import Predictor
 
-CALLS = 4  # blocks that an engine answers at once
+ROWS = 32  # of a block
+CALLS = 6  # blocks that an engine answers at once: more rows than run, so that all of them do
 BEGINNING = 256  # characters of a prompt that requests share which belong together
 
 
@@ -58,7 +59,8 @@ def answers(
     Args:
         requests: those that begin alike as neighbours.
         options: of `Llama.build`.
-        address: of the cluster; None: the one that this machine belongs to, or else a new one.
+        address: of the cluster; None: the one that this machine belongs to, or else a new one;
+            local: a new one.
         engines: how many; by default as many as there are GPUs, or without any, machines.
         cpus: of each, without GPUs; by default a machine's.
 
@@ -82,12 +84,10 @@ def answers(
             except (ray.exceptions.RayError, ray.data.exceptions.SystemException) as error:
                 failure = error
             if len(left) == before:
-                reason = f": {failure}" if failure else ", see the messages of Ray"
-                raise OSError(f"no engine answers{reason}") from failure
+                reason = str(failure or "all have died").strip().splitlines()[-1]
+                raise OSError(f"no engine answers: {reason}") from failure
             if left:
-                print(
-                    f"{len(left)} requests were lost with an engine: asked again", file=sys.stderr
-                )
+                print(f"{len(left)} requests are asked again: an engine was lost", file=sys.stderr)
 
 
 def _once(
@@ -102,10 +102,10 @@ def _once(
     import pyarrow
 
     count, resources = _pool([n["Resources"] for n in ray.nodes() if n["Alive"]], engines, cpus)
-    size = min(WINDOW // CALLS, ceil(len(requests) / count / CALLS / 2))
+    size = min(ROWS, ceil(len(requests) / count / CALLS / 2))
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = -1
+    context.max_errored_blocks, context.max_consecutive_actor_init_deaths = -1, 3
     tables = [
         pyarrow.table(dict(zip(Request._fields, zip(*block, strict=True), strict=True)))
         for block in blocks(requests, size)
@@ -122,9 +122,9 @@ def _once(
             # A call waits for its own actor, which needn't come back: it is another attempt's.
             max_restarts=-1, max_task_retries=0, **resources,
         )  # fmt: skip
-        for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
-            columns = (batch[name] for name in Reply._fields)
-            yield [Reply(int(n), int(s), bytes(b)) for n, s, b in zip(*columns, strict=True)]
+    for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
+        columns = (batch[name] for name in Reply._fields)
+        yield [Reply(int(n), int(s), bytes(b)) for n, s, b in zip(*columns, strict=True)]
 
 
 def blocks(requests: Sequence[Request], size: int) -> Iterator[List[Request]]:
@@ -181,10 +181,12 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it tells of, is dealt with here
     try:
         try:
-            ray.init(address or "auto", **quiet)
+            if address != "local":
+                ray.init(address or "auto", **quiet)
         except ConnectionError:
             if address:
                 raise
+        if not ray.is_initialized():
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         yield ray
     finally:
