@@ -10,6 +10,7 @@ from llama._version import __version__
 
 if TYPE_CHECKING:  # what type checkers see; at run time, __getattr__ does it
     from llama import checkpoint as checkpoint
+    from llama import ray as ray
     from llama.backends.options import ModelOptions
     from llama.checkpoint.convert import convert
     from llama.engine.async_engine import AsyncEngine
@@ -51,7 +52,7 @@ _HOME = {  # the module that a name is from
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "generation", "model", "tokenizer"):
+    if name in ("checkpoint", "generation", "model", "ray", "tokenizer"):
         return import_module(f"llama.{name}")
     for module, names in _HOME.items():
         if name in names:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from namespaces import enter
 
 from llama import Llama, SamplingParams, checkpoint, training
+from llama.apps import cli
 from llama.backends import compiled
 from llama.checkpoint.adapter import read_adapter, write_adapter
 from llama.engine.async_engine import AsyncEngine
@@ -125,6 +126,12 @@ def served(ckpt, prompts):
     found, text, message = asyncio.run(ask())
     tokens = [[e.token for e in events if e.sample == n] for events in found for n in (0, 1)]
     return {"tokens": tokens, "text": text, "error": message}
+
+
+def batch(words):
+    """`llama batch`, of which rank 0 reads and writes the files."""
+    cli.parse(["batch", *words])()
+    return {}
 
 
 def by_torch_compile(ckpt, prompts):

@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from llama._version import __version__
 
 COMMANDS = {  # imported when asked for: most of them need torch
+    "batch": "llama.apps.batch:batch Answer a file of requests, on one machine or many.",
     "bench": "llama.apps.bench:bench Measure a running server.",
     "chat": "llama.apps.chat:chat Talk with a model.",
     "complete": "llama.apps.complete:complete Continue a text, or each text of a file.",

@@ -13,7 +13,7 @@ from llama.checkpoint import remote
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.few_shot import FewShot
-from llama.text.files import Results, decode, objects, read_text, string
+from llama.text.files import Results, decode, json_line, objects, read_text, string
 
 
 def on_rank_zero(work: Callable[[], Any]) -> Any:
@@ -138,7 +138,8 @@ def complete_file(
     opened: List[Results] = []  # by rank 0
 
     def known_lines() -> List[int]:
-        opened.append(Results(target, _fingerprint(lines, settings), len(lines), force))
+        content = [(line.number, line.value) for line in lines]
+        opened.append(Results(target, fingerprint(content, settings), len(lines), force))
         return list(opened[0].found)
 
     try:
@@ -154,7 +155,7 @@ def complete_file(
                 for results in opened:
                     results.add(number, result)
         for results in opened:
-            results.finish([(line.number, line.value) for line in lines])
+            results.finish(json_line({**line.value, **results[line.number]}) for line in lines)
     finally:
         for results in opened:
             results.close()
@@ -179,9 +180,9 @@ def _each(change: Callable[[str], str], value: Any) -> Any:
     return [change(one) for one in value] if isinstance(value, list) else change(value)
 
 
-def _seed(seed: int, number: int) -> int:
+def seed_of(seed: int, name: object) -> int:
     """A line's seed: other lines, and the same line under other seeds, have unrelated ones."""
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
 
@@ -216,7 +217,7 @@ def _answers(
             continue
         texts = [[""] * n for _ in batch]
         reasons: List[List[Optional[str]]] = [[None] * n for _ in batch]
-        seeds = [_seed(seed, line.number) for line in batch]
+        seeds = [seed_of(seed, line.number) for line in batch]
         prompts = [line.prompt for line in batch]
         for event in llama.stream_text(prompts, **sampling, seed=seeds):
             row = event.row
@@ -230,17 +231,20 @@ def _answers(
                 yield batch[row].number, found if n > 1 else {k: v[0] for k, v in found.items()}
 
 
-def _fingerprint(lines: List[Line], settings: Dict[str, Any]) -> str:
-    """Of all that the output depends on; of weights their files' names, sizes and times."""
+def fingerprint(content: Any, settings: Dict[str, Any]) -> str:
+    """Of all that the output depends on; of weights their files' names, sizes and times.
+
+    Args:
+        content: the input, as a value of JSON.
+    """
     path = Path(remote.local_path(settings["ckpt_dir"])).resolve()
-    adapter = settings.get("adapter_dir")
-    places = [path] + ([Path(remote.local_path(adapter))] if adapter else [])
+    adapters = [settings.get("adapter_dir"), *settings.get("adapters", {}).values()]
+    places = [path, *(Path(remote.local_path(adapter)) for adapter in adapters if adapter)]
     weights = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for place in places
         for file in (sorted(place.iterdir()) if place.is_dir() else [place])
         if file.suffix in (".pth", ".safetensors", ".bin", ".gguf", ".json") and file.exists()
     ]
-    content = [(line.number, line.value) for line in lines]
     job = json.dumps([content, {**settings, "ckpt_dir": str(path)}, weights], default=list)
     return hashlib.sha256(job.encode()).hexdigest()

@@ -5,7 +5,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 
 def unique_keys(complaint: str) -> Callable[[List[Tuple[str, Any]]], Dict[str, Any]]:
@@ -87,7 +87,7 @@ def objects(path: Path) -> Iterator[Tuple[int, Dict[str, Any]]]:
             continue
         try:
             value = json.loads(line)
-            _json_line(value)
+            json_line(value)
         except UnicodeEncodeError:
             raise ValueError(f"{path}, line {number}: half of a surrogate pair") from None
         except (ValueError, RecursionError) as error:
@@ -107,7 +107,8 @@ def string(path: Path, number: int, value: Dict[str, Any], key: str) -> str:
     return value[key]
 
 
-def _json_line(value: Dict[str, Any]) -> bytes:
+def json_line(value: Dict[str, Any]) -> bytes:
+    """A line of a JSONL file; UnicodeEncodeError for half of a surrogate pair."""
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
@@ -173,8 +174,8 @@ class Results:
     """What is finished of a job, kept in `.NAME.partial` beside its output until all of it is.
 
     The first line has the job's fingerprint, each other one the number of an input line and its
-    result. A line is on the disk before the next is begun, so that whatever interrupts the job
-    leaves at most the last one incomplete; that is cut off.
+    result. What was added is on the disk before anything else is begun, so that whatever interrupts
+    the job leaves at most the last lines incomplete; those are cut off.
 
     Args:
         output: the file to write, in the end.
@@ -183,7 +184,7 @@ class Results:
         force: replace an output, and a partial file of another job.
 
     Attributes:
-        found: results by the number of their line.
+        found: where the result of each finished line lies in the partial file, by its number.
 
     Raises:
         FileExistsError: the output exists.
@@ -215,13 +216,20 @@ class Results:
             self.close()
             raise
 
-    def _read(self, job: str, force: bool) -> Dict[int, Dict[str, Any]]:
-        whole, newline, _ = self._file.read().rpartition(b"\n")
+    def _read(self, job: str, force: bool) -> Dict[int, Tuple[int, int]]:
+        found: Dict[int, Tuple[int, int]] = {}
+        end, same = 0, False
         try:
-            first, *entries = [json.loads(line) for line in whole.splitlines()] or [{}]
-            same = first.get("job") == job
-            found = {entry["line"]: entry["result"] for entry in entries}
-            refused = bool(entries) and not same  # without results, there is nothing to lose
+            for line in self._file:
+                if not line.endswith(b"\n"):
+                    break
+                entry = json.loads(line)
+                if end:
+                    found[entry["line"]] = (end, len(line))
+                else:
+                    same = entry.get("job") == job
+                end += len(line)
+            refused = bool(found) and not same  # without results, there is nothing to lose
         except (ValueError, LookupError, TypeError, AttributeError):
             same, refused = False, True
         if refused and not force:
@@ -229,31 +237,50 @@ class Results:
                 f"{self.partial} is left of an interrupted run with another input, checkpoint or "
                 "other options: repeat that command to finish it, or start anew with --force"
             )
-        self._file.seek(len(whole) + len(newline) if same else 0)
+        self._end = end if same else 0
+        self._file.seek(self._end)
         self._file.truncate()
         if not same:
-            self._write({"job": job})
+            self._write([{"job": job}])
         return found if same else {}
 
-    def _write(self, entry: Dict[str, Any]) -> None:
-        self._file.write(_json_line(entry))
+    def _write(self, entries: Sequence[Dict[str, Any]]) -> List[Tuple[int, int]]:
+        """Returns where they lie."""
+        places = []
+        for line in map(json_line, entries):
+            self._file.write(line)
+            places.append((self._end, len(line)))
+            self._end += len(line)
         self._file.flush()
         os.fsync(self._file.fileno())
+        return places
 
     def add(self, number: int, result: Dict[str, Any]) -> None:
         """Keep the result of a line, whatever happens from now on."""
-        self._write({"line": number, "result": result})
-        self.found[number] = result
+        self.add_all({number: result})
 
-    def finish(self, lines: Sequence[Tuple[int, Dict[str, Any]]]) -> None:
-        """Write the input's lines (number, object) with their results, whole or not at all."""
-        ordered = self.output.with_name(f".{self.output.name}.ordered")
+    def add_all(self, results: Mapping[int, Dict[str, Any]]) -> None:
+        """Keep the results of lines, by their numbers."""
+        places = self._write([{"line": n, "result": result} for n, result in results.items()])
+        self.found.update(zip(results, places, strict=True))
+
+    def __getitem__(self, number: int) -> Dict[str, Any]:
+        """The result of a finished line."""
+        place, length = self.found[number]
+        return json.loads(os.pread(self._file.fileno(), length, place))["result"]
+
+    def publish(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write a file, whole or not at all."""
+        ordered = path.with_name(f".{path.name}.ordered")
         with ordered.open("wb") as file:
-            for number, value in lines:
-                file.write(_json_line({**value, **self.found[number]}))
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(ordered, self.output)
+        os.replace(ordered, path)
+
+    def finish(self, chunks: Iterable[bytes]) -> None:
+        """Write the output, and forget the partial file."""
+        self.publish(self.output, chunks)
         self.partial.unlink(missing_ok=True)
 
     def close(self) -> None:

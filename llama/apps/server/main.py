@@ -7,17 +7,15 @@ import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, AsyncIterator, Dict, Mapping
 
 import uvicorn
 
 from llama.apps.server.app import make_app
 from llama.apps.server.connections import limited
-from llama.apps.server.service import Service
+from llama.apps.server.service import Service, limits, load, model_name
 from llama.apps.server.settings import Settings
 from llama.engine.leader import follow
-from llama.generation import Llama
 from llama.layers import parallel
 
 
@@ -34,7 +32,7 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     if not parallel.is_rank_zero():
         for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends first, and then this one
             signal.signal(number, signal.SIG_IGN)
-        follow(load(options, settings).engine(**_limits(settings)))
+        follow(load(options, settings).engine(**limits(settings)))
         return
     listening = _listen(settings)
     failure: Dict[str, Exception] = {}
@@ -51,7 +49,7 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     async def serve() -> None:
         try:
             llama = await asyncio.to_thread(load, options, settings)
-            async with llama.async_engine(**_limits(settings)) as engine:
+            async with llama.async_engine(**limits(settings)) as engine:
                 name = settings.served_name or model_name(str(options["ckpt_dir"]))
                 app.state.service = Service(llama, engine, settings, name)
                 _greet(settings, listening, name, bool(keys))
@@ -77,25 +75,6 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
         listening.close()
     if failure:
         raise failure["error"]
-
-
-def load(options: Mapping[str, Any], settings: Settings) -> Llama:
-    llama = Llama.build(**options)
-    for name, path in settings.adapters.items():
-        llama.add_adapter(name, path)
-    return llama
-
-
-def model_name(path: str) -> str:
-    """The last part of a checkpoint's path, without .gguf."""
-    return Path(path.rstrip("/")).name.removesuffix(".gguf")
-
-
-def _limits(settings: Settings) -> Dict[str, Any]:
-    return {
-        "max_tokens_per_step": settings.max_tokens_per_step,
-        "cache_tokens": settings.cache_tokens,
-    }
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any, AsyncIterator, Dict, List, Optional, Sequence, Tuple, Type
+from pathlib import Path
+from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from starlette.requests import Request
 
@@ -18,6 +19,27 @@ from llama.engine.predictions import Event
 from llama.generation import Llama
 
 FINGERPRINT = f"llama-reference-{__version__}"
+
+
+def load(options: Mapping[str, Any], settings: Settings) -> Llama:
+    """The model, with the adapters of the settings; see `Llama.build` for options and errors."""
+    llama = Llama.build(**options)
+    for name, path in settings.adapters.items():
+        llama.add_adapter(name, path)
+    return llama
+
+
+def limits(settings: Settings) -> Dict[str, Any]:
+    """Those of the engine."""
+    return {
+        "max_tokens_per_step": settings.max_tokens_per_step,
+        "cache_tokens": settings.cache_tokens,
+    }
+
+
+def model_name(path: str) -> str:
+    """The last part of a checkpoint's path, without .gguf."""
+    return Path(path.rstrip("/")).name.removesuffix(".gguf")
 
 
 class Service:
@@ -85,6 +107,8 @@ class Service:
         adapter = self.adapter(body.model)
         if adapter is not None:
             options["adapter"] = adapter
+        if getattr(request.state, "seed", None) is not None:  # for what gives none of its own
+            options.setdefault("seed", request.state.seed)
         if max_tokens is not None and max_tokens < 0:
             raise invalid(f"max_tokens={max_tokens} must be 0 or more", "max_tokens")
         rows, limit = len(prompts) * options["n"], self.settings.max_queue

@@ -1,0 +1,183 @@
+"""The lines of a batch: read from JSONL, Parquet or text, made requests, written with replies."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple
+
+import msgspec
+
+from llama.apps.completion import seed_of
+from llama.apps.server.errors import invalid
+from llama.apps.server.offline import Request
+from llama.text.files import decode, json_line
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+URLS = (CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings")  # OpenAI's Batch API's
+PLAIN = {"prompt", "messages"}  # what a line may have in place of a request
+JSONL, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
+
+
+class Given(msgspec.Struct, forbid_unknown_fields=True):
+    """A line in OpenAI's format. The body is passed on as it is written."""
+
+    custom_id: str
+    method: Literal["POST"]
+    url: str
+    body: msgspec.Raw
+
+
+@dataclass
+class Line:
+    """A line of the input.
+
+    Attributes:
+        number: from 1.
+        value: what stands there, or only its custom_id.
+        name: custom_id, or of its number.
+        request: what is asked, or why that is no request: its error's body.
+        plain: a prompt or messages, and no request in OpenAI's format.
+    """
+
+    number: int
+    value: Dict[str, Any]
+    name: str
+    request: Request | Dict[str, Any]
+    plain: bool
+
+    def record(self, seed: int, status: int, body: Dict[str, Any]) -> Dict[str, Any]:
+        """A line of a result or an error file."""
+        if not self.plain:
+            name = f"{seed_of(seed, self.name):016x}"
+            return {
+                "id": f"batch_req_{name}", **self.value,
+                "response": {"status_code": status, "request_id": f"req_{name}", "body": body},
+                "error": None,
+            }  # fmt: skip
+        if status != 200:
+            return {**self.value, "status_code": status, **body}
+        choice = body["choices"][0]
+        text = choice["message"]["content"] or "" if "message" in choice else choice["text"]
+        return {**self.value, "generation": text, "finish_reason": choice["finish_reason"]}
+
+
+def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
+    """The lines of a file, empty ones left out.
+
+    Args:
+        plain: the body's parameters for a prompt or messages.
+        seed: of the requests that give none.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: no lines, or no Parquet file.
+    """
+    seen: Dict[str, int] = {}
+    lines = []
+    for number, raw in _raw_lines(path):
+        value: Dict[str, Any] = {}
+        name, is_plain = f"line {number}", False
+        request: Request | Dict[str, Any]
+        try:
+            value = _value(raw)
+            is_plain = "body" not in value and bool(PLAIN & value.keys())
+            to, body = _of_prompt(value, plain) if is_plain else _of_line(raw)
+            if not is_plain and seen.setdefault(value["custom_id"], number) != number:
+                first = seen[value["custom_id"]]
+                raise ValueError(f"custom_id {value['custom_id']!r} is line {first}'s, too")
+            name = name if is_plain else value["custom_id"]
+            request = Request(number, to, body, seed_of(seed, name))
+        except (ValueError, RecursionError) as error:
+            request = invalid(f"line {number}: {str(error).replace('`', '')}").body
+        kept = value if is_plain else {"custom_id": value.get("custom_id")}
+        lines.append(Line(number, kept, name, request, is_plain))
+    if not lines:
+        raise ValueError(f'{path} has no lines: each is a text, {{"prompt": ...}} or a request')
+    return lines
+
+
+def _raw_lines(path: Path) -> Iterator[Tuple[int, bytes]]:
+    """Lines of JSON, whatever the file is."""
+    if path.suffix == PARQUET:
+        rows = _pyarrow().parquet.read_table(path).to_pylist()
+        for number, row in enumerate(rows, 1):
+            row = {name: value for name, value in row.items() if value is not None}
+            if isinstance(row.get("body"), str):  # JSON as text
+                row["body"] = msgspec.Raw(row["body"].encode())
+            yield number, msgspec.json.encode(row)
+        return
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file at {path}") from None
+    for number, raw in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if raw.strip() and path.suffix in JSONL:
+            yield number, raw
+        elif raw.strip():
+            prompt = decode(raw, f"{path}, line {number}").removesuffix("\r")
+            yield number, msgspec.json.encode({"prompt": prompt})
+
+
+def _value(raw: bytes) -> Dict[str, Any]:
+    try:
+        value = msgspec.json.decode(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it isn't valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no object {...}")
+    if not {"custom_id", "body", *PLAIN} & value.keys():
+        has = ", ".join(map(repr, value)) or "nothing"
+        raise ValueError(f"neither a prompt, messages nor a request; it has {has:.200}")
+    return value
+
+
+def _of_prompt(value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, bytes]:
+    """The path and the body of a request for a prompt or messages."""
+    if value.keys() >= PLAIN:
+        raise ValueError("prompt and messages: one of them")
+    [name] = PLAIN & value.keys()
+    body = json.dumps({**plain, name: value[name]}).encode()
+    return (CHAT if name == "messages" else COMPLETIONS), body
+
+
+def _of_line(raw: bytes) -> Tuple[str, bytes]:
+    """The path and the body of a request in OpenAI's format."""
+    given = msgspec.json.decode(raw, type=Given)
+    body = msgspec.json.decode(given.body, type=Dict[str, Any])
+    if given.url not in URLS:
+        raise ValueError(f"url {given.url!r:.100}: it is one of {', '.join(URLS)}")
+    if body.get("stream"):
+        raise ValueError("stream: a batch has no streams; leave it out")
+    return given.url, bytes(given.body)
+
+
+# --- written -------------------------------------------------------------------------------------
+
+
+def written(path: Path, records: Iterable[Dict[str, Any]]) -> Iterator[bytes]:
+    """Records as the content of a file: Parquet if it is called so, else JSONL."""
+    if path.suffix != PARQUET:
+        yield from map(json_line, records)
+        return
+    pyarrow, rows, buffer = _pyarrow(), list(records), io.BytesIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in columns})
+    pyarrow.parquet.write_table(table, buffer)
+    yield buffer.getvalue()
+
+
+def _column(values: List[Any]) -> List[Any]:
+    """Values of one type; others as JSON, since a column has one type."""
+    kinds = {type(value) for value in values if value is not None}
+    if any(kinds <= plain for plain in ({str}, {bool}, {int, float})):
+        return values
+    return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("Parquet files need pyarrow: pip install llama-reference[ray]") from None
+    return pyarrow
