@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -71,6 +72,8 @@ class Served:
 def serve(*options: object, env: dict | None = None, ranks: int = 0) -> Iterator[Served]:
     """ranks: under torchrun, if there are any."""
     port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
+    if any("--ray" in str(option) for option in options):
+        port = [f"--port={free_port()}"]  # its proxies can't take any
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launch if ranks else ()), "-m", "llama", "serve", *port]
     command += map(str, options)
@@ -89,6 +92,29 @@ def serve(*options: object, env: dict | None = None, ranks: int = 0) -> Iterator
         process.kill()
         process.wait(PATIENCE)
         process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_cluster(nodes: int = 2):
+    """Nodes of a Ray cluster on loopback, with a processor each; yields their `Cluster`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    found = Cluster()
+    try:
+        for _ in range(nodes):
+            found.add_node(
+                num_cpus=1, object_store_memory=200_000_000, include_dashboard=False,
+                node_ip_address="127.0.0.2",  # Ray takes .1 for the address outside
+            )  # fmt: skip
+        yield found
+    finally:
+        found.shutdown()
 
 
 def wait_for(condition, patience: float = PATIENCE):

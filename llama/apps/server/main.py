@@ -7,17 +7,15 @@ import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, AsyncIterator, Dict, Mapping
 
 import uvicorn
 
 from llama.apps.server.app import make_app
 from llama.apps.server.connections import limited
-from llama.apps.server.service import Service
+from llama.apps.server.service import Service, limits, load, model_name
 from llama.apps.server.settings import Settings
 from llama.engine.leader import follow
-from llama.generation import Llama
 from llama.layers import parallel
 
 
@@ -34,7 +32,7 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     if not parallel.is_rank_zero():
         for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends first, and then this one
             signal.signal(number, signal.SIG_IGN)
-        follow(load(options, settings).engine(**_limits(settings)))
+        follow(load(options, settings).engine(**limits(settings)))
         return
     listening = _listen(settings)
     failure: Dict[str, Exception] = {}
@@ -51,10 +49,11 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     async def serve() -> None:
         try:
             llama = await asyncio.to_thread(load, options, settings)
-            async with llama.async_engine(**_limits(settings)) as engine:
+            async with llama.async_engine(**limits(settings)) as engine:
                 name = settings.served_name or model_name(str(options["ckpt_dir"]))
                 app.state.service = Service(llama, engine, settings, name)
-                _greet(settings, listening, name, bool(keys))
+                host, port = listening.getsockname()[:2]
+                greet(settings, host, port, name, bool(keys))
                 while engine.failure is None:
                     await asyncio.sleep(1)
                 raise engine.failure
@@ -79,25 +78,6 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
         raise failure["error"]
 
 
-def load(options: Mapping[str, Any], settings: Settings) -> Llama:
-    llama = Llama.build(**options)
-    for name, path in settings.adapters.items():
-        llama.add_adapter(name, path)
-    return llama
-
-
-def model_name(path: str) -> str:
-    """The last part of a checkpoint's path, without .gguf."""
-    return Path(path.rstrip("/")).name.removesuffix(".gguf")
-
-
-def _limits(settings: Settings) -> Dict[str, Any]:
-    return {
-        "max_tokens_per_step": settings.max_tokens_per_step,
-        "cache_tokens": settings.cache_tokens,
-    }
-
-
 def _listen(settings: Settings) -> socket.socket:
     """Raises OSError: the address is in use, or isn't this machine's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -116,8 +96,8 @@ def _listen(settings: Settings) -> socket.socket:
         ) from None
 
 
-def _greet(settings: Settings, listening: socket.socket, name: str, has_keys: bool) -> None:
-    host, port = listening.getsockname()[:2]
+def greet(settings: Settings, host: str, port: int, name: str, has_keys: bool) -> None:
+    """Print where the server is, and a first request."""
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(
         f"{name} at {url}/v1; the chat page: {url}/\n"

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any, AsyncIterator, Dict, List, Optional, Sequence, Tuple, Type
+from pathlib import Path
+from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from starlette.requests import Request
 
@@ -20,6 +21,27 @@ from llama.generation import Llama
 FINGERPRINT = f"llama-reference-{__version__}"
 
 
+def load(options: Mapping[str, Any], settings: Settings) -> Llama:
+    """The model, with the adapters of the settings; see `Llama.build` for options and errors."""
+    llama = Llama.build(**options)
+    for name, path in settings.adapters.items():
+        llama.add_adapter(name, path)
+    return llama
+
+
+def limits(settings: Settings) -> Dict[str, Any]:
+    """Those of the engine."""
+    return {
+        "max_tokens_per_step": settings.max_tokens_per_step,
+        "cache_tokens": settings.cache_tokens,
+    }
+
+
+def model_name(path: str) -> str:
+    """The last part of a checkpoint's path, without .gguf."""
+    return Path(path.rstrip("/")).name.removesuffix(".gguf")
+
+
 class Service:
     """What the endpoints share.
 
@@ -28,9 +50,17 @@ class Service:
         rows: sequences that wait or run.
     """
 
-    def __init__(self, llama: Llama, engine: AsyncEngine, settings: Settings, name: str):
+    def __init__(
+        self,
+        llama: Llama,
+        engine: AsyncEngine,
+        settings: Settings,
+        name: str,
+        replica: Optional[str] = None,
+    ):
         self.llama, self.engine, self.settings, self.name = llama, engine, settings, name
-        self.metrics = Metrics(name, lambda: engine.stats)
+        labels = {"model_name": name} | ({"replica": replica} if replica else {})
+        self.metrics = Metrics(labels, lambda: engine.stats)
         self.created, self.rows = int(time.time()), 0
         self.defaults = SamplingParams()
 
