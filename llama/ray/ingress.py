@@ -54,6 +54,8 @@ class Ingress:
         """What a request's replica is chosen by: its prompt's beginning, or who keeps what it
         refers to."""
         responses = path.startswith("/responses")
+        if path.startswith("/models"):  # of which one replica says when they were created
+            return "models"
         if path not in PROMPTS and not responses:
             return ""
         value = decoded(bytes(body))

@@ -8,6 +8,7 @@ back the same way, piece by piece. What leaves, ends, or dies on this way is tol
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ from llama.ray.ingress import Ingress, Whole
 from llama.ray.routing import PrefixRouter
 
 NAME = "llama"  # of the application
+# Where nobody else reaches Ray, which on Linux takes 127.0.0.1 for the machine's outer address.
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
 
 class Replica:
@@ -130,7 +133,7 @@ def deploy(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -
     application = _bind(options, settings, replicas)
     if not ray.is_initialized():
         local: Dict[str, Any] = {
-            "_node_ip_address": "127.0.0.1", "include_dashboard": False,
+            "_node_ip_address": LOOPBACK, "include_dashboard": False,
             "object_store_memory": 200_000_000,  # messages are small
         }  # fmt: skip
         ray.init(address=replicas.ray or "auto", **(local if replicas.ray == "local" else {}))

@@ -75,14 +75,13 @@ def replicas(server) -> dict[str, float]:
     return {}
 
 
-def processes() -> list[psutil.Process]:
-    """Those of the replicas."""
-    title = "ray::ServeReplica:llama:Replica"
-    return [
-        one
-        for one in psutil.Process().children(recursive=True)
-        if any(title in part for part in one.cmdline())
-    ]
+def process_of(replica: str) -> psutil.Process:
+    """The one that writes this replica's log."""
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(f"Replica_{replica}." in file.path for file in one.open_files()):
+                return one
+    raise LookupError(replica)
 
 
 def body_of(messages, **more) -> dict:
@@ -225,25 +224,31 @@ def test_prefixes_are_found_as_by_one_engine(server, tiny_dir):
 
 @contextlib.contextmanager
 def load(server, retries: int):
-    """Clients that ask one question after the other; yields how often they got an answer.
+    """Clients that ask one question after the other, all of which must be answered.
 
-    Raises: what a client has got instead.
+    Yields what waits until each has had so many more answers.
     """
-    answered, stop = Counter(), threading.Event()
+    counts, stop = Counter(), threading.Event()
 
     def work(number: int) -> None:
         with OpenAI(
             base_url=f"{server.url}/v1", api_key=KEY, timeout=PATIENCE, max_retries=retries
         ) as one:
             while not stop.is_set():
-                messages = said(f"Question {number}.{answered[number]}")
+                messages = said(f"Question {number}.{counts[number]}")
                 whole = one.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
                 assert whole.usage.completion_tokens
-                answered[number] += 1
+                counts[number] += 1
+
+    def answered(more: int) -> None:
+        before = [counts[number] for number in range(3)]
+        for number, one in enumerate(working):
+            wait_for(lambda n=number, w=one: counts[n] >= before[n] + more or w.done())
 
     with ThreadPoolExecutor(3) as threads:
         working = [threads.submit(work, number) for number in range(3)]
         try:
+            answered(1)
             yield answered
         finally:
             stop.set()
@@ -266,29 +271,28 @@ def test_a_client_that_leaves_ends_its_request(server, client):
 
 
 def test_a_replica_that_is_killed_fails_only_what_it_was_answering(server, client):
-    """Streams that it had begun end with an error; all else is answered by the others."""
-    names = replicas(server)
+    """Streams that it had begun end with an error; all else is answered by the other."""
+    names = sorted(replicas(server))
     body = dict(model=MODEL, max_tokens=LONG // 2, stream=True, extra_body={"ignore_eos": True})
-    questions = [f"Question {i}" for i in range(8)]
-    streams = [client.chat.completions.create(messages=said(q), **body) for q in questions]
-    for one in streams:
-        next(iter(one))
+    streams = {}
+    for name in names:
+        question = next(
+            question
+            for question in map("Question {}".format, itertools.count())
+            if choose(keys_of(body_of(said(question), model=MODEL)), dict.fromkeys(names, 0), 8)
+            == name
+        )
+        streams[name] = client.chat.completions.create(messages=said(question), **body)
+        next(iter(streams[name]))
+    killed, other = names
     with load(server, retries=2) as answered:
-        wait_for(lambda: all(answered[i] > 1 for i in range(3)))
-        processes()[0].kill()
-        wait_for(lambda: len(set(replicas(server)) - set(names)) == 1)  # there is a new one
-        known = Counter(answered)
-        wait_for(lambda: all(answered[i] > known[i] + 1 for i in range(3)))
-    [killed] = set(names) - set(replicas(server))
-    loads = dict.fromkeys(names, 0)
-    for question, one in zip(questions, streams, strict=True):
-        keys = keys_of(body_of(said(question), model=MODEL))
-        if choose(keys, loads, 8) == killed:
-            with pytest.raises(openai.APIError, match="the replica has ended"):
-                list(one)
-        else:
-            next(iter(one))
-            one.close()
+        process_of(killed).kill()
+        with pytest.raises(openai.APIError, match="the replica has ended"):
+            list(streams[killed])
+        next(iter(streams[other]))
+        streams[other].close()
+        wait_for(lambda: len({*replicas(server)} - {killed}) == 2)  # there is a new one
+        answered(2)
     server.wait_idle()
 
 
@@ -304,11 +308,9 @@ def test_a_rolling_update_fails_nothing(server, cluster, tiny_dir, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     before = set(replicas(server))
     with load(server, retries=0) as answered:
-        wait_for(lambda: all(answered[i] > 1 for i in range(3)))
         command = [Path(sys.executable).parent / "serve", "run", "--non-blocking"]
         command += [f"--address={cluster.address}", tmp_path / "config.yaml"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         wait_for(lambda: len(after := replicas(server)) == 2 and not before & {*after})
-        known = Counter(answered)
-        wait_for(lambda: all(answered[i] > known[i] + 1 for i in range(3)))
+        answered(2)
