@@ -235,9 +235,11 @@ def load(server, retries: int):
             base_url=f"{server.url}/v1", api_key=KEY, timeout=PATIENCE, max_retries=retries
         ) as one:
             while not stop.is_set():
-                messages = said(f"Question {number}.{counts[number]}")
-                whole = one.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
-                assert whole.usage.completion_tokens
+                whole = one.chat.completions.create(
+                    model=MODEL, messages=said(f"Question {number}.{counts[number]}"),
+                    max_tokens=3, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                assert whole.usage.completion_tokens == 3
                 counts[number] += 1
 
     def answered(more: int) -> None:
