@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -73,10 +74,13 @@ def serve(
 ) -> Iterator[Served]:
     """ranks: under torchrun, if there are any. forked: the process stands for another one."""
     port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
+    on_ray = any("--ray" in str(option) for option in options)
+    if on_ray:
+        port = [f"--port={free_port()}"]  # its proxies can't take any
     command = [sys.executable, "-m", "llama"]
     if ranks:
         command = [*torchrun(ranks, [sys.executable]), "-m", "llama"]
-    elif forked:
+    elif forked and not on_ray:
         command = llama_command()
     command = [*command, "serve", *port, *map(str, options)]
     process = subprocess.Popen(
@@ -94,6 +98,29 @@ def serve(
         process.kill()
         process.wait(PATIENCE)
         process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_cluster(nodes: int = 2):
+    """Nodes of a Ray cluster on loopback, with a processor each; yields their `Cluster`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    found = Cluster()
+    try:
+        for _ in range(nodes):
+            found.add_node(
+                num_cpus=1, object_store_memory=200_000_000, include_dashboard=False,
+                node_ip_address="127.0.0.2",  # Ray takes .1 for the address outside
+            )  # fmt: skip
+        yield found
+    finally:
+        found.shutdown()
 
 
 def wait_for(condition, patience: float = PATIENCE):

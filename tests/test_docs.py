@@ -74,6 +74,9 @@ ELSEWHERE = {
     ".venv/bin/llama chat checkpoints/SmolLM2-135M-Instruct": "the same with a message in a pipe",
     ".venv/bin/llama --install-completion": SHELL,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
+    ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct --ray local --replicas 2": (
+        "waits for requests: tests/apps/test_replicas.py"
+    ),
     ".venv/bin/torchrun --nproc_per_node 3 -m llama serve checkpoints/SmolLM2-135M-Instruct": (
         SERVER
     ),

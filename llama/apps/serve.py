@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from llama.apps.options import flat
-from llama.apps.server.settings import Settings
+from llama.apps.server.settings import Replicas, Settings
 from llama.backends.options import ModelOptions
 
 
@@ -19,10 +19,14 @@ class ServedModel(ModelOptions):
 class Server(Settings): ...
 
 
-MODEL, SERVER = ServedModel(), Server()  # type: ignore[call-arg]  # as defaults
+@flat("Replicas")
+class OnRay(Replicas): ...
 
 
-def serve(model: ServedModel = MODEL, server: Server = SERVER) -> None:
+MODEL, SERVER, ON_RAY = ServedModel(), Server(), OnRay()  # type: ignore[call-arg]  # as defaults
+
+
+def serve(model: ServedModel = MODEL, server: Server = SERVER, replicas: OnRay = ON_RAY) -> None:
     """Serve a model to clients of OpenAI's API, and a chat page to browsers.
 
     Listens on 127.0.0.1:8000. Endpoints: /v1/chat/completions, /v1/completions, /v1/responses,
@@ -34,13 +38,24 @@ def serve(model: ServedModel = MODEL, server: Server = SERVER) -> None:
         FileNotFoundError: no checkpoint there.
         OSError: the address is in use.
     """
+    on_ray = replicas.ray is not None
+    if replicas != ON_RAY and not on_ray:
+        raise ValueError("replicas run on a Ray cluster: give its address, or --ray local")
     try:
         from llama.apps.server.main import run
+
+        if on_ray:
+            from llama.ray.serving import run as run_on_ray
     except ImportError as error:
+        extra = "ray" if on_ray else "server"
         raise ValueError(
-            f"llama serve needs {error.name}: pip install llama-reference[server]"
+            f"llama serve needs {error.name}: pip install llama-reference[{extra}]"
         ) from None
+    settings = Settings(**vars(server))
+    if on_ray:
+        run_on_ray(vars(model), settings, Replicas(**vars(replicas)))
+        return
     from llama.layers import parallel
 
     parallel.initialize(device=model.device, timeout=model.rank_timeout)
-    run(vars(model), Settings(**vars(server)))
+    run(vars(model), settings)

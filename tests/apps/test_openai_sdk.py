@@ -7,8 +7,10 @@ echoed prompt, and embeddings in base64.
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
+import os
 import threading
 from collections import Counter
 from operator import attrgetter
@@ -19,7 +21,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from served import PATIENCE, serve, wait_for
+from served import PATIENCE, ray_cluster, serve, wait_for
 
 MODEL, KEY = "SmolLM2-135M-Instruct.Q4_1", "a key for tests"
 QUESTION = "What is the capital of France?"
@@ -52,9 +54,13 @@ NAMED = {"type": "function", "function": {"name": "get_time"}}
 
 @pytest.fixture(scope="module")
 def server(smollm2_path):
-    with serve(
-        smollm2_path, "--device=cpu", f"--max_queue={MOST}", env={"LLAMA_API_KEY": KEY}
-    ) as running:
+    with contextlib.ExitStack() as ends:
+        options = ["--device=cpu", f"--max_queue={MOST}"]
+        if "LLAMA_RAY_NODES" in os.environ:  # as many replicas
+            nodes = int(os.environ["LLAMA_RAY_NODES"])
+            cluster = ends.enter_context(ray_cluster(nodes))
+            options += [f"--ray={cluster.address}", f"--replicas={nodes}"]
+        running = ends.enter_context(serve(smollm2_path, *options, env={"LLAMA_API_KEY": KEY}))
         running.client.headers["authorization"] = f"Bearer {KEY}"
         yield running
 

@@ -52,7 +52,8 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
             async with llama.async_engine(**limits(settings)) as engine:
                 name = settings.served_name or model_name(str(options["ckpt_dir"]))
                 app.state.service = Service(llama, engine, settings, name)
-                _greet(settings, listening, name, bool(keys))
+                host, port = listening.getsockname()[:2]
+                greet(settings, host, port, name, bool(keys))
                 while engine.failure is None:
                     await asyncio.sleep(1)
                 raise engine.failure
@@ -95,8 +96,8 @@ def _listen(settings: Settings) -> socket.socket:
         ) from None
 
 
-def _greet(settings: Settings, listening: socket.socket, name: str, has_keys: bool) -> None:
-    host, port = listening.getsockname()[:2]
+def greet(settings: Settings, host: str, port: int, name: str, has_keys: bool) -> None:
+    """Print where the server is, and a first request."""
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(
         f"{name} at {url}/v1; the chat page: {url}/\n"

@@ -1,6 +1,6 @@
 """Metrics for Prometheus, under the names that dashboards of vLLM know."""
 
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
@@ -32,20 +32,20 @@ class Metrics:
     """The metrics of a server.
 
     Args:
-        model: its name, the label of all.
+        labels: of all of them, such as the model's name.
         stats: what the engine is doing.
     """
 
-    def __init__(self, model: str, stats: Callable[[], Stats]):
+    def __init__(self, labels: Mapping[str, str], stats: Callable[[], Stats]):
         self._registry = CollectorRegistry()
-        self._model, self._stats = model, stats
+        self._labels, self._stats = labels, stats
 
         def made(kind: Any, name: str, about: str, **options: Any) -> Any:
             labels = options.pop("labels", [])
             metric = kind(
-                f"vllm:{name}", about, ["model_name", *labels], registry=self._registry, **options
+                f"vllm:{name}", about, [*self._labels, *labels], registry=self._registry, **options
             )
-            return metric if labels else metric.labels(model)
+            return metric if labels else metric.labels(**self._labels)
 
         self.prompt_tokens = made(Counter, "prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = made(Counter, "generation_tokens", "Tokens of answers.")
@@ -66,7 +66,7 @@ class Metrics:
         self._registry.register(self)
 
     def ended(self, reason: str) -> None:
-        self._ended.labels(self._model, reason).inc()
+        self._ended.labels(*self._labels.values(), reason).inc()
 
     def collect(self) -> Iterator[Any]:
         """What the engine knows, asked when somebody looks."""
@@ -91,8 +91,8 @@ class Metrics:
                 stats.preemptions,
             ),
         ):  # fmt: skip
-            metric = kind(f"vllm:{name}", about, labels=["model_name"])
-            metric.add_metric([self._model], value)
+            metric = kind(f"vllm:{name}", about, labels=[*self._labels])
+            metric.add_metric([*self._labels.values()], value)
             yield metric
 
     def text(self) -> bytes:

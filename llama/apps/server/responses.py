@@ -4,7 +4,18 @@ import time
 import uuid
 from collections import OrderedDict
 from contextlib import aclosing
-from typing import Annotated, Any, AsyncGenerator, Dict, List, Literal, Optional, Tuple, Union
+from typing import (
+    Annotated,
+    Any,
+    AsyncGenerator,
+    Dict,
+    Iterator,
+    List,
+    Literal,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import msgspec
 from msgspec import Meta, Struct
@@ -119,11 +130,18 @@ class Store:
         Raises:
             ApiError: there is none with this id.
         """
-        for stored in reversed(self._kept.values()):
-            for item in (*stored.items, *stored.response["output"]):
-                if item["id"] == name:
-                    return convert(item, Item)
+        for item in self._items():
+            if item["id"] == name:
+                return convert(item, Item)
         raise invalid(f"input: there is no item {name!r:.100}", "input")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a response, or an item of one, has this id."""
+        return name in self._kept or any(item["id"] == name for item in self._items())
+
+    def _items(self) -> Iterator[Dict[str, Any]]:
+        for stored in reversed(self._kept.values()):
+            yield from (*stored.items, *stored.response["output"])
 
 
 async def responses(request: Request) -> Response:

@@ -50,9 +50,17 @@ class Service:
         rows: sequences that wait or run.
     """
 
-    def __init__(self, llama: Llama, engine: AsyncEngine, settings: Settings, name: str):
+    def __init__(
+        self,
+        llama: Llama,
+        engine: AsyncEngine,
+        settings: Settings,
+        name: str,
+        replica: Optional[str] = None,
+    ):
         self.llama, self.engine, self.settings, self.name = llama, engine, settings, name
-        self.metrics = Metrics(name, lambda: engine.stats)
+        labels = {"model_name": name} | ({"replica": replica} if replica else {})
+        self.metrics = Metrics(labels, lambda: engine.stats)
         self.created, self.rows = int(time.time()), 0
         self.defaults = SamplingParams()
 

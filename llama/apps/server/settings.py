@@ -68,7 +68,7 @@ class Settings:
         if self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: one process holds one engine, which shares its passes "
-                "and its cache among all requests; start a server per machine or GPU instead"
+                "and its cache among all requests; --ray and --replicas start more"
             )
         for entry in self.adapter:
             if not all(entry.partition("=")[::2]):
@@ -92,3 +92,46 @@ class Settings:
             if not any(map(str.strip, keys)):
                 raise ValueError(f"{self.api_key_file}: no key in it; write one per line")
         return [key.strip() for key in keys if key.strip()]
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Replicas of the server on Ray Serve, which share the requests.
+
+    Attributes:
+        ray: the cluster to serve on: HOST:PORT, auto (this machine's, or RAY_ADDRESS), or local,
+            which starts one on this machine alone. By default there is no Ray.
+        replicas: engines, each with the whole model.
+        max_replicas: add replicas up to this number while requests queue, and remove them again.
+        target_requests: requests of a replica above which one is added.
+        imbalance: by how many requests more than the least busy replica's one is overloaded: a
+            conversation then goes to another, whose cache doesn't hold it.
+        cpus: processors of each replica, and its threads.
+        gpus: GPUs of each replica.
+        drain: seconds that a replica which is to end has for the requests that it is answering.
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    ray: Optional[str] = None
+    replicas: int = 1
+    max_replicas: Optional[int] = None
+    target_requests: float = 16
+    imbalance: int = 8
+    cpus: float = 1
+    gpus: float = 0
+    drain: float = 300
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas={self.replicas} must be at least 1")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} is less than replicas={self.replicas}"
+            )
+        for name in ("imbalance", "cpus", "gpus", "drain"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not self.target_requests > 0:
+            raise ValueError(f"target_requests={self.target_requests} must be more than 0")
