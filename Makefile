@@ -40,12 +40,14 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --shape 8b --out benchmarks/results/8b
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
+	$(BIN)/python -m benchmarks.finetuning
 
 soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's traffic, a server under load
 	$(BIN)/llama download smollm2
 	LLAMA_SIMULATED_REQUESTS=100000 $(BIN)/python -m pytest -n 0 -s tests/engine/test_simulation.py
 	LLAMA_LOAD_SECONDS=150 LLAMA_MUTATIONS=1000 LLAMA_CONNECTIONS=10000 \
 		$(BIN)/python -m pytest -n 0 -s tests/apps/test_hostile_clients.py
+	LLAMA_TRAINING=1 $(BIN)/python -m pytest -n 0 tests/training/test_devices.py
 	LLAMA_SCHEDULES=2000 $(BIN)/python -m pytest tests/engine/test_engine.py tests/engine/test_scheduler.py
 
 foreign: $(VENV)/installed-test  ## llama.cpp's tests of its server and other projects' clients, against ours
