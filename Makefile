@@ -40,6 +40,7 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --shape 8b --out benchmarks/results/8b
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
+	$(BIN)/python -m benchmarks.finetuning
 
 soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's traffic, servers under load, machines that fail
 	$(BIN)/llama download smollm2
@@ -50,6 +51,7 @@ soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's t
 	LLAMA_NODE_STARTS=10 $(BIN)/python -m pytest -n 0 -s tests/test_nodes.py
 	LLAMA_BATCH_LINES=2000 $(BIN)/python -m pytest -n 0 tests/apps/test_batch.py tests/ray/test_bulk.py
 	LLAMA_RAY_NODES=2 $(BIN)/python -m pytest -n 0 tests/apps/test_openai_sdk.py
+	LLAMA_TRAINING=1 $(BIN)/python -m pytest -n 0 tests/training/test_devices.py
 
 foreign: $(VENV)/installed-test  ## llama.cpp's tests of its server and other projects' clients, against ours
 	$(BIN)/llama download smollm2

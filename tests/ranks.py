@@ -6,6 +6,7 @@ the example scripts start torchrun itself.
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -332,11 +333,70 @@ def learned(ckpt, rows, stop, adapter, state, recipe):
     return {"whole": whole, "resumed": resumed, "all_ranks": gathered}
 
 
+def learn(
+    ckpt, rows, recipe, *, size=1, shard=False, adapter=None, pack=False,
+    load=None, save=None, at=0, die=0,
+):  # fmt: skip
+    """A run: losses and norms of its steps, the bytes that this rank holds, and what was learned.
+
+    load, save: a state to begin with, and one to write after step `at`; die: the step after which
+    the last rank is killed.
+    """
+    from llama.training import devices, run
+
+    device = parallel.initialize(size, "cpu")
+    source = checkpoint.open(ckpt)
+    args = dataclasses.replace(source.args, max_seq_len=128, max_batch_size=1)
+    model = run.load_model(source, args, torch.float32, device, adapter, False, shard)
+    examples = [training.Example(*row) for row in rows]
+    trainer = training.Trainer(model, examples, training.Recipe(**recipe), pack)
+    if load is not None:
+        trainer.load(Path(load), {})
+    steps = []
+    while trainer.step < trainer.steps:
+        step = trainer.one_step()
+        steps.append((step.loss, step.norm))
+        if save is not None and trainer.step == at:
+            trainer.save(Path(save), {})
+        if trainer.step == die and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    steps.append((trainer.loss(examples[:7]), 0.0))
+    parts = []
+    for _, parameter, _ in trainer.trained:
+        state = trainer.optimizer.state[parameter]
+        parts += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+    held = sum(devices.local(part).nbytes for part in parts)
+    if adapter is None:
+        found = checkpoint.gather(model).weights
+    else:
+        pairs = lora.adapter_of(model, "default").pairs
+        found = {f"{name}.{half}": getattr(pairs[name], half) for name in pairs for half in "AB"}
+    return {"steps": steps, "held": held}, found
+
+
+def copies_learn(ckpt, jobs):
+    """Runs on several copies of a model; what each learned goes into a file beside the report."""
+    report = {}
+    for name, job in jobs.items():
+        report[name], found = learn(ckpt, **job)
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, dict(report[name]))
+        report[name]["all_ranks"] = everyone
+        if parallel.is_rank_zero():
+            torch.save(found, f"{sys.argv[2]}.{name}.pt")
+    return report
+
+
+def finetuned(options):
+    """The command, in this process."""
+    from llama.apps.finetune import finetune
+
+    finetune(**options)
+    return {}
+
+
 def offloaded(ckpts, tokenizer, prompts, build):
     """Each rank's blocks brought in, some and all, against those that stay; by checkpoint."""
-    import dataclasses
-
-    from llama import checkpoint
     from llama.backends import memory
     from llama.backends import offloaded as offload
 

@@ -1,4 +1,4 @@
-"""`llama finetune`: all weights or a LoRA adapter, on dialogs or texts."""
+"""`llama finetune`: all weights or a LoRA adapter, on dialogs or texts, on any number of ranks."""
 
 import signal
 import sys
@@ -33,8 +33,13 @@ def finetune(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     lora_matrices: str = "wq,wk,wv,wo,w1,w2,w3",
+    lora_dropout: float = 0.0,
+    pack: bool = False,
+    model_parallel_size: Optional[int] = None,
+    shard: bool = True,
     recompute: bool = False,
     save_every: int = 50,
+    tensorboard: bool = False,
     dtype: Optional[str] = None,
     device: Optional[str] = None,
     seed: int = 1,
@@ -69,9 +74,16 @@ def finetune(
         lora_alpha: the adapter is multiplied by lora_alpha / lora_rank.
         lora_matrices: the matrices it is added to, some of wq, wk, wv, wo, w1, w2, w3 or, by the
             names of Hugging Face, q_proj, k_proj, v_proj, o_proj, gate_proj, down_proj, up_proj.
+        lora_dropout: probability that an input of the adapter is dropped in a step.
+        pack: put short examples into a row together, which saves padding; the result is the same.
+        model_parallel_size: ranks that share a copy of the model, all by default. With fewer, there
+            are several copies, which learn from different examples of a step.
+        shard: divide weights, gradients and optimizer over the copies (FSDP2), for memory; or keep
+            each copy whole (DDP), which sends less.
         recompute: activation checkpointing: save less for the backward pass and recompute it there.
             Takes 18 to 38 % more time.
         save_every: steps between saves of the state.
+        tensorboard: write the log for TensorBoard, too, into OUT/tensorboard.
         dtype: bf16 or fp32, for matrix products; by default bf16 where the hardware has it. All
             weights that are learned are fp32.
         device: cuda, mps or cpu; by default the first of these that is available.
@@ -84,17 +96,21 @@ def finetune(
     from llama.checkpoint import remote
     from llama.layers import parallel
     from llama.text.templates import chat_format
-    from llama.training import Recipe, Trainer, lora, read_examples, run, trained
+    from llama.training import Recipe, Trainer, devices, lora, read_examples, run, trained
 
     kind = run.check_options(method, to, max_seq_len, save_every, held_out)
-    torch_device = parallel.initialize(device=device)
+    if tensorboard:
+        run.event_files()
+    if lora_dropout and method != "lora":
+        raise ValueError(f"--lora_dropout={lora_dropout} is for --method lora")
+    torch_device = parallel.initialize(model_parallel_size, device)
     low = parallel.pick_dtype(dtype, torch_device)
     if learning_rate is None:
         learning_rate = 1e-3 if method == "lora" else 1e-4
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, micro_batches=micro_batches,
         learning_rate=learning_rate, warmup_steps=warmup_steps or 0, weight_decay=weight_decay,
-        clip=clip, seed=seed, dtype=low,
+        clip=clip, lora_dropout=lora_dropout, seed=seed, dtype=low,
     )  # fmt: skip
     adapter: Optional[Dict[str, Any]] = None
     if method == "lora":
@@ -116,11 +132,12 @@ def finetune(
         recipe = replace(recipe, warmup_steps=min(10, steps // 10))
 
     args = replace(source.args, max_seq_len=max_seq_len, max_batch_size=1)
-    model = run.load_model(source, args, low, torch_device, adapter, recompute)
-    trainer = Trainer(model, learned, recipe)
-    n = sum(part.parameter.numel() for part in trained(model))
+    model = run.load_model(source, args, low, torch_device, adapter, recompute, shard)
+    trainer = Trainer(model, learned, recipe, pack)
+    n = sum(devices.local(part.parameter).numel() for part in trained(model))
+    ranks = f"{parallel.world_size()} rank(s)" + f" x {devices.copies()}" * (devices.copies() > 1)
     say(f"{len(learned)} examples to learn from, {held_out} held out, {trainer.steps} steps; "
-        f"{n:,} values to learn on each of {parallel.world_size()} rank(s)")  # fmt: skip
+        f"{n:,} values to learn on each of {ranks}")  # fmt: skip
     if examples.cut:
         say(f"{examples.cut} dialogs were cut to {max_seq_len} tokens; {examples.dropped} left out")
 
@@ -131,7 +148,10 @@ def finetune(
         run.resume(trainer, folder, about, force)
         if trainer.step:
             say(f"going on after step {trainer.step}")
-        _show(trainer, run.learn(trainer, kept, folder, about, save_every, lambda: any(interrupts)))
+        lines = run.learn(
+            trainer, kept, folder, about, save_every, lambda: any(interrupts), tensorboard
+        )
+        _show(trainer, lines)
     if trainer.step < trainer.steps:
         again = "the same command" + ", without --force," * force
         raise KeyboardInterrupt(

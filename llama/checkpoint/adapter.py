@@ -25,6 +25,7 @@ from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 
 PREFIX = "base_model.model."
+HEAD, HEADS = f"{PREFIX}score.weight", ["classifier", "score"]  # PEFT's names for SEQ_CLS
 
 # Settings that say how an adapter was trained, or that are read below.
 IGNORED = {
@@ -59,10 +60,14 @@ class Adapter:
 
     pairs: Dict[str, Pair]
     path: Path = Path("(memory)")
+    head: Optional[torch.Tensor] = None  # of a classifier, (labels, dim), in its own's place
 
 
-def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
+def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False) -> Adapter:
     """Open an adapter for a model of this shape.
+
+    Args:
+        classifier: it may hold a head, too, as PEFT writes it for the task SEQ_CLS.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -78,12 +83,15 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
     config = read_object(config_file)
     for key in sorted(config, key=lambda key: key != "peft_type"):  # the others depend on it
         value = config[key]
+        if classifier and key == "modules_to_save" and {*(value or ())} <= {*HEADS}:
+            continue
         if key not in IGNORED and value not in REQUIRED.get(key, (None, False, [], {}, "")):
             raise ValueError(
                 f"{config_file}: {key}={value!r}, which isn't computed here: plain LoRA is"
             )
     stored, shapes = index_tensors(file), weight_shapes(args)
     halves: Dict[str, Dict[str, torch.Tensor]] = {}
+    head = stored.pop(HEAD, None) if classifier else None
     for key, where in stored.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         name = HF.meta(match[1] + ".weight") if match else key
@@ -104,7 +112,7 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
             )
         B = interleave(half["B"], args.head_dim) if name.endswith(ROTATED) else half["B"]
         pairs[name] = Pair(half["A"], B.contiguous(), _scale(config_file, config, name, rank))
-    return Adapter(pairs, path)
+    return Adapter(pairs, path, None if head is None else head.read(0, 0, head.shape[0]).float())
 
 
 def shards(adapter: Adapter, args: ModelArgs) -> Dict[str, Pair]:
@@ -190,6 +198,9 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if adapter.head is not None:
+        tensors[HEAD] = adapter.head.detach().cpu()
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": HEADS}
     with beside(path, force) as partial:
         partial.mkdir()
         file = partial / "adapter_model.safetensors"

@@ -114,14 +114,14 @@ def gather(model: Transformer) -> InMemory:
     args, weights = model.params, {}
     for name, shape in weight_shapes(args).items():
         try:
-            part = model.get_parameter(name).detach()
+            part = parallel.unsharded(model.get_parameter(name).detach())
         except AttributeError:
             raise ValueError(
                 f"{name} isn't there as a dense tensor: build without quantize, compile, offload"
             ) from None
         axis = parallel.shard_axis(name) or 0
         whole = parallel.whole(name, part, shape[axis], args.n_heads, args.n_kv_heads)
-        if parallel.rank() == 0:
+        if parallel.is_rank_zero():
             weights[name] = whole.cpu()
     return InMemory(args, weights)
 

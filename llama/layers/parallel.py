@@ -144,7 +144,8 @@ def initialize(
         finally:
             del fs_init.print  # type: ignore[attr-defined]
         # new_group() ignores the timeout of the default group.
-        dist.distributed_c10d._set_pg_timeout(patience, fs_init.get_model_parallel_group())
+        for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()):
+            dist.distributed_c10d._set_pg_timeout(patience, group)
     return device
 
 
@@ -230,6 +231,12 @@ def all_gather(tensor: torch.Tensor) -> List[torch.Tensor]:
     found = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(found, tensor.contiguous(), fs_init.get_model_parallel_group())
     return found
+
+
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 divides over copies of the model, gathered; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
 
 
 # The axis along which a weight is sharded: column-parallel ones by output rows, row-parallel ones

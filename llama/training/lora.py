@@ -23,6 +23,7 @@ from llama.checkpoint.adapter import Adapter, Pair, shards
 from llama.layers import parallel
 from llama.layers.revision import changed
 from llama.model import Transformer, TransformerBlock
+from llama.training.dropout import Dropout
 
 # The matrices of a block: Meta's names, and Hugging Face's.
 MATRICES = {
@@ -40,6 +41,7 @@ class LoRALinear(nn.Module):
     Attributes:
         base: the layer itself. Its name in the model gets ".base" appended.
         active: the name of the active adapter, or None.
+        dropout: in a pass of training, what is dropped of the adapter's inputs.
     """
 
     def __init__(self, base: nn.Module, weight_name: str):
@@ -49,6 +51,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: Dict[str, float] = {}
         self.active: Optional[str] = None
+        self.dropout: Optional[Dropout] = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -59,6 +62,8 @@ class LoRALinear(nn.Module):
         if self.active is None or self.active not in self.scale:
             return y
         A, B = self.lora_A[self.active], self.lora_B[self.active]
+        if self.dropout is not None:
+            x = self.dropout(x, self.weight_name, self.splits_outputs)
         z = F.linear(x, A.type_as(x))
         if self.splits_outputs:
             z = copy_to_model_parallel_region(z)
@@ -207,7 +212,7 @@ def adapter_of(model: Transformer, name: str) -> Adapter:
     for layer in layers(model):
         if name in layer.scale:
             out, inner = weight_shapes(args)[layer.weight_name]
-            A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
+            A, B = (parallel.unsharded(p[name].detach()) for p in (layer.lora_A, layer.lora_B))
             heads = args.n_heads, args.n_kv_heads
             if layer.splits_outputs:
                 B = parallel.whole(layer.weight_name, B, out, *heads)
@@ -215,6 +220,12 @@ def adapter_of(model: Transformer, name: str) -> Adapter:
                 A = parallel.whole(layer.weight_name, A, inner, *heads)
             pairs[layer.weight_name] = Pair(A.cpu(), B.cpu(), layer.scale[name])
     return Adapter(pairs)
+
+
+def drop(model: Transformer, dropout: Optional[Dropout]) -> None:
+    """What is dropped of the adapters' inputs from now on."""
+    for layer in layers(model):
+        layer.dropout = dropout
 
 
 def layers(model: Transformer) -> Iterator[LoRALinear]:

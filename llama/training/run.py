@@ -16,12 +16,14 @@ from llama import checkpoint
 from llama.backends import memory
 from llama.backends.build import prepare
 from llama.checkpoint import Checkpoint, convert
-from llama.checkpoint.adapter import Merged, write_adapter
+from llama.checkpoint.adapter import Adapter, Merged, write_adapter
+from llama.checkpoint.shapes import check_shapes
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
 from llama.text.files import beside, check_plain, recovered
-from llama.training import lora
+from llama.training import devices, lora, saved
 from llama.training.data import Example
+from llama.training.gradients import origin, shard_of
 from llama.training.trainer import Step, Trainer, recompute_blocks
 
 RESULTS = {"adapter": "adapter", "hf": "model", "meta": "model", "gguf": "model.gguf"}
@@ -59,7 +61,7 @@ def check_folder(folder: Path, to: str, source: Path, force: bool) -> Path:
     """
     if parallel.is_rank_zero():
         recovered(folder / "state")
-    parallel.barrier()
+    devices.wait()
     done = finished(folder)
     if done and not force:
         raise FileExistsError(f"{done} exists, this run is done: another --out, or --force")
@@ -78,8 +80,13 @@ def finished(folder: Path) -> Optional[Path]:
     return next((path for path in results if path.exists()), None)
 
 
-def check_memory(args: ModelArgs, method: str, low: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    args: ModelArgs, method: str, low: torch.dtype, device: torch.device, shard: bool = False
+) -> None:
     """Weights, and for all that is learned a gradient and two moments, in fp32.
+
+    Args:
+        shard: the copies of the model divide them among themselves.
 
     Raises:
         ValueError: more than there is.
@@ -87,6 +94,7 @@ def check_memory(args: ModelArgs, method: str, low: torch.dtype, device: torch.d
     world = parallel.world_size()
     dtype, copies = (low, 1) if method == "lora" else (torch.float32, 4)
     need = copies * memory.estimate(args, world, dtype).weights
+    need //= devices.copies() if shard else 1
     have = memory.available(device) // memory.sharers(device)
     if need > have:
         way = "--dtype bf16" if method == "lora" else "--method lora"
@@ -114,26 +122,55 @@ def load_model(
     device: torch.device,
     adapter: Optional[Dict[str, Any]],
     recompute: bool,
+    shard: bool = False,
 ) -> Transformer:
     """The model to be learned: all of it in fp32, or frozen in `low` with a new adapter.
 
     Args:
         adapter: arguments of `lora.fresh`, or None to learn all weights.
+        shard: divide it over its copies, of which no rank ever holds a whole one.
     """
-    check_memory(args, "lora" if adapter else "full", low, device)
-    model = prepare(
-        source,
-        args,
-        device=device,
-        dtype=low if adapter else torch.float32,
-        compile=False,
-    )
+    shard = shard and devices.copies() > 1
+    check_memory(args, "lora" if adapter else "full", low, device, shard)
+    dtype = low if adapter else torch.float32
+    if shard:
+        model = Transformer(args, device="meta", dtype=dtype)
+    else:
+        model = prepare(source, args, device=device, dtype=dtype, compile=False)
+    new = None
     if adapter:
         model.requires_grad_(False)
-        lora.attach(model, lora.fresh(model, **adapter))
+        new = lora.fresh(model, **adapter)
+        lora.attach(model, new)
     if recompute:
         recompute_blocks(model)
+    if shard:
+        devices.shard(model, device)
+        fill(model, source, new, device)
     return model
+
+
+@torch.no_grad()
+def fill(
+    model: Transformer, source: Checkpoint, adapter: Optional[Adapter], device: torch.device
+) -> None:
+    """This rank's share of the weights, and of the adapter, of a model on the meta device."""
+    check_shapes(source)
+    model.to_empty(device=device)
+    if model.params.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    for name, parameter in model.named_parameters():
+        weight, half = origin(name)
+        for (begin, *column), mine, _ in saved.whole(
+            parameter.zero_(), shard_of(name), model.params
+        ).chunks:
+            if adapter and half:
+                data = getattr(adapter.pairs[weight], half)[begin : begin + len(mine)]
+            else:
+                data = source.read(weight, 0, begin, begin + len(mine))
+            if column:
+                data = data.narrow(1, column[0], mine.shape[1])
+            mine.copy_(data)
 
 
 def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -> None:
@@ -145,7 +182,7 @@ def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -
     state = folder / "state"
     if force and parallel.is_rank_zero():
         shutil.rmtree(state, ignore_errors=True)
-    parallel.barrier()
+    devices.wait()
     if state.exists():
         trainer.load(state, about)
 
@@ -157,21 +194,23 @@ def learn(
     about: Dict[str, Any],
     save_every: int,
     should_stop: Callable[[], bool],
+    tensorboard: bool = False,
 ) -> Iterator[Dict[str, Any]]:
     """Take the steps that are left; yields each line of log.jsonl: of a step, or a held-out loss.
 
     Args:
         about: see `Trainer.save`.
         should_stop: asked after each step, on all ranks; True on rank 0 saves and ends.
+        tensorboard: see `Log`.
     """
-    log = Log(folder / "log.jsonl", trainer.step)
+    log = Log(folder / "log.jsonl", trainer.step, tensorboard)
     if held_out and not trainer.step:
         yield log.write({"step": 0, "held_out_loss": trainer.loss(held_out)})
     for step in trainer.run():
         yield log.write(described(step))
         if held_out and trainer.step % trainer.per_epoch == 0:
             yield log.write({"step": step.step, "held_out_loss": trainer.loss(held_out)})
-        stop = parallel.broadcast_object(should_stop())
+        stop = devices.agreed(should_stop())
         if stop or trainer.step % save_every == 0 or trainer.step == trainer.steps:
             trainer.save(folder / "state", about)
         if stop:
@@ -185,21 +224,45 @@ def described(step: Step) -> Dict[str, Any]:
 
 
 class Log:
-    """log.jsonl, one line for each step or held-out loss. Lines later than `step` are removed."""
+    """log.jsonl, one line for each step or held-out loss. Lines later than `step` are removed.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    Args:
+        tensorboard: the same values go into event files beside it, in a directory of that name.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: bool = False):
+        self.path, self.events = path, None
         if parallel.is_rank_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] <= step] if step else []
             with beside(path, force=True) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            if tensorboard:
+                self.events = event_files()(path.parent / "tensorboard", purge_step=step + 1)
 
     def write(self, line: Dict[str, Any]) -> Dict[str, Any]:
         if parallel.is_rank_zero():
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self.events is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self.events.add_scalar(name, value, line["step"])
+            self.events.flush()
         return line
+
+
+def event_files() -> Any:
+    """torch's SummaryWriter.
+
+    Raises:
+        ValueError: TensorBoard isn't installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs pip install 'llama-reference[train]'") from None
+    return SummaryWriter
 
 
 def read_log(path: Path) -> List[Dict[str, Any]]:

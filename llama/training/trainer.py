@@ -1,8 +1,9 @@
-"""The training loop: steps, saved states, and gradients of several ranks.
+"""The training loop: steps and saved states.
 
-A run is a function of the weights, the examples and the recipe: the order of examples and the
-learning rate follow from the step's number, so a resumed run is bit-identical to an uninterrupted
-one (on a CPU, with the same number of threads).
+A run is a function of the weights, the examples and the recipe: the order of examples, the learning
+rate and what is dropped follow from the step's number. So a resumed run is bit-identical to an
+uninterrupted one (on a CPU, with the same number of threads and ranks), and one on another number
+of ranks differs by the rounding of sums.
 """
 
 import hashlib
@@ -13,10 +14,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 from llama.layers import parallel
@@ -24,8 +27,12 @@ from llama.layers.ids import check_ids
 from llama.layers.revision import changed
 from llama.model import Transformer
 from llama.text.files import beside, read_object, write_json
-from llama.training.data import Example, batch, order
+from llama.training import devices, lora, saved
+from llama.training.data import Example, order
+from llama.training.dropout import Dropout, number
+from llama.training.gradients import clip_gradients, sum_replicas, trained
 from llama.training.losses import summed_loss
+from llama.training.packing import Pass, packed, plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Recipe:
     warmup_steps: int = 10  # of linear warm-up from 0; then cosine decay to 0
     weight_decay: float = 0.0
     clip: float = 1.0  # gradients are clipped to this norm
-    seed: int = 1  # of the order of examples
+    lora_dropout: float = 0.0  # the probability that an input of an adapter is dropped
+    seed: int = 1  # of the order of examples, and of what is dropped
     dtype: torch.dtype = torch.float32  # of matrix products (autocast); weights keep their own
 
     def __post_init__(self) -> None:
@@ -53,6 +61,8 @@ class Recipe:
         for name in ("warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be from 0 to less than 1")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size={self.batch_size} can't be divided into {self.micro_batches} passes"
@@ -81,66 +91,6 @@ def recompute_blocks(model: Transformer, on: bool = True) -> None:
             setattr(block, "forward", forward)  # noqa: B010
 
 
-class Trained(NamedTuple):
-    """A parameter that is learned."""
-
-    name: str
-    parameter: nn.Parameter
-    shard_of: Optional[str]  # the weight like which it is split over ranks; None: not split
-
-
-def trained(model: Transformer) -> List[Trained]:
-    """The parameters that require gradients, of weights or of adapters."""
-    found = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        weight, _, half = name.removesuffix(".base.weight").partition(".lora_")
-        weight = weight.removesuffix(".weight") + ".weight"
-        axis = parallel.shard_axis(weight)
-        # Of W + B A, B is split as W's outputs are, and A as its inputs.
-        split = axis is not None and (not half or half[0] == "BA"[axis])
-        found.append(Trained(name, parameter, weight if split else None))
-    return found
-
-
-def sum_replicas(model: Transformer) -> None:
-    """After a backward pass: add up the gradients of key/value heads that several ranks share.
-
-    Does nothing unless there are more ranks than key/value heads.
-    """
-    args = model.params
-    for _, parameter, shard_of in trained(model):
-        if parameter.grad is not None and (shard_of or "").endswith(parallel.KV):
-            found = parallel.add_replicas(parameter.grad, args.n_heads, args.n_kv_heads)
-            parameter.grad = found
-
-
-@torch.no_grad()
-def clip_gradients(model: Transformer, most: float) -> float:
-    """Clip the gradient of all weights, over all ranks, to a norm; returns the norm it had.
-
-    A value that several ranks hold counts once.
-    """
-    args, world = model.params, parallel.world_size()
-    heads = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
-    squares = torch.zeros((), device=model.norm.weight.device)
-    gradients = []
-    for _, parameter, shard_of in trained(model):
-        if parameter.grad is None:
-            continue
-        holders = world if shard_of is None else 1.0
-        if (shard_of or "").endswith(parallel.KV):
-            holders = world * heads / args.n_kv_heads
-        squares += parameter.grad.float().square().sum() / holders
-        gradients.append(parameter.grad)
-    norm = math.sqrt(sum(map(float, parallel.all_gather(squares))))
-    if norm > most:
-        for gradient in gradients:
-            gradient.mul_(most / norm)
-    return norm
-
-
 class Step(NamedTuple):
     """Metrics of a step."""
 
@@ -152,18 +102,36 @@ class Step(NamedTuple):
     seconds: float
 
 
+class _Loss(nn.Module):
+    """`summed_loss` as a module, for DistributedDataParallel."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Pass) -> torch.Tensor:
+        return summed_loss(self.model, rows.tokens, rows.labels, **rows.options)[0]
+
+
 @dataclass
 class Trainer:
     """Trains the parameters that require gradients, step by step, with AdamW.
 
+    Several copies of the model learn from a share of each pass: by FSDP2 if the model was
+    divided (`devices.shard`), else by DDP.
+
+    Args:
+        pack: put short examples into a row together (`packing`); the result is the same.
+
     Raises:
-        ValueError: nothing to learn, an example whose labels are all IGNORED, or ids outside of
-            the vocabulary.
+        ValueError: nothing to learn, an example whose labels are all IGNORED, ids outside of the
+            vocabulary, or more copies than examples in a pass.
     """
 
     model: Transformer
     rows: Sequence[Example]
     recipe: Recipe
+    pack: bool = False
     step: int = field(default=0, init=False)  # done so far
 
     def __post_init__(self) -> None:
@@ -172,6 +140,12 @@ class Trainer:
             raise ValueError(
                 f"{len(self.trained)} parameters to learn and {len(self.rows)} examples, each of "
                 "which must have a label: nothing to learn"
+            )
+        copies, in_pass = devices.copies(), self.recipe.batch_size // self.recipe.micro_batches
+        if copies > in_pass:
+            raise ValueError(
+                f"{copies} copies of the model can't share the {in_pass} examples of a pass: a "
+                "larger batch_size, fewer micro_batches, or a larger model_parallel_size"
             )
         check_ids([row.tokens for row in self.rows], self.model.vocab_size, "example")
         self._examples = hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
@@ -182,6 +156,13 @@ class Trainer:
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
         self.device = self.model.norm.weight.device
+        self._loss: nn.Module = _Loss(self.model)
+        self._ddp = copies > 1 and not isinstance(self.trained[0].parameter, DTensor)
+        if self._ddp:
+            self._loss = DistributedDataParallel(  # all have loaded the same
+                self._loss, process_group=devices.group(), init_sync=False,
+                gradient_as_bucket_view=True,
+            )  # fmt: skip
 
     @property
     def steps(self) -> int:
@@ -206,19 +187,24 @@ class Trainer:
         epoch, at = divmod(self.step, self.per_epoch)
         chosen = order(len(self.rows), epoch, self.recipe.seed)[at * size : (at + 1) * size]
         # By length, so that a pass has little padding; a step's gradient is the same in any order.
-        rows = sorted((self.rows[i] for i in chosen), key=lambda row: len(row.tokens))
-        asked, total = sum(row.asked for row in rows), 0.0
+        chosen.sort(key=lambda i: len(self.rows[i].tokens))
+        asked = sum(self.rows[i].asked for i in chosen)
+        total = torch.zeros((), device=self.device)
         per_pass = size // self.recipe.micro_batches
         self.optimizer.zero_grad()
-        for begin in range(0, len(rows), per_pass):
-            loss = self._summed(rows[begin : begin + per_pass]) / asked
-            loss.backward()
-            total += float(loss.detach())
+        for begin in range(0, len(chosen), per_pass):
+            alone = self._ddp and begin + per_pass < len(chosen)  # sent with those of later passes
+            with self._loss.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                loss = self._summed(chosen[begin : begin + per_pass], self.rows, drop=True) / asked
+                (loss * devices.copies()).backward()  # DDP and FSDP2 give the mean over copies
+            total += loss.detach()
+        lora.drop(self.model, None)
         sum_replicas(self.model)
+        mean = float(devices.add_up(total))
         norm = clip_gradients(self.model, self.recipe.clip)
-        if not math.isfinite(total + norm):
+        if not math.isfinite(mean + norm):
             raise ValueError(
-                f"step {self.step + 1}: the loss is {total} and its gradient's norm {norm}: try a "
+                f"step {self.step + 1}: the loss is {mean} and its gradient's norm {norm}: try a "
                 "lower learning_rate"
             )
         rate = self.recipe.rate(self.step, self.steps)
@@ -227,24 +213,34 @@ class Trainer:
         self.optimizer.step()
         changed(self.model)
         self.step += 1
-        tokens, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - start
-        return Step(self.step, total, rate, norm, tokens, seconds)
+        tokens = sum(len(self.rows[i].tokens) for i in chosen)
+        return Step(self.step, mean, rate, norm, tokens, time.perf_counter() - start)
 
     @torch.no_grad()
     def loss(self, rows: Sequence[Example]) -> float:
         """The mean loss over other examples."""
-        total, size = 0.0, max(1, self.recipe.batch_size // self.recipe.micro_batches)
-        by_length = sorted(rows, key=lambda row: len(row.tokens))
+        total = torch.zeros((), device=self.device)
+        size = max(1, self.recipe.batch_size // self.recipe.micro_batches)
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
         for begin in range(0, len(rows), size):
-            total += float(self._summed(by_length[begin : begin + size]))
-        return total / sum(row.asked for row in rows)
+            total += self._summed(by_length[begin : begin + size], rows)
+        return float(devices.add_up(total)) / sum(row.asked for row in rows)
 
-    def _summed(self, rows: Sequence[Example]) -> torch.Tensor:
-        tokens, labels = batch(rows, self.device)
-        if self.recipe.dtype == torch.float32:
-            return summed_loss(self.model, tokens, labels)[0]
-        with torch.autocast(self.device.type, self.recipe.dtype):
-            return summed_loss(self.model, tokens, labels)[0]
+    def _summed(
+        self, chosen: List[int], rows: Sequence[Example], drop: bool = False
+    ) -> torch.Tensor:
+        """The loss of this copy's share of a pass."""
+        mine = devices.share(chosen)
+        counted, mine = bool(mine), mine or chosen[:1]  # each copy takes part in all passes
+        layout = (packed if self.pack else plain)([rows[i] for i in mine], self.device)
+        dropout = None
+        if drop and self.recipe.lora_dropout:
+            seeds = [number(self.recipe.seed, self.step, i) for i in mine]
+            dropout = Dropout(self.recipe.lora_dropout, layout.spans, seeds)
+        lora.drop(self.model, dropout)
+        low = self.recipe.dtype
+        with torch.autocast(self.device.type, low, enabled=low != torch.float32):
+            return self._loss(layout) * counted
 
     # --- on disk ---------------------------------------------------------------------------------
 
@@ -254,18 +250,13 @@ class Trainer:
         Args:
             about: compared by `load`, which refuses to continue a run with another.
         """
-        content = {
-            "step": self.step,
-            "parameters": [parameter.detach() for _, parameter, _ in self.trained],
-            "optimizer": self.optimizer.state_dict(),
-        }
         with _together(path) as partial:
-            torch.save(content, partial / _file())
+            saved.write(partial, self._state())
             if parallel.is_rank_zero():
-                write_json(partial / "about.json", self._about(about))
+                write_json(partial / "about.json", {**self._about(about), "step": self.step})
 
     def load(self, path: Path, about: Dict[str, Any]) -> None:
-        """Continue from what `save` wrote.
+        """Continue from what `save` wrote, on any number of ranks.
 
         Raises:
             ValueError: it is of another run, by what differs.
@@ -277,23 +268,28 @@ class Trainer:
                     f"{path} is of a run with {key}={before.get(key)}, and this one has "
                     f"{now[key]}: go on with the same, or begin anew with force"
                 )
-        content = torch.load(path / _file(), weights_only=True, map_location="cpu")
-        with torch.no_grad():
-            for (_, parameter, _), saved in zip(self.trained, content["parameters"], strict=True):
-                parameter.copy_(saved)
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.step = before["step"]
+        saved.read(path, self._state())
         changed(self.model)
-        self.step = content["step"]
+
+    def _state(self) -> Dict[str, saved.Whole]:
+        """What is saved: weights and the optimizer's moments, which are made if they aren't yet."""
+        found = {}
+        for name, parameter, weight in self.trained:
+            state, parts = self.optimizer.state[parameter], {name: parameter}
+            state["step"] = torch.tensor(float(self.step))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter)
+                parts[f"{moment}.{name}"] = state[moment]
+            for key, part in parts.items():
+                found[key] = saved.whole(part, weight, self.model.params)
+        return found
 
     def _about(self, about: Dict[str, Any]) -> Dict[str, Any]:
         examples = {"examples": len(self.rows), "their ids": self._examples}
-        ranks = {"ranks": parallel.world_size()}
-        whole = {**asdict(self.recipe), **examples, **ranks, **about}
+        whole = {**asdict(self.recipe), **examples, "format": "distributed", **about}
         return json.loads(json.dumps(whole, default=str))
-
-
-def _file() -> str:
-    return f"rank-{parallel.rank()}-of-{parallel.world_size()}.pt"
 
 
 @contextmanager
@@ -302,6 +298,6 @@ def _together(path: Path) -> Iterator[Path]:
     with beside(path, force=True) if parallel.is_rank_zero() else nullcontext(path) as partial:
         if parallel.is_rank_zero():
             partial.mkdir()
-        yield parallel.broadcast_object(partial)
-        parallel.barrier()  # all have written
-    parallel.barrier()  # it has its name
+        yield devices.agreed(partial)
+        devices.wait()  # all have written
+    devices.wait()  # it has its name
