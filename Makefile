@@ -40,6 +40,7 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --shape 8b --out benchmarks/results/8b
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
+	$(BIN)/python -m benchmarks.planning --shape 1b --out benchmarks/results
 
 soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's traffic, a server under load
 	$(BIN)/llama download smollm2
