@@ -9,12 +9,12 @@ from typing import Any, Callable, List, Sequence, Tuple
 import psutil
 import torch
 
-from llama import Llama
 from llama.apps.machines import Kind, identity, opened, stored
 from llama.apps.plan import PlanOptions
 from llama.backends import memory
 from llama.engine.engine import Engine
 from llama.engine.simulation import Pass, fit
+from llama.generation import Llama
 from llama.layers.paged import PAGE
 from llama.layers.parallel import pick_dtype
 from llama.text.files import write_json
@@ -86,7 +86,7 @@ def machine(device: torch.device) -> Kind:
     return Kind(1, read, flops, whole, 0, device.type)
 
 
-def write(options: PlanOptions, path: Path, threads: int) -> str:
+def write(options: PlanOptions, path: Path) -> str:
     """Time the passes of a model on this machine and write them.
 
     Returns:
@@ -95,9 +95,7 @@ def write(options: PlanOptions, path: Path, threads: int) -> str:
     Raises:
         FileNotFoundError, ValueError: those of `Llama.build`.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    most, longest = options.max_tokens_per_step, CONTEXTS[-1] + CHUNKS[-1] + DECODED
+    most, longest = CHUNKS[-1], CONTEXTS[-1] + CHUNKS[-1] + DECODED
     llama = Llama.build(
         options.model, dtype=options.dtype, quantize=options.quantize, kv_cache=options.kv_cache,
         max_seq_len=longest, max_batch_size=ROWS,

@@ -89,9 +89,7 @@ class PlanOptions:
 class Planned(PlanOptions): ...
 
 
-def plan(
-    options: Planned, *, measure: Optional[Path] = None, threads: int = 0, json: bool = False
-) -> None:
+def plan(options: Planned, *, measure: Optional[Path] = None, json: bool = False) -> None:
     """Say how many machines serve a load, in which split, and how long requests would wait.
 
     The engine's own scheduler runs on a virtual clock, with random arrivals (Poisson) and lengths
@@ -102,7 +100,6 @@ def plan(
     Args:
         measure: measure the model's passes on this machine, and write them to this file, for
             --machine. Takes a minute or more; nothing else should run.
-        threads: of that measurement; 0: torch's default.
         json: print a line of JSON.
 
     Raises:
@@ -112,7 +109,7 @@ def plan(
     if measure is not None:
         from llama.apps import measuring
 
-        print(measuring.write(options, measure, threads))
+        print(measuring.write(options, measure))
         return
     from json import dumps
 

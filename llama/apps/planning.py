@@ -261,20 +261,18 @@ def lines(found: Dict[str, Any]) -> Iterator[str]:
         f"machines of {found['machine']['devices']} devices; {day}"
     )
     yield (
-        "             machines  replicas x devices  weights + cache  load  tokens/s"
-        "  first p50         first p99       between p95"
+        f"{'':<11} machines  replicas x devices  weights + cache  load  tokens/s  first p50"
+        "            p99  between p95"
     )
     for i, row in enumerate(found["plans"]):
         held = f"{row['weights_bytes'] / 1e9:.1f} + {row['cache_bytes'] / 1e9:.1f} GB"
-        first, between = (
-            f"{row[name]['mean']:.3f} ± {row[name]['within']:.3f} s"
-            for name in ("first_p99", "between_p95")
-        )
+        last = f"{row['first_p99']['mean']:.2f} ± {row['first_p99']['within']:.2f} s"
         yield (
-            f"{'alternative' if i else 'recommended'} {row['machines']:>9}"
-            f"{row['replicas']:>10} x {row['tensor']:<7}{held:>17}{row['load']:>6.0%}"
-            f"{row['tokens_per_s']:>10,.0f}{row['first_p50']['mean']:>9.3f} s{first:>18}"
-            f"{between:>18}{'  overloaded' if row['load'] >= 1 else ''}"
+            f"{'alternative' if i else 'recommended'} {row['machines']:>8}"
+            f"{row['replicas']:>10} x {row['tensor']:<7} {held:>16} {row['load']:>5.0%} "
+            f"{row['tokens_per_s']:>9,.0f} {row['first_p50']['mean']:>8.2f} s {last:>14} "
+            f"{row['between_p95']['mean'] * 1000:>8.1f} ms"
+            f"{'  overloaded: waits grow without end' if row['load'] >= 1 else ''}"
         )
     if not all(row["fitted"] for row in found["plans"]):
         yield "Estimated from a machine's figures, not measured: --measure one before buying many."

@@ -115,7 +115,7 @@ def test_measured_here_and_planned_for(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "CONTEXTS", (0, 128))
     monkeypatch.setattr(measuring, "CHUNKS", (1, 4, 16, 64))
     path, asked = tmp_path / "here.json", ["plan", str(tiny_dir), "--dtype", "fp32"]
-    assert cli.main([*asked, "--measure", str(path), "--max-tokens-per-step", "64"]) == 0
+    assert cli.main([*asked, "--measure", str(path)]) == 0
     assert str(path) in capsys.readouterr().out
     found = machines.Measured.read(str(path))
     assert {made.tokens for made, _ in found.passes} == {1, 4, 16, 64}
