@@ -80,30 +80,33 @@ def check(name: str, seconds: float, **build: Any) -> Dict[str, Any]:
     options = PlanOptions(name, max_rows=ROWS, **TRAFFIC)  # type: ignore[arg-type]
     of = measuring.grid(ROWS, STEP)
     timed = [measuring.passes(engine, of, random.Random(0))]
-    found: Dict[str, Any] = {}
+    served: Dict[str, Any] = {}
     for load, share in LOADS.items():
         many = planning.arrivals(options, math.inf, 150, random.Random(1))
-        capacity = 150 / max(timing.times[-1] for timing in predict(fit(timed[-1]), many))
-        rate, n = share * capacity, max(8, round(min(share, 1) * capacity * seconds))
+        cost = fit(measuring.medians(timed))
+        capacity = 150 / max(timing.times[-1] for timing in predict(cost, many))
+        n = max(8, round(min(share, 1) * capacity * seconds))
         arrivals = [
             # Tokens that the vocabulary has; prompts differ after those that they share.
             come._replace(prompt=[1 + token % (engine.vocab_size - 1) for token in come.prompt])
-            for come in planning.arrivals(options, rate, n, random.Random(2))
+            for come in planning.arrivals(options, share * capacity, n, random.Random(2))
         ]
         gc.collect()
-        served = serve(engine, arrivals)
+        served[load] = arrivals, serve(engine, arrivals)
         timed.append(measuring.passes(engine, of, random.Random(len(timed))))
-        around = measuring.medians(timed[-2:])
-        cost = fit(around)
-        drift = [after / before - 1 for (_, before), (_, after) in zip(*timed[-2:], strict=True)]
-        found[load] = {
-            "requests": n, "measured": summary(served),
-            "predicted": summary(predict(cost, arrivals)),
-            "passes": [[*made, round(took, 6)] for made, took in around],
-            "drift": round(statistics.median(drift), 3),
-            "fit": round(statistics.median(abs(cost(made) / t - 1) for made, t in around), 3),
-        }  # fmt: skip
-    return found
+    medians = measuring.medians(timed)
+    cost, (before, *_, after) = fit(medians), timed
+    drift = [b / a - 1 for (_, a), (_, b) in zip(before, after, strict=True)]
+    loads = {
+        load: {"requests": len(arrivals), "measured": summary(timings),
+               "predicted": summary(predict(cost, arrivals))}
+        for load, (arrivals, timings) in served.items()
+    }  # fmt: skip
+    return {
+        "loads": loads, "passes": [[*made, round(took, 6)] for made, took in medians],
+        "drift": round(statistics.median(drift), 3),
+        "fit": round(statistics.median(abs(cost(made) / t - 1) for made, t in medians), 3),
+    }  # fmt: skip
 
 
 def table(found: Dict[str, Any]) -> List[str]:
@@ -114,7 +117,7 @@ def table(found: Dict[str, Any]) -> List[str]:
         "|---|---|" + "---|" * len(names),
     ]
     for model, entry in found.items():
-        for load, row in entry.items():
+        for load, row in entry["loads"].items():
             cells = []
             for name in names:
                 a, b = row["measured"][name], row["predicted"][name]

@@ -127,7 +127,7 @@ def test_plans_are_checked_against_the_engine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(planning.measuring, "CHUNKS", (1, 4, 16, 64))
     path = write_checkpoint(tmp_path / "tiny", replace(TINY, head_dim=32))
     planning.main(str(path), demo=False, seconds=0.01, out=str(tmp_path))
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]["loads"]
     assert [load["requests"] for load in found.values()] == [8, 8]
     for load in found.values():
         assert load["measured"].keys() == load["predicted"].keys()
