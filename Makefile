@@ -41,6 +41,7 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
 	$(BIN)/python -m benchmarks.finetuning
+	$(BIN)/python -m benchmarks.planning --shape 1b --out benchmarks/results
 
 soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's traffic, servers under load, machines that fail
 	$(BIN)/llama download smollm2

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT, TINY, write_checkpoint
 
-from benchmarks import adapters, flax_speed, loading, peers, savings
+from benchmarks import adapters, flax_speed, loading, peers, planning, savings
 from benchmarks.sides import Side
 from llama import checkpoint
 
@@ -119,6 +119,20 @@ def test_what_adapters_cost_is_measured(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {*report["rows"]["2"]} == {"none loaded", "none used", "one", "four"}
     assert all(took > 0 for took in report["rows"]["2"].values())
+
+
+def test_plans_are_checked_against_the_engine(tmp_path, monkeypatch, capsys):
+    """Both serve the same requests to the end; how fast is the machine's business."""
+    monkeypatch.setattr(planning.measuring, "CONTEXTS", (0, 128))
+    monkeypatch.setattr(planning.measuring, "CHUNKS", (1, 4, 16, 64))
+    path = write_checkpoint(tmp_path / "tiny", replace(TINY, head_dim=32))
+    planning.main(str(path), demo=False, seconds=0.01, out=str(tmp_path))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]["loads"]
+    assert [load["requests"] for load in found.values()] == [8, 8]
+    for load in found.values():
+        assert load["measured"].keys() == load["predicted"].keys()
+        assert all(value > 0 for side in ("measured", "predicted") for value in load[side].values())
+    assert (tmp_path / "planning.md").read_text().count("| tiny, ") == 2
 
 
 def test_savings_are_of_equal_texts_and_answers_fit(smollm2_path, monkeypatch):

@@ -44,6 +44,7 @@ LICENCE = "takes Meta's licence and its link: tests/apps/test_download.py, on a 
 NETWORK = "takes the network: tests/apps/test_download.py, on a local server"
 EXAMPLES = "test_examples.py, with shorter answers"
 SERVER = "waits for requests: tests/apps/test_server.py"
+MEASURES = "times the machine it runs on: tests/apps/test_plan.py, on a tiny model"
 MAKE = "test_make_does_what_the_commands_beneath_it_do"
 ELSEWHERE = {
     "make demo": MAKE,
@@ -72,6 +73,12 @@ ELSEWHERE = {
     ".venv/bin/llama eval checkpoints/SmolLM2-135M-Instruct --tasks arc_easy,hellaswag --limit 100 "
     "--json": "the harness downloads these tasks' data; evaluation.md's own task is run",
     ".venv/bin/llama chat checkpoints/SmolLM2-135M-Instruct": "the same with a message in a pipe",
+    ".venv/bin/llama plan checkpoints/SmolLM2-135M-Instruct --measure here.json": MEASURES,
+    ".venv/bin/llama plan checkpoints/SmolLM2-135M-Instruct --machine here.json --rate 2 "
+    "--prompt 200 --answer 40 --max-seq-len 2048": MEASURES,
+    ".venv/bin/llama plan 8b --machine h100 --tensor 1 --replicas 1000 --per-day 10000000": (
+        "tests/apps/test_plan.py, with fewer requests"
+    ),
     ".venv/bin/llama --install-completion": SHELL,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct --ray local --replicas 2": (

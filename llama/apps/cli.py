@@ -25,6 +25,7 @@ COMMANDS = {  # imported when asked for: most of them need torch
     "eval": "llama.apps.eval:evaluate Run tasks of lm-evaluation-harness.",
     "finetune": "llama.apps.finetune:finetune Fine-tune a model on dialogs or texts.",
     "inspect": "llama.apps.inspect:inspect Describe a checkpoint, and the memory that it needs.",
+    "plan": "llama.apps.plan:plan Say how many machines serve a load.",
     "plot": "llama.apps.plot:plot Draw the losses of a fine-tuning run.",
     "score": "llama.apps.score:score Print the perplexity of texts.",
     "serve": "llama.apps.serve:serve Serve a model to clients of OpenAI's API.",

@@ -83,7 +83,7 @@ def test_help_says_what_there_is(capsys):
     assert here(capsys, "convert", "-h") == (0, text, "")
 
 
-HELPED = ["chat", "complete", "convert", "eval", "finetune", "inspect", "score"]
+HELPED = ["chat", "complete", "convert", "eval", "finetune", "inspect", "plan", "score"]
 
 
 @pytest.mark.parametrize("command", HELPED)
