@@ -219,6 +219,12 @@ def endless(ckpt, timeout):
         Path(f"{sys.argv[2]}.{parallel.rank()}").write_text(str(os.getpid()))
 
 
+def absent(ckpt):
+    """A rank that ends before it has met the others."""
+    if os.environ["RANK"] != "1":
+        parallel.initialize(device="cpu", timeout=3.0)
+
+
 def replicas(ckpt, prompts):
     """Two ranks that each hold the whole model (model_parallel_size=1)."""
     llama = Llama.build(ckpt, model_parallel_size=1, device="cpu", dtype="fp32")

@@ -245,8 +245,9 @@ def test_the_others_end_and_say_who_has_failed(three, tmp_path, strike, rank):
 @pytest.mark.parametrize("strike", STRIKES)
 def test_torchrun_starts_all_ranks_again(smollm2_path, tmp_path, strike):
     """By itself where a rank was killed or hangs; else when the same commands are given again."""
+    restarts = 0 if strike == "cut off" else 1
     commands = [
-        command.replace(" -m llama", " --max_restarts 1 -m llama").replace(
+        command.replace(" -m llama", f" --max_restarts {restarts} -m llama").replace(
             "--max-gen-len 4", f"--max-gen-len 200 --rank_timeout {TIMEOUT:g}"
         )
         for command in documented()
@@ -269,6 +270,13 @@ def test_torchrun_starts_all_ranks_again(smollm2_path, tmp_path, strike):
             assert statuses == [0, 0]
             printed = (tmp_path / "0.out").read_text()
             assert printed.endswith(alone) and len(printed) > len(alone)
+
+
+def test_a_rank_that_does_not_start_is_not_waited_for_forever(three, tmp_path):
+    report = run_ranks(2, "absent", tmp_path / "out", during=lambda: None, ckpt=str(three))
+    assert report["statuses"][0] and not report["statuses"][1]
+    late = r"error: ranks 1 have not started after \d+ s; rank 0 on host .* waited for init_process"
+    assert re.search(late, report["stderr"]), report["stderr"]
 
 
 def test_without_the_right_to_make_namespaces_a_test_fails_in_one_line(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ class ModelOptions:
         broadcast_weights: ranks that don't find the checkpoint, on other machines, get it from
             rank 0, each its part of the weights, into memory.
         rank_timeout: seconds without a sign of life of another rank, as it is dead, stopped or cut
-            off, after which this one ends, 1 or more.
+            off, after which this one ends, 1 or more. They have five times that for starting.
 
     Raises:
         ValueError: a value out of range, by name.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COLLECTIVES = os.path.join("torch", "distributed", "")
+START = 5  # timeouts that all ranks have for starting, which takes some of them longer
 ENDED = "ended"  # the last sign of a rank that has come to its end by itself
 
 
@@ -85,10 +86,13 @@ class Heartbeats:
 
     def _exchange(self, sign: str) -> None:
         self._store.set(self._keys[self._rank], f"{socket.gethostname()} {sign}")
-        if self._store.check(self._keys):  # else some haven't started
+        if self._store.check(self._keys):
             for rank, value in enumerate(self._store.multi_get(self._keys)):
                 if value != self._signs[rank][0]:
                     self._signs[rank] = value, time.monotonic()
+        elif (waited := time.monotonic() - self._signs[self._rank][1]) > START * self._timeout:
+            late = [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]
+            self._end(f"ranks {', '.join(map(str, late))} have not started after {waited:.0f} s")
 
     def _watch(self) -> None:
         """The store's machine may be the one that is cut off; then `_beat` waits in it."""
