@@ -7,8 +7,8 @@ back the same way, piece by piece. What leaves, ends, or dies on this way is tol
 
 import asyncio
 import os
+import re
 import signal
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -30,8 +30,6 @@ from llama.ray.ingress import Ingress, Whole
 from llama.ray.routing import PrefixRouter
 
 NAME = "llama"  # of the application
-# Where nobody else reaches Ray, which on Linux takes 127.0.0.1 for the machine's outer address.
-LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
 
 class Replica:
@@ -132,17 +130,17 @@ def deploy(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -
         raise ValueError("port=0: the proxies of Ray Serve need the same port on all machines")
     application = _bind(options, settings, replicas)
     if not ray.is_initialized():
-        local: Dict[str, Any] = {
-            "_node_ip_address": LOOPBACK, "include_dashboard": False,
-            "object_store_memory": 200_000_000,  # messages are small
-        }  # fmt: skip
+        local: Dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200_000_000}
         ray.init(address=replicas.ray or "auto", **(local if replicas.ray == "local" else {}))
     http = {"host": settings.host, "port": settings.port}
     ray.serve.start(proxy_location="EveryNode", http_options=http)
     try:
         ray.serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError as error:
-        raise ValueError(f"{error}") from None
+        found = ray.serve.status().applications[NAME].deployments.values()
+        told = "\n".join(one.message for one in found)  # with a traceback
+        causes = re.findall(r"^\S*(?:Error|Exception): .*", told, flags=re.MULTILINE)
+        raise ValueError(f"can't serve: {causes[-1] if causes else error}") from None
 
 
 def run(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -> None:
