@@ -8,14 +8,17 @@ from pathlib import Path
 
 ALWAYS = "tests/test_architecture.py"
 OTHERS = {  # what has a test of another name
-    "README.md": "tests/test_readme.py",
+    "README.md": "tests/test_docs.py",
     "benchmarks": "tests/test_benchmarks.py",
+    "docs": "tests/test_docs.py",
     "download.sh": "tests/apps/test_download.py",
     "example_chat_completion.py": "tests/test_examples.py",
     "example_text_completion.py": "tests/test_examples.py",
+    "tests/forked.py": "tests/apps/test_cli.py",
     "tests/ranks.py": "tests/layers",
     "tests/scripted.py": "tests/apps/test_page.py",
     "tests/simulated.py": "tests/backends",
+    "tests/web.py": "tests/checkpoint/test_remote.py",
 }
 
 

@@ -112,13 +112,17 @@ def forked_python() -> List[str]:
     return forked.PYTHON
 
 
-def torchrun(ranks: int | None = None) -> List[str]:
-    """As above, and so are its ranks. Without a number, its options follow."""
-    python = forked_python()
-    script = shared("python", lambda path: path.write_text(f'#!/bin/sh\n{shlex.join(python)} "$@"'))
+def torchrun(ranks: int | None = None, python: List[str] | None = None) -> List[str]:
+    """As above, and so are its ranks. Without a number, its options follow.
+
+    python: for torchrun itself. What is killed before it has ended its ranks must not be forked.
+    """
+    forked = forked_python()
+    script = shared("python", lambda path: path.write_text(f'#!/bin/sh\n{shlex.join(forked)} "$@"'))
     script.chmod(0o755)
     options = [] if ranks is None else ["--standalone", f"--nproc_per_node={ranks}"]
-    return ["env", f"PYTHON_EXEC={script}", *python, "-m", "torch.distributed.run", *options]
+    launch = [*(python or forked), "-m", "torch.distributed.run", *options]
+    return ["env", f"PYTHON_EXEC={script}", *launch]
 
 
 def llama_command() -> List[str]:

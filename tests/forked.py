@@ -105,6 +105,9 @@ def serve(address: str, owner: int) -> None:
                 connection.close()
                 del clients[pid]
             elif connection in ready:  # it has gone: so does what it ran
+                for process in psutil.Process(pid).children(recursive=True):  # torchrun's ranks
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
                 os.kill(pid, signal.SIGKILL)
         if listener in ready:
             connection, _ = listener.accept()

@@ -75,7 +75,7 @@ def serve(
     port = [] if any("--port" in str(option) for option in options) else ["--port=0"]
     command = [sys.executable, "-m", "llama"]
     if ranks:
-        command = [*torchrun(ranks), "-m", "llama"]
+        command = [*torchrun(ranks, [sys.executable]), "-m", "llama"]
     elif forked:
         command = llama_command()
     command = [*command, "serve", *port, *map(str, options)]

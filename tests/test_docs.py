@@ -230,6 +230,7 @@ def test_the_readme_is_short():
     assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     """As `make docs` does; the API reference is from docstrings, the commands' from their help."""
     done = subprocess.run(

@@ -120,6 +120,7 @@ def test_the_installed_command_answers(installed, smollm2_path, tmp_path):
     assert "Paris" in said
 
 
+@pytest.mark.slow
 def test_its_types_are_seen_by_its_users(installed, tmp_path):
     """mypy reads the annotations of the installed package, as py.typed allows it to.
 

@@ -150,6 +150,7 @@ def test_rows_stand_at_their_own_positions():
 @pytest.mark.parametrize("cache_type", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, *quantize.KINDS])
+@pytest.mark.slow
 def test_a_token_is_the_same_to_the_bit_whatever_is_computed_with_it(dtype, kind, cache_type):
     """Alone or in a batch, as a whole, in chunks or token by token, with one thread or two."""
     _, compiled = pair(SMALL, kind, dtype)
@@ -266,6 +267,7 @@ def test_a_file_of_any_block_type_is_computed_as_it_is(file_of, kind, capfd):
 
 @pytest.mark.parametrize("dtype, cache_type", [("fp32", KVCache), ("bf16", Int8KVCache)])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.slow
 def test_a_files_blocks_give_the_same_to_the_bit_whatever_is_computed_with_them(
     file_of, kind, dtype, cache_type
 ):

@@ -514,6 +514,7 @@ def test_a_tokenizer_of_bytes_has_no_merges(tmp_path):
 # --- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conversion_needs_little_memory(tmp_path):
     """600 MB in bf16, whose largest tensor is 131 MB."""
     args = ModelArgs(dim=2048, n_layers=3, n_heads=16, n_kv_heads=16, vocab_size=32000,
