@@ -367,10 +367,9 @@ def learn(
         if trainer.step == die and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
     steps.append((trainer.loss(examples[:7]), 0.0))
-    parts = []
-    for _, parameter, _ in trainer.trained:
-        state = trainer.optimizer.state[parameter]
-        parts += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+    parts = [part for _, p, _ in trainer.trained for part in (p, p.grad)]
+    for state in trainer.optimizer.state.values():
+        parts += [state["exp_avg"], state["exp_avg_sq"]]
     held = sum(devices.local(part).nbytes for part in parts)
     if adapter is None:
         found = checkpoint.gather(model).weights

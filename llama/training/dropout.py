@@ -29,8 +29,9 @@ class Dropout(NamedTuple):
         ranks, rank = (1, 0) if whole else (parallel.world_size(), parallel.rank())
         width, kept = x.shape[-1], torch.zeros_like(x)
         generator = torch.Generator(x.device)
-        for (row, begin, end), seed in zip(self.spans, self.seeds, strict=True):
-            generator.manual_seed(number(seed, matrix))
+        for (row, begin, end), example in zip(self.spans, self.seeds, strict=True):
+            seed = number(example, matrix)
+            generator.manual_seed(seed)
             drawn = x.new_empty(end - begin, ranks * width)
             drawn.bernoulli_(1 - self.p, generator=generator)
             kept[row, begin:end] = drawn.narrow(1, rank * width, width)

@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
             z = copy_to_model_parallel_region(z)
         else:
             z = reduce_from_model_parallel_region(z)
-        return y + self.scale[self.active] * F.linear(z, B.type_as(x))
+        return y + F.linear(self.scale[self.active] * z, B.type_as(x))
 
 
 def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:

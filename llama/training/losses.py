@@ -1,17 +1,20 @@
 """The training loss: cross-entropy of each token given those before it."""
 
 import math
-from typing import Any
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
+from torch.autograd.function import once_differentiable
 
 from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
 
+POSITIONS = 256  # projected to the vocabulary at a time
 IGNORED = -100  # the label of a token without a loss: torch's and transformers' number
 
 
@@ -65,7 +68,10 @@ def summed_loss(
         )
     h = model.hidden(tokens, **options)[:, :-1][asked]  # (N, dim)
     if parallel.world_size() == 1:
-        return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
+        if not isinstance(model.output, ColumnParallelLinear):  # quantized, for instance
+            return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
+        learns = torch.is_grad_enabled()
+        return _Projected.apply(h, model.output.weight, targets, learns), len(targets)
     if not hasattr(model.output, "weight"):
         raise ValueError("several ranks learn with plain layers: build without quantize, offload")
     weight: torch.Tensor = model.output.weight  # type: ignore[assignment]  # this rank's words
@@ -74,3 +80,54 @@ def summed_loss(
     if known < len(weight):  # the last rank's part is padded with zeros, which are no tokens
         logits = logits.masked_fill(torch.arange(len(weight), device=h.device) >= known, -math.inf)
     return vocab_parallel_cross_entropy(logits, targets).sum(), len(targets)
+
+
+class _Projected(torch.autograd.Function):
+    """Cross-entropy of hidden states (N, dim) projected by a weight (vocab, dim), summed.
+
+    Some positions at a time, with their gradients: logits of all, of which a plain loss holds three
+    or four copies, are often the largest tensors of a step. The products and their number are the
+    same. Matrix products are in autocast's dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, learns: bool
+    ) -> torch.Tensor:
+        kind = h.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        of_h, of_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        grad_h = torch.empty_like(h) if of_h else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        total = torch.zeros((), device=h.device)
+        with torch.autocast(kind, enabled=False):
+            matrix = weight.to(low)
+            for begin in range(0, len(h), POSITIONS):
+                part = slice(begin, begin + POSITIONS)
+                some, wanted = h[part].to(low), targets[part, None]
+                logits = F.linear(some, matrix).float()
+                logits -= logits.logsumexp(-1, keepdim=True)
+                total -= logits.gather(1, wanted).sum()
+                if not (of_h or of_weight):
+                    continue
+                slope = logits.exp_()  # softmax - 1 at the target
+                slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
+                slope = slope.to(low)
+                if grad_h is not None:
+                    grad_h[part] = slope @ matrix
+                if grad_weight is not None:
+                    grad_weight += slope.T @ some
+        ctx.save_for_backward(grad_h, grad_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        grad_h, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_h is None else grad_h * scale,
+            None if grad_weight is None else (grad_weight * scale).to(ctx.dtype),
+            None,
+            None,
+        )

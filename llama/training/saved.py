@@ -50,13 +50,20 @@ class Whole(NamedTuple):
     chunks: List[Chunk]
 
 
-def whole(part: torch.Tensor, weight: Optional[str], args: ModelArgs) -> Whole:
+def whole(
+    part: torch.Tensor,
+    weight: Optional[str],
+    args: ModelArgs,
+    held: Optional[torch.Tensor] = None,
+) -> Whole:
     """Where a rank's part of a tensor lies in all of it; padding is nowhere.
 
     Args:
         weight: like which it is split over the ranks that share a model; None: not split.
+        held: what this rank holds of another tensor, divided as `part` is; None: of `part`.
     """
-    local, row, shape = devices.local(part.detach()), 0, list(part.shape)
+    local = devices.local(part.detach()) if held is None else held
+    row, shape = 0, list(part.shape)
     if isinstance(part, DTensor):
         row = devices.copy() * -(-shape[0] // devices.copies())
     axis, spans = 0, [(0, 0, shape[0], True)]

@@ -150,8 +150,11 @@ class Trainer:
         check_ids([row.tokens for row in self.rows], self.model.vocab_size, "example")
         self._examples = hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
         groups: List[Dict[str, Any]] = [{"params": [], "weight_decay": 0.0} for _ in range(2)]
-        for _, parameter, _ in self.trained:  # norms aren't pulled towards zero
-            groups[parameter.ndim > 1]["params"].append(parameter)
+        # The rows that a rank holds, as plain tensors: DTensor's dispatch would take more time than
+        # the arithmetic.
+        self._held = [devices.local(parameter.detach()) for _, parameter, _ in self.trained]
+        for held in self._held:  # norms aren't pulled towards zero
+            groups[held.ndim > 1]["params"].append(held)
         groups[1]["weight_decay"] = self.recipe.weight_decay
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
@@ -191,7 +194,8 @@ class Trainer:
         asked = sum(self.rows[i].asked for i in chosen)
         total = torch.zeros((), device=self.device)
         per_pass = size // self.recipe.micro_batches
-        self.optimizer.zero_grad()
+        for _, parameter, _ in self.trained:
+            parameter.grad = None
         for begin in range(0, len(chosen), per_pass):
             alone = self._ddp and begin + per_pass < len(chosen)  # sent with those of later passes
             with self._loss.no_sync() if alone else nullcontext():  # type: ignore[operator]
@@ -207,6 +211,8 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {mean} and its gradient's norm {norm}: try a "
                 "lower learning_rate"
             )
+        for (_, parameter, _), held in zip(self.trained, self._held, strict=True):
+            held.grad = None if parameter.grad is None else devices.local(parameter.grad)
         rate = self.recipe.rate(self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -275,15 +281,16 @@ class Trainer:
     def _state(self) -> Dict[str, saved.Whole]:
         """What is saved: weights and the optimizer's moments, which are made if they aren't yet."""
         found = {}
-        for name, parameter, weight in self.trained:
-            state, parts = self.optimizer.state[parameter], {name: parameter}
+        for (name, parameter, weight), held in zip(self.trained, self._held, strict=True):
+            state = self.optimizer.state[held]
             state["step"] = torch.tensor(float(self.step))
+            found[name] = saved.whole(parameter, weight, self.model.params)
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment not in state:
-                    state[moment] = torch.zeros_like(parameter)
-                parts[f"{moment}.{name}"] = state[moment]
-            for key, part in parts.items():
-                found[key] = saved.whole(part, weight, self.model.params)
+                    state[moment] = torch.zeros_like(held)
+                found[f"{moment}.{name}"] = saved.whole(
+                    parameter, weight, self.model.params, state[moment]
+                )
         return found
 
     def _about(self, about: Dict[str, Any]) -> Dict[str, Any]:
