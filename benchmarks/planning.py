@@ -24,7 +24,7 @@ from benchmarks import shapes
 from llama import Llama
 from llama.apps import measuring, planning
 from llama.apps.load import percentiles
-from llama.apps.plan import PlanOptions
+from llama.apps.plan_options import PlanOptions
 from llama.engine.blocks import Blocks
 from llama.engine.engine import Engine
 from llama.engine.scheduler import Scheduler

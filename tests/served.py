@@ -105,6 +105,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def add_node(cluster, **options: object) -> None:
+    """With one processor. Ray's own limit of 30 s may be too short for a busy machine."""
+    for left in (2, 1, 0):
+        try:
+            cluster.add_node(num_cpus=1, object_store_memory=200_000_000, **options)
+            return
+        except Exception:
+            if not left:
+                raise
+
+
 @contextlib.contextmanager
 def ray_cluster(nodes: int = 2):
     """Nodes of a Ray cluster on loopback, with a processor each; yields their `Cluster`."""
@@ -113,11 +124,8 @@ def ray_cluster(nodes: int = 2):
 
     found = Cluster()
     try:
-        for _ in range(nodes):
-            found.add_node(
-                num_cpus=1, object_store_memory=200_000_000, include_dashboard=False,
-                node_ip_address="127.0.0.2",  # Ray takes .1 for the address outside
-            )  # fmt: skip
+        for _ in range(nodes):  # Ray takes .1 for the address outside
+            add_node(found, include_dashboard=False, node_ip_address="127.0.0.2")
         yield found
     finally:
         found.shutdown()

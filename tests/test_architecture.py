@@ -15,7 +15,7 @@ LAYERS = [  # each may import what stands below it, and nothing beside or above 
     {"__init__", "__main__"},
     {"apps"},
     {"ray"},
-    {"apps.server"},
+    {"server"},
     {"generation", "training"},
     {"engine", "backends"},
     {"checkpoint"},
@@ -28,7 +28,7 @@ HEIGHT = {name: -i for i, names in enumerate(LAYERS) for name in names}
 
 def layer(parts) -> str:
     """Where a module stands, given as parts of its dotted name without `llama`."""
-    return next(name for name in (".".join(parts[:2]), *parts[:1]) if name in HEIGHT)
+    return parts[0]
 
 
 def imported(path: Path):

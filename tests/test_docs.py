@@ -43,7 +43,7 @@ SHELL = "writes into the user's shell configuration: test_cli.py"
 LICENCE = "takes Meta's licence and its link: tests/apps/test_download.py, on a local server"
 NETWORK = "takes the network: tests/apps/test_download.py, on a local server"
 EXAMPLES = "test_examples.py, with shorter answers"
-SERVER = "waits for requests: tests/apps/test_server.py"
+SERVER = "waits for requests: tests/server/test_server.py"
 MEASURES = "times the machine it runs on: tests/apps/test_plan.py, on a tiny model"
 MAKE = "test_make_does_what_the_commands_beneath_it_do"
 ELSEWHERE = {
@@ -82,7 +82,7 @@ ELSEWHERE = {
     ".venv/bin/llama --install-completion": SHELL,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct": SERVER,
     ".venv/bin/llama serve checkpoints/SmolLM2-135M-Instruct --ray local --replicas 2": (
-        "waits for requests: tests/apps/test_replicas.py"
+        "waits for requests: tests/server/test_replicas.py"
     ),
     ".venv/bin/torchrun --nproc_per_node 3 -m llama serve checkpoints/SmolLM2-135M-Instruct": (
         SERVER

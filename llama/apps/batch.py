@@ -79,7 +79,7 @@ def batch(
     """
     try:
         from llama.apps.batch_job import Job, run
-        from llama.apps.server.settings import Settings
+        from llama.server.settings import Settings
     except ImportError as error:
         raise ValueError(
             f"llama batch needs {error.name}: pip install llama-reference[server]"

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from llama.apps.batch_lines import Line, read, written
 from llama.apps.completion import fingerprint, on_rank_zero
-from llama.apps.server.offline import Offline, Reply, Request, beginning
-from llama.apps.server.service import limits, load
-from llama.apps.server.settings import Settings
 from llama.engine.leader import follow
+from llama.server.offline import Offline, Reply, Request, beginning
+from llama.server.service import limits, load
+from llama.server.settings import Settings
 from llama.text.files import Results
 
 Cluster = Tuple[Optional[str], Optional[int], Optional[float]]  # address, engines, CPUs of each

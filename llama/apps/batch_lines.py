@@ -9,8 +9,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple
 import msgspec
 
 from llama.apps.completion import seed_of
-from llama.apps.server.errors import invalid
-from llama.apps.server.offline import Request
+from llama.server.errors import invalid
+from llama.server.offline import Request
 from llama.text.files import decode, json_line
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

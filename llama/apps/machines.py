@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 
 from llama import checkpoint
-from llama.apps.plan import PlanOptions
+from llama.apps.plan_options import PlanOptions
 from llama.backends.build import resolve_quantize
 from llama.checkpoint import Checkpoint, remote
 from llama.engine.simulation import Cost, Pass, fit
@@ -54,7 +54,7 @@ class Efficiency(NamedTuple):
     row: float
 
 
-# Fitted on 2 cores of a Xeon with AMX to a model of 1B parameters: docs/scaling.md.
+# Rounded from what passes of a 1B model reached on 2 cores of a Xeon with AMX: docs/scaling.md.
 EFFICIENCY = {"dense": Efficiency(0.9, 0.6, 2e-4), "quantized": Efficiency(0.7, 0.25, 2e-4)}
 LAYER = 1e-4  # seconds of a GPU's layer beside its memory's: kernels launched one by one. Assumed
 LATENCY = {"link": 2e-5, "network": 1e-4}  # seconds of a collective. Assumed

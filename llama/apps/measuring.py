@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from llama.apps.machines import Kind, identity, opened, stored
-from llama.apps.plan import PlanOptions
+from llama.apps.plan_options import PlanOptions
 from llama.backends import memory
 from llama.engine.blocks import Blocks
 from llama.engine.engine import Engine

@@ -19,7 +19,7 @@ from llama.apps.machines import (
     opened,
     stored,
 )
-from llama.apps.plan import PlanOptions
+from llama.apps.plan_options import PlanOptions
 from llama.backends import memory
 from llama.engine.blocks import Blocks
 from llama.engine.scheduler import Scheduler

@@ -5,8 +5,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from llama.apps.options import flat
-from llama.apps.server.settings import Replicas, Settings
 from llama.backends.options import ModelOptions
+from llama.server.settings import Replicas, Settings
 
 
 @flat("Model", hidden=("prefix_cache_mb",))  # the engine caches all prefixes
@@ -42,7 +42,7 @@ def serve(model: ServedModel = MODEL, server: Server = SERVER, replicas: OnRay =
     if replicas != ON_RAY and not on_ray:
         raise ValueError("replicas run on a Ray cluster: give its address, or --ray local")
     try:
-        from llama.apps.server.main import run
+        from llama.server.main import run
 
         if on_ray:
             from llama.ray.serving import run as run_on_ray

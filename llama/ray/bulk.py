@@ -18,9 +18,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from llama.apps.server.offline import EngineFailed, Reply, Request, beginning
-from llama.apps.server.settings import Settings
 from llama.ray.predictor import Predictor
+from llama.server.offline import EngineFailed, Reply, Request, beginning
+from llama.server.settings import Settings
 
 ROWS = 32  # of a block
 CALLS = 6  # blocks that an engine answers at once: more rows than run, so that all of them do

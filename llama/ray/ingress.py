@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from llama.apps.server.errors import ApiError, busy, response
-from llama.apps.server.streams import json
 from llama.ray.routing import decoded, keys_of, references
+from llama.server.errors import ApiError, busy, response
+from llama.server.streams import json
 
 PROMPTS = ("/chat/completions", "/completions")  # paths; beside those of responses
 TRIES = 3  # replicas that may die of, or with, a request

@@ -6,8 +6,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
-from llama.apps.server.offline import Offline, Reply, Request
-from llama.apps.server.settings import Settings
+from llama.server.offline import Offline, Reply, Request
+from llama.server.settings import Settings
 
 PATHS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
 

@@ -21,13 +21,13 @@ import ray.serve
 from ray.serve import Application
 from starlette.types import Message, Scope
 
-from llama.apps.server.app import make_app
-from llama.apps.server.main import greet
-from llama.apps.server.service import Service, limits, load, model_name
-from llama.apps.server.settings import Replicas, Settings
 from llama.backends.options import ModelOptions
 from llama.ray.ingress import Ingress, Whole
 from llama.ray.routing import PrefixRouter
+from llama.server.app import make_app
+from llama.server.main import greet
+from llama.server.service import Service, limits, load, model_name
+from llama.server.settings import Replicas, Settings
 
 NAME = "llama"  # of the application
 

@@ -14,7 +14,7 @@ from served import PATIENCE, serve, wait_for
 
 from llama import Llama
 from llama.apps import cli
-from llama.apps.server.offline import Offline
+from llama.server.offline import Offline
 from llama.text.files import Results
 
 CPU = ["--device=cpu", "--dtype=fp32", "--max-seq-len=128"]

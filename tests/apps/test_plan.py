@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from llama.apps import cli, machines, measuring, planning
-from llama.apps.plan import PlanOptions
+from llama.apps.plan_options import PlanOptions
 from llama.engine.simulation import Pass
 
 SMALL = PlanOptions("8b", requests=60, max_rows=16, prompt=200, answer=30, max_seq_len=2048)

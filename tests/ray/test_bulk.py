@@ -13,13 +13,13 @@ import psutil
 import pytest
 from batches import LINES, PREFIXES, normal, requests, small_model
 from conftest import ROOT
-from served import wait_for
+from served import add_node, wait_for
 
 import llama
 from llama import Llama
 from llama.apps import cli
-from llama.apps.server.offline import Request, beginning
 from llama.ray.bulk import BEGINNING, blocks
+from llama.server.offline import Request, beginning
 
 CPU = ["--device=cpu", "--dtype=fp32", "--max-seq-len=128"]
 
@@ -51,11 +51,11 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    node = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = Cluster()
     try:
+        add_node(cluster, include_dashboard=False)
         for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+            add_node(cluster)
         yield cluster
     finally:
         cluster.shutdown()

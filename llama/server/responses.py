@@ -22,13 +22,13 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Body, Call, Chat, ChatMessage, FunctionCall, convert
-from llama.apps.server.chat import shown_tools, start
-from llama.apps.server.dialogs import encode
-from llama.apps.server.errors import ApiError, as_api_error, invalid
-from llama.apps.server.items import Output
-from llama.apps.server.service import Service, ready, received
-from llama.apps.server.streams import EventStream, json, whole
+from llama.server.bodies import Body, Call, Chat, ChatMessage, FunctionCall, convert
+from llama.server.chat import shown_tools, start
+from llama.server.dialogs import encode
+from llama.server.errors import ApiError, as_api_error, invalid
+from llama.server.items import Output
+from llama.server.service import Service, ready, received
+from llama.server.streams import EventStream, json, whole
 
 KEPT = 1024  # responses
 LOGPROBS = "message.output_text.logprobs"

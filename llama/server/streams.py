@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llama.apps.server.errors import as_api_error
+from llama.server.errors import as_api_error
 
 T = TypeVar("T")
 KEEP_ALIVE = 10  # seconds of silence after which a comment tells that the answer is under way

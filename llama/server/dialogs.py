@@ -4,9 +4,9 @@ import asyncio
 import json
 from typing import Any, Dict, List, Optional, Sequence, Union
 
-from llama.apps.server.bodies import Chat, ChatMessage, Part
-from llama.apps.server.errors import invalid
 from llama.generation import Llama
+from llama.server.bodies import Chat, ChatMessage, Part
+from llama.server.errors import invalid
 from llama.text.chat import Message, PromptOptions
 from llama.text.context import encode_dialogs
 

@@ -16,13 +16,13 @@ import pytest
 from conftest import TINY, write_checkpoint
 
 from llama import Llama
-from llama.apps.server.app import make_app
-from llama.apps.server.chat import Piece
-from llama.apps.server.items import Output
-from llama.apps.server.responses import KEPT, Store, Stored
-from llama.apps.server.service import Service
-from llama.apps.server.settings import Settings
 from llama.engine.predictions import Event
+from llama.server.app import make_app
+from llama.server.chat import Piece
+from llama.server.items import Output
+from llama.server.responses import KEPT, Store, Stored
+from llama.server.service import Service
+from llama.server.settings import Settings
 from llama.text.tool_stream import ToolCallStream
 
 SCHEMA = {

@@ -6,12 +6,12 @@ from typing import Any, Dict, List
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Chat, Detokenize, Tokenize
-from llama.apps.server.chat import shown_tools
-from llama.apps.server.dialogs import encode
-from llama.apps.server.errors import invalid
-from llama.apps.server.service import received
-from llama.apps.server.streams import json
+from llama.server.bodies import Chat, Detokenize, Tokenize
+from llama.server.chat import shown_tools
+from llama.server.dialogs import encode
+from llama.server.errors import invalid
+from llama.server.service import received
+from llama.server.streams import json
 
 
 async def tokenize(request: Request) -> Response:

@@ -7,8 +7,8 @@ import json
 import httpx
 import pytest
 
-from llama.apps.server.app import make_app
-from llama.apps.server.settings import Settings
+from llama.server.app import make_app
+from llama.server.settings import Settings
 
 
 def ask(settings=None, keys=(), method="GET", path="/v1/models", host="localhost", **request):

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 from starlette.requests import ClientDisconnect, Request
 
-from llama.apps.server.errors import ApiError, invalid
+from llama.server.errors import ApiError, invalid
 
 Texts = Union[str, List[str]]
 Inputs = Union[str, List[Union[str, int, List[int]]]]  # ids alone are one text

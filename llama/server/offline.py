@@ -11,9 +11,9 @@ from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple
 
 from starlette.types import Message, Scope
 
-from llama.apps.server.app import make_app
-from llama.apps.server.service import Service, limits, load, model_name
-from llama.apps.server.settings import Settings
+from llama.server.app import make_app
+from llama.server.service import Service, limits, load, model_name
+from llama.server.settings import Settings
 
 WINDOW = 128  # requests under way: twice as many as rows run at once, so that none waits for them
 

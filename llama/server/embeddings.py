@@ -7,14 +7,14 @@ import torch
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Embeddings
-from llama.apps.server.completions import token_ids
-from llama.apps.server.errors import invalid
-from llama.apps.server.service import Service, received
-from llama.apps.server.streams import whole
 from llama.engine.async_engine import Answer
 from llama.engine.embeddings import Pooling, pooled, pooled_states
 from llama.engine.readings import States
+from llama.server.bodies import Embeddings
+from llama.server.completions import token_ids
+from llama.server.errors import invalid
+from llama.server.service import Service, received
+from llama.server.streams import whole
 
 
 async def embeddings(request: Request) -> Response:

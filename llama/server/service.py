@@ -8,15 +8,15 @@ from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence, 
 from starlette.requests import Request
 
 from llama._version import __version__
-from llama.apps.server.bodies import B, Generation, read
-from llama.apps.server.errors import ApiError, busy, invalid
-from llama.apps.server.metrics import Metrics
-from llama.apps.server.sampling import constraint_name, options_of
-from llama.apps.server.settings import Settings
 from llama.engine.async_engine import Answer, AsyncEngine
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event
 from llama.generation import Llama
+from llama.server.bodies import B, Generation, read
+from llama.server.errors import ApiError, busy, invalid
+from llama.server.metrics import Metrics
+from llama.server.sampling import constraint_name, options_of
+from llama.server.settings import Settings
 
 FINGERPRINT = f"llama-reference-{__version__}"
 

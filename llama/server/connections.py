@@ -5,7 +5,7 @@ from typing import Any, Optional, Type, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from llama.apps.server.settings import Settings
+from llama.server.settings import Settings
 
 
 def limited(settings: Settings) -> Type[asyncio.Protocol]:

@@ -3,9 +3,9 @@
 from dataclasses import fields
 from typing import Any, Dict, Optional
 
-from llama.apps.server.bodies import Generation
-from llama.apps.server.errors import invalid
 from llama.engine.params import SamplingParams
+from llama.server.bodies import Generation
+from llama.server.errors import invalid
 from llama.tokenizer import Tokenizer
 
 _SAME = {field.name for field in fields(SamplingParams)} & set(Generation.__struct_fields__)

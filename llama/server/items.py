@@ -5,10 +5,10 @@ import uuid
 from contextlib import aclosing
 from typing import Any, AsyncGenerator, Dict, Iterator, List, Optional
 
-from llama.apps.server.bodies import Call, ChatMessage, FunctionCall
-from llama.apps.server.chat import ChatAnswer
-from llama.apps.server.errors import as_api_error
-from llama.apps.server.texts import chat_logprob
+from llama.server.bodies import Call, ChatMessage, FunctionCall
+from llama.server.chat import ChatAnswer
+from llama.server.errors import as_api_error
+from llama.server.texts import chat_logprob
 from llama.text.tool_stream import Delta
 
 Data = Dict[str, Any]

@@ -16,8 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.apps.server.errors import ApiError, response
-from llama.apps.server.settings import LOOPBACK, Settings
+from llama.server.errors import ApiError, response
+from llama.server.settings import LOOPBACK, Settings
 
 PAGES = ("/", "/page.css", "/page.js", "/markdown.js")
 OPEN = (*PAGES, "/favicon.ico", "/health")  # to all: no model's text is in them

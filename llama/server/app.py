@@ -10,16 +10,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from llama.apps.server import errors
-from llama.apps.server.chat import chat
-from llama.apps.server.completions import completions
-from llama.apps.server.embeddings import embeddings
-from llama.apps.server.guard import PAGES, Guard
-from llama.apps.server.responses import Store, input_items, input_tokens, responses, stored
-from llama.apps.server.service import Service, ready
-from llama.apps.server.settings import Settings
-from llama.apps.server.streams import json
-from llama.apps.server.tokens import apply_template, detokenize, tokenize
+from llama.server import errors
+from llama.server.chat import chat
+from llama.server.completions import completions
+from llama.server.embeddings import embeddings
+from llama.server.guard import PAGES, Guard
+from llama.server.responses import Store, input_items, input_tokens, responses, stored
+from llama.server.service import Service, ready
+from llama.server.settings import Settings
+from llama.server.streams import json
+from llama.server.tokens import apply_template, detokenize, tokenize
 
 PAGE = Path(__file__).parent / "page"
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

@@ -8,14 +8,14 @@ from typing import Any, AsyncGenerator, Dict, List, NamedTuple, Optional
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import AllowedTools, Chat, NamedTool
-from llama.apps.server.dialogs import encode
-from llama.apps.server.errors import invalid
-from llama.apps.server.service import FINGERPRINT, Running, Service, received
-from llama.apps.server.streams import EventStream, whole
-from llama.apps.server.texts import MOST_TOP_LOGPROBS, chat_logprob
 from llama.engine.predictions import Event
 from llama.engine.structured import tool_call_format
+from llama.server.bodies import AllowedTools, Chat, NamedTool
+from llama.server.dialogs import encode
+from llama.server.errors import invalid
+from llama.server.service import FINGERPRINT, Running, Service, received
+from llama.server.streams import EventStream, whole
+from llama.server.texts import MOST_TOP_LOGPROBS, chat_logprob
 from llama.text.tool_stream import Delta, ToolCallStream
 from llama.text.tools import split_tools
 

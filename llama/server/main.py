@@ -11,12 +11,12 @@ from typing import Any, AsyncIterator, Dict, Mapping
 
 import uvicorn
 
-from llama.apps.server.app import make_app
-from llama.apps.server.connections import limited
-from llama.apps.server.service import Service, limits, load, model_name
-from llama.apps.server.settings import Settings
 from llama.engine.leader import follow
 from llama.layers import parallel
+from llama.server.app import make_app
+from llama.server.connections import limited
+from llama.server.service import Service, limits, load, model_name
+from llama.server.settings import Settings
 
 
 def run(options: Mapping[str, Any], settings: Settings) -> None:

@@ -9,12 +9,12 @@ from typing import Any, AsyncGenerator, Dict, List, Optional
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.apps.server.bodies import Completion, Inputs
-from llama.apps.server.errors import invalid
-from llama.apps.server.service import FINGERPRINT, Running, received
-from llama.apps.server.streams import EventStream, whole
-from llama.apps.server.texts import MOST_TOP_LOGPROBS, text_logprobs
 from llama.engine.predictions import Event
+from llama.server.bodies import Completion, Inputs
+from llama.server.errors import invalid
+from llama.server.service import FINGERPRINT, Running, received
+from llama.server.streams import EventStream, whole
+from llama.server.texts import MOST_TOP_LOGPROBS, text_logprobs
 from llama.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

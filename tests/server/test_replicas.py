@@ -1,6 +1,6 @@
 """`llama serve --ray`: two replicas on two nodes of a Ray cluster, as one server.
 
-With LLAMA_RAY_NODES=2, tests/apps/test_openai_sdk.py runs against such a server as a whole.
+With LLAMA_RAY_NODES=2, tests/server/test_openai_sdk.py runs against such a server as a whole.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from served import PATIENCE, ray_cluster, serve, wait_for
 
 from llama import Llama
 from llama.apps import serve as command
-from llama.apps.server.app import make_app
-from llama.apps.server.service import Service
-from llama.apps.server.settings import Settings
 from llama.ray.ingress import merged
 from llama.ray.routing import choose, decoded, keys_of, references
 from llama.ray.serving import app
+from llama.server.app import make_app
+from llama.server.service import Service
+from llama.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 KEY, MODEL = sdk.KEY, sdk.MODEL
