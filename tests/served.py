@@ -120,6 +120,8 @@ def add_node(cluster, **options: object) -> None:
 def ray_cluster(nodes: int = 2):
     """Nodes of a Ray cluster on loopback, with a processor each; yields their `Cluster`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("READY_CHECK", "HEALTH_CHECK"):  # by default 5 and 10 s
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{name}_TIMEOUT_S", "60")
     from ray.cluster_utils import Cluster
 
     found = Cluster()

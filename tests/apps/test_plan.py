@@ -120,8 +120,8 @@ def test_measured_here_and_planned_for(tiny_dir, tmp_path, monkeypatch, capsys):
     found = machines.Measured.read(str(path))
     assert {made.tokens for made, _ in found.passes} == {1, 4, 16, 64}
     assert all(seconds > 0 for _, seconds in found.passes)
-    asked += ["--machine", str(path), "--requests", "20", "--rate", "0.001", "--first", "1000"]
-    asked += ["--between", "1000", "--max-seq-len", "4096", "--max-rows", "4", "--json"]
+    asked += ["--machine", str(path), "--requests", "20", "--rate", "0.001", "--first", "1e9"]
+    asked += ["--between", "1e9", "--max-seq-len", "4096", "--max-rows", "4", "--json"]
     assert cli.main(asked) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert [(one["machines"], one["tensor"], one["fitted"]) for one in plans] == [(1, 1, True)]

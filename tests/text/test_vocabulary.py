@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -427,6 +428,11 @@ def test_ids_of_pairs_are_words_with_their_spaces(spm):
 # --- Llama 2, whole ------------------------------------------------------------------------------
 
 
+def same(one: str, other: str) -> bool:
+    """But for the number of replacement characters for bytes that aren't UTF-8."""
+    return re.sub("\ufffd+", "\ufffd", one) == re.sub("\ufffd+", "\ufffd", other)
+
+
 def test_a_llama_2_directory_completes_and_chats(spm_path, theirs, tmp_path):
     """Meta's directory with a SentencePiece model: bos before a text, turns of [INST]."""
     args = replace(TINY, vocab_size=theirs.get_piece_size(), rope_theta=10000.0)
@@ -445,7 +451,8 @@ def test_a_llama_2_directory_completes_and_chats(spm_path, theirs, tmp_path):
     assert llama.formatter.encode_dialog_prompt(dialog) == expected
     (answer,) = llama.chat_completion([dialog], temperature=0, max_gen_len=4)
     ids, _ = llama.generate([expected], 4, temperature=0)
-    assert answer["generation"] == {"role": "assistant", "content": theirs.decode(ids[0])}
+    assert answer["generation"]["role"] == "assistant"
+    assert same(answer["generation"]["content"], theirs.decode(ids[0]))
     (text,) = llama.text_completion(["Hello"], temperature=0, max_gen_len=4)
     ids, _ = llama.generate([[1, *theirs.encode("Hello")]], 4, temperature=0)
-    assert text["generation"] == theirs.decode(ids[0])
+    assert same(text["generation"], theirs.decode(ids[0]))
