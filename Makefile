@@ -40,6 +40,7 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 	$(BIN)/python -m benchmarks.peers --shape 8b --out benchmarks/results/8b
 	$(BIN)/python -m benchmarks.peers --out benchmarks/results
 	$(BIN)/python -m benchmarks.savings --out benchmarks/results
+	$(BIN)/python -m benchmarks.serving --alone --out benchmarks/results
 	$(BIN)/python -m benchmarks.finetuning
 	$(BIN)/python -m benchmarks.planning --shape 1b --out benchmarks/results
 
