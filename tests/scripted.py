@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-PAGE = ROOT / "llama" / "apps" / "server" / "page"
+PAGE = ROOT / "llama" / "server" / "page"
 
 
 def chunk(content=None, *, finish=None, logprobs=None, **delta):
