@@ -154,10 +154,8 @@ def on_all_ranks(
         mine = facts(found[0])
     except (ValueError, OSError) as error:
         failure = error
-    me, missing = (
-        f"rank {dist.get_rank()} on host {gethostname()}",
-        type(failure) is FileNotFoundError,
-    )
+    me = f"rank {dist.get_rank()} on host {gethostname()}"
+    missing = type(failure) is FileNotFoundError
     said: List[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(said, (me, mine, str(failure or ""), missing), group)
     if failure and len({problem for *_, problem, _ in said}) == 1:

@@ -1,7 +1,5 @@
 """`/v1/chat/completions`."""
 
-import time
-import uuid
 from contextlib import aclosing
 from typing import Any, AsyncGenerator, Dict, List, NamedTuple, Optional
 
@@ -13,7 +11,7 @@ from llama.engine.structured import tool_call_format
 from llama.server.bodies import AllowedTools, Chat, NamedTool
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
-from llama.server.service import FINGERPRINT, Running, Service, received
+from llama.server.service import Running, Service, received
 from llama.server.streams import EventStream, whole
 from llama.server.texts import MOST_TOP_LOGPROBS, chat_logprob
 from llama.text.tool_stream import Delta, ToolCallStream
@@ -25,11 +23,7 @@ MOST_TOOLS = 128
 async def chat(request: Request) -> Response:
     service, body, headers = await received(request, Chat)
     answer = await start(request, service, body)
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion",
-        "created": int(time.time()), "model": body.model or service.name,
-        "system_fingerprint": FINGERPRINT,
-    }  # fmt: skip
+    head = service.head("chatcmpl", "chat.completion", body.model)
     if not body.stream:
         reply = await whole(request, _collected(answer, head))
         reply.headers.update(headers)

@@ -1,8 +1,6 @@
 """`/v1/completions`."""
 
 import asyncio
-import time
-import uuid
 from contextlib import aclosing
 from typing import Any, AsyncGenerator, Dict, List, Optional
 
@@ -12,7 +10,7 @@ from starlette.responses import Response
 from llama.engine.predictions import Event
 from llama.server.bodies import Completion, Inputs
 from llama.server.errors import invalid
-from llama.server.service import FINGERPRINT, Running, received
+from llama.server.service import Running, received
 from llama.server.streams import EventStream, whole
 from llama.server.texts import MOST_TOP_LOGPROBS, text_logprobs
 from llama.tokenizer import Tokenizer
@@ -38,11 +36,7 @@ async def completions(request: Request) -> Response:
         request, prompts, body, most, logprobs=body.logprobs is not None, top_logprobs=top,
         echo=bool(body.echo),
     )  # fmt: skip
-    head = {
-        "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
-        "created": int(time.time()), "model": body.model or service.name,
-        "system_fingerprint": FINGERPRINT,
-    }  # fmt: skip
+    head = service.head("cmpl", "text_completion", body.model)
     if not body.stream:
         reply = await whole(request, _collected(tokenizer, running, head, body.logprobs))
         reply.headers.update(headers)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from pathlib import Path
 from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
@@ -86,6 +87,17 @@ class Service:
             404, f"there is no model {model[:100]!r}; this server has {', '.join(self.models)}",
             param="model", code="model_not_found",
         )  # fmt: skip
+
+    def head(self, prefix: str, kind: str, model: Optional[str]) -> Dict[str, Any]:
+        """What an answer begins with, and each of its chunks.
+
+        Args:
+            model: as the request names it.
+        """
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+            "model": model or self.name, "system_fingerprint": FINGERPRINT,
+        }  # fmt: skip
 
     def check_length(self, ids: Sequence[int], param: str) -> None:
         if len(ids) >= self.context:
