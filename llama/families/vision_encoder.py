@@ -53,7 +53,10 @@ class VisionArgs(ModelArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "vision_features", tuple(self.vision_features))
+        features = self.vision_features
+        if not isinstance(features, (list, tuple)) or not all(type(i) is int for i in features):
+            raise ValueError(f"vision_features={str(features)[:80]}: whole numbers")
+        object.__setattr__(self, "vision_features", tuple(features))
         for whole, part in (
             ("vision_chunk_size", "vision_patch_size"),
             ("vision_width", "vision_heads"),
@@ -66,10 +69,9 @@ class VisionArgs(ModelArgs):
                 f"vision_num_cross_attention_layers={self.vision_num_cross_attention_layers} can't "
                 f"be spread evenly over n_layers={self.n_layers}"
             )
-        outside = [i for i in self.vision_features if not 0 <= i < self.vision_layers]
-        if outside or [*self.vision_features] != sorted({*self.vision_features} or [0]):
+        if [*features] != sorted({*features} & {*range(self.vision_layers)} or [0]):
             raise ValueError(
-                f"vision_features={self.vision_features}: ascending, and each less than "
+                f"vision_features={features}: ascending, and each less than "
                 f"vision_layers={self.vision_layers}"
             )
 
