@@ -78,6 +78,7 @@ class Family:
     """A network, and how files describe it. The defaults are Llama's.
 
     Attributes:
+        extra_ids: ids after the vocabulary's that a model reads, but doesn't write.
         args: the shape of a model; a class of its own for each family.
         shapes: Meta's names and whole shapes of all weights of a shape.
         architectures: transformers' classes, as config.json names them.
@@ -97,6 +98,7 @@ class Family:
     """
 
     name: str
+    extra_ids: int = 0
     args: Type[ModelArgs] = ModelArgs
     network: Type[Transformer] = Transformer
     shapes: Callable[[Any], Dict[str, Shape]] = llama_shapes

@@ -165,6 +165,7 @@ class VisionTransformer(Transformer):
         def place(module: nn.Module) -> nn.Module:
             return module.to(device=device, dtype=dtype)
 
+        self.image_id = params.vocab_size
         rows = parallel.padded(EXTRA_IDS, parallel.world_size())
         self.learnable_embedding = place(
             VocabParallelEmbedding(rows, params.dim, init_method=lambda w: w)
@@ -212,7 +213,7 @@ class VisionTransformer(Transformer):
                 raise ValueError("with a cache, images go into cache.images")
             found = []
             for row, encoded in zip(tokens.tolist(), images, strict=True):
-                places = [i for i, token in enumerate(row) if token == self.vocab_size]
+                places = [i for i, token in enumerate(row) if token == self.image_id]
                 if len(places) != len(encoded):
                     raise ValueError(f"{len(encoded)} images, and {len(places)} tokens for them")
                 found.append(views(places, encoded))

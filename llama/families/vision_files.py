@@ -297,6 +297,7 @@ def from_table(args: VisionArgs, shape: Shape, table: torch.Tensor) -> torch.Ten
 
 LLAMA_VISION = Family(
     name="llama-vision",
+    extra_ids=EXTRA_IDS,
     args=VisionArgs,
     network=VisionTransformer,
     shapes=shapes,
