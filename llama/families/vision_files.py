@@ -188,6 +188,7 @@ def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
         "cross_attention_layers": cross,
         "model_type": "mllama_text_model",
         "num_hidden_layers": args.n_layers + len(cross),
+        "pad_token_id": None,  # by default one that small vocabularies lack
     }
     return whole | {
         "architectures": ["MllamaForConditionalGeneration"],
