@@ -74,15 +74,20 @@ class MetaCheckpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._files = sorted(self.path.glob("consolidated.*.pth"))
+        if (single := self.path / "consolidated.pth").exists() and not self._files:
+            self._files = [single]  # as Llama 3.2 11B Vision comes
         names = [f"consolidated.{i:02d}.pth" for i in range(len(self._files))]
-        if not self._files or [file.name for file in self._files] != names:
+        if not self._files or [file.name for file in self._files] not in (names, [single.name]):
             found = ", ".join(file.name for file in self._files) or "none"
             raise ValueError(
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        self._shards = [index_pth(file) for file in self._files]
         family, params = read_params(self.path / "params.json")
+        self._shards = [
+            {family.meta_names.meta(name): stored for name, stored in index_pth(file).items()}
+            for file in self._files
+        ]
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
@@ -269,14 +274,15 @@ def _write_shard(
     }
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
+    in_file = family_of(source.args).meta_names.theirs
     with torch.serialization.skip_data():
-        torch.save(empty, file)
+        torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
     del empty
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
         for name in weight_shapes(source.args):
-            place = places[name]
+            place = places[in_file(name)]
             tensor = read_shard(source, name, rank, world, dtype=dtype)
             out.seek(place.offset)
             write_tensor(out, tensor, progress)
