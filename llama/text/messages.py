@@ -131,7 +131,7 @@ class ImagePart(NamedTuple):
     source: Any
 
 
-def parts_of(message: Message) -> List[Union[str, ImagePart]]:
+def parts_of(message: Any) -> List[Union[str, ImagePart]]:
     """A message's content in its order, each text apart.
 
     Raises:

@@ -27,6 +27,9 @@ class Limits:
     max_pixels: int = 50_000_000
 
 
+DEFAULTS = Limits()
+
+
 class Tiles(NamedTuple):
     """An image as an encoder takes it.
 
@@ -66,7 +69,7 @@ def tile(image: Image.Image, *, size: int = 560, max_tiles: int = 4) -> Tiles:
     pixels.sub_(torch.tensor(_MEAN)[:, None, None]).div_(torch.tensor(_STD)[:, None, None])
     pixels = pixels.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
     digest = hashlib.sha256(f"{rows} {columns} {size} ".encode())
-    digest.update(array)
+    digest.update(array.tobytes())
     pixels = pixels.reshape(rows * columns, 3, size, size).contiguous()
     return Tiles(pixels, (rows, columns), digest.digest())
 
@@ -92,7 +95,7 @@ def _fitted(image: Tuple[int, int], width: int, height: int) -> Tuple[int, int]:
     return min(math.floor(image[0] * by_height) or 1, width), height
 
 
-def open_image(source: Any, limits: Limits = Limits()) -> Image.Image:
+def open_image(source: Any, limits: Limits = DEFAULTS) -> Image.Image:
     """An image as RGB, upright, on white where it is transparent; the first frame of several.
 
     Args:
