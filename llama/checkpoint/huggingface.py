@@ -11,6 +11,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
+from llama.checkpoint.fused import Part, cut, plan
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
 from llama.checkpoint.shapes import checked_args, weight_shapes
@@ -180,9 +181,13 @@ class HFCheckpoint:
     def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
         family, fields = read_config(self.path / "config.json", known)
-        self._stored: Dict[str, Stored] = {}
+        self._stored: Dict[str, Part] = {}
+        self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
             for name, stored in index_tensors(file).items():
+                if name.startswith(family.left_out):
+                    self.left_out += 1
+                    continue
                 name = family.hf_names.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
@@ -191,6 +196,7 @@ class HFCheckpoint:
                     raise ValueError(f"{name} is both in {other} and in {file}")
                 self._stored[name] = stored
         self.args = checked_args(self.path / "config.json", fields, len(self._stored), family)
+        self._stored = cut(self._stored, family.fused(self.args, "hf"), weight_shapes(self.args))
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
@@ -290,7 +296,11 @@ def write(
     path, args = Path(path), source.args
     shapes = weight_shapes(args)
     dtypes = {name: dtype or dtype_of(source, name) for name in shapes}
-    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
+    parts = plan(shapes, family_of(args).fused(args, "hf"))
+    sizes = {
+        name: sum(math.prod(shapes[one]) * dtypes[one].itemsize for one in of)
+        for name, of in parts.items()
+    }
     shards: List[List[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > max_shard_bytes:
@@ -307,7 +317,7 @@ def write(
             write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                family_of(args).hf_names.theirs(name): file
+                family_of(args).hf_names.theirs(name) if name in shapes else name: file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])

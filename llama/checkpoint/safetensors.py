@@ -8,15 +8,17 @@ rotates neighbouring pairs.
 import json
 import math
 import struct
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
+from llama.checkpoint.fused import fused_shape, join
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape, Stored, dtype_name
-from llama.checkpoint.writing import Progress, rows, write_tensor
+from llama.checkpoint.writing import Progress, read_whole, rows, write_tensor
 from llama.families.registry import family_of
 from llama.text.files import unique_keys
 
@@ -94,18 +96,26 @@ def write_safetensors(
 ) -> None:
     """Write weights under their Hugging Face names, in its order of rows, a few at a time.
 
-    `extra` weights, which have such names already, follow as they are.
+    `names` may be those of fused tensors. `extra` weights, which have such names already, follow
+    as they are.
     """
     family = family_of(source.args)
+    fused, shapes = family.fused(source.args, "hf"), weight_shapes(source.args)
     tensors = [
-        (family.hf_names.theirs(name), weight_shapes(source.args)[name], dtypes[name])
+        (name, fused_shape(fused[name], shapes.__getitem__), dtypes[fused[name].groups[0][0]])
+        if name in fused
+        else (family.hf_names.theirs(name), shapes[name], dtypes[name])
         for name in names
     ]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
         file.write(_header(tensors))
-        for name in names:
-            for part in rows(source, name, dtypes[name]):
+        for name, (_, _, dtype) in zip(names, tensors, strict=False):
+            if name in fused:
+                for part in join(fused[name], partial(read_whole, source)):
+                    write_tensor(file, part.to(dtype), progress)
+                continue
+            for part in rows(source, name, dtype):
                 if name.endswith(family.rotated):
                     part = split_halves(part.contiguous(), source.args.head_dim)
                 write_tensor(file, part, progress)

@@ -1,7 +1,7 @@
 """What a family of networks is to those who read checkpoints and build models."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Callable, Dict, FrozenSet, Mapping, Protocol, Set, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Mapping, NamedTuple, Protocol, Set, Tuple, Type
 
 from llama.families.names import GGUF, HF
 from llama.model import ModelArgs, Transformer
@@ -15,6 +15,21 @@ class Naming(Protocol):
     def meta(self, name: str) -> str: ...
 
     def theirs(self, name: str) -> str: ...
+
+
+class Fused(NamedTuple):
+    """A tensor in a file that holds several matrices: those of a group side by side, groups below
+    each other.
+
+    Attributes:
+        groups: Meta's names.
+        transposed: each is transposed first.
+        stacked: groups, all of one shape, lie along an axis of their own, the first.
+    """
+
+    groups: Tuple[Tuple[str, ...], ...]
+    transposed: bool = False
+    stacked: bool = False
 
 
 def block_shapes(args: ModelArgs) -> Dict[str, Shape]:
@@ -61,6 +76,10 @@ class Family:
         gguf: what a GGUF file's general.architecture says.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
+        write_gguf: what it says in addition, by the names of GGUFWriter's methods.
+        fused: matrices that the files of a format, "meta", "hf" or "gguf", hold as one tensor, by
+            its name there; and "released", what is read in Meta's format in addition.
+        left_out: how names of weights begin that files may hold and this network doesn't use.
     """
 
     name: str
@@ -78,6 +97,9 @@ class Family:
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
+    write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
+    fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
+    left_out: Tuple[str, ...] = ()
 
     @property
     def own_fields(self) -> Set[str]:

@@ -3,6 +3,7 @@
 from typing import Any, Mapping, Tuple
 
 from llama.families.family import Family
+from llama.families.llama4_files import LLAMA4
 from llama.model import ModelArgs, Transformer
 
 LLAMA = Family(
@@ -12,7 +13,7 @@ LLAMA = Family(
     claims=lambda config: True,
     gguf=frozenset({"llama"}),
 )
-FAMILIES: Tuple[Family, ...] = (LLAMA,)  # the first that claims a config.json has it
+FAMILIES: Tuple[Family, ...] = (LLAMA4, LLAMA)  # the first that claims a config.json has it
 
 
 def family_of(args: ModelArgs) -> Family:

@@ -8,6 +8,7 @@ import atexit
 import datetime
 import math
 import os
+import re
 import sys
 from typing import Any, List, Optional, Tuple
 
@@ -266,8 +267,10 @@ def check_world(world: int, n_heads: int) -> None:
 
 
 def shard_axis(name: str) -> Optional[int]:
-    """The axis along which a weight (Meta's name) is sharded, or None."""
-    return SHARD_AXIS.get(name.split(".", 2)[2] if name.startswith("layers.") else name)
+    """The axis along which a weight (Meta's name) is sharded, or None. An expert's is that of a
+    feed-forward network."""
+    stem = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return SHARD_AXIS.get(re.sub(r"\.(shared_expert|experts\.\d+)\.", ".", stem))
 
 
 def padded(size: int, world: int) -> int:
