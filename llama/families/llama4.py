@@ -149,11 +149,12 @@ class Llama4Block(TransformerBlock):
     def __init__(self, layer_id: int, args: Llama4Args):
         nn.Module.__init__(self)
         self.attention = ChunkedAttention(layer_id, args)
-        self.feed_forward: nn.Module = (  # type: ignore[assignment]
-            MixtureOfExperts(args)
-            if args.has_experts(layer_id)
-            else FeedForward(args.dim, args.hidden_dim)
-        )
+        network: Any
+        if args.has_experts(layer_id):
+            network = MixtureOfExperts(args)
+        else:
+            network = FeedForward(args.dim, args.hidden_dim)
+        self.feed_forward = network
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
