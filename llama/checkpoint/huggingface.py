@@ -11,12 +11,13 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
+from llama.checkpoint.fused import Part, cut, plan
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
 from llama.checkpoint.shapes import checked_args, weight_shapes
-from llama.checkpoint.source import Checkpoint, Derived, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
-from llama.families.family import Family, Tensor
+from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
@@ -183,9 +184,13 @@ class HFCheckpoint:
     def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
         family, fields = read_config(self.path / "config.json", known)
-        self._stored: Dict[str, Stored | Derived] = {}
+        self._stored: Dict[str, Part] = {}
+        self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
             for name, stored in index_tensors(file).items():
+                if name.startswith(family.left_out):
+                    self.left_out += 1
+                    continue
                 name = family.hf_names.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
@@ -194,29 +199,10 @@ class HFCheckpoint:
                     raise ValueError(f"{name} is both in {other} and in {file}")
                 self._stored[name] = stored
         self.args = checked_args(self.path / "config.json", fields, len(self._stored), family)
-        if family.hf_tensors is not None:
-            self._stored = self._ours(family.hf_tensors(self.args))
+        self._stored = cut(self._stored, family.fused(self.args, "hf"), weight_shapes(self.args))
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
-
-    def _ours(self, tensors: Mapping[str, Tensor]) -> Dict[str, Stored | Derived]:
-        """The weights in the tensors of the files; what isn't as expected keeps its shape."""
-        shapes, stored = weight_shapes(self.args), dict(self._stored)
-        found: Dict[str, Stored | Derived] = {}
-        for name, tensor in tensors.items():
-            one, rows = stored.pop(name, None), 0
-            if isinstance(one, Stored) and one.shape == tensor.shape and tensor.to_ours is None:
-                row = math.prod(one.shape[1:]) * one.dtype.itemsize
-                for part in tensor.parts:
-                    offset = one.offset + rows * row
-                    found[part] = one._replace(offset=offset, shape=shapes[part])
-                    rows += shapes[part][0]
-            elif isinstance(one, Stored) and one.shape == tensor.shape and tensor.to_ours:
-                found[tensor.parts[0]] = Derived(one, tensor.to_ours, shapes[tensor.parts[0]])
-            elif one is not None:
-                found |= dict.fromkeys(tensor.parts, one)
-        return found | stored
 
     def _files(self) -> List[Path]:
         """The files with weights, by the index where there is one."""
@@ -312,9 +298,13 @@ def write(
         FileExistsError: the directory exists, without `force`.
     """
     path, args = Path(path), source.args
-    tensors = family_of(args).tensors(args)
-    dtypes = {name: dtype or dtype_of(source, one.parts[0]) for name, one in tensors.items()}
-    sizes = {name: math.prod(one.shape) * dtypes[name].itemsize for name, one in tensors.items()}
+    shapes = weight_shapes(args)
+    dtypes = {name: dtype or dtype_of(source, name) for name in shapes}
+    parts = plan(shapes, family_of(args).fused(args, "hf"))
+    sizes = {
+        name: sum(math.prod(shapes[one]) * dtypes[one].itemsize for one in of)
+        for name, of in parts.items()
+    }
     shards: List[List[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > max_shard_bytes:
@@ -328,11 +318,12 @@ def write(
             files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for file, shard in zip(files, shards, strict=True):
             extra = head if file == files[-1] else {}
-            some = {name: tensors[name] for name in shard}
-            write_safetensors(source, partial / file, some, dtypes, progress, extra)
+            write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                name: file for file, shard in zip(files, shards, strict=True) for name in shard
+                family_of(args).hf_names.theirs(name) if name in shapes else name: file
+                for file, shard in zip(files, shards, strict=True)
+                for name in shard
             } | dict.fromkeys(head, files[-1])
             total = sum([*sizes.values(), *(weight.nbytes for weight in head.values())])
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

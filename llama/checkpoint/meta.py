@@ -10,10 +10,11 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from llama.checkpoint.fused import Part, cut, fused_shape, join, plan
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
 from llama.families.family import Family
 from llama.families.registry import family_of, of_params
@@ -84,7 +85,7 @@ class MetaCheckpoint:
                 f"found {found}; fetch what is missing"
             )
         family, params = read_params(self.path / "params.json")
-        self._shards = [
+        self._shards: List[Dict[str, Part]] = [
             {family.meta_names.meta(name): stored for name, stored in index_pth(file).items()}
             for file in self._files
         ]
@@ -96,6 +97,13 @@ class MetaCheckpoint:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
         args = checked_args(self.path / "params.json", params, len(self._shards[0]), family)
         self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
+        fused = family.fused(args, "meta") | family.fused(args, "released")
+        used = [
+            {name: stored for name, stored in shard.items() if not name.startswith(family.left_out)}
+            for shard in self._shards
+        ]
+        self.left_out = len(self._shards[0]) - len(used[0])  # weights the network doesn't use
+        self._shards = [cut(shard, fused, weight_shapes(args)) for shard in used]
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
@@ -116,7 +124,7 @@ class MetaCheckpoint:
             raise ValueError(f"{self._files[0]}: tok_embeddings.weight has the shape {shape}")
         return shape[0] * len(self._files) if shape[1] == dim else shape[0]
 
-    def _first(self, name: str) -> Stored:
+    def _first(self, name: str) -> Part:
         if name not in self._shards[0]:
             raise ValueError(f"{self._files[0]} lacks {name}")
         return self._shards[0][name]
@@ -241,6 +249,11 @@ def write(
             raise ValueError(
                 f"model_parallel_size {world} doesn't divide {what}={getattr(args, what)}"
             )
+    for name, shape in weight_shapes(args).items():
+        axis = parallel.shard_axis(name)
+        uneven = axis is not None and not name.endswith(parallel.KV) and shape[axis] % world
+        if uneven:
+            raise ValueError(f"model_parallel_size {world} doesn't divide {name}, {shape}")
     with beside(path, force) as partial:
         partial.mkdir()
         for rank in range(world):
@@ -266,11 +279,22 @@ def _write_shard(
     torch.save first lays out the file with the room for its tensors left empty; memory that is
     only allocated costs nothing. Then each tensor goes to its place.
     """
+    args = source.args
+    fused = family_of(args).fused(args, "meta")
+    parts = plan(weight_shapes(args), fused)
+
+    def shape(name: str) -> Shape:
+        return local_shape(args, name, rank, world)
+
+    def read(name: str) -> torch.Tensor:
+        return read_shard(source, name, rank, world, dtype=dtype)
+
     empty = {
         name: torch.empty(
-            local_shape(source.args, name, rank, world), dtype=dtype or dtype_of(source, name)
+            fused_shape(fused[name], shape) if name in fused else shape(name),
+            dtype=dtype or dtype_of(source, of[0]),
         )
-        for name in weight_shapes(source.args)
+        for name, of in parts.items()
     }
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
@@ -281,10 +305,11 @@ def _write_shard(
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
-        for name in weight_shapes(source.args):
-            place = places[in_file(name)]
-            tensor = read_shard(source, name, rank, world, dtype=dtype)
+        for name in parts:
+            place, checksum = places[in_file(name)], 0
             out.seek(place.offset)
-            write_tensor(out, tensor, progress)
-            checksums[place.offset] = zlib.crc32(bytes_of(tensor))
+            for tensor in join(fused[name], read) if name in fused else [read(name)]:
+                write_tensor(out, tensor, progress)
+                checksum = zlib.crc32(bytes_of(tensor), checksum)
+            checksums[place.offset] = checksum
     mend_checksums(file, checksums)
