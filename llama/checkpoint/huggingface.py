@@ -7,13 +7,14 @@ import math
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
 from llama.checkpoint.names import HF
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
+from llama.checkpoint.schemes import Scheme, assemble, open_scheme
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
@@ -36,6 +37,7 @@ IGNORED = {
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
     "_commit_hash", "problem_type", "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
+    "quantization_config",  # see `read_scheme`
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
@@ -47,7 +49,6 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1),
     "attention_multiplier": (None, 1.0),
-    "quantization_config": (None,),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
@@ -157,13 +158,30 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     return args
 
 
-def index_tensors(file: Path) -> Dict[str, Stored]:
+def read_scheme(path: Path) -> Optional[Scheme]:
+    """How the weights beside config.json are quantized; None: they aren't.
+
+    Raises:
+        ValueError: a scheme that can't be read.
+    """
+    config = read_object(path).get("quantization_config")
+    try:
+        return None if config is None else open_scheme(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def index_tensors(file: Path, *, codes: bool = False) -> Dict[str, Stored]:
     """Where each tensor of a .safetensors or .bin file lies.
+
+    Args:
+        codes: it may hold more than floats, see `source.CODES`.
 
     Raises:
         ValueError: a damaged file.
     """
-    return (index_safetensors if file.suffix == ".safetensors" else index_pth)(file)
+    index = index_safetensors if file.suffix == ".safetensors" else index_pth
+    return index(file, codes=codes)
 
 
 class HFCheckpoint:
@@ -172,16 +190,19 @@ class HFCheckpoint:
     def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
         self.path = Path(path)
         fields = read_config(self.path / "config.json", known)
-        self._stored: Dict[str, Stored] = {}
+        scheme = read_scheme(self.path / "config.json")
+        tensors: Dict[str, Stored] = {}
         for file in self._files():
-            for name, stored in index_tensors(file).items():
-                name = HF.meta(name)
+            for name, stored in index_tensors(file, codes=scheme is not None).items():
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
-                if name in self._stored:
-                    other = self._stored[name].file.name
-                    raise ValueError(f"{name} is both in {other} and in {file}")
-                self._stored[name] = stored
+                if name in tensors:
+                    other = tensors[name].file.name
+                    raise ValueError(f"{HF.meta(name)} is both in {other} and in {file}")
+                tensors[name] = stored
+        plain, quantized = assemble(scheme, tensors)
+        self.quantized = {HF.meta(name): weight for name, weight in quantized.items()}
+        self._stored = {HF.meta(name): stored for name, stored in plain.items()} | self.quantized
         self.args = checked_args(self.path / "config.json", fields, len(self._stored))
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
@@ -220,17 +241,31 @@ class HFCheckpoint:
         return {name: stored.shape for name, stored in self._stored.items()}
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self._stored[name].dtype)
+        weight = self._stored[name]
+        return dtype_name(weight.dtype) if isinstance(weight, Stored) else weight.stored_as
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        stored = self._stored[name]
+        return self._in_order(name, self._stored[name].read, axis, start, stop)
+
+    def read_blocks(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The same of a quantized weight, as blocks, (rows, bytes of a row).
+
+        Along axis 1 start and stop are whole blocks.
+        """
+        return self._in_order(name, self.quantized[name].read_blocks, axis, start, stop)
+
+    def _in_order(
+        self, name: str, read: Callable[[int, int, int], torch.Tensor], *of: int
+    ) -> torch.Tensor:
+        """What `read` returns, rows in Meta's order."""
+        axis, start, stop = of
         if not name.endswith(ROTATED):
-            return stored.read(axis, start, stop)
-        if axis != 0:
-            return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
+            return read(axis, start, stop)
         d = self.args.head_dim
+        if axis != 0:
+            return interleave(read(axis, start, stop), d)
         first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
-        return interleave(stored.read(0, first, last), d)[start - first : stop - first]
+        return interleave(read(0, first, last), d)[start - first : stop - first]
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:
