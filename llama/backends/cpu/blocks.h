@@ -21,7 +21,8 @@
 namespace {
 
 enum Kind : int32_t {
-    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
+    I4_32, I4_64, I4_128, I8_32, I8_128
 };
 
 struct Field {
@@ -219,6 +220,35 @@ template <> struct Type<MXFP4> : Quantized<Type<MXFP4>, 32, 128> {
     }
 };
 
+// Integers with a zero point and an fp32 scale (checkpoint/integers.py).
+template <int KIND, int VALUES>
+struct Int4 : Quantized<Type<KIND>, VALUES, 16> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 8}};
+    uvec shift;  // makes each byte q - zero + OFFSET, which is from 1 to 31
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        shift = __builtin_convertvector(16 - read<bytes>(this->template at<1>(0)), uvec) * 0x01010101;
+    }
+    uvec quants(unsigned s, int j) const {
+        return this->nibbles(this->template word<2>(4 * s + j % 4), j / 4) + shift;
+    }
+};
+template <int KIND, int VALUES>
+struct Int8 : Quantized<Type<KIND>, VALUES, 128, 1, true> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 4}};
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        uvec zero = __builtin_convertvector(read<bytes>(this->template at<1>(0)), uvec);
+        this->m = this->d * (128.0f - __builtin_convertvector(zero, vec));
+    }
+    uvec quants(unsigned s, int j) const { return this->template word<2>(8 * s + j); }
+};
+template <> struct Type<I4_32> : Int4<I4_32, 32> {};
+template <> struct Type<I4_64> : Int4<I4_64, 64> {};
+template <> struct Type<I4_128> : Int4<I4_128, 128> {};
+template <> struct Type<I8_32> : Int8<I8_32, 32> {};
+template <> struct Type<I8_128> : Int8<I8_128, 128> {};
+
 // Dense types, in blocks of 32 as well: value(i) is value i of 16 rows, in fp32.
 template <class T> struct Dense : Block<T> {
     static constexpr int VALUES = 32;
@@ -258,7 +288,12 @@ template <class F> auto with_type(int kind, F f) {
     case Q6_K: return f(Type<Q6_K>());
     case IQ4_NL: return f(Type<IQ4_NL>());
     case IQ4_XS: return f(Type<IQ4_XS>());
-    default: return f(Type<MXFP4>());
+    case MXFP4: return f(Type<MXFP4>());
+    case I4_32: return f(Type<I4_32>());
+    case I4_64: return f(Type<I4_64>());
+    case I4_128: return f(Type<I4_128>());
+    case I8_32: return f(Type<I8_32>());
+    default: return f(Type<I8_128>());
     }
 }
 
