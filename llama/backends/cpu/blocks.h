@@ -22,7 +22,7 @@ namespace {
 
 enum Kind : int32_t {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
-    FP8, NF4, FP4, NVFP4
+    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, NVFP4
 };
 
 struct Field {
@@ -220,6 +220,35 @@ template <> struct Type<MXFP4> : Quantized<Type<MXFP4>, 32, 128> {
     }
 };
 
+// Integers with a zero point and an fp32 scale (checkpoint/integers.py).
+template <int KIND, int VALUES>
+struct Int4 : Quantized<Type<KIND>, VALUES, 16> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 8}};
+    uvec shift;  // makes each byte q - zero + OFFSET, which is from 1 to 31
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        shift = __builtin_convertvector(16 - read<bytes>(this->template at<1>(0)), uvec) * 0x01010101;
+    }
+    uvec quants(unsigned s, int j) const {
+        return this->nibbles(this->template word<2>(4 * s + j % 4), j / 4) + shift;
+    }
+};
+template <int KIND, int VALUES>
+struct Int8 : Quantized<Type<KIND>, VALUES, 128, 1, true> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 4}};
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        uvec zero = __builtin_convertvector(read<bytes>(this->template at<1>(0)), uvec);
+        this->m = this->d * (128.0f - __builtin_convertvector(zero, vec));
+    }
+    uvec quants(unsigned s, int j) const { return this->template word<2>(8 * s + j); }
+};
+template <> struct Type<I4_32> : Int4<I4_32, 32> {};
+template <> struct Type<I4_64> : Int4<I4_64, 64> {};
+template <> struct Type<I4_128> : Int4<I4_128, 128> {};
+template <> struct Type<I8_32> : Int8<I8_32, 32> {};
+template <> struct Type<I8_128> : Int8<I8_128, 128> {};
+
 // --- not ggml's: 64 values, an fp32 scale first (checkpoint/floats.py) ----------------------------
 
 // Bytes of FP8 (e4m3) in the upper half of each, as fp16 of which every value is 2^-8 times as large.
@@ -316,6 +345,11 @@ template <class F> auto with_type(int kind, F f) {
     case IQ4_NL: return f(Type<IQ4_NL>());
     case IQ4_XS: return f(Type<IQ4_XS>());
     case MXFP4: return f(Type<MXFP4>());
+    case I4_32: return f(Type<I4_32>());
+    case I4_64: return f(Type<I4_64>());
+    case I4_128: return f(Type<I4_128>());
+    case I8_32: return f(Type<I8_32>());
+    case I8_128: return f(Type<I8_128>());
     case FP8: return f(Type<FP8>());
     case NF4: return f(Type<NF4>());
     case FP4: return f(Type<FP4>());

@@ -8,7 +8,11 @@ blocks, which stay compressed in memory.
 import re
 from typing import Any, Dict, Mapping, Optional, Protocol, Tuple
 
-from llama.checkpoint.schemes.weight import Parts, QuantizedWeight
+from llama.checkpoint.schemes.awq import Awq
+from llama.checkpoint.schemes.bitsandbytes import BitsAndBytes
+from llama.checkpoint.schemes.compressed import CompressedTensors
+from llama.checkpoint.schemes.gptq import Gptq
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.source import DTYPES, Stored
 
 PARTS = re.compile(r"(.+?)\.((?:adaptor\.[AB]\.)?weight(?:\..+)?|[^.]+)")
@@ -17,8 +21,11 @@ PARTS = re.compile(r"(.+?)\.((?:adaptor\.[AB]\.)?weight(?:\..+)?|[^.]+)")
 class Scheme(Protocol):
     """Made from a quantization config, which it checks: ValueError for what can't be read."""
 
-    def weight(self, module: str, parts: Parts) -> Optional[QuantizedWeight]:
+    def weight(self, module: str, parts: Dict[str, Stored]) -> Optional[QuantizedWeight]:
         """The weight of a module, from its tensors; None: it isn't quantized.
+
+        What computing doesn't need may be taken out of `parts`; what is left of an unquantized
+        module's are plain weights.
 
         Raises:
             ValueError: tensors that are missing or don't go together. The module's name is added.
@@ -30,7 +37,12 @@ class SchemeType(Protocol):
 
 
 # By quantization_config's quant_method.
-SCHEMES: Dict[str, SchemeType] = {}
+SCHEMES: Dict[str, SchemeType] = {
+    "awq": Awq,
+    "gptq": Gptq,
+    "compressed-tensors": CompressedTensors,
+    "bitsandbytes": BitsAndBytes,
+}
 
 
 def open_scheme(config: Any) -> Scheme:

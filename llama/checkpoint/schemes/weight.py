@@ -1,14 +1,15 @@
 """A weight that a file holds as several tensors: integers or codes, scales, zero points, ..."""
 
 import math
-from typing import Mapping, Optional
+from typing import Dict, Mapping, Optional
 
 import torch
 
 from llama.checkpoint import ggml
 from llama.checkpoint.shapes import chunks
-from llama.checkpoint.source import Shape, Stored
+from llama.checkpoint.source import DTYPES, Shape, Stored
 
+FLOATS = tuple(DTYPES.values())
 Parts = Mapping[str, Stored]  # tensors by what follows the module's name: "qweight", "scales", ...
 
 
@@ -57,6 +58,26 @@ class QuantizedWeight:
             (start // values, stop // values),
         )
         return torch.cat([self.blocks(*rows)[:, start * size : stop * size] for rows in pieces])
+
+
+def only(parts: Parts, *known: str) -> None:
+    """Check that a weight has no other tensors.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if unknown := sorted(parts.keys() - {*known}):
+        raise ValueError(f"has tensors that this scheme has no meaning for: {', '.join(unknown)}")
+
+
+def drop_zero_bias(parts: Dict[str, Stored]) -> None:
+    """Leave out a bias of zeros, which some packers write for every module.
+
+    Raises:
+        ValueError: one that isn't zero.
+    """
+    if "bias" in parts and whole(parts.pop("bias")).any():
+        raise ValueError("has a bias, which a Llama hasn't")
 
 
 def whole(part: Stored) -> torch.Tensor:
