@@ -6,7 +6,8 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple
 
 import torch
 
-from llama.checkpoint.source import Derived, Shape, Stored
+from llama.checkpoint.schemes.weight import QuantizedWeight
+from llama.checkpoint.source import Derived, Shape, Stored, dtype_name
 from llama.families.family import Fused
 
 
@@ -37,7 +38,12 @@ class Transposed(NamedTuple):
         return self.stored.read(0, start, stop)[:, self.first : self.last].T
 
 
-Part = Stored | Transposed | Derived
+Part = Stored | Transposed | Derived | QuantizedWeight
+
+
+def stored_as(part: Part) -> str:
+    """See `Checkpoint.stored_as`."""
+    return part.stored_as if isinstance(part, QuantizedWeight) else dtype_name(part.dtype)
 
 
 def cut(
@@ -50,10 +56,11 @@ def cut(
     """
     found = dict(stored)
     for name, how in fused.items():
-        whole = found.get(name)
+        whole, first = found.get(name), how.groups[0][0]
+        if isinstance(whole, QuantizedWeight) and len(how.groups) == 1 and how.as_rows:
+            found[first] = found.pop(name)
         if not isinstance(whole, Stored):
             continue
-        first = how.groups[0][0]
         if len(how.groups) == 1 and not how.transposed:  # another name, shape or encoding
             if first not in found and how.shape in (None, whole.shape):
                 del found[name]
