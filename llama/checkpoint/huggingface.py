@@ -11,19 +11,18 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
-from llama.checkpoint.names import HF
 from llama.checkpoint.pth import index_pth
-from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
+from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
+from llama.families.family import Family
+from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
-# Llama itself, and architectures that are Llama when their config says nothing else.
-ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 # One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
@@ -83,24 +82,33 @@ ROPE: Dict[str, Dict[str, str]] = {
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
-def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str, Any]:
-    """The fields of config.json, of a known architecture, as ModelArgs takes them.
+def read_config(
+    path: Path, known: Optional[AbstractSet[str]] = None
+) -> Tuple[Family, Dict[str, Any]]:
+    """The family that a config.json describes, and the fields of its shape.
+
+    Args:
+        known: architectures, by default those of the family.
 
     Raises:
         ValueError: an architecture, or a key, that our model can't honour; it is named.
     """
     config = read_object(path)
+    family = of_config(config)
+    known = family.architectures if known is None else known
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
             reader = "llama.training.classification.SequenceClassifier.build"
             hint = f". It is a classifier: {reader} reads it"
+        readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
-            f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
+            f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
         )
     if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
         config = MISTRAL | config
+    own = family.read_config(config)
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         value: Any = config.pop(key, None)
@@ -135,7 +143,7 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
             f"{path} has keys that this model has no meaning for: {', '.join(unknown)}. "
             "Ignoring one could silently change the output"
         )
-    return args
+    return family, args | own
 
 
 def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
@@ -169,20 +177,20 @@ def index_tensors(file: Path) -> Dict[str, Stored]:
 class HFCheckpoint:
     """A directory in Hugging Face's format, of an architecture that is known."""
 
-    def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
+    def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
-        fields = read_config(self.path / "config.json", known)
+        family, fields = read_config(self.path / "config.json", known)
         self._stored: Dict[str, Stored] = {}
         for file in self._files():
             for name, stored in index_tensors(file).items():
-                name = HF.meta(name)
+                name = family.hf_names.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in self._stored:
                     other = self._stored[name].file.name
                     raise ValueError(f"{name} is both in {other} and in {file}")
                 self._stored[name] = stored
-        self.args = checked_args(self.path / "config.json", fields, len(self._stored))
+        self.args = checked_args(self.path / "config.json", fields, len(self._stored), family)
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
@@ -224,7 +232,7 @@ class HFCheckpoint:
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         stored = self._stored[name]
-        if not name.endswith(ROTATED):
+        if not name.endswith(family_of(self.args).rotated):
             return stored.read(axis, start, stop)
         if axis != 0:
             return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
@@ -250,6 +258,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "mlp_bias": False,
         "model_type": "llama",
         "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
+        **family_of(args).write_config(args),
     }
 
 
@@ -298,7 +307,7 @@ def write(
             write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                HF.theirs(name): file
+                family_of(args).hf_names.theirs(name): file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])

@@ -14,13 +14,11 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
-from llama.checkpoint.names import HF
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape, Stored, dtype_name
 from llama.checkpoint.writing import Progress, rows, write_tensor
+from llama.families.registry import family_of
 from llama.text.files import unique_keys
-
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows are in another order
 
 MAX_HEADER = 100_000_000  # the format's own bound: weights must not be taken for text
 
@@ -98,13 +96,17 @@ def write_safetensors(
 
     `extra` weights, which have such names already, follow as they are.
     """
-    tensors = [(HF.theirs(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
+    family = family_of(source.args)
+    tensors = [
+        (family.hf_names.theirs(name), weight_shapes(source.args)[name], dtypes[name])
+        for name in names
+    ]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
         file.write(_header(tensors))
         for name in names:
             for part in rows(source, name, dtypes[name]):
-                if name.endswith(ROTATED):
+                if name.endswith(family.rotated):
                     part = split_halves(part.contiguous(), source.args.head_dim)
                 write_tensor(file, part, progress)
         for weight in extra.values():
