@@ -5,7 +5,7 @@ They hold exactly what is published as FP8, NF4 and NVFP4. The scale comes first
     FP8     value = scale · q, q e4m3: a sign, four bits of exponent and three of mantissa
     NF4     value = scale · CODES[q], q four bits
     FP4     the same with bitsandbytes' FP4, whose largest value is 1
-    NVFP4   value = scale · s · q, q e2m1 (0 to 6), s an e4m3 for each 16 values; these follow the
+    NVFP4S  value = scale · s · q, q e2m1 (0 to 6), s an e4m3 for each 16 values; these follow the
             scale in four bytes
 
 Codes of four bits are as in ggml's types, 32 at a time: value i is in the low half of byte i, and
@@ -17,7 +17,7 @@ from typing import Dict
 import torch
 
 VALUES = 64  # of a block
-BYTES: Dict[str, int] = {"FP8": 68, "NF4": 36, "FP4": 36, "NVFP4": 40}
+BYTES: Dict[str, int] = {"FP8": 68, "NF4": 36, "FP4": 36, "NVFP4S": 40}
 GROUP = 16  # values of NVFP4 that share an e4m3 scale
 
 E4M3 = torch.float8_e4m3fn
@@ -32,7 +32,7 @@ CODES: Dict[str, torch.Tensor] = {
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]),
     "FP4": torch.tensor([*TWELFTHS, *(-value for value in TWELFTHS)]) / 12,
-    "NVFP4": torch.tensor([*E2M1, *(-value for value in E2M1)]),
+    "NVFP4S": torch.tensor([*E2M1, *(-value for value in E2M1)]),
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:
         nibbles = blocks[:, -VALUES // 2 :].view(-1, 2, 1, 16)
         indices = torch.cat([nibbles & 15, nibbles >> 4], 2).flatten(1).int()
         values = CODES[kind].to(raw.device)[indices]
-    if kind == "NVFP4":
+    if kind == "NVFP4S":
         scale = scale.repeat_interleave(GROUP, 1)
     return (values * scale).view(len(raw), -1)
 
@@ -55,7 +55,7 @@ def scales(raw: torch.Tensor, kind: str) -> torch.Tensor:
     """(rows, bytes of a row) -> (blocks, 1), fp32; of NVFP4 (blocks, 4)."""
     blocks = raw.view(-1, BYTES[kind])
     scale = blocks[:, :4].view(torch.float32)
-    return scale * blocks[:, 4:8].view(E4M3).float() if kind == "NVFP4" else scale
+    return scale * blocks[:, 4:8].view(E4M3).float() if kind == "NVFP4S" else scale
 
 
 def fp8_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import run_ranks, write_byte_tokenizer
-from llama.checkpoint.names import HF
+from llama.families.names import HF
 from published import ARGS, INTEGERS, publish, publish_meta
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
