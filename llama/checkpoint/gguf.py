@@ -15,10 +15,11 @@ import torch
 from llama.checkpoint import ggml
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
-from llama.checkpoint.names import GGUF
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
 from llama.checkpoint.writing import Progress, bytes_of, no_progress, rows
+from llama.families.names import GGUF
+from llama.families.registry import FAMILIES, LLAMA, family_of
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
 from llama.text.gguf_header import Header, read_header
@@ -41,9 +42,9 @@ ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
 # Llama 3.1's other values, from which the factors follow. llama.cpp neither writes nor reads them:
 # it has the factors. They are written here where they differ from Llama 3.1's.
 ROPE_BOUNDS = {
-    "rope_original_max_seq_len": "llama.rope.scaling.original_context_length",
-    "rope_low_freq_factor": "llama.rope.scaling.low_freq_factor",
-    "rope_high_freq_factor": "llama.rope.scaling.high_freq_factor",
+    "rope_original_max_seq_len": "rope.scaling.original_context_length",
+    "rope_low_freq_factor": "rope.scaling.low_freq_factor",
+    "rope_high_freq_factor": "rope.scaling.high_freq_factor",
 }
 
 PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
@@ -57,7 +58,10 @@ class GGUFCheckpoint:
         header = read_header(self.path)
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        self._tensors = {GGUF.meta(name): info for name, info in header.tensors.items()}
+        architecture = header.metadata.get("general.architecture")
+        self._family = next((one for one in FAMILIES if architecture in one.gguf), LLAMA)
+        names = self._family.gguf_names
+        self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
         self.args = self._args(header)
         self._tensors.pop(ROPE_FACTORS, None)
 
@@ -70,13 +74,19 @@ class GGUFCheckpoint:
             return metadata[key]
 
         architecture = require("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path} is of the architecture {architecture!r}, not 'llama'")
+        if architecture not in self._family.gguf:
+            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
+            raise ValueError(
+                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
+            )
+        prefix = f"{architecture}."
+        metadata = {key.removeprefix(prefix): value for key, value in metadata.items()}
+        own = self._family.read_gguf(metadata)
         if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
-        if metadata.get("llama.expert_count", 0):
+        if metadata.get("expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
-        scaling = metadata.get("llama.rope.scaling.type", "none")
+        scaling = metadata.get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path} scales RoPE by the method {scaling!r}, not supported")
         for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
@@ -87,23 +97,23 @@ class GGUFCheckpoint:
             # stored as fp32; the shortest decimal that means the same is what was once typed
             return float(str(np.float32(value))) if isinstance(value, float) else value
 
-        linear = metadata.get("llama.rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
+        linear = metadata.get("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
         fields = dict(
-            dim=require("llama.embedding_length"),
-            n_layers=require("llama.block_count"),
-            n_heads=require("llama.attention.head_count"),
-            n_kv_heads=metadata.get("llama.attention.head_count_kv"),
-            head_dim=metadata.get("llama.attention.key_length"),
-            hidden_dim=require("llama.feed_forward_length"),
+            dim=require("embedding_length"),
+            n_layers=require("block_count"),
+            n_heads=require("attention.head_count"),
+            n_kv_heads=metadata.get("attention.head_count_kv"),
+            head_dim=metadata.get("attention.key_length"),
+            hidden_dim=require("feed_forward_length"),
             vocab_size=(self._tensors["tok_embeddings.weight"].shape or (0,))[0],
-            norm_eps=decimal(require("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=decimal(metadata.get("llama.rope.freq_base", 10000.0)),
+            norm_eps=decimal(require("attention.layer_norm_rms_epsilon")),
+            rope_theta=decimal(metadata.get("rope.freq_base", 10000.0)),
             rope_linear_factor=decimal(linear),
-            max_seq_len=metadata.get("llama.context_length", 2048),
+            max_seq_len=metadata.get("context_length", 2048),
             tied_embeddings="output.weight" not in self._tensors,
         )
-        args = checked_args(self.path, fields, len(self._tensors))
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        args = checked_args(self.path, fields | own, len(self._tensors), self._family)
+        for key in ("attention.value_length", "rope.dimension_count"):
             if metadata.get(key, args.head_dim) != args.head_dim:
                 raise ValueError(
                     f"{self.path}: {key}={metadata[key]}, but heads are {args.head_dim} wide"
@@ -210,6 +220,8 @@ def write(
 
     wanted, args, path = kind.upper(), source.args, Path(path)
 
+    if family_of(args) is not LLAMA:
+        raise ValueError(f"{source.path} is a {family_of(args).name}, which isn't written as GGUF")
     with beside(path, force) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         writer.add_name(name or path.stem)
@@ -237,7 +249,7 @@ def write(
             for field, key in ROPE_BOUNDS.items():
                 if (value := getattr(args, field)) != getattr(ModelArgs, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-                    add(key, value)
+                    add(f"llama.{key}", value)
         if wanted.startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:

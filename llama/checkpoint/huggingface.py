@@ -11,19 +11,18 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
-from llama.checkpoint.names import HF
 from llama.checkpoint.pth import index_pth
-from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
+from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
 from llama.checkpoint.shapes import checked_args, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Derived, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
+from llama.families.family import Family, Tensor
+from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
-# Llama itself, and architectures that are Llama when their config says nothing else.
-ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 # One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
@@ -83,24 +82,36 @@ ROPE: Dict[str, Dict[str, str]] = {
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
-def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str, Any]:
-    """The fields of config.json, of a known architecture, as ModelArgs takes them.
+def read_config(
+    path: Path, known: Optional[AbstractSet[str]] = None
+) -> Tuple[Family, Dict[str, Any]]:
+    """The family that a config.json describes, and the fields of its shape.
+
+    Args:
+        known: architectures, by default those of the family.
 
     Raises:
         ValueError: an architecture, or a key, that our model can't honour; it is named.
     """
     config = read_object(path)
+    family = of_config(config)
+    known = family.architectures if known is None else known
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
             reader = "llama.training.classification.SequenceClassifier.build"
             hint = f". It is a classifier: {reader} reads it"
+        readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
-            f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
+            f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
         )
     if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
         config = MISTRAL | config
+    try:
+        own = family.read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         value: Any = config.pop(key, None)
@@ -135,7 +146,7 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
             f"{path} has keys that this model has no meaning for: {', '.join(unknown)}. "
             "Ignoring one could silently change the output"
         )
-    return args
+    return family, args | own
 
 
 def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
@@ -169,23 +180,43 @@ def index_tensors(file: Path) -> Dict[str, Stored]:
 class HFCheckpoint:
     """A directory in Hugging Face's format, of an architecture that is known."""
 
-    def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
+    def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
-        fields = read_config(self.path / "config.json", known)
-        self._stored: Dict[str, Stored] = {}
+        family, fields = read_config(self.path / "config.json", known)
+        self._stored: Dict[str, Stored | Derived] = {}
         for file in self._files():
             for name, stored in index_tensors(file).items():
-                name = HF.meta(name)
+                name = family.hf_names.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in self._stored:
                     other = self._stored[name].file.name
                     raise ValueError(f"{name} is both in {other} and in {file}")
                 self._stored[name] = stored
-        self.args = checked_args(self.path / "config.json", fields, len(self._stored))
+        self.args = checked_args(self.path / "config.json", fields, len(self._stored), family)
+        if family.hf_tensors is not None:
+            self._stored = self._ours(family.hf_tensors(self.args))
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
+
+    def _ours(self, tensors: Mapping[str, Tensor]) -> Dict[str, Stored | Derived]:
+        """The weights in the tensors of the files; what isn't as expected keeps its shape."""
+        shapes, stored = weight_shapes(self.args), dict(self._stored)
+        found: Dict[str, Stored | Derived] = {}
+        for name, tensor in tensors.items():
+            one, rows = stored.pop(name, None), 0
+            if isinstance(one, Stored) and one.shape == tensor.shape and tensor.to_ours is None:
+                row = math.prod(one.shape[1:]) * one.dtype.itemsize
+                for part in tensor.parts:
+                    offset = one.offset + rows * row
+                    found[part] = one._replace(offset=offset, shape=shapes[part])
+                    rows += shapes[part][0]
+            elif isinstance(one, Stored) and one.shape == tensor.shape and tensor.to_ours:
+                found[tensor.parts[0]] = Derived(one, tensor.to_ours, shapes[tensor.parts[0]])
+            elif one is not None:
+                found |= dict.fromkeys(tensor.parts, one)
+        return found | stored
 
     def _files(self) -> List[Path]:
         """The files with weights, by the index where there is one."""
@@ -224,7 +255,7 @@ class HFCheckpoint:
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         stored = self._stored[name]
-        if not name.endswith(ROTATED):
+        if not family_of(self.args).is_rotated(name):
             return stored.read(axis, start, stop)
         if axis != 0:
             return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
@@ -239,7 +270,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
     kind = "llama3" if args.use_scaled_rope else kind
     rope = {theirs: getattr(args, ours) for theirs, ours in ROPE[kind].items()}
     config = {theirs: getattr(args, ours) for ours, (theirs, _, _) in FIELDS.items()}
-    return config | {
+    config |= {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": bos_id,
@@ -250,7 +281,9 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "mlp_bias": False,
         "model_type": "llama",
         "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
+        **family_of(args).write_config(args),
     }
+    return family_of(args).nest_config(args, config)
 
 
 def write(
@@ -279,9 +312,9 @@ def write(
         FileExistsError: the directory exists, without `force`.
     """
     path, args = Path(path), source.args
-    shapes = weight_shapes(args)
-    dtypes = {name: dtype or dtype_of(source, name) for name in shapes}
-    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
+    tensors = family_of(args).tensors(args)
+    dtypes = {name: dtype or dtype_of(source, one.parts[0]) for name, one in tensors.items()}
+    sizes = {name: math.prod(one.shape) * dtypes[name].itemsize for name, one in tensors.items()}
     shards: List[List[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > max_shard_bytes:
@@ -295,12 +328,11 @@ def write(
             files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for file, shard in zip(files, shards, strict=True):
             extra = head if file == files[-1] else {}
-            write_safetensors(source, partial / file, shard, dtypes, progress, extra)
+            some = {name: tensors[name] for name in shard}
+            write_safetensors(source, partial / file, some, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                HF.theirs(name): file
-                for file, shard in zip(files, shards, strict=True)
-                for name in shard
+                name: file for file, shard in zip(files, shards, strict=True) for name in shard
             } | dict.fromkeys(head, files[-1])
             total = sum([*sizes.values(), *(weight.nbytes for weight in head.values())])
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

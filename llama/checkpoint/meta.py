@@ -15,6 +15,8 @@ from llama.checkpoint.pth import index_pth, mend_checksums
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
+from llama.families.family import Family
+from llama.families.registry import family_of, of_params
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
@@ -29,14 +31,16 @@ IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 SCALED_BY_32 = [(2048, 16), (3072, 28)]
 
 
-def read_params(path: Path) -> dict:
-    """The fields of params.json as ModelArgs takes them; vocab_size may still be -1.
+def read_params(path: Path) -> Tuple[Family, dict]:
+    """The family that a params.json describes, and its shape's fields; vocab_size may be -1.
 
     Raises:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
     params = read_object(path)
-    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    family = of_params(params)
+    params = family.read_params(params)
+    known = {field.name for field in dataclasses.fields(family.args)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:
         raise ValueError(
@@ -48,7 +52,7 @@ def read_params(path: Path) -> dict:
     if params.get("use_scaled_rope") and "rope_scaling_factor" not in params:
         by_32 = (params.get("dim"), params.get("n_layers")) in SCALED_BY_32
         params["rope_scaling_factor"] = 32.0 if by_32 else 8.0
-    return params
+    return family, params
 
 
 def trained_context(args: ModelArgs) -> int:
@@ -70,22 +74,27 @@ class MetaCheckpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._files = sorted(self.path.glob("consolidated.*.pth"))
+        if (single := self.path / "consolidated.pth").exists() and not self._files:
+            self._files = [single]  # as Llama 3.2 11B Vision comes
         names = [f"consolidated.{i:02d}.pth" for i in range(len(self._files))]
-        if not self._files or [file.name for file in self._files] != names:
+        if not self._files or [file.name for file in self._files] not in (names, [single.name]):
             found = ", ".join(file.name for file in self._files) or "none"
             raise ValueError(
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        self._shards = [index_pth(file) for file in self._files]
-        params = read_params(self.path / "params.json")
+        family, params = read_params(self.path / "params.json")
+        self._shards = [
+            {family.meta_names.meta(name): stored for name, stored in index_pth(file).items()}
+            for file in self._files
+        ]
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
                 shard.pop("output.weight", None)
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
-        args = checked_args(self.path / "params.json", params, len(self._shards[0]))
+        args = checked_args(self.path / "params.json", params, len(self._shards[0]), family)
         self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
@@ -200,6 +209,7 @@ def params_of(args: ModelArgs) -> dict:
         params["rope_linear_factor"] = args.rope_linear_factor
     if args.head_dim * args.n_heads != args.dim:
         params["head_dim"] = args.head_dim
+    params |= family_of(args).write_params(args)
     return {key: value for key, value in params.items() if value is not None}
 
 
@@ -264,14 +274,15 @@ def _write_shard(
     }
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
+    in_file = family_of(source.args).meta_names.theirs
     with torch.serialization.skip_data():
-        torch.save(empty, file)
+        torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
     del empty
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
         for name in weight_shapes(source.args):
-            place = places[name]
+            place = places[in_file(name)]
             tensor = read_shard(source, name, rank, world, dtype=dtype)
             out.seek(place.offset)
             write_tensor(out, tensor, progress)

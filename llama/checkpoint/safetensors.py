@@ -14,13 +14,12 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
-from llama.checkpoint.names import HF
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape, Stored, dtype_name
 from llama.checkpoint.writing import Progress, rows, write_tensor
+from llama.families.family import Tensor
+from llama.families.registry import family_of
 from llama.text.files import unique_keys
-
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows are in another order
 
 MAX_HEADER = 100_000_000  # the format's own bound: weights must not be taken for text
 
@@ -89,24 +88,30 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
 def write_safetensors(
     source: Checkpoint,
     path: Path,
-    names: List[str],
+    tensors: Mapping[str, Tensor],
     dtypes: Dict[str, torch.dtype],
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, a few at a time.
+    """Write tensors by their Hugging Face names, in its order of rows, a few at a time.
 
     `extra` weights, which have such names already, follow as they are.
     """
-    tensors = [(HF.theirs(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
-    tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
+    family, shapes = family_of(source.args), weight_shapes(source.args)
+    header = [(name, tensor.shape, dtypes[name]) for name, tensor in tensors.items()]
+    header += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
-        file.write(_header(tensors))
-        for name in names:
-            for part in rows(source, name, dtypes[name]):
-                if name.endswith(ROTATED):
-                    part = split_halves(part.contiguous(), source.args.head_dim)
-                write_tensor(file, part, progress)
+        file.write(_header(header))
+        for theirs, tensor in tensors.items():
+            for name in tensor.parts:
+                if tensor.to_theirs is not None:
+                    whole = tensor.to_theirs(source.read(name, 0, 0, shapes[name][0]))
+                    write_tensor(file, whole.to(dtypes[theirs]), progress)
+                    continue
+                for part in rows(source, name, dtypes[theirs]):
+                    if family.is_rotated(name):
+                        part = split_halves(part.contiguous(), source.args.head_dim)
+                    write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
 

@@ -10,7 +10,7 @@ from conftest import TINY, random_model, random_weights
 
 from llama import Transformer, checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint
-from llama.checkpoint.names import GGUF
+from llama.families.names import GGUF
 from llama.layers import parallel
 from llama.model import rope_frequencies
 
