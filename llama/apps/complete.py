@@ -85,7 +85,7 @@ def complete(
     }  # fmt: skip
     parallel.initialize(device=model.device, timeout=model.rank_timeout)
     if input is None and output is None:
-        text = completion.on_rank_zero(lambda: completion.read_prompt(prompt, prompt_file))
+        text = parallel.on_rank_zero(lambda: completion.read_prompt(prompt, prompt_file))
         text = few_shot.prompt(few_shot.without_separator(text)) if few_shot else text
         llama = Llama.build(**{**vars(model), "prefix_cache_mb": 0})  # of use to files alone
         completion.show(llama, text, {**options, "seed": model.seed}, strip=few_shot is not None)
