@@ -77,7 +77,7 @@ def read_prompt(prompt: Optional[str], prompt_file: Optional[str]) -> str:
     return text
 
 
-def show(llama: Llama, text: str, sampling: Dict[str, Any], strip: bool) -> None:
+def show(llama: Llama, text: str | List[Any], sampling: Dict[str, Any], strip: bool) -> None:
     """The answers to stdout, each with a newline at its end; a single plain one as it comes."""
     if strip or sampling["n"] > 1:
         found = llama.text_completion([text], **sampling)
