@@ -132,7 +132,7 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        found = None if "norm" in name else read(source, name, kind)
+        found = read(source, name, kind) if is_quantizable(name) else None
         if found is None:
             return None
         found = found._replace(data=found.data.to(device))
@@ -144,6 +144,12 @@ def load(
         return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
+
+
+def is_quantizable(name: str) -> bool:
+    """Whether a weight is a matrix that may be quantized: not norms, nor what reads images."""
+    apart = name.startswith(("vision_model.", "learnable_embedding."))
+    return name.endswith(".weight") and "norm" not in name and not apart
 
 
 def has_blocks(source: Checkpoint) -> bool:

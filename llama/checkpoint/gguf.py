@@ -58,7 +58,7 @@ class GGUFCheckpoint:
         header = read_header(self.path)
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        architecture = header.metadata.get("general.architecture")
+        architecture = str(header.metadata.get("general.architecture"))
         self._family = next((one for one in FAMILIES if architecture in one.gguf), LLAMA)
         names = self._family.gguf_names
         self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
@@ -66,21 +66,20 @@ class GGUFCheckpoint:
         self._tensors.pop(ROPE_FACTORS, None)
 
     def _args(self, header: Header) -> ModelArgs:
-        metadata = header.metadata
+        architecture = str(header.metadata.get("general.architecture"))
+        prefix = f"{architecture}."
+        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
 
         def require(key: str) -> Any:
             if key not in metadata:
-                raise ValueError(f"{self.path} lacks the metadata key {key}")
+                raise ValueError(f"{self.path} lacks the metadata key {prefix}{key}")
             return metadata[key]
 
-        architecture = require("general.architecture")
         if architecture not in self._family.gguf:
             known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
             raise ValueError(
                 f"{self.path} is of the architecture {architecture!r}, and known are {known}"
             )
-        prefix = f"{architecture}."
-        metadata = {key.removeprefix(prefix): value for key, value in metadata.items()}
         own = self._family.read_gguf(metadata)
         if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")

@@ -92,6 +92,9 @@ class Family:
         hf_tensors: transformers' tensors, by the names that hf_names leaves them, where names alone
             don't tell: of a shape.
         rotated: the last parts of names of weights whose rows transformers has in another order.
+        cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
+            of tokens.
+        encoder_values: values that a pass of an encoder holds at most, beside its weights.
         gguf: what a GGUF file's general.architecture says.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
@@ -113,6 +116,8 @@ class Family:
     hf_names: Naming = HF
     hf_tensors: Optional[Callable[[Any], Dict[str, Tensor]]] = None
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
+    cached_per_head: Callable[[Any], int] = lambda args: 0
+    encoder_values: Callable[[Any], int] = lambda args: 0
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}

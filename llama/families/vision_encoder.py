@@ -29,6 +29,7 @@ from torch import nn
 from llama.layers import parallel
 from llama.model import ModelArgs
 
+KEPT = 4  # images, at least
 EXTRA_IDS = 8  # embeddings after the vocabulary's; the first stands for an image
 
 
@@ -80,6 +81,12 @@ class VisionArgs(ModelArgs):
         """The layers that a cross-attention layer precedes: every k-th, the last among them."""
         n = max(self.vision_num_cross_attention_layers, 1)
         return [*range(self.n_layers - 1, -1, -math.ceil(self.n_layers / n))][:n][::-1]
+
+    @property
+    def image_cache(self) -> int:
+        """Tokens of the images whose keys and values are kept: KEPT large ones, or one per row."""
+        tokens = self.vision_max_num_chunks * self.tokens_per_tile
+        return max(KEPT, self.max_batch_size) * tokens
 
     @property
     def tokens_per_tile(self) -> int:

@@ -19,6 +19,7 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.families.vision_encoder import VisionArgs
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.layers.paged import PagedRows
@@ -38,7 +39,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: an unsupported device, dtype or shape; no compiler.
     """
-    if type(args) is not ModelArgs:
+    if type(args) not in (ModelArgs, VisionArgs):
         raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
@@ -77,24 +78,29 @@ def swap(model: Transformer) -> Transformer:
     Raises:
         ValueError: what `check` raises.
     """
-    args, world, weight = model.params, parallel.world_size(), model.norm.weight
+    args, weight = model.params, model.norm.weight
     check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
     work = Workspace(weight.dtype)
-    linears = [linear for block in model.layers for linear in _linears(block)]  # type: ignore[arg-type]
+    linears = [linear for block in model.layers for linear in linears_of(block)]  # type: ignore[arg-type]
     arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
     del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
-    model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
-    output = arena.pack(weight_of(model.output))
-    if world == 1 and args.tied_embeddings:
-        model.tok_embeddings = NativeEmbedding(output, weight.dtype)  # type: ignore[assignment]
-    model.output = NativeOutput(output, work)  # type: ignore[assignment]
+    swap_ends(model, work, arena)
     model.__class__ = NativeTransformer
     return model
 
 
-def _linears(block: TransformerBlock) -> List[nn.Module]:
+def swap_ends(model: Transformer, work: "Workspace", arena: Arena) -> None:
+    """Replace what comes before and after the layers."""
+    model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
+    output = arena.pack(weight_of(model.output))
+    if parallel.world_size() == 1 and model.params.tied_embeddings:
+        model.tok_embeddings = NativeEmbedding(output, model.norm.weight.dtype)  # type: ignore[assignment]
+    model.output = NativeOutput(output, work)  # type: ignore[assignment]
+
+
+def linears_of(block: TransformerBlock) -> List[nn.Module]:
     children = {
         **dict(block.attention.named_children()),
         **dict(block.feed_forward.named_children()),
@@ -126,16 +132,16 @@ class NativeTransformer(Transformer):
         places = torch.tensor([place for start, end in ends for place in range(start, end)])
         angles = places[None, :, None, None].float() * self.freqs
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
-        h = self.tok_embeddings(ids[None])
         step = Step(places[None], freqs_cis, None, ordered)
-        for layer in self.layers:
-            h = layer(h, step)
-        h = self.norm(h)[0]
+        h = self.norm(self.run_layers(self.embed(ids[None]), step))[0]
         if sorted_already:
             return h
         parts = h.split(ordered.counts)
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat([parts[i] for i in back])
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.tok_embeddings(tokens)
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
@@ -219,6 +225,10 @@ class NativeOutput(nn.Module):
         self._weight, self._work = weight, work
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.product(x)
+        return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self._weight.rows)
         flat, into = x.view(-1, x.shape[-1]), out.view(-1, self._weight.rows)
@@ -229,22 +239,28 @@ class NativeOutput(nn.Module):
                     x.dtype == torch.bfloat16, byref(self._weight.struct), address(some),
                     len(some), address(result), byref(inputs), torch.get_num_threads(),
                 )  # fmt: skip
-        return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
+        return out
 
 
 class NativeLayers(nn.Module):
-    """All blocks of a Transformer."""
+    """Blocks of a Transformer that follow each other, all or those from `first` on."""
 
     def __init__(
-        self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace, arena: Arena
+        self,
+        blocks: List[TransformerBlock],
+        args: ModelArgs,
+        work: Workspace,
+        arena: Arena,
+        first: int = 0,
     ):
         super().__init__()
+        self._first = first
         self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
         self._packed: List[List[Packed]] = []
         for block in blocks:
-            self._packed.append([arena.pack(weight_of(linear)) for linear in _linears(block)])
+            self._packed.append([arena.pack(weight_of(linear)) for linear in linears_of(block)])
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
         self._dim, self._hidden_dim = args.dim, self._packed[0][4].rows
@@ -313,9 +329,11 @@ class NativeLayers(nn.Module):
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
             k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self._packed), *[-1] * 4)
         else:
-            k, v = cache.k, cache.v
+            k, v = cache.k[self._first :], cache.v[self._first :]
             if isinstance(cache, Int8KVCache):
-                k_scale, v_scale = cache.k_scale.data_ptr(), cache.v_scale.data_ptr()
+                k_scale, v_scale = (
+                    scale[self._first :].data_ptr() for scale in (cache.k_scale, cache.v_scale)
+                )
             elif k.dtype != x.dtype:
                 raise ValueError(f"a cache of {k.dtype} for a model of {x.dtype}: use new_cache")
         strides = [k.stride(axis) // head_dim for axis in (0, 1, 2)]
