@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -204,6 +204,20 @@ def broadcast_object(obj: Any) -> Any:
             box, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
         )
     return box[0]
+
+
+def on_rank_zero(work: Callable[[], Any]) -> Any:
+    """What rank 0 gets from work, or the ValueError or OSError that it raises, on all ranks."""
+    found: Any = None
+    if rank() == 0:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def barrier() -> None:
