@@ -8,7 +8,7 @@ from typing import Iterator, NamedTuple, Optional
 import psutil
 import torch
 
-from llama.backends.quantized import bytes_per_value
+from llama.backends.quantized import bytes_per_value, is_quantizable
 from llama.checkpoint import Checkpoint, local_shape, weight_shapes
 from llama.layers.cache import PASS
 from llama.layers.parallel import kv_heads
@@ -52,7 +52,7 @@ def estimate(
     """
 
     def per_value(name: str) -> float:
-        if quantize is None or "norm" in name:
+        if quantize is None or not is_quantizable(name):
             return dtype.itemsize
         return bytes_per_value(name, quantize, dtype, source)
 

@@ -36,6 +36,12 @@ KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
 # The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
 
+
+def is_quantizable(name: str) -> bool:
+    """Whether a weight is a matrix that may be quantized; norms and routers of experts aren't."""
+    return "norm" not in name and ".router." not in name
+
+
 ROWS = 1 << 14  # quantized at a time, of 32 values each
 
 
@@ -132,7 +138,7 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        found = None if "norm" in name else read(source, name, kind)
+        found = read(source, name, kind) if is_quantizable(name) else None
         if found is None:
             return None
         found = found._replace(data=found.data.to(device))
@@ -140,7 +146,8 @@ def load(
             if tied:
                 model.output = QuantizedLinear(found, gather=True)
             return QuantizedEmbedding(found, dtype)
-        row_parallel = parallel.shard_axis(name) == 1
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        row_parallel = parallel.shard_axis(name) == 1 and getattr(owner, "reduces", True)
         return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)

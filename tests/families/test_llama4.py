@@ -1,18 +1,22 @@
 """Llama 4 against Meta's reference and transformers, and what doesn't depend on how it is run."""
 
+import base64
 import dataclasses
+import http.client
 import io
 import json
+from urllib.parse import urlparse
 
 import pytest
 import torch
+import xllamacpp
 from conftest import random_model, random_weights, run_ranks, write_byte_tokenizer
 from llama_models.llama4.args import ModelArgs as MetaArgs
 from llama_models.llama4.datatypes import TransformerInput
 from llama_models.llama4.model import Transformer as MetaTransformer
 
 from llama import Llama, checkpoint
-from llama.checkpoint import InMemory, huggingface, meta
+from llama.checkpoint import InMemory, gguf, huggingface, meta
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4 import Llama4Args, Llama4Transformer
 
@@ -180,6 +184,79 @@ def test_weights_of_experts_that_no_token_chose_are_not_read(tokens):
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+# A shape that llama.cpp takes as it is meant.
+GGUF = dataclasses.replace(
+    SCOUT, dim=256, n_layers=4, vocab_size=544, hidden_dim=256, expert_dim=256, num_experts=16,
+    attention_chunk_size=8192, floor_scale=8192.0, attn_scale=0.1,
+)  # fmt: skip
+
+
+def llama_cpps(path, prompt, n):
+    """The ids of ASCII that llama.cpp's server chooses after a prompt, and the logarithms of their
+    probabilities among all; on one thread, with a cache in fp32."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.kv_unified = 256, 1, False
+    params.warmup, params.verbosity = False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    connection = http.client.HTTPConnection(urlparse(server.listening_address).netloc)
+    others = [[i, False] for i in range(128, GGUF.vocab_size)]
+    body = {"prompt": prompt, "temperature": 0, "n_predict": n, "n_probs": 1, "logit_bias": others}
+    connection.request("POST", "/completion", json.dumps(body))
+    found = json.loads(connection.getresponse().read())["completion_probabilities"]
+    return [one["id"] for one in found], [one["logprob"] for one in found]
+
+
+@pytest.mark.parametrize("quant,bound", [("f32", 2e-3), ("q8_0", 5e-2), ("q4_k_m", 1e-1)])
+def test_gguf_is_read_and_written_as_llama_cpp_does(tmp_path, quant, bound):
+    path = write(tmp_path / "m", GGUF)
+    with (path / "tokenizer.model").open("ab") as vocabulary:  # it wants a merge
+        vocabulary.write(base64.b64encode(b"ab") + b" 256\n")
+    kind = {} if quant == "f32" else {"quant": quant}
+    file = convert(path, tmp_path / "m.gguf", "gguf", quiet=True, verify=True, **kind)
+    llama = Llama.build(file, device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=1)
+    prompt = PROMPTS[1]
+    ids, expected = llama_cpps(file, prompt, 12)
+    inputs = torch.tensor([prompt + ids])
+    with torch.inference_mode():
+        logprobs = llama.model(inputs)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    found = logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    error = (found - torch.tensor(expected)).abs()
+    # It rounds activations where weights are quantized, which can lead to another expert.
+    assert len(ids) == 12 and (error.max() if quant == "f32" else error.median()) < bound
+    again = convert(file, tmp_path / "again.gguf", "gguf", quiet=True, verify=True, **kind)
+    assert quant != "f32" or again.read_bytes()[-(1 << 20) :] == file.read_bytes()[-(1 << 20) :]
+
+
+def test_a_gguf_file_that_llama_cpp_would_take_for_another_model_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="attention_chunk_size=16: llama.cpp"):
+        gguf.write(InMemory(SCOUT, random_weights(SCOUT)), tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_experts_are_quantized_when_they_are_loaded(tmp_path, quantize):
+    """And the same on two ranks, whose shards are whole blocks."""
+    path = write(tmp_path / "m", GGUF, 2)
+    build = {"max_seq_len": 128, "quantize": quantize, "compile": False}
+    llama = Llama.build(path, device="cpu", dtype="fp32", **build)
+    expert = llama.model.layers[0].feed_forward.experts[3]
+    assert {layer.kind for layer in expert.children()} == {{"int8": "Q8_0"}.get(quantize, "Q4_1")}
+    whole = random_model(GGUF)
+    tokens = torch.tensor(PROMPTS[1:2])
+    with torch.inference_mode():
+        exact = whole(tokens)
+        error = (llama.model(tokens) - exact).std() / exact.std()
+    assert error < {"int8": 0.05, "int4": 0.5}[quantize]
+    expected, _ = llama.generate(PROMPTS, 8, temperature=0, stop_tokens=set())
+    report = run_ranks(
+        2, "generate", tmp_path / "out", ckpt=str(path), prompts=PROMPTS, max_gen_len=8,
+        no_stops=True, build=build,
+    )  # fmt: skip
+    assert report["tokens"] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
