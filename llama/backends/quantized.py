@@ -39,6 +39,12 @@ KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
 # The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
 
+
+def is_quantizable(name: str) -> bool:
+    """Whether a weight is a matrix that may be quantized; norms and routers of experts aren't."""
+    return "norm" not in name and ".router." not in name
+
+
 ROWS = 1 << 14  # quantized at a time, of 32 values each
 
 
@@ -138,7 +144,8 @@ def load(
             if tied:
                 model.output = QuantizedLinear(found, gather=True)
             return QuantizedEmbedding(found, dtype)
-        row_parallel = parallel.shard_axis(name) == 1
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        row_parallel = parallel.shard_axis(name) == 1 and getattr(owner, "reduces", True)
         return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)

@@ -161,6 +161,16 @@ struct Shape {
     float eps;
 };
 
+// How a layer attends: all zeros for RoPE, and all keys up to a query's own.
+struct Attending {
+    int32_t no_rope, qk_norm, chunk;  // chunk: attends within so many positions, of whole pages
+    float floor_scale, attn_scale;    // queries grow by attn_scale · log(1 + position / floor_scale)
+    int begin(int position) const { return chunk ? position / chunk * chunk : 0; }
+    float growth(int position) const {
+        return attn_scale ? 1 + attn_scale * std::log1p(std::floor((position + 1) / floor_scale)) : 1;
+    }
+};
+
 // The tokens of a pass: those of row 0, in order, those of row 1, ...
 struct Batch {
     int32_t rows, few, tokens;    // `few` rows, the first, have few tokens; `tokens` of all rows
@@ -223,11 +233,12 @@ template <class A, class F> void with_cache(const Batch &b, int layer, int head_
         f(Cache<A>{(A *)b.k + at, nullptr, head_dim}, Cache<A>{(A *)b.v + at, nullptr, head_dim});
 }
 
-// RoPE: rotates pairs of x by the angles of a position. arXiv 2104.09864.
+// RoPE: rotates pairs of x by the angles of a position; null: not at all. arXiv 2104.09864.
 template <class T, class Y>
 void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
     for (int d = 0; d < head_dim; d += 2) {
-        float a = get(x + d), b = get(x + d + 1), c = cis[d] * scale, s = cis[d + 1] * scale;
+        float a = get(x + d), b = get(x + d + 1), c = scale, s = 0;
+        if (cis) c *= cis[d], s = cis[d + 1] * scale;
         put(y + d, a * c - b * s);
         put(y + d + 1, a * s + b * c);
     }
@@ -237,22 +248,27 @@ void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
 // also multiplied by 1 / sqrt(head_dim) and by log2(e), for exp2 in place of exp.
 template <class T, class Q, class C>
 void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
-                 Cache<C> keys, Cache<C> values) {
+                 Cache<C> keys, Cache<C> values, const Attending &how) {
     const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
     const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
+    auto norm = [&](const T *x) {  // of RMSNorm without a weight, which a rotation doesn't change
+        vec squares = {};
+        for (int d = 0; d < hd; d += LANES) squares += load(x + d) * load(x + d);
+        return how.qk_norm ? 1.0f / std::sqrt(sum(squares) / hd + s.eps) : 1.0f;
+    };
     Share mine = share(b.tokens * heads);
     for (int i = mine.begin; i < mine.end; i++) {
         size_t m = i / heads;
         int head = i % heads;
-        const float *cis = b.freqs_cis + m * hd;
+        const float *cis = how.no_rope ? nullptr : b.freqs_cis + m * hd;
         if (head < s.n_heads) {
             size_t at = (m * s.n_heads + head) * hd;
-            rotate(q + at, rotated + at, cis, hd, scale);
+            rotate(q + at, rotated + at, cis, hd, scale * norm(q + at) * how.growth(b.positions[m]));
         } else {
             head -= s.n_heads;
             size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(b.owners[m], head, b.positions[m]);
             alignas(64) float x[MAX_HEAD];
-            rotate(k + at, x, cis, hd, 1.0f);
+            rotate(k + at, x, cis, hd, norm(k + at));
             keys.set(row, x);
             for (int d = 0; d < hd; d += LANES) store(x + d, load(v + at + d));
             values.set(row, x);
@@ -270,7 +286,8 @@ inline void give(const Inputs &out, size_t m, int first, int head_dim, const flo
 // partial: per token, head and chunk the weighted sum (head_dim), the largest score and the total.
 template <class A, class C>
 void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out) {
+                const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out,
+                const Attending &how) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads, tokens = b.begins[b.few];
     int longest = 0;
     for (int m = 0; m < tokens; m++) longest = std::max(longest, int(b.positions[m]) + 1);
@@ -282,7 +299,8 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     for (int i = mine.begin; i < mine.end; i++) {
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
         int end = std::min((chunk + 1) * CHUNK, int(b.positions[m]) + 1);
-        if (chunk * CHUNK >= end) continue;
+        const int begin = std::max(chunk * CHUNK, how.begin(b.positions[m]));
+        if (begin >= end) continue;
         const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part parts[QUERIES];
@@ -293,7 +311,7 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
             seen[g] = end;
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, chunk * CHUNK, end);
+        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, begin, end);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -303,9 +321,10 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     mine = share(tokens * s.n_heads);
     for (int i = mine.begin; i < mine.end; i++) {
         int head = i % s.n_heads, m = i / s.n_heads;
-        float *p = at(m, head, 0);
+        const int first = how.begin(b.positions[m]) / CHUNK;
+        float *p = at(m, head, first);
         Part whole = {p[hd], p[hd + 1], p};
-        for (int chunk = 1; chunk * CHUNK <= b.positions[m]; chunk++) {
+        for (int chunk = first + 1; chunk * CHUNK <= b.positions[m]; chunk++) {
             float *next = at(m, head, chunk);
             join(whole, {next[hd], next[hd + 1], next}, hd);
         }
@@ -316,7 +335,7 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
 // Rows of many tokens: adjacent ones, which attend to almost the same keys, share a task.
 template <class A, class C>
 void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                 const Cache<C> &k, const Cache<C> &v, const Inputs &out) {
+                 const Cache<C> &k, const Cache<C> &v, const Inputs &out, const Attending &how) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     const int run = std::max(1, QUERIES / group), rows = b.rows - b.few;
     int most = 0;
@@ -339,14 +358,19 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        for (int first = 0; first < seen[n - 1]; first += CHUNK) {
-            for (int j = 0; j < n; j++) {
-                parts[j] = {-INFINITY, 0, sums[1] + j * hd};
-                memset(parts[j].out, 0, hd * sizeof(float));
+        for (int at = 0, to; at < n; at = to) {  // those that attend from the same key on
+            const int begin = how.begin(seen[at] - 1);
+            for (to = at; to < n && how.begin(seen[to] - 1) == begin; to++) {}
+            for (int first = begin / CHUNK * CHUNK; first < seen[to - 1]; first += CHUNK) {
+                for (int j = at; j < to; j++) {
+                    parts[j] = {-INFINITY, 0, sums[1] + j * hd};
+                    memset(parts[j].out, 0, hd * sizeof(float));
+                }
+                int from = std::max(first, begin), end = std::min(first + CHUNK, seen[to - 1]);
+                attend_chunk<A>(queries + at, seen + at, parts + at, to - at, k, v, b, row, kv, from,
+                                end);
+                for (int j = at; j < to; j++) join(whole[j], parts[j], hd);
             }
-            int end = std::min(first + CHUNK, seen[n - 1]);
-            attend_chunk<A>(queries, seen, parts, n, k, v, b, row, kv, first, end);
-            for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)
             give(out, first_token + j / group, (kv * group + j % group) * hd, hd, whole[j].out,

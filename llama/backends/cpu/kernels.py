@@ -43,10 +43,22 @@ class Shape(ctypes.Structure):
     ] + [("eps", ctypes.c_float)]
 
 
-class Layer(ctypes.Structure):
-    _fields_ = [("attention_norm", Pointer), ("ffn_norm", Pointer)] + [
-        (name, Weight) for name in MATRICES
+class Attending(ctypes.Structure):
+    _fields_ = [(name, Int) for name in ("no_rope", "qk_norm", "chunk")] + [
+        (name, ctypes.c_float) for name in ("floor_scale", "attn_scale")
     ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        [("attention_norm", Pointer), ("ffn_norm", Pointer)]
+        + [(name, Weight) for name in MATRICES]
+        + [("attending", Attending), ("experts", Pointer)]
+    )
+
+
+class Experts(ctypes.Structure):
+    _fields_ = [("n", Int), ("top_k", Int), ("router", Pointer), ("matrices", Pointer)]
 
 
 class Batch(ctypes.Structure):
@@ -79,7 +91,10 @@ class Inputs(ctypes.Structure):
 class Scratch(ctypes.Structure):
     _fields_ = [
         (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated")
-    ] + [(name, Inputs) for name in ("x", "heads", "y")]
+    ] + [(name, Inputs) for name in ("x", "heads", "y")] + [
+        (name, Pointer)
+        for name in ("normalized", "expert", "scores", "begins", "tokens", "weights", "chosen")
+    ]  # fmt: skip
 
 
 class LowRank(ctypes.Structure):

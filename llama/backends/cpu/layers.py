@@ -5,7 +5,7 @@ bit, whatever is computed with it: other rows, other tokens of its row, on any n
 """
 
 import threading
-from ctypes import byref, c_float
+from ctypes import addressof, byref, c_float
 from itertools import accumulate
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -19,10 +19,11 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.families.llama4 import Llama4Args, MixtureOfExperts
 from llama.families.vision_encoder import VisionArgs
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
-from llama.layers.paged import PagedRows
+from llama.layers.paged import PAGE, PagedRows
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 TOKENS = 512  # computed together, which bounds the memory of activations
@@ -40,7 +41,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: an unsupported device, dtype or shape; no compiler.
     """
-    if type(args) not in (ModelArgs, VisionArgs):
+    if type(args) not in (ModelArgs, VisionArgs, Llama4Args):
         raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
@@ -56,6 +57,14 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
         "the heads of a rank": args.n_heads // world * args.head_dim,
         "hidden_dim of a rank": parallel.padded(args.hidden_dim, world) // world,
     }
+    if isinstance(args, Llama4Args):
+        if args.expert_dim is not None:
+            widths["expert_dim of a rank"] = parallel.padded(args.expert_dim, world) // world
+        if (args.attention_chunk_size or 0) % PAGE:
+            raise ValueError(
+                f"compile=True takes chunks of attention of a multiple of {PAGE} positions, not "
+                f"{args.attention_chunk_size}: build with compile=False"
+            )
     for name, width in widths.items():
         if width % WIDTH:
             raise ValueError(
@@ -102,11 +111,23 @@ def swap_ends(model: Transformer, work: "Workspace", arena: Arena) -> None:
 
 
 def linears_of(block: TransformerBlock) -> List[nn.Module]:
-    children = {
-        **dict(block.attention.named_children()),
-        **dict(block.feed_forward.named_children()),
-    }
-    return [children[name] for name in kernels.MATRICES]
+    """Those of kernels.MATRICES, and w1, w3 and w2 of each expert beside the shared one."""
+    network: Any = block.feed_forward
+    mixed = isinstance(network, MixtureOfExperts)
+    shared = network.shared_expert if mixed else network
+    children = {**dict(block.attention.named_children()), **dict(shared.named_children())}
+    experts = [m for one in network.experts for m in (one.w1, one.w3, one.w2)] if mixed else []
+    return [*(children[name] for name in kernels.MATRICES), *experts]
+
+
+def _attending(args: ModelArgs, layer: int) -> kernels.Attending:
+    if not isinstance(args, Llama4Args):
+        return kernels.Attending()
+    rope, grows = args.has_rope(layer), args.attn_temperature_tuning
+    return kernels.Attending(
+        not rope, rope and args.use_qk_norm, (rope and args.attention_chunk_size) or 0,
+        args.floor_scale, 0.0 if rope or not grows else args.attn_scale,
+    )  # fmt: skip
 
 
 class NativeTransformer(Transformer):
@@ -260,11 +281,15 @@ class NativeLayers(nn.Module):
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
         self._packed: List[List[Packed]] = []
+        self._experts: List[Optional[kernels.Experts]] = []
+        self._kept: List[Any] = []  # what structs point to
         for block in blocks:
             self._packed.append([arena.pack(weight_of(linear)) for linear in linears_of(block)])
+            self._experts.append(self._mixture(block.feed_forward, self._packed[-1][7:]))
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
-        self._dim, self._hidden_dim = args.dim, self._packed[0][4].rows
+        self._dim = args.dim
+        self._hidden_dim = max(packed[4].rows for packed in self._packed)  # w1's
         widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
         self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
@@ -274,11 +299,23 @@ class NativeLayers(nn.Module):
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
-                    *(weight.struct for weight in packed),
+                    *(weight.struct for weight in packed[: len(kernels.MATRICES)]),
+                    _attending(args, i),
+                    None if experts is None else addressof(experts),
                 )
-                for block, packed in zip(blocks, self._packed, strict=True)
+                for i, (block, packed, experts) in enumerate(
+                    zip(blocks, self._packed, self._experts, strict=True)
+                )
             )
         )
+
+    def _mixture(self, network: nn.Module, packed: List[Packed]) -> Optional[kernels.Experts]:
+        if not isinstance(network, MixtureOfExperts):
+            return None
+        router = network.router.weight.detach().float().contiguous()
+        matrices = (kernels.Weight * len(packed))(*(weight.struct for weight in packed))
+        self._kept += [router, matrices]
+        return kernels.Experts(len(router), network.top_k, router.data_ptr(), addressof(matrices))
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """All blocks in turn; a query attends to the keys at positions up to its own.
@@ -380,12 +417,24 @@ class NativeLayers(nn.Module):
             "rotated": M * heads * head_dim,
         }
         tensors = {name: self._work.take(name, n) for name, n in sizes.items()}
+        n = max((one.n for one in self._experts if one), default=0)
+        chosen = M * max((one.top_k for one in self._experts if one), default=0)
+        of_experts = {
+            "normalized": self._work.take("normalized", M * self._dim if n else 0),
+            "expert": self._work.take("expert", M * self._dim if n else 0),
+            "scores": self._work.take("scores", M * n),
+            "begins": self._work.take("begins", n + 1, torch.int32),
+            "routed": self._work.take("routed", chosen, torch.int32),
+            "weights": self._work.take("weights", chosen),
+            "chosen": self._work.take("chosen", chosen, torch.int32),
+        }
         widths = {"x": self._dim, "heads": heads * head_dim, "y": self._hidden_dim}
         scratch = kernels.Scratch(
             *(tensor.data_ptr() for tensor in tensors.values()),
             *(self._work.inputs(name, M, n, self._kinds, floats) for name, n in widths.items()),
+            *(tensor.data_ptr() for tensor in of_experts.values()),
         )
-        self._scratch_for = (M, chunks, floats), scratch, tensors
+        self._scratch_for = (M, chunks, floats), scratch, tensors | of_experts
         return scratch
 
     def _run(
