@@ -52,7 +52,7 @@ def estimate(
     """
 
     def per_value(name: str) -> float:
-        if quantize is None or "norm" in name:
+        if quantize is None or "norm" in name or name.endswith(".bias"):
             return dtype.itemsize
         return bytes_per_value(name, quantize, dtype, source)
 

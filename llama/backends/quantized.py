@@ -74,6 +74,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.register_buffer("data", weight.data)
         self.kind, self.gather, self.reduce = weight.kind, gather, reduce
+        self.bias: Optional[nn.Parameter] = None  # some families have one
 
     @property
     def blocks(self) -> Blocks:
@@ -83,9 +84,9 @@ class QuantizedLinear(nn.Module):
         if not self.reduce:
             x = copy_to_model_parallel_region(x)  # sums its gradient over the ranks
         y = F.linear(x, self.blocks.dense(x.dtype))
-        if self.gather:
-            return gather_from_model_parallel_region(y)
-        return reduce_from_model_parallel_region(y) if self.reduce else y
+        y = reduce_from_model_parallel_region(y) if self.reduce else y
+        y = y if self.bias is None else y + self.bias
+        return gather_from_model_parallel_region(y) if self.gather else y
 
 
 class QuantizedEmbedding(nn.Module):
@@ -132,7 +133,7 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        found = None if "norm" in name else read(source, name, kind)
+        found = None if "norm" in name or ".bias" in name else read(source, name, kind)
         if found is None:
             return None
         found = found._replace(data=found.data.to(device))
@@ -141,7 +142,9 @@ def load(
                 model.output = QuantizedLinear(found, gather=True)
             return QuantizedEmbedding(found, dtype)
         row_parallel = parallel.shard_axis(name) == 1
-        return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        layer = QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        layer.bias = getattr(model.get_submodule(name.removesuffix(".weight")), "bias", None)
+        return layer
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
 

@@ -1,7 +1,19 @@
 """What a family of networks is to those who read checkpoints and build models."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Callable, Dict, FrozenSet, Mapping, Protocol, Set, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    FrozenSet,
+    Mapping,
+    Optional,
+    Protocol,
+    Set,
+    Tuple,
+    Type,
+)
 
 from llama.families.names import GGUF, HF
 from llama.model import ModelArgs, Transformer
@@ -59,8 +71,12 @@ class Family:
         read_params, write_params: the same for params.json.
         rotated: the last parts of names of weights whose rows transformers has in another order.
         gguf: what a GGUF file's general.architecture says.
+        claims_gguf: whether a GGUF file is of this family, by its architecture, its metadata and
+            the names of its tensors; None: by its architecture.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
+        read_names: fields of args that a GGUF file says by its tensors alone, by Meta's names.
+        write_gguf: a GGUF file's architecture and the metadata beyond Llama's; None: not written.
     """
 
     name: str
@@ -77,7 +93,10 @@ class Family:
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
+    claims_gguf: Optional[Callable[[str, Mapping[str, Any], Collection[str]], bool]] = None
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
+    read_names: Callable[[Collection[str]], Dict[str, Any]] = lambda names: {}
+    write_gguf: Optional[Callable[[Any], Tuple[str, Dict[str, Any]]]] = None
 
     @property
     def own_fields(self) -> Set[str]:

@@ -95,11 +95,11 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-// R queries and KEYS keys; a query attends to those before its `seen`. keys: (words of a head,
-// KEYS), values: (words of KEYS, head_dim).
+// R queries and KEYS keys; a query attends to those before its `seen`, of these to the last `window`.
+// keys: (words of a head, KEYS), values: (words of KEYS, head_dim).
 template <class A, int R>
 void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
-            const float *keys, const float *values, int first, int n, int head_dim) {
+            const float *keys, const float *values, int first, int n, int head_dim, int window) {
     constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
     vec scores[R][COLUMNS] = {};
     for (int w = 0; w < head_dim / PER; w++)
@@ -115,7 +115,9 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         vec most = vec{} - INFINITY;
         for (int c = 0; c < COLUMNS; c++) {
             vec &score = scores[r][c];
-            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            const ivec at = lane + (first + c * LANES);
+            score = at < seen[r] ? score : vec{} - INFINITY;
+            score = at >= seen[r] - window ? score : vec{} - INFINITY;
             most = larger(most, score);
         }
         before[r] = parts[r].largest;
@@ -159,6 +161,10 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
 struct Shape {
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
     float eps;
+    float residual;  // what attention and feed-forward give is multiplied by it
+    int32_t window;  // keys that a query attends to, at most
+    // The first key that one attends to which sees so many, at the begin of a group of KEYS.
+    int first(int seen) const { return std::max(seen - window, 0) / KEYS * KEYS; }
 };
 
 // The tokens of a pass: those of row 0, in order, those of row 1, ...
@@ -184,7 +190,7 @@ struct Batch {
 template <class A, class C>
 void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
                   const Cache<C> &k, const Cache<C> &v, const Batch &b, int row, int kv, int begin,
-                  int end) {
+                  int end, int window) {
     constexpr int PER = Words<A>::PER;
     const int head_dim = k.head_dim;
     alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
@@ -205,11 +211,11 @@ void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Par
                       v.template across<A>(from + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
-            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
         for (; r + 3 <= rows; r += 3)
-            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
         for (; r < rows; r++)
-            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
     }
 }
 
@@ -225,9 +231,10 @@ template <class A, class F> void with_cache(const Batch &b, int layer, int head_
 
 // RoPE: rotates pairs of x by the angles of a position. arXiv 2104.09864.
 template <class T, class Y>
-void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
+void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale, bool turns) {
     for (int d = 0; d < head_dim; d += 2) {
-        float a = get(x + d), b = get(x + d + 1), c = cis[d] * scale, s = cis[d + 1] * scale;
+        float a = get(x + d), b = get(x + d + 1), c = scale, s = 0;
+        if (turns) c *= cis[d], s = scale * cis[d + 1];
         put(y + d, a * c - b * s);
         put(y + d + 1, a * s + b * c);
     }
@@ -237,7 +244,7 @@ void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
 // also multiplied by 1 / sqrt(head_dim) and by log2(e), for exp2 in place of exp.
 template <class T, class Q, class C>
 void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
-                 Cache<C> keys, Cache<C> values) {
+                 Cache<C> keys, Cache<C> values, bool turns) {
     const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
     const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
     Share mine = share(b.tokens * heads);
@@ -247,12 +254,12 @@ void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T
         const float *cis = b.freqs_cis + m * hd;
         if (head < s.n_heads) {
             size_t at = (m * s.n_heads + head) * hd;
-            rotate(q + at, rotated + at, cis, hd, scale);
+            rotate(q + at, rotated + at, cis, hd, scale, turns);
         } else {
             head -= s.n_heads;
             size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(b.owners[m], head, b.positions[m]);
             alignas(64) float x[MAX_HEAD];
-            rotate(k + at, x, cis, hd, 1.0f);
+            rotate(k + at, x, cis, hd, 1.0f, turns);
             keys.set(row, x);
             for (int d = 0; d < hd; d += LANES) store(x + d, load(v + at + d));
             values.set(row, x);
@@ -282,7 +289,8 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     for (int i = mine.begin; i < mine.end; i++) {
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
         int end = std::min((chunk + 1) * CHUNK, int(b.positions[m]) + 1);
-        if (chunk * CHUNK >= end) continue;
+        const int begin = std::max(chunk * CHUNK, s.first(b.positions[m] + 1));
+        if (begin >= end) continue;
         const typename Words<A>::Value *queries[QUERIES];
         int seen[QUERIES];
         Part parts[QUERIES];
@@ -290,10 +298,10 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
             float *p = at(m, kv * group + g, chunk);
             memset(p, 0, hd * sizeof *p);
             queries[g] = q + (size_t(m) * s.n_heads + kv * group + g) * hd;
-            seen[g] = end;
+            seen[g] = b.positions[m] + 1;
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, chunk * CHUNK, end);
+        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, begin, end, s.window);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -303,9 +311,10 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     mine = share(tokens * s.n_heads);
     for (int i = mine.begin; i < mine.end; i++) {
         int head = i % s.n_heads, m = i / s.n_heads;
-        float *p = at(m, head, 0);
+        const int first = s.first(b.positions[m] + 1) / CHUNK;
+        float *p = at(m, head, first);
         Part whole = {p[hd], p[hd + 1], p};
-        for (int chunk = 1; chunk * CHUNK <= b.positions[m]; chunk++) {
+        for (int chunk = first + 1; chunk * CHUNK <= b.positions[m]; chunk++) {
             float *next = at(m, head, chunk);
             join(whole, {next[hd], next[hd + 1], next}, hd);
         }
@@ -339,13 +348,13 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        for (int first = 0; first < seen[n - 1]; first += CHUNK) {
+        for (int from = s.first(seen[0]); from < seen[n - 1]; from = from / CHUNK * CHUNK + CHUNK) {
             for (int j = 0; j < n; j++) {
                 parts[j] = {-INFINITY, 0, sums[1] + j * hd};
                 memset(parts[j].out, 0, hd * sizeof(float));
             }
-            int end = std::min(first + CHUNK, seen[n - 1]);
-            attend_chunk<A>(queries, seen, parts, n, k, v, b, row, kv, first, end);
+            int end = std::min(from / CHUNK * CHUNK + CHUNK, seen[n - 1]);
+            attend_chunk<A>(queries, seen, parts, n, k, v, b, row, kv, from, end, s.window);
             for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)

@@ -23,6 +23,8 @@ enum Matrix { WQ, WK, WV, WO, W1, W3, W2 };  // those of the same inputs are nei
 struct Layer {
     const void *attention_norm, *ffn_norm;
     Weight matrices[MATRICES];
+    const float *biases[MATRICES];  // of this rank's rows; null: none
+    int32_t turns;                  // whether queries and keys are rotated
 };
 
 // RMSNorm of a row, arXiv 1910.07467: gives each 32 of its values to `set`.
@@ -40,11 +42,12 @@ inline vec silu_times(const float *gate, const float *up) {
     return g / (1.0f + exp2(g * -1.44269504f)) * load(up);
 }
 
-template <class A> void add_columns(A *h, const float *y, int tokens, Share columns, int dim) {
+template <class A>
+void add_columns(A *h, const float *y, int tokens, Share columns, const Shape &s) {
     for (int m = 0; m < tokens; m++)
         for (int r = columns.begin; r < columns.end; r++) {
-            size_t at = size_t(m) * dim + r;
-            put(h + at, get(h + at) + y[at]);
+            size_t at = size_t(m) * s.dim + r;
+            put(h + at, get(h + at) + y[at] * s.residual);
         }
 }
 
@@ -81,6 +84,9 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 float *y = results.begin()[nth];
                 mine = multiply(w, x, M, y);
                 if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, mine);
+                if (const float *bias = layer.biases[at + nth])
+                    for (int m = 0; m < M; m++)
+                        for (int r = mine.begin; r < mine.end; r++) y[size_t(m) * w.rows + r] += bias[r];
             }
             return mine;
         };
@@ -91,14 +97,14 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
 #pragma omp barrier
             with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
                 auto *rotated = (typename Words<A>::Value *)z.rotated;
-                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values);
+                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values, layer.turns);
 #pragma omp barrier
                 if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads);
                 if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads);
             });
 #pragma omp barrier
             Share mine = multiply_all(WO, z.heads, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
         if (parts & FEED_FORWARD) {
@@ -114,7 +120,7 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 }
 #pragma omp barrier
             mine = multiply_all(W2, z.y, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
     }

@@ -38,14 +38,17 @@ class Weight(ctypes.Structure):
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        (name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
-    ] + [("eps", ctypes.c_float)]
+        *((name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")),
+        ("eps", ctypes.c_float), ("residual", ctypes.c_float), ("window", Int),
+    ]  # fmt: skip
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [("attention_norm", Pointer), ("ffn_norm", Pointer)] + [
-        (name, Weight) for name in MATRICES
-    ]
+    _fields_ = [
+        ("attention_norm", Pointer), ("ffn_norm", Pointer),
+        *((name, Weight) for name in MATRICES),
+        ("biases", Pointer * len(MATRICES)), ("turns", Int),
+    ]  # fmt: skip
 
 
 class Batch(ctypes.Structure):

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from fairscale.nn.model_parallel.layers import RowParallelLinear
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
@@ -19,6 +20,7 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.layers.paged import PagedRows
@@ -27,6 +29,7 @@ from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
 MANY = 8  # tokens of a row whose queries share what they read of the cache
+EVERY = (1 << 31) - 1  # a window that no context reaches
 WIDTH = 32  # the kernels take widths that are multiples of this
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
@@ -38,7 +41,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: an unsupported device, dtype or shape; no compiler.
     """
-    if type(args) is not ModelArgs:
+    if type(args) not in (ModelArgs, VariantArgs):
         raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
@@ -90,7 +93,8 @@ def swap(model: Transformer) -> Transformer:
     if world == 1 and args.tied_embeddings:
         model.tok_embeddings = NativeEmbedding(output, weight.dtype)  # type: ignore[assignment]
     model.output = NativeOutput(output, work)  # type: ignore[assignment]
-    model.__class__ = NativeTransformer
+    variant = isinstance(model, VariantTransformer)
+    model.__class__ = NativeVariant if variant else NativeTransformer
     return model
 
 
@@ -100,6 +104,13 @@ def _linears(block: TransformerBlock) -> List[nn.Module]:
         **dict(block.feed_forward.named_children()),
     }
     return [children[name] for name in kernels.MATRICES]
+
+
+def _bias(linear: nn.Module) -> Optional[torch.Tensor]:
+    """This rank's part of a layer's bias, if it has one; of sums over ranks, rank 0 adds it."""
+    bias: Optional[torch.Tensor] = getattr(linear, "bias", None)
+    summed = isinstance(linear, RowParallelLinear) or getattr(linear, "reduce", False)
+    return None if bias is None or (summed and parallel.rank()) else bias.detach().float()
 
 
 class NativeTransformer(Transformer):
@@ -128,9 +139,7 @@ class NativeTransformer(Transformer):
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
         h = self.tok_embeddings(ids[None])
         step = Step(places[None], freqs_cis, None, ordered)
-        for layer in self.layers:
-            h = layer(h, step)
-        h = self.norm(h)[0]
+        h = self.norm(self.run_layers(h, step))[0]
         if sorted_already:
             return h
         parts = h.split(ordered.counts)
@@ -143,6 +152,10 @@ class NativeTransformer(Transformer):
         if mask is not None:
             raise ValueError("compiled layers take no custom mask: build with compile=False")
         return None
+
+
+class NativeVariant(NativeTransformer, VariantTransformer):
+    """The same for the variants, what differs in them computed by the kernels."""
 
 
 class Workspace:
@@ -242,8 +255,14 @@ class NativeLayers(nn.Module):
         self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
+        variant = args if isinstance(args, VariantArgs) else VariantArgs()
+        self._residual, self._biases = (
+            variant.residual_multiplier,
+            list[List[Optional[torch.Tensor]]](),
+        )
         self._packed: List[List[Packed]] = []
         for block in blocks:
+            self._biases.append([_bias(linear) for linear in _linears(block)])
             self._packed.append([arena.pack(weight_of(linear)) for linear in _linears(block)])
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
@@ -251,15 +270,22 @@ class NativeLayers(nn.Module):
         widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
         self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
-        self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
+        self._shape = kernels.Shape(
+            args.dim, *self._heads, self._hidden_dim, args.norm_eps, self._residual,
+            variant.sliding_window or EVERY,
+        )  # fmt: skip
         self._layers = (kernels.Layer * len(blocks))(
             *(
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
                     *(weight.struct for weight in packed),
+                    tuple(None if bias is None else bias.data_ptr() for bias in biases),
+                    i not in variant.no_rope_layers,
                 )
-                for block, packed in zip(blocks, self._packed, strict=True)
+                for i, (block, packed, biases) in enumerate(
+                    zip(blocks, self._packed, self._biases, strict=True)
+                )
             )
         )
 
@@ -398,4 +424,4 @@ class NativeLayers(nn.Module):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)
                 dist.all_reduce(total, group=get_model_parallel_group())
-                h.add_(total.view(h.shape))
+                h.add_(total.view(h.shape), alpha=self._residual)
