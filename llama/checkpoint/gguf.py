@@ -57,9 +57,7 @@ class GGUFCheckpoint:
         header = read_header(self.path)
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        if "general.architecture" not in header.metadata:
-            raise ValueError(f"{self.path} lacks the metadata key general.architecture")
-        architecture = str(header.metadata["general.architecture"])
+        architecture = str(header.metadata.get("general.architecture"))
         prefix = f"{architecture}."
         metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
         family = of_gguf(architecture, metadata, header.tensors)
@@ -70,13 +68,13 @@ class GGUFCheckpoint:
             )
         self._family, names = family, family.gguf_names
         self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
-        self.args = self._args(metadata)
+        self.args = self._args(metadata, prefix)
         self._tensors.pop(ROPE_FACTORS, None)
 
-    def _args(self, metadata: Dict[str, Any]) -> ModelArgs:
+    def _args(self, metadata: Dict[str, Any], prefix: str) -> ModelArgs:
         def require(key: str) -> Any:
             if key not in metadata:
-                raise ValueError(f"{self.path} lacks the metadata key {key}")
+                raise ValueError(f"{self.path} lacks the metadata key {prefix}{key}")
             return metadata[key]
 
         try:
