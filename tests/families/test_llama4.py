@@ -186,8 +186,8 @@ def test_weights_of_experts_that_no_token_chose_are_not_read(tokens):
 # --- the CPU kernels -----------------------------------------------------------------------------
 
 NATIVE = dataclasses.replace(
-    SCOUT, dim=128, head_dim=32, n_heads=4, n_kv_heads=2, vocab_size=256, hidden_dim=160, expert_dim=96, top_k=2,
-    n_layers=4, interleave_moe_layer_step=2, attention_chunk_size=192, floor_scale=64.0,
+    SCOUT, dim=128, head_dim=32, n_heads=4, n_kv_heads=2, vocab_size=256, hidden_dim=160,
+    expert_dim=96, top_k=2, n_layers=4, interleave_moe_layer_step=2, attention_chunk_size=192, floor_scale=64.0,
 )  # fmt: skip
 
 

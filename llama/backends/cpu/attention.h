@@ -95,10 +95,10 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-// R queries and KEYS keys; a query attends to those before its `seen`. keys: (words of a head,
-// KEYS), values: (words of KEYS, head_dim).
+// R queries and KEYS keys; a query attends to those from its `since` on, before its `seen`.
+// keys: (words of a head, KEYS), values: (words of KEYS, head_dim).
 template <class A, int R>
-void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
+void attend(const typename Words<A>::Value *const *q, const int *since, const int *seen, Part *parts,
             const float *keys, const float *values, int first, int n, int head_dim) {
     constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
     vec scores[R][COLUMNS] = {};
@@ -115,7 +115,9 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         vec most = vec{} - INFINITY;
         for (int c = 0; c < COLUMNS; c++) {
             vec &score = scores[r][c];
-            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            const ivec at = lane + (first + c * LANES);
+            score = at < seen[r] ? score : vec{} - INFINITY;
+            score = at >= since[r] ? score : vec{} - INFINITY;
             most = larger(most, score);
         }
         before[r] = parts[r].largest;
@@ -159,13 +161,19 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
 struct Shape {
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
     float eps;
+    float residual;  // what attention and feed-forward give is multiplied by it
 };
 
 // How a layer attends: all zeros for RoPE, and all keys up to a query's own.
 struct Attending {
-    int32_t no_rope, qk_norm, chunk;  // chunk: attends within so many positions, of whole pages
-    float floor_scale, attn_scale;    // queries grow by attn_scale · log(1 + position / floor_scale)
-    int begin(int position) const { return chunk ? position / chunk * chunk : 0; }
+    int32_t no_rope, qk_norm, chunk, window;  // attends within chunks, or to so many keys at most
+    float floor_scale, attn_scale;  // queries grow by attn_scale · log(1 + position / floor_scale)
+    // The first key that a query attends to, of the `seen` up to its own; that of its group of KEYS.
+    int begin(int seen) const {
+        const int at = chunk ? (seen - 1) / chunk * chunk : 0;
+        return window ? std::max(at, seen - window) : at;
+    }
+    int group(int seen) const { return begin(seen) / KEYS * KEYS; }
     float growth(int position) const {
         return attn_scale ? 1 + attn_scale * std::log1p(std::floor((position + 1) / floor_scale)) : 1;
     }
@@ -192,9 +200,9 @@ struct Batch {
 
 // Queries of a row and a key/value head over the row's keys [begin, end). parts must be empty.
 template <class A, class C>
-void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
-                  const Cache<C> &k, const Cache<C> &v, const Batch &b, int row, int kv, int begin,
-                  int end) {
+void attend_chunk(const typename Words<A>::Value *const *q, const int *since, const int *seen,
+                  Part *parts, int rows, const Cache<C> &k, const Cache<C> &v, const Batch &b,
+                  int row, int kv, int begin, int end) {
     constexpr int PER = Words<A>::PER;
     const int head_dim = k.head_dim;
     alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
@@ -215,11 +223,11 @@ void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Par
                       v.template across<A>(from + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
-            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 6>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r + 3 <= rows; r += 3)
-            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 3>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r < rows; r++)
-            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 1>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
     }
 }
 
@@ -299,19 +307,19 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     for (int i = mine.begin; i < mine.end; i++) {
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
         int end = std::min((chunk + 1) * CHUNK, int(b.positions[m]) + 1);
-        const int begin = std::max(chunk * CHUNK, how.begin(b.positions[m]));
+        const int begin = std::max(chunk * CHUNK, how.group(b.positions[m] + 1));
         if (begin >= end) continue;
         const typename Words<A>::Value *queries[QUERIES];
-        int seen[QUERIES];
+        int since[QUERIES], seen[QUERIES];
         Part parts[QUERIES];
         for (int g = 0; g < group; g++) {
             float *p = at(m, kv * group + g, chunk);
             memset(p, 0, hd * sizeof *p);
             queries[g] = q + (size_t(m) * s.n_heads + kv * group + g) * hd;
-            seen[g] = end;
+            seen[g] = b.positions[m] + 1, since[g] = how.begin(seen[g]);
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, begin, end);
+        attend_chunk<A>(queries, since, seen, parts, group, k, v, b, b.owners[m], kv, begin, end);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -321,7 +329,7 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     mine = share(tokens * s.n_heads);
     for (int i = mine.begin; i < mine.end; i++) {
         int head = i % s.n_heads, m = i / s.n_heads;
-        const int first = how.begin(b.positions[m]) / CHUNK;
+        const int first = how.begin(b.positions[m] + 1) / CHUNK;
         float *p = at(m, head, first);
         Part whole = {p[hd], p[hd + 1], p};
         for (int chunk = first + 1; chunk * CHUNK <= b.positions[m]; chunk++) {
@@ -349,28 +357,23 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
         if (n <= 0) continue;
         const size_t first_token = b.begins[row] + begin;
         const typename Words<A>::Value *queries[QUERIES];
-        int seen[QUERIES];
+        int since[QUERIES], seen[QUERIES];
         Part whole[QUERIES], parts[QUERIES];
         for (int j = 0; j < n; j++) {
             const size_t m = first_token + j / group;
             queries[j] = q + (m * s.n_heads + kv * group + j % group) * hd;
-            seen[j] = b.positions[m] + 1;
+            seen[j] = b.positions[m] + 1, since[j] = how.begin(seen[j]);
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        for (int at = 0, to; at < n; at = to) {  // those that attend from the same key on
-            const int begin = how.begin(seen[at] - 1);
-            for (to = at; to < n && how.begin(seen[to] - 1) == begin; to++) {}
-            for (int first = begin / CHUNK * CHUNK; first < seen[to - 1]; first += CHUNK) {
-                for (int j = at; j < to; j++) {
-                    parts[j] = {-INFINITY, 0, sums[1] + j * hd};
-                    memset(parts[j].out, 0, hd * sizeof(float));
-                }
-                int from = std::max(first, begin), end = std::min(first + CHUNK, seen[to - 1]);
-                attend_chunk<A>(queries + at, seen + at, parts + at, to - at, k, v, b, row, kv, from,
-                                end);
-                for (int j = at; j < to; j++) join(whole[j], parts[j], hd);
+        for (int at = how.group(seen[0]); at < seen[n - 1]; at = at / CHUNK * CHUNK + CHUNK) {
+            for (int j = 0; j < n; j++) {
+                parts[j] = {-INFINITY, 0, sums[1] + j * hd};
+                memset(parts[j].out, 0, hd * sizeof(float));
             }
+            int end = std::min(at / CHUNK * CHUNK + CHUNK, seen[n - 1]);
+            attend_chunk<A>(queries, since, seen, parts, n, k, v, b, row, kv, at, end);
+            for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)
             give(out, first_token + j / group, (kv * group + j % group) * hd, hd, whole[j].out,

@@ -5,7 +5,7 @@ bit, whatever is computed with it: other rows, other tokens of its row, on any n
 """
 
 import threading
-from ctypes import addressof, byref, c_float
+from ctypes import byref, c_float
 from itertools import accumulate
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -18,68 +18,19 @@ from torch import nn
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
+from llama.backends.cpu.networks import Mixture, attending, bias_of, check, linears_of, mixture_of
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
-from llama.families.llama4 import Llama4Args, MixtureOfExperts
-from llama.families.vision_encoder import VisionArgs
+from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
-from llama.layers.paged import PAGE, PagedRows
+from llama.layers.paged import PagedRows
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 TOKENS = 512  # computed together, which bounds the memory of activations
-CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
+CHUNK = 512  # as in attention.h
 MANY = 8  # tokens of a row whose queries share what they read of the cache
-WIDTH = 32  # the kernels take widths that are multiples of this
 
-DTYPES = (torch.float32, torch.bfloat16)  # of activations
 FLOATS = {"F32", "F16", "BF16", "FP8", "NF4", "FP4"}  # block types whose products are of floats
-
-
-def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-    """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
-
-    Raises:
-        ValueError: an unsupported device, dtype or shape; no compiler.
-    """
-    if type(args) not in (ModelArgs, VisionArgs, Llama4Args):
-        raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
-    for what, value, known in (
-        ("device", device.type, ("cpu",)),
-        ("dtype", dtype, DTYPES),
-    ):
-        if value not in known:
-            choices = " or ".join(map(str, known))
-            raise ValueError(f"compile=True supports {what} {choices}, not {value}")
-    world = parallel.world_size()
-    widths = {
-        "dim": args.dim,
-        "head_dim": args.head_dim,
-        "the heads of a rank": args.n_heads // world * args.head_dim,
-        "hidden_dim of a rank": parallel.padded(args.hidden_dim, world) // world,
-    }
-    if isinstance(args, Llama4Args):
-        if args.expert_dim is not None:
-            widths["expert_dim of a rank"] = parallel.padded(args.expert_dim, world) // world
-        if (args.attention_chunk_size or 0) % PAGE:
-            raise ValueError(
-                f"compile=True takes chunks of attention of a multiple of {PAGE} positions, not "
-                f"{args.attention_chunk_size}: build with compile=False"
-            )
-    for name, width in widths.items():
-        if width % WIDTH:
-            raise ValueError(
-                f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
-                "build with compile=False, or on another number of ranks"
-            )
-    sizes = {"head_dim": (args.head_dim, MAX_HEAD)}
-    sizes["n_heads / n_kv_heads"] = (args.n_heads // args.n_kv_heads, MAX_GROUP)
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise ValueError(
-                f"compile=True takes a {name} of at most {most}, and this is {size}: "
-                "build with compile=False"
-            )
-    kernels.library()
 
 
 def swap(model: Transformer) -> Transformer:
@@ -97,7 +48,8 @@ def swap(model: Transformer) -> Transformer:
     del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
     swap_ends(model, work, arena)
-    model.__class__ = NativeTransformer
+    variant = isinstance(model, VariantTransformer)
+    model.__class__ = NativeVariant if variant else NativeTransformer
     return model
 
 
@@ -108,26 +60,6 @@ def swap_ends(model: Transformer, work: "Workspace", arena: Arena) -> None:
     if parallel.world_size() == 1 and model.params.tied_embeddings:
         model.tok_embeddings = NativeEmbedding(output, model.norm.weight.dtype)  # type: ignore[assignment]
     model.output = NativeOutput(output, work)  # type: ignore[assignment]
-
-
-def linears_of(block: TransformerBlock) -> List[nn.Module]:
-    """Those of kernels.MATRICES, and w1, w3 and w2 of each expert beside the shared one."""
-    network: Any = block.feed_forward
-    mixed = isinstance(network, MixtureOfExperts)
-    shared = network.shared_expert if mixed else network
-    children = {**dict(block.attention.named_children()), **dict(shared.named_children())}
-    experts = [m for one in network.experts for m in (one.w1, one.w3, one.w2)] if mixed else []
-    return [*(children[name] for name in kernels.MATRICES), *experts]
-
-
-def _attending(args: ModelArgs, layer: int) -> kernels.Attending:
-    if not isinstance(args, Llama4Args):
-        return kernels.Attending()
-    rope, grows = args.has_rope(layer), args.attn_temperature_tuning
-    return kernels.Attending(
-        not rope, rope and args.use_qk_norm, (rope and args.attention_chunk_size) or 0,
-        args.floor_scale, 0.0 if rope or not grows else args.attn_scale,
-    )  # fmt: skip
 
 
 class NativeTransformer(Transformer):
@@ -171,6 +103,10 @@ class NativeTransformer(Transformer):
         if mask is not None:
             raise ValueError("compiled layers take no custom mask: build with compile=False")
         return None
+
+
+class NativeVariant(NativeTransformer, VariantTransformer):
+    """The same for the variants, what differs in them computed by the kernels."""
 
 
 class Workspace:
@@ -280,12 +216,16 @@ class NativeLayers(nn.Module):
         self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
+        self._residual = args.residual_multiplier if isinstance(args, VariantArgs) else 1.0
         self._packed: List[List[Packed]] = []
-        self._experts: List[Optional[kernels.Experts]] = []
-        self._kept: List[Any] = []  # what structs point to
+        self._biases: List[List[Optional[torch.Tensor]]] = []
+        self._experts: List[Optional[Mixture]] = []
         for block in blocks:
-            self._packed.append([arena.pack(weight_of(linear)) for linear in linears_of(block)])
-            self._experts.append(self._mixture(block.feed_forward, self._packed[-1][7:]))
+            linears = linears_of(block)
+            self._biases.append([bias_of(linear) for linear in linears[: len(kernels.MATRICES)]])
+            self._packed.append([arena.pack(weight_of(linear)) for linear in linears])
+            self._experts.append(mixture_of(block.feed_forward, self._packed[-1]))
+            del linears
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
         self._dim = args.dim
@@ -293,29 +233,24 @@ class NativeLayers(nn.Module):
         widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
         self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
-        self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
+        self._shape = kernels.Shape(
+            args.dim, *self._heads, self._hidden_dim, args.norm_eps, self._residual
+        )
         self._layers = (kernels.Layer * len(blocks))(
             *(
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
                     *(weight.struct for weight in packed[: len(kernels.MATRICES)]),
-                    _attending(args, i),
-                    None if experts is None else addressof(experts),
+                    tuple(None if bias is None else bias.data_ptr() for bias in biases),
+                    attending(args, i),
+                    None if experts is None else experts.address,
                 )
-                for i, (block, packed, experts) in enumerate(
-                    zip(blocks, self._packed, self._experts, strict=True)
+                for i, (block, packed, biases, experts) in enumerate(
+                    zip(blocks, self._packed, self._biases, self._experts, strict=True)
                 )
             )
         )
-
-    def _mixture(self, network: nn.Module, packed: List[Packed]) -> Optional[kernels.Experts]:
-        if not isinstance(network, MixtureOfExperts):
-            return None
-        router = network.router.weight.detach().float().contiguous()
-        matrices = (kernels.Weight * len(packed))(*(weight.struct for weight in packed))
-        self._kept += [router, matrices]
-        return kernels.Experts(len(router), network.top_k, router.data_ptr(), addressof(matrices))
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """All blocks in turn; a query attends to the keys at positions up to its own.
@@ -466,4 +401,4 @@ class NativeLayers(nn.Module):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)
                 dist.all_reduce(total, group=get_model_parallel_group())
-                h.add_(total.view(h.shape))
+                h.add_(total.view(h.shape), alpha=self._residual)
