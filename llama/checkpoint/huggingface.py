@@ -26,8 +26,13 @@ from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
-# One with a head of another kind, for `llama.training.classification`.
+# Those with a head of another kind, and who reads them.
 CLASSIFIER = "LlamaForSequenceClassification"
+HEADS = {
+    CLASSIFIER: "classification.SequenceClassifier",
+    "LlamaForTokenClassification": "token_classification.TokenClassifier",
+    "LlamaForQuestionAnswering": "token_classification.QuestionAnswerer",
+}
 
 # Keys of config.json that don't change what the network computes:
 IGNORED = {
@@ -44,7 +49,12 @@ IGNORED = {
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "model_type": ("llama", "mistral", "smollm3", "granite"),
     "hidden_act": ("silu", "swish"),
+    # What a family computes, it has taken out of the config.
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
     "use_sliding_window": (False,),
+    "attention_multiplier": (None, 1.0),
     "partial_rotary_factor": (1.0, 1),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
@@ -96,9 +106,9 @@ def read_config(
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
-        if architectures == [CLASSIFIER]:
-            reader = "llama.training.classification.SequenceClassifier.build"
-            hint = f". It is a classifier: {reader} reads it"
+        reader = HEADS.get(str(architectures[0])) if isinstance(architectures, list) else None
+        if reader:
+            hint = f". It is a classifier: llama.training.{reader}.build reads it"
         readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
@@ -205,6 +215,8 @@ class HFCheckpoint:
                 if name.startswith(family.left_out):
                     self.left_out += 1
                     continue
+                if name.startswith("transformer."):  # in LlamaForQuestionAnswering
+                    name = name.replace("transformer.", "model.", 1)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in tensors:

@@ -54,7 +54,7 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
     config |= DEFAULTS.get(kind, {}) | config
     found: Dict[str, Any] = {}
     for key in ("attention_bias", "mlp_bias"):
-        if (value := config.pop(key, None)) not in (None, False, True):
+        if not isinstance(value := config.pop(key, None), bool | None):
             raise ValueError(f"{key}={value!r} isn't true or false")
         found[key] = bool(value)
     window = config.pop("sliding_window", None)

@@ -322,7 +322,11 @@ class QuestionAnswerer(_TokenHead):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)}: two tokens of 0 to {T} for each of {B}"
             )
-        return F.cross_entropy(logits, labels.to(logits.device), ignore_index=T)
+        labels = labels.to(logits.device)
+        starts, ends = (
+            F.cross_entropy(logits[..., i], labels[:, i], ignore_index=T) for i in range(2)
+        )
+        return (starts + ends) / 2
 
     def answer(self, question: str, context: str, max_tokens: int = 30) -> Answer:
         """The span of the context with the largest sum of logits, of at most max_tokens tokens.

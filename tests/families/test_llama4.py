@@ -187,7 +187,8 @@ def test_weights_of_experts_that_no_token_chose_are_not_read(tokens):
 
 NATIVE = dataclasses.replace(
     SCOUT, dim=128, head_dim=32, n_heads=4, n_kv_heads=2, vocab_size=256, hidden_dim=160,
-    expert_dim=96, top_k=2, n_layers=4, interleave_moe_layer_step=2, attention_chunk_size=192, floor_scale=64.0,
+    expert_dim=96, top_k=2, n_layers=4,
+    interleave_moe_layer_step=2, attention_chunk_size=187, floor_scale=64.0,
 )  # fmt: skip
 
 
@@ -221,11 +222,6 @@ def test_an_engine_with_the_kernels_gives_what_each_prompt_gives_alone(tmp_path,
     together, _ = llama.generate(PROMPTS, 16, temperature=0, stop_tokens=set())
     for prompt, ids in zip(PROMPTS, together, strict=True):
         assert llama.generate([prompt], 16, temperature=0, stop_tokens=set())[0] == [ids]
-
-
-def test_chunks_that_are_no_whole_pages_run_on_plain_layers():
-    with pytest.raises(ValueError, match="multiple of 64"):
-        cpu.check(SCOUT, torch.device("cpu"), torch.float32)
 
 
 # --- files ---------------------------------------------------------------------------------------
