@@ -286,11 +286,12 @@ def test_a_gguf_file_that_llama_cpp_would_take_for_another_model_is_not_written(
 
 def test_experts_are_quantized_when_they_are_loaded(tmp_path):
     """And the same on two ranks, whose shards are whole blocks."""
-    path = write(tmp_path / "m", GGUF, 2)
+    args = dataclasses.replace(GGUF, vocab_size=512)
+    path = write(tmp_path / "m", args, 2)
     build = {"max_seq_len": 128, "quantize": "int8", "compile": False}
     llama = Llama.build(path, device="cpu", dtype="fp32", **build)
     for m, layer in llama.model.layers[0].feed_forward.experts[3].named_children():
-        dense = random_weights(GGUF)[f"layers.0.feed_forward.experts.3.{m}.weight"]
+        dense = random_weights(args)[f"layers.0.feed_forward.experts.3.{m}.weight"]
         assert torch.equal(layer.blocks.dense(torch.float32), gguf.as_stored(dense, "Q8_0"))
     expected, _ = llama.generate(PROMPTS, 8, temperature=0, stop_tokens=set())
     report = run_ranks(
