@@ -48,6 +48,17 @@ class WithBiases:
         return name if found == weight else found.removesuffix("weight") + "bias"
 
 
+class Same(NamedTuple):
+    """The names of a format that has ours."""
+
+    def meta(self, name: str) -> str:
+        return name
+
+    def theirs(self, name: str) -> str:
+        return name
+
+
+SAME = Same()
 HF = Names(
     "model.layers",
     {

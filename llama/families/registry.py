@@ -4,7 +4,9 @@ from typing import Any, Collection, Mapping, Optional, Tuple
 
 from llama.families import variant_config
 from llama.families.family import Family
+from llama.families.llama4_files import LLAMA4
 from llama.families.variant_files import VARIANT
+from llama.families.vision_files import LLAMA_VISION
 from llama.model import ModelArgs, Transformer
 
 LLAMA = Family(
@@ -14,9 +16,9 @@ LLAMA = Family(
     claims=lambda config: True,
     read_config=variant_config.read_config,  # of which nothing differs
     gguf=frozenset({"llama"}),
-    write_gguf=lambda args: ("llama", {}),
 )
-FAMILIES: Tuple[Family, ...] = (VARIANT, LLAMA)  # the first that claims a config.json has it
+# The first that claims a config.json has it.
+FAMILIES: Tuple[Family, ...] = (LLAMA_VISION, LLAMA4, VARIANT, LLAMA)
 
 
 def family_of(args: ModelArgs) -> Family:
