@@ -217,8 +217,6 @@ class HFCheckpoint:
                 if name.startswith(family.left_out):
                     self.left_out += 1
                     continue
-                if name.startswith("transformer."):  # in LlamaForQuestionAnswering
-                    name = name.replace("transformer.", "model.", 1)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in tensors:
