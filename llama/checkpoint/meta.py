@@ -12,6 +12,9 @@ import torch
 
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
+from llama.checkpoint.schemes import Scheme, assemble
+from llama.checkpoint.schemes.meta_int4 import MetaInt4
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
@@ -24,6 +27,8 @@ from llama.tokenizer import Tokenizer
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 
+QUANTIZATION = ("quantization_args", "lora_args")  # see `read_scheme`
+
 # params.json of Llama 3.2 says only that RoPE is scaled; these two, which their
 # (dim, n_layers) identify, by 32 and not by the 8 of all others (their config.json say so).
 SCALED_BY_32 = [(2048, 16), (3072, 28)]
@@ -35,7 +40,7 @@ def read_params(path: Path) -> dict:
     Raises:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
-    params = read_object(path)
+    params = {key: value for key, value in read_object(path).items() if key not in QUANTIZATION}
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:
@@ -49,6 +54,21 @@ def read_params(path: Path) -> dict:
         by_32 = (params.get("dim"), params.get("n_layers")) in SCALED_BY_32
         params["rope_scaling_factor"] = 32.0 if by_32 else 8.0
     return params
+
+
+def read_scheme(path: Path) -> Optional[Scheme]:
+    """How the weights beside params.json are quantized; None: they aren't.
+
+    Raises:
+        ValueError: a scheme that can't be read.
+    """
+    config, lora = (read_object(path).get(key) for key in QUANTIZATION)
+    if config is None and lora is None:
+        return None
+    try:
+        return MetaInt4(config, lora)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def trained_context(args: ModelArgs) -> int:
@@ -77,8 +97,15 @@ class MetaCheckpoint:
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        self._shards = [index_pth(file) for file in self._files]
         params = read_params(self.path / "params.json")
+        scheme = read_scheme(self.path / "params.json")
+        self._shards = [index_pth(file, codes=scheme is not None) for file in self._files]
+        self.quantized: Dict[str, QuantizedWeight] = {}
+        if scheme is not None:
+            if len(self._files) > 1:
+                raise ValueError(f"{self.path}: quantized weights in more than one file")
+            plain, self.quantized = assemble(scheme, self._shards[0])
+            self._shards = [plain]
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
@@ -95,14 +122,15 @@ class MetaCheckpoint:
 
     def _is_tied(self) -> bool:
         """Whether the output layer is left out, or lies where the embedding lies."""
-        return all(
+        return "output.weight" not in self.quantized and all(
             shard.get("output.weight") in (None, shard.get("tok_embeddings.weight"))
             for shard in self._shards
         )
 
     def _count_words(self, dim: int) -> int:
         """Llama 1 leaves the vocabulary's size to the tokenizer; the embedding knows it too."""
-        shape = self._first("tok_embeddings.weight").shape
+        name = "tok_embeddings.weight"
+        shape = self.quantized[name].shape if name in self.quantized else self._first(name).shape
         if len(shape) != 2:
             raise ValueError(f"{self._files[0]}: tok_embeddings.weight has the shape {shape}")
         return shape[0] * len(self._files) if shape[1] == dim else shape[0]
@@ -114,7 +142,7 @@ class MetaCheckpoint:
 
     def shapes(self) -> Dict[str, Shape]:
         expected = weight_shapes(self.args)
-        shapes = {}
+        shapes = {name: weight.shape for name, weight in self.quantized.items()}
         for name in self._shards[0]:
             shape = self._first(name).shape
             for file, shard in zip(self._files, self._shards, strict=True):
@@ -157,9 +185,13 @@ class MetaCheckpoint:
         return None
 
     def stored_as(self, name: str) -> str:
+        if name in self.quantized:
+            return self.quantized[name].stored_as
         return dtype_name(self._first(name).dtype)
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        if name in self.quantized:
+            return self.quantized[name].read(axis, start, stop)
         stored = self._first(name)
         layout = self._layout(name, stored.shape, weight_shapes(self.args)[name])
         if layout is None:
@@ -176,6 +208,10 @@ class MetaCheckpoint:
             parts.append(self._shards[shard][name].read(axis, start - low, end - low))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def read_blocks(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The same of a quantized weight, as blocks: see `QuantizedWeight.read_blocks`."""
+        return self.quantized[name].read_blocks(axis, start, stop)
 
 
 def params_of(args: ModelArgs) -> dict:

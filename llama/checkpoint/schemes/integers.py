@@ -71,7 +71,7 @@ class IntegerWeight(QuantizedWeight):
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """(..., n) int32 -> (..., n · 32 / bits) uint8: the lowest bits of a word come first."""
-    found = words.contiguous().view(torch.uint8)
+    found = words.contiguous().flatten().view(torch.uint8).view(*words.shape[:-1], -1)
     return torch.stack([found & 15, found >> 4], -1).flatten(-2) if bits == 4 else found
 
 
