@@ -31,7 +31,7 @@ from llama.model import Transformer
 # "stored" keeps all, and leaves dense weights dense.
 FOUR_BITS = (
     "Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "I4_32", "I4_64", "I4_128",
-    "NF4", "FP4", "NVFP4",
+    "NF4", "FP4", "E2M1",
 )  # fmt: skip
 ALL = (*FOUR_BITS, "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "I8_32", "I8_128", "FP8")
 KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
