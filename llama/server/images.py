@@ -18,7 +18,8 @@ class Held:
     """Tiles, which count until they are released."""
 
     def __init__(self, images: "Images", n: int):
-        self._images, self.n, self.tiles = images, n, list[Tiles]()
+        self._images, self.n = images, n
+        self.tiles: List[Tiles] = []
 
     def release(self) -> None:
         self._images.held -= self.n
