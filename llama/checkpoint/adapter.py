@@ -216,7 +216,7 @@ def write_adapter(
     with beside(path, force) as partial:
         partial.mkdir()
         file = partial / "adapter_model.safetensors"
-        write_safetensors(InMemory(args, {}), file, {}, {}, no_progress, tensors)
+        write_safetensors(InMemory(args, {}), file, [], {}, no_progress, tensors)
         write_json(partial / "adapter_config.json", config)
     return Path(path)
 

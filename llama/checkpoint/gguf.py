@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from llama.checkpoint import ggml
+from llama.checkpoint.fused import fused_shape, plan
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
 from llama.checkpoint.writing import Progress, bytes_of, no_progress, rows
-from llama.families.names import GGUF
 from llama.families.registry import FAMILIES, LLAMA, family_of
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
@@ -63,6 +63,7 @@ class GGUFCheckpoint:
         names = self._family.gguf_names
         self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
         self.args = self._args(header)
+        self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
 
     def _args(self, header: Header) -> ModelArgs:
@@ -88,7 +89,7 @@ class GGUFCheckpoint:
         scaling = metadata.get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path} scales RoPE by the method {scaling!r}, not supported")
-        for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
             if name not in self._tensors:
                 raise ValueError(f"{self.path} lacks {name}")
 
@@ -124,6 +125,18 @@ class GGUFCheckpoint:
             if not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
                 raise ValueError(f"{self.path}: {ROPE_BOUNDS[name]}={value!r} isn't positive")
         return self._scaled_rope(args, {name: decimal(value) for name, value in said.items()})
+
+    def _cut(self) -> None:
+        """Matrices that a tensor holds become weights of their own."""
+        for name, how in self._family.fused(self.args, "gguf").items():
+            info = self._tensors.get(name)
+            if info is None or len(info.shape) != 3 or info.shape[0] != len(how.groups):
+                continue  # `check_shapes` names it
+            size = ggml.stored_bytes(info.shape[1:], self.stored_as(name))
+            del self._tensors[name]
+            for i, [one] in enumerate(how.groups):
+                place = info.offset + i * size
+                self._tensors[one] = info._replace(shape=info.shape[1:], offset=place)
 
     def _scaled_rope(self, args: ModelArgs, bounds: Dict[str, Any]) -> ModelArgs:
         """The values behind the stored factors: the largest is the factor; checked against all."""
@@ -219,10 +232,12 @@ def write(
 
     wanted, args, path = kind.upper(), source.args, Path(path)
 
-    if family_of(args) is not LLAMA:
-        raise ValueError(f"{source.path} is a {family_of(args).name}, which isn't written as GGUF")
+    family = family_of(args)
+    own, fused = family.write_gguf(args), family.fused(args, "gguf")
+    if not family.gguf:
+        raise ValueError(f"{source.path} is a {family.name}, which isn't written as GGUF")
     with beside(path, force) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
+        writer = gguf.GGUFWriter(partial, min(family.gguf))
         writer.add_name(name or path.stem)
         writer.add_file_type(gguf.LlamaFileType[WRITABLE[wanted]])
         numbers = {
@@ -239,16 +254,16 @@ def write(
             "layer_norm_rms_eps": args.norm_eps,
             "vocab_size": args.vocab_size,
         }
-        for key, number in numbers.items():
+        for key, number in (numbers | own).items():
             getattr(writer, f"add_{key}")(number)
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(args.rope_linear_factor)
         if args.use_scaled_rope:
             for field, key in ROPE_BOUNDS.items():
-                if (value := getattr(args, field)) != getattr(ModelArgs, field):
+                if (value := getattr(args, field)) != getattr(family.args, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-                    add(f"llama.{key}", value)
+                    add(f"{writer.arch}.{key}", value)
         if wanted.startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:
@@ -262,11 +277,14 @@ def write(
             writer.add_tensor_info(
                 ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=None
             )
-        for name, shape in shapes.items():
-            target = gguf.GGMLQuantizationType[kinds[name]]
-            row = gguf.quant_shape_to_byte_shape(shape, target)
+        parts = plan(shapes, fused)
+        for name, of in parts.items():
+            target = gguf.GGMLQuantizationType[kinds[of[0]]]
+            whole = fused_shape(fused[name], shapes.__getitem__) if name in fused else shapes[name]
+            row = gguf.quant_shape_to_byte_shape(whole, target)
+            theirs = name if name in fused else family.gguf_names.theirs(name)
             writer.add_tensor_info(
-                GGUF.theirs(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
+                theirs, row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -281,13 +299,14 @@ def write(
         if args.use_scaled_rope:
             out.write(factors.tobytes())
             align()
-        for name, stored in kinds.items():
-            for part in rows(source, name):
-                try:
-                    out.write(_encoded(part, stored))
-                except ValueError as error:
-                    raise ValueError(f"{source.path}: {name}: {error}") from None
-                progress(part.numel() * part.itemsize)
+        for of in parts.values():
+            for name in of:
+                for part in rows(source, name):
+                    try:
+                        out.write(_encoded(part, kinds[name]))
+                    except ValueError as error:
+                        raise ValueError(f"{source.path}: {name}: {error}") from None
+                    progress(part.numel() * part.itemsize)
             align()
         writer.close()
     return path

@@ -3,6 +3,7 @@
 Also what Hugging Face's pytorch_model*.bin are.
 """
 
+import io
 import struct
 import zipfile
 from pathlib import Path
@@ -10,18 +11,22 @@ from typing import Dict
 
 import torch
 
-from llama.checkpoint.source import DTYPES, Stored
+from llama.checkpoint.source import CODES, DTYPES, Stored
 
 IGNORED_WEIGHTS = {"rope.freqs"}  # Llama 1 and 2 stored what follows from rope_theta
 
 
-def index_pth(path: Path) -> Dict[str, Stored]:
+def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
     """Where each tensor of a .pth file lies, without reading one.
+
+    Args:
+        codes: it may hold more than floats, see `source.CODES`.
 
     The pickle is read with weights_only=True, which builds tensors and runs no code.
     """
     try:
-        tensors = torch.load(path, map_location="meta", weights_only=True)
+        with torch.serialization.safe_globals([io.BytesIO]):  # state beside weights: "_extra_state"
+            tensors = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes lead an unpickler anywhere
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise ValueError(f"{path} isn't a readable checkpoint shard: {reason}") from None
@@ -29,11 +34,11 @@ def index_pth(path: Path) -> Dict[str, Stored]:
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not weights by name")
     stored = {}
     for name, tensor in tensors.items():
-        if name in IGNORED_WEIGHTS:
+        if name in IGNORED_WEIGHTS or str(name).endswith("._extra_state"):
             continue
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in (*DTYPES.values(), *(CODES.values() if codes else ())):
             raise ValueError(
                 f"{path}: {name} has the dtype {tensor.dtype}: not a float; unsupported"
             )

@@ -31,19 +31,29 @@ class Naming(Protocol):
     def theirs(self, name: str) -> str: ...
 
 
-class Tensor(NamedTuple):
-    """A tensor in files of another format: weights of ours, whose rows follow each other in it.
+class Fused(NamedTuple):
+    """A tensor in a file that holds several weights: those of a group side by side, groups below
+    each other; or one that isn't stored as it is.
 
     Attributes:
-        parts: their names.
-        to_theirs, to_ours: where it isn't the same bytes, of the whole weight, of which there is
-            one then.
+        groups: Meta's names.
+        transposed: each is transposed first.
+        stacked: groups, all of one shape, lie along an axis of their own, the first.
+        shape: of the tensor, where it isn't that of the weights put together.
+        to_theirs, to_ours: where its values aren't those of the one weight that it holds.
     """
 
-    shape: Shape
-    parts: Tuple[str, ...]
+    groups: Tuple[Tuple[str, ...], ...]
+    transposed: bool = False
+    stacked: bool = False
+    shape: Optional[Shape] = None
     to_theirs: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     to_ours: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+
+    @property
+    def as_rows(self) -> bool:
+        """Whether its rows are those of the weights, one after another."""
+        return not self.transposed and self.to_theirs is None
 
 
 def block_shapes(args: ModelArgs) -> Dict[str, Shape]:
@@ -89,8 +99,6 @@ class Family:
         nest_config: config.json of all these keys, where some are in others.
         read_params, write_params: the same for params.json.
         meta_names: of weights in Meta's files, where they are others than in the model.
-        hf_tensors: transformers' tensors, by the names that hf_names leaves them, where names alone
-            don't tell: of a shape.
         rotated: the last parts of names of weights whose rows transformers has in another order.
         cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
             of tokens.
@@ -98,6 +106,11 @@ class Family:
         gguf: what a GGUF file's general.architecture says.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
+        write_gguf: what it says in addition, by the names of GGUFWriter's methods.
+        fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
+            converted, or whose names depend on the shape, by the tensor's name there (as hf_names
+            leaves it); and "released", what is read in Meta's format in addition.
+        left_out: how names of weights begin that files may hold and this network doesn't use.
     """
 
     name: str
@@ -114,24 +127,19 @@ class Family:
     write_params: Callable[[Any], Dict[str, Any]] = lambda args: {}
     meta_names: Naming = SAME
     hf_names: Naming = HF
-    hf_tensors: Optional[Callable[[Any], Dict[str, Tensor]]] = None
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     cached_per_head: Callable[[Any], int] = lambda args: 0
     encoder_values: Callable[[Any], int] = lambda args: 0
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
+    write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
+    fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
+    left_out: Tuple[str, ...] = ()
 
     def is_rotated(self, name: str) -> bool:
         """Whether transformers has a weight's rows in another order."""
         return name.startswith("layers.") and name.endswith(self.rotated)
-
-    def tensors(self, args: ModelArgs) -> Dict[str, Tensor]:
-        """transformers' tensors of a shape, by their names."""
-        if self.hf_tensors is not None:
-            return self.hf_tensors(args)
-        shapes = self.shapes(args)
-        return {self.hf_names.theirs(name): Tensor(shapes[name], (name,)) for name in shapes}
 
     @property
     def own_fields(self) -> Set[str]:

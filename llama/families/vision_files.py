@@ -11,11 +11,11 @@ import math
 import re
 from dataclasses import fields
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from llama.families.family import Family, Shape, Tensor, block_shapes, llama_shapes
+from llama.families.family import Family, Fused, Shape, block_shapes, llama_shapes
 from llama.families.names import HF
 from llama.families.vision import VisionTransformer
 from llama.families.vision_encoder import EXTRA_IDS, VisionArgs
@@ -232,17 +232,20 @@ CROSS = {
 }
 
 
-def hf_tensors(args: VisionArgs) -> Dict[str, Tensor]:
-    """transformers' tensors, and what of ours they hold."""
+def fused(args: VisionArgs, form: str) -> Dict[str, Fused]:
+    """transformers' tensors, and what of ours they hold; Meta's are ours."""
+    if form != "hf":
+        return {}
     cross = cross_layers(args)
     text = [i for i in range(args.n_layers + len(cross)) if i not in cross]
-    found: Dict[str, Tensor] = {}
+    found: Dict[str, Fused] = {}
     for name, shape in shapes(args).items():
         if name == "learnable_embedding.weight":
             continue  # with tok_embeddings
-        parts: Tuple[str, ...] = (name,)
+        parts: Tuple[Tuple[str, ...], ...] = ((name,),)
+        theirs_shape: Optional[Shape] = None
         if name == "tok_embeddings.weight":
-            parts, shape = (name, "learnable_embedding.weight"), (shape[0] + EXTRA_IDS, shape[1])
+            parts = ((name,), ("learnable_embedding.weight",))
         if name.startswith("vision_model.vision_projection"):
             theirs = name.replace("vision_model.vision_projection", "multi_modal_projector")
         elif name.startswith(ENCODER):
@@ -252,15 +255,15 @@ def hf_tensors(args: VisionArgs) -> Dict[str, Tensor]:
                 table = "gated_positional_embedding.tile_embedding.weight"
             if len(shape) == 4:
                 width = args.vision_max_num_chunks * math.prod(shape[2:])
-                found[f"vision_model.{table}"] = Tensor(
-                    (len(grids(args)) + 1, width), parts,
-                    partial(to_table, args), partial(from_table, args, shape),
+                found[f"vision_model.{table}"] = Fused(
+                    parts, shape=(len(grids(args)) + 1, width),
+                    to_theirs=partial(to_table, args), to_ours=partial(from_table, args, shape),
                 )  # fmt: skip
                 continue
             for ours, other in RENAMED.items():
                 stem = re.sub(rf"(?:^|(?<=\.)){ours}(?=\.|$)", other, stem)
             if stem.startswith("patch_embedding"):
-                shape = (shape[0], 3, args.vision_patch_size, args.vision_patch_size)
+                theirs_shape = (shape[0], 3, args.vision_patch_size, args.vision_patch_size)
             theirs = f"vision_model.{stem}"
         elif name.startswith("cross_attention_layers."):
             _, i, stem = name.split(".", 2)
@@ -274,7 +277,7 @@ def hf_tensors(args: VisionArgs) -> Dict[str, Tensor]:
             if name.startswith("layers."):
                 i = name.split(".")[1]
                 theirs = theirs.replace(f"layers.{i}.", f"layers.{text[int(i)]}.", 1)
-        found[theirs] = Tensor(shape, parts)
+        found[theirs] = Fused(parts, shape=theirs_shape)
     return found
 
 
@@ -312,7 +315,7 @@ LLAMA_VISION = Family(
     write_params=write_params,
     meta_names=MetaNames(),
     hf_names=OnDisk(),
-    hf_tensors=hf_tensors,
+    fused=fused,
     cached_per_head=lambda args: 2 * args.vision_num_cross_attention_layers * args.image_cache,
     # Of 4 tiles: what blocks leave, features, and a feed-forward network's hidden layer twice.
     encoder_values=lambda args: args.vision_max_num_chunks * args.tokens_per_tile

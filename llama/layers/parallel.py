@@ -293,8 +293,10 @@ def check_world(world: int, n_heads: int) -> None:
 
 
 def shard_axis(name: str) -> Optional[int]:
-    """The axis along which a weight (Meta's name) is sharded, or None."""
-    return SHARD_AXIS.get(re.sub(r"^.*(layers|resblocks)\.\d+\.", "", name))
+    """The axis along which a weight (Meta's name) is sharded, or None. An expert's is that of a
+    feed-forward network."""
+    stem = re.sub(r"^.*(layers|resblocks)\.\d+\.", "", name)
+    return SHARD_AXIS.get(re.sub(r"\.(shared_expert|experts\.\d+)\.", ".", stem))
 
 
 def padded(size: int, world: int) -> int:

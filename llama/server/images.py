@@ -2,7 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Sequence
+from typing import Any, List, Sequence
 
 from llama.engine.seeing import tiles_of
 from llama.model import Transformer

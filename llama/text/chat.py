@@ -116,16 +116,20 @@ class ChatFormat:
     encoded as ordinary text, so that the only control tokens are those inserted here.
     """
 
+    header = "<|start_header_id|>", "<|end_header_id|>"  # tokens around a role
+    end_of_turn, end_of_message = "<|eot_id|>", "<|eom_id|>"
+
     def __init__(self, tokenizer: Encoder):
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> List[int]:
-        special, encode = self.tokenizer.special_tokens, self.tokenizer.encode
+        encode = self.tokenizer.encode
+        start, end = (self.tokenizer.special_tokens[name] for name in self.header)
         role = "ipython" if message["role"] == "tool" else message["role"]
         return [
-            special["<|start_header_id|>"],
+            start,
             *encode(role, bos=False, eos=False),
-            special["<|end_header_id|>"],
+            end,
             *encode("\n\n", bos=False, eos=False),
         ]
 
@@ -137,7 +141,7 @@ class ChatFormat:
         return [
             *self.encode_header(message),
             *encode_parts(self.tokenizer, message),
-            self.tokenizer.special_tokens["<|eot_id|>"],
+            self.tokenizer.special_tokens[self.end_of_turn],
         ]
 
     def encode_dialog_prompt(
@@ -165,7 +169,7 @@ class ChatFormat:
 
     def turn_ids(self) -> List[int]:
         """The control tokens that a model must have been trained on to chat."""
-        return [self.tokenizer.special_tokens[n] for n in ("<|start_header_id|>", "<|eot_id|>")]
+        return [self.tokenizer.special_tokens[n] for n in (self.header[0], self.end_of_turn)]
 
 
 def warn_of_base_model(turns: "torch.Tensor", others: "torch.Tensor") -> None:

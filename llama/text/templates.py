@@ -25,6 +25,7 @@ from llama.text.chat import (
 from llama.text.encoder import IMAGE, Encoder, image_id
 from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.llama2 import Llama2Format
+from llama.text.llama4 import Llama4Format
 from llama.text.llama31 import Llama31Format
 from llama.text.messages import image_sources, parts_of
 from llama.text.tools import BUILTINS, Tools, plain_json, split_tools
@@ -41,6 +42,8 @@ def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Forma
         return TemplateFormat(tokenizer, tokenizer.chat_template)
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return Llama31Format(tokenizer) if scaled_rope else ChatFormat(tokenizer)
+    if "<|header_start|>" in tokenizer.special_tokens:
+        return Llama4Format(tokenizer)
     if tokenizer.vocabulary.kind == "spm":
         return Llama2Format(tokenizer)
     return None
