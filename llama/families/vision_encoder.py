@@ -113,9 +113,12 @@ class ImageAttention(nn.Module):
             linear(x).unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2)
             for linear in (self.wq, self.wk, self.wv)
         )  # (1, n_local_heads, N, head_dim)
-        attend = F.scaled_dot_product_attention
+        d = q.shape[-1]
+        attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
+        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, twice as slow
+            q, k, v = (F.pad(part, (0, -d % 32)) for part in (q, k, v))
         of_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
-        out = torch.cat([attend(q[:, :, :real], k, v), of_padding], 2)
+        out = torch.cat([attend(q[:, :, :real], k, v), of_padding], 2)[..., :d]
         return self.wo(out.transpose(1, 2).flatten(2))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Sequence
+from typing import Any, List, Sequence
 
 from llama.engine.seeing import tiles_of
 from llama.model import Transformer
@@ -18,7 +18,8 @@ class Held:
     """Tiles, which count until they are released."""
 
     def __init__(self, images: "Images", n: int):
-        self._images, self.n, self.tiles = images, n, list[Tiles]()
+        self._images, self.n = images, n
+        self.tiles: List[Tiles] = []
 
     def release(self) -> None:
         self._images.held -= self.n

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_weights
+from conftest import random_weights, write_checkpoint
 from vision import ROWS, TINY_VISION, tiled
 
-from llama import checkpoint
-from llama.backends import memory, quantized
+from llama import Llama, checkpoint
+from llama.backends import memory, offloaded, quantized
 from llama.checkpoint import InMemory
 from llama.families.registry import build
 from llama.layers import parallel
@@ -56,3 +56,20 @@ def test_memory_is_that_of_weights_and_images():
     text = model.new_cache(args.max_batch_size)
     text.reserve(args.max_seq_len)
     assert found.cache == text.nbytes + 6 * image
+
+
+def test_text_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
+    path, images = write_checkpoint(tmp_path / "model", WIDE), tiled(ROWS)
+    build_ = dict(device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
+    options = dict(images=images, temperature=0, stop_tokens=set(), logprobs=True)
+    expected = Llama.build(path, compile=False, **build_).generate(ROWS, 6, **options)
+    args = replace(WIDE, max_seq_len=128, max_batch_size=4)
+    block, output = offloaded._nbytes(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "working", lambda *_: 0)  # more than all of this model
+    rest = memory.estimate(args, 1, torch.float32).cache
+    rest += offloaded._rest(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "available", lambda _: rest + output + 3 * block)
+    llama = Llama.build(path, offload="auto", **build_)
+    kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
+    assert sum(kinds) == WIDE.n_layers - 1
+    assert llama.generate(ROWS, 6, **options) == expected
