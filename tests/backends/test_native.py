@@ -23,7 +23,7 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.layers import FLOATS, NativeTransformer, Workspace
 from llama.backends.cpu.packing import Arena, packed_bytes
 from llama.backends.quantized import Blocks
-from llama.checkpoint import InMemory, floats, ggml
+from llama.checkpoint import InMemory, floats, ggml, integers
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache, KVCache
 from llama.text.gguf_header import read_header
@@ -470,6 +470,15 @@ def own_floats(shape: torch.Size, kind: str) -> tuple:
     return Blocks(floats.e2m1_blocks(codes, groups, scale), kind), values
 
 
+def own_integers(shape: torch.Size, kind: str) -> tuple:
+    bits, values = integers.BITS_VALUES[kind]
+    codes = torch.randint(1 << bits, shape)
+    blocks = shape[0], shape[1] // values
+    scale, zero = torch.rand(blocks) + 0.5, torch.randint(1 << bits, blocks)
+    scales, zeros = (one.double().repeat_interleave(values, 1) for one in (scale, zero))
+    return Blocks(integers.pack(codes, scale, zero, kind), kind), scales * (codes - zeros)
+
+
 def stored_as(weight: torch.Tensor, kind: str) -> tuple:
     """A weight as a file of a block type holds it, and what that means, in fp64."""
     if kind in ("F32", "F16", "BF16"):
@@ -477,6 +486,8 @@ def stored_as(weight: torch.Tensor, kind: str) -> tuple:
         return weight.to(dtype), weight.to(dtype).double()
     if kind in floats.BYTES:
         return own_floats(weight.shape, kind)
+    if kind in integers.BYTES:
+        return own_integers(weight.shape, kind)
     number = gguf.GGMLQuantizationType[kind]
     try:
         raw = torch.from_numpy(gguf.quantize(weight.numpy(), number))
