@@ -57,6 +57,19 @@ def traced(ckpt, tokens):
     }
 
 
+def chat_with_images(ckpt, dialogs):
+    """Of each dialog the answer, or the error that every rank raises."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_batch_size=4, max_seq_len=256)
+    answers = []
+    for dialog in dialogs:
+        try:
+            [found] = llama.chat_completion([dialog], 0, max_gen_len=6, stop_tokens=set())
+            answers.append(found["generation"]["content"])
+        except FileNotFoundError as error:
+            answers.append(str(error))
+    return {"answers": answers}
+
+
 def structured(ckpt, formats):
     """Texts of given forms, and an error that only the rank that draws can know of."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)

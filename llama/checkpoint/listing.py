@@ -5,6 +5,8 @@ import json
 import re
 from typing import Callable, Collection, List
 
+from llama.checkpoint.schemes import open_scheme
+
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja",
@@ -31,6 +33,7 @@ def checkpoint_files(
     if has("params.json") and (files := [*shards] or [*single]):
         return ["params.json", *files, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
+        _check_readable(f"{where}: config.json", read("config.json"))
         for weights in ("model.safetensors", "pytorch_model.bin"):
             if has(index := f"{weights}.index.json"):
                 files = _indexed(f"{where}: {index}", read(index))
@@ -52,6 +55,19 @@ def checkpoint_files(
     if len(ggufs) > 1:
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
     return ggufs
+
+
+def _check_readable(config: str, content: bytes) -> None:
+    """Refuse what can't be read before its weights are downloaded."""
+    try:
+        about = json.loads(content)
+    except ValueError as problem:
+        raise ValueError(f"{config} isn't JSON: {problem}") from None
+    if isinstance(about, dict) and about.get("quantization_config") is not None:
+        try:
+            open_scheme(about["quantization_config"])
+        except ValueError as problem:
+            raise ValueError(f"{config}: {problem}") from None
 
 
 def _indexed(index: str, content: bytes) -> List[str]:

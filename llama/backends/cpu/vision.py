@@ -10,7 +10,7 @@ import torch
 from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 from torch import nn
 
-from llama.backends.cpu import kernels, layers
+from llama.backends.cpu import kernels, layers, networks
 from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput, Workspace
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
 from llama.families.vision import VisionTransformer
@@ -42,12 +42,12 @@ def swap(model: Transformer) -> Transformer:
     if not isinstance(model, VisionTransformer):
         return layers.swap(model)
     args, weight = model.params, model.norm.weight
-    layers.check(args, weight.device, weight.dtype)
+    networks.check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
     work = Workspace(weight.dtype)
     blocks, reading = [*model.layers], [*model.cross_attention_layers]
     linears = [
-        linear for block in (*blocks, *reading) for linear in layers.linears_of(cast(Any, block))
+        linear for block in (*blocks, *reading) for linear in networks.linears_of(cast(Any, block))
     ]
     arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
     del linears  # each weight is freed once it is packed
@@ -58,7 +58,7 @@ def swap(model: Transformer) -> Transformer:
         for begin, end in zip(begins, [*begins[1:], len(blocks)], strict=True)
     )
     for block in cast(Any, reading):
-        for linear, name in zip(layers.linears_of(block), kernels.MATRICES, strict=True):
+        for linear, name in zip(networks.linears_of(block), kernels.MATRICES, strict=True):
             owner = block.attention if hasattr(block.attention, name) else block.feed_forward
             setattr(owner, name, NativeLinear(arena.pack(weight_of(linear)), work, name))
         block.attention_norm = NativeNorm(block.attention_norm)
