@@ -142,11 +142,14 @@ def test_meta_names_its_only_file_without_a_number(source, tmp_path):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_compute_what_one_does(source, tmp_path, world):
-    path, images = write_checkpoint(tmp_path / "meta", ARGS, mp=2), images_of(ROWS)
+@pytest.mark.parametrize(
+    "world, args",
+    [(2, ARGS), (4, replace(ARGS, head_dim=32, hidden_dim=256))],  # as kernels take it
+)
+def test_ranks_compute_what_one_does(tmp_path, world, args):
+    path, images = write_checkpoint(tmp_path / "meta", args, mp=2), images_of(ROWS)
     found = run_ranks(world, "seeing", tmp_path / "out", ckpt=str(path), rows=ROWS)
-    expected = logits(random_model(ARGS), ROWS, images)
+    expected = logits(random_model(args), ROWS, images)
     assert (torch.tensor(found["logits"]) - expected).abs().max() < 1e-4
     llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=128)
     options = dict(images=tiled(ROWS), temperature=0, stop_tokens=set())
