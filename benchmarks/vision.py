@@ -113,7 +113,8 @@ def encode(layers: int = 4, dtype: str = "bf16", rounds: int = 2) -> None:
         image_size=args.vision_chunk_size, num_hidden_layers=layers, num_global_layers=1,
         intermediate_layers_indices=[0], vision_output_dim=2 * args.vision_width,
     )  # fmt: skip
-    theirs: Any = MllamaVisionModel(config).to(kind).eval()
+    theirs: Any = MllamaVisionModel(config)
+    theirs = theirs.to(kind).eval()
     tiles = torch.randn(4, 3, args.vision_chunk_size, args.vision_chunk_size).to(kind)
     of_tiles = torch.ones(1, 1, 4, dtype=torch.long)
     seconds: Dict[str, List[float]] = {"ours": [], "transformers": []}
