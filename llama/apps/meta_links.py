@@ -15,7 +15,7 @@ from llama.checkpoint.transfer import is_right, say
 REQUEST_PAGE = "https://llama.meta.com/llama-downloads/"
 tell = partial(print, flush=True)  # results; what goes on meanwhile is said on stderr
 
-# Meta's text models: name, path in the link (or paths: the server's names changed with time),
+# Meta's models: name, path in the link (or paths: the server's names changed with time),
 # number of shards, GB, and the folder here if it isn't the name. Facts: download.sh of Meta's
 # repositories llama, llama3 and llama-models, and models/sku_list.py of the last.
 CATALOG = """\
@@ -41,6 +41,11 @@ Llama-3.2-1B Llama-3.2-1B 1 2.5
 Llama-3.2-1B-Instruct Llama-3.2-1B-Instruct 1 2.5
 Llama-3.2-3B Llama-3.2-3B 1 6.4
 Llama-3.2-3B-Instruct Llama-3.2-3B-Instruct 1 6.4
+Llama-3.2-11B-Vision Llama-3.2-11B-Vision 1 21.3
+Llama-3.2-11B-Vision-Instruct Llama-3.2-11B-Vision-Instruct 1 21.3
+Llama-3.2-90B-Vision Llama-3.2-90B-Vision 8 177
+Llama-3.2-90B-Vision-Instruct Llama-3.2-90B-Vision-Instruct 8 177
+Llama-Guard-3-11B-Vision Llama-Guard-3-11B-Vision 1 21.3
 Llama-3.3-70B-Instruct Llama-3.3-70B-Instruct 8 141
 """
 
@@ -61,6 +66,8 @@ class Model(NamedTuple):
     @property
     def family(self) -> str:
         """Llama 2, Llama 3, Llama 3.1, ...: a link serves one of them."""
+        if "Vision" in self.name:
+            return "Llama 3.2 Vision"
         return "Llama " + (self.name.split("-")[1] if self.name.startswith("Llama-") else "3")
 
 
@@ -68,8 +75,8 @@ MODELS = [Model(*line.split()) for line in CATALOG.splitlines()]
 
 
 def table() -> str:
-    lines = [f"{'FAMILY':10} {'MODEL':29} {'SIZE':>8}  WEIGHT FILES"]
-    lines += [f"{m.family:10} {m.name:29} {m.size:>5} GB  {m.shards}" for m in MODELS]
+    lines = [f"{'FAMILY':16} {'MODEL':29} {'SIZE':>8}  WEIGHT FILES"]
+    lines += [f"{m.family:16} {m.name:29} {m.size:>5} GB  {m.shards}" for m in MODELS]
     lines += ["", "With them come 5 small files (Llama 2: 6): parameters, tokenizer, checksums,"]
     lines += ["licence, use policy. They need a link from Meta."]
     return "\n".join([*lines, "No link needed: smollm2 (98 MB), tokenizer (2 MB), OWNER/NAME"])
@@ -155,8 +162,8 @@ def _family(host: str) -> str:
     """What a server has: each family has its own."""
     if host == "download.llamameta.net":
         return "Llama 2"
-    match = re.match(r"llama3-([123])", host)
-    return f"Llama 3.{match[1]}" if match else "Llama 3"
+    match = re.match(r"llama3-([123])(-multimodal)?", host)
+    return f"Llama 3.{match[1]}{' Vision' * bool(match[2])}" if match else "Llama 3"
 
 
 def _fetch_model(link: str, model: Model, out: Path) -> bool:

@@ -29,7 +29,8 @@ def checkpoint_files(
         ValueError: several checkpoints, or a broken index.
     """
     shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
-    if has("params.json") and (files := list(shards)):
+    single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
+    if has("params.json") and (files := [*shards] or [*single]):
         return ["params.json", *files, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
         _check_readable(f"{where}: config.json", read("config.json"))

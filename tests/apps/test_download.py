@@ -130,8 +130,10 @@ PLACES = {
 } | {
     f"Llama-{name}": (f"Llama-{name}", f"Llama-{name}", shards)
     for shards, names in {
-        1: ["3.1-8B", "3.1-8B-Instruct", "3.2-1B", "3.2-1B-Instruct", "3.2-3B", "3.2-3B-Instruct"],
-        8: ["3.1-70B", "3.1-70B-Instruct", "3.1-405B-MP8", "3.1-405B-Instruct-MP8",
+        1: ["3.1-8B", "3.1-8B-Instruct", "3.2-1B", "3.2-1B-Instruct", "3.2-3B", "3.2-3B-Instruct",
+            "3.2-11B-Vision", "3.2-11B-Vision-Instruct", "Guard-3-11B-Vision"],
+        8: ["3.2-90B-Vision", "3.2-90B-Vision-Instruct",
+            "3.1-70B", "3.1-70B-Instruct", "3.1-405B-MP8", "3.1-405B-Instruct-MP8",
             "3.3-70B-Instruct"],
         16: ["3.1-405B-MP16", "3.1-405B-Instruct-MP16"],
     }.items()
@@ -173,13 +175,15 @@ def test_every_model_has_its_place(recorded, out, monkeypatch):
 def test_list(out, capfd):
     download(list=True)
     printed = capfd.readouterr().out
-    rows = re.findall(r"^(Llama [\d.]+) +(\S+) +([\d.]+) GB +(\d+)$", printed, re.M)
+    rows = re.findall(r"^(Llama [\d.]+(?: Vision)?) +(\S+) +([\d.]+) GB +(\d+)$", printed, re.M)
     assert {name: int(shards) for _, name, _, shards in rows} == {
         n: p[2] for n, p in PLACES.items()
     }
     assert len(rows) == len(PLACES)
     for family, name, size, _ in rows:
-        assert name.startswith(family.replace(" ", "-")) or family == "Llama 3"
+        assert (family == "Llama 3.2 Vision") == ("Vision" in name)
+        named = name.startswith(family.removesuffix(" Vision").replace(" ", "-"))
+        assert named or family == "Llama 3" or name == "Llama-Guard-3-11B-Vision"
         billions = float(re.search(r"([\d.]+)b", name, re.I)[1])
         assert 1.8 * billions < float(size) < 2.6 * billions  # two bytes a weight, roughly
 
@@ -194,6 +198,8 @@ def test_list(out, capfd):
          "Llama-3.1-70B-Instruct"),
         ("llama3-2-lightweight.llamameta.net", "Llama-3.2-1B,Llama-3.2-1B-Instruct,Llama-3.2-3B,"
          "Llama-3.2-3B-Instruct"),
+        ("llama3-2-multimodal.llamameta.net", "Llama-3.2-11B-Vision,Llama-3.2-11B-Vision-Instruct,"
+         "Llama-3.2-90B-Vision,Llama-3.2-90B-Vision-Instruct,Llama-Guard-3-11B-Vision"),
         ("llama3-3.llamameta.net", "Llama-3.3-70B-Instruct"),
     ],
 )  # fmt: skip
