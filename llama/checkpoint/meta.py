@@ -12,7 +12,7 @@ import torch
 
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
-from llama.checkpoint.schemes import Scheme, assemble
+from llama.checkpoint.schemes import Scheme, assemble, meta_fp8
 from llama.checkpoint.schemes.meta_int4 import MetaInt4
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
@@ -99,13 +99,16 @@ class MetaCheckpoint:
             )
         params = read_params(self.path / "params.json")
         scheme = read_scheme(self.path / "params.json")
-        self._shards = [index_pth(file, codes=scheme is not None) for file in self._files]
+        has_codes = scheme is not None or any(self.path.glob("fp8_scales_*.pt"))
+        self._shards = [index_pth(file, codes=has_codes) for file in self._files]
         self.quantized: Dict[str, QuantizedWeight] = {}
         if scheme is not None:
             if len(self._files) > 1:
                 raise ValueError(f"{self.path}: quantized weights in more than one file")
             plain, self.quantized = assemble(scheme, self._shards[0])
             self._shards = [plain]
+        else:
+            self.quantized = meta_fp8.take(self.path, self._shards)
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
