@@ -26,7 +26,7 @@ from llama import Llama, ModelArgs, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint import convert as conversion
 from llama.checkpoint.convert import check_equal, convert, describe
-from llama.checkpoint.names import GGUF
+from llama.families.names import GGUF
 from llama.model import rope_frequencies
 from llama.text.vocabulary.writing import write_for_hugging_face
 

@@ -20,9 +20,9 @@ from llama.backends import build, memory, quantized
 from llama.checkpoint import ggml, weight_shapes
 from llama.checkpoint.convert import describe
 from llama.checkpoint.listing import checkpoint_files
-from llama.checkpoint.names import HF
 from llama.checkpoint.schemes import SCHEMES
 from llama.checkpoint.schemes.compressed import FORMATS
+from llama.families.names import HF
 from llama.layers import parallel
 
 ALL = {**INTEGERS, **FLOATS}
