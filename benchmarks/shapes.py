@@ -16,8 +16,8 @@ import numpy as np
 
 from llama import ModelArgs
 from llama.checkpoint import ggml
-from llama.checkpoint.names import GGUF
 from llama.checkpoint.shapes import weight_shapes
+from llama.families.names import GGUF
 from llama.text.files import beside
 
 SHAPES: Dict[str, ModelArgs] = {

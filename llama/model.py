@@ -24,7 +24,7 @@ Papers: Llama, arXiv 2302.13971; Llama 2 (grouped-query attention), 2307.09288; 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import List, NamedTuple, Optional, Sequence, Type
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Type
 
 import torch
 import torch.nn.functional as F
@@ -248,6 +248,10 @@ class Transformer(nn.Module):
         ValueError: the number of ranks doesn't divide the number of heads.
     """
 
+    # What other families of networks replace, `llama.families`:
+    block: Callable[[int, Any], nn.Module] = TransformerBlock
+    frequencies = staticmethod(rope_frequencies)
+
     def __init__(
         self,
         params: ModelArgs,
@@ -265,13 +269,13 @@ class Transformer(nn.Module):
 
         padded_vocab = parallel.padded(params.vocab_size, world)
         self.tok_embeddings = place(_Embedding(padded_vocab, params.dim))
-        layers = (place(TransformerBlock(i, params)) for i in range(params.n_layers))
+        layers = (place(self.block(i, params)) for i in range(params.n_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = place(RMSNorm(params.dim, eps=params.norm_eps))
         self.output = place(_Column(params.dim, padded_vocab, gather_output=True))
         if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.freqs = rope_frequencies(params)  # no buffer, or model.to(bfloat16) would round it
+        self.freqs = self.frequencies(params)  # no buffer, or model.to(bfloat16) would round it
 
     def new_cache(
         self, rows: int, max_len: Optional[int] = None, cache_type: Type[KVCache] = KVCache
@@ -351,9 +355,12 @@ class Transformer(nn.Module):
         S = max(starts) + T
         mask = None if mask is None else _checked(mask, B, T, S)
         step = Step(places, freqs_cis, self.attention_bias(mask, places, S, h.dtype), cache)
+        return self.norm(self.run_layers(h, step))
+
+    def run_layers(self, h: torch.Tensor, step: Step) -> torch.Tensor:
         for layer in self.layers:
             h = layer(h, step)
-        return self.norm(h)
+        return h
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype

@@ -39,6 +39,7 @@ from namespaces import INTERFACE, Node
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint.convert import convert
+from llama.families.registry import build
 from llama.layers import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,7 @@ def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[
 def random_model(args: ModelArgs, seed: int = 0) -> Transformer:
     """A model of a shape with random weights, fp32, on the CPU."""
     parallel.initialize(device="cpu")
-    model = Transformer(args, device="meta")
+    model = build(args, device="meta")
     return checkpoint.load(InMemory(args, random_weights(args, seed)), model)
 
 

@@ -204,11 +204,11 @@ class SmallBPE:
 
     def peer(self, pre: str) -> tokenizers.Tokenizer:
         merges = [tuple(merge.split(" ")) for merge in self.merges]
-        whole = pre == "llama-bpe"
+        whole, gpt2 = pre == "llama-bpe", pre == "gpt-2"
         peer = tokenizers.Tokenizer(models.BPE(self.model["vocab"], merges, ignore_merges=whole))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
-        cut = pre_tokenizers.Split(tokenizers.Regex(PATTERNS["llama-bpe"]), "isolated")
-        peer.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level]) if whole else byte_level
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
+        cut = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pre]), "isolated")
+        peer.pre_tokenizer = byte_level if gpt2 else pre_tokenizers.Sequence([cut, byte_level])
         peer.decoder = decoders.ByteLevel()
         return peer
 
@@ -470,7 +470,7 @@ def test_llama3_in_a_gguf_file_is_the_same_vocabulary(llama3, llama3_gguf):
 # --- small vocabularies --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "llama4"])
 def test_small_vocabularies_encode_as_in_tokenizers(small, tmp_path, pre):
     ours = Tokenizer(write_gguf(tmp_path / "v.gguf", small.tokens, small.merges, pre=pre))
     peer = small.peer(pre)
@@ -479,9 +479,10 @@ def test_small_vocabularies_encode_as_in_tokenizers(small, tmp_path, pre):
     assert all(ours.decode(plain(ours)(text)) == text for text in texts)
 
 
-@pytest.mark.parametrize("pre", PATTERNS)
+@pytest.mark.parametrize("pre", sorted(PATTERNS.keys() - {"llama4"}))
 def test_small_vocabularies_encode_as_in_llama_cpp(small, tmp_path, pre):
-    """With every type of token: only user-defined ones are ever matched in ordinary text."""
+    """With every type of token: only user-defined ones are ever matched in ordinary text. Llama 4's
+    classes of upper and lower case are not in llama.cpp, which takes A-Z and a-z for them."""
     extra = {
         "<ctl>": CONTROL, "<|im_end|>": CONTROL, "<use>": USER_DEFINED, "<use> x": USER_DEFINED,
         "   ": USER_DEFINED, "the end": USER_DEFINED, "<pad>": UNUSED, "ĠunreachableĠword": NORMAL,

@@ -8,6 +8,7 @@ import torch
 from llama import checkpoint
 from llama.families.flax_model import Transformer, check_mesh, partition_spec, placed_on, weights
 from llama.layers import parallel
+from llama.model import ModelArgs
 
 import jax  # isort: skip  # after the module that says what to install
 import jax.numpy as jnp  # isort: skip
@@ -32,6 +33,8 @@ def from_checkpoint(
     """
     if isinstance(source, (str, Path)):
         source = checkpoint.open(source)
+    if type(source.args) is not ModelArgs:
+        raise ValueError(f"{source.path}: in JAX there is Llama's own network alone")
     checkpoint.check_shapes(source)
     kind = None if dtype is None else parallel.pick_dtype(dtype, torch.device("cpu"))
     model = Transformer(source.args)

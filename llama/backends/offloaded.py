@@ -33,6 +33,7 @@ from llama import checkpoint
 from llama.backends import memory
 from llama.backends.memory import size
 from llama.checkpoint import Checkpoint, local_shape, read_shard, weight_shapes
+from llama.families.registry import build
 from llama.layers import parallel
 from llama.model import ModelArgs, Step, Transformer, TransformerBlock
 
@@ -325,7 +326,7 @@ def _empty(args: ModelArgs) -> Transformer:
     fairscale allocates memory for each block that is built: never written to, but counted against
     the limits of the process.
     """
-    model = Transformer(replace(args, n_layers=1), device="meta")
+    model = build(replace(args, n_layers=1), device="meta")
     for i in range(1, args.n_layers):
         model.layers.append(copy.deepcopy(model.layers[0]))
         model.layers[i].attention.layer_id = i  # type: ignore[union-attr, assignment]

@@ -15,11 +15,12 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import torch
 
 from llama.checkpoint.huggingface import index_tensors
-from llama.checkpoint.names import HF
-from llama.checkpoint.safetensors import ROTATED, interleave, split_halves, write_safetensors
+from llama.checkpoint.safetensors import interleave, split_halves, write_safetensors
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, InMemory, Shape
 from llama.checkpoint.writing import no_progress
+from llama.families.names import HF
+from llama.families.registry import family_of
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
@@ -94,7 +95,7 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
     head = stored.pop(HEAD, None) if classifier else None
     for key, where in stored.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        name = HF.meta(match[1] + ".weight") if match else key
+        name = family_of(args).hf_names.meta(match[1] + ".weight") if match else key
         if match is None or len(shapes.get(name, ())) != 2 or "layers." not in name:
             raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
         halves.setdefault(name, {})[match[2]] = where.read(0, 0, where.shape[0]).float()
@@ -110,7 +111,11 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
                 f"{file}: {name} of shape {(out, inner)} can't have a LoRA of the shapes {found}: "
                 "an adapter of another model?"
             )
-        B = interleave(half["B"], args.head_dim) if name.endswith(ROTATED) else half["B"]
+        B = (
+            interleave(half["B"], args.head_dim)
+            if name.endswith(family_of(args).rotated)
+            else half["B"]
+        )
         pairs[name] = Pair(half["A"], B.contiguous(), _scale(config_file, config, name, rank))
     return Adapter(pairs, path, None if head is None else head.read(0, 0, head.shape[0]).float())
 
@@ -173,11 +178,18 @@ def write_adapter(
     """
     ranks = {name: len(pair.A) for name, pair in adapter.pairs.items()}
     alphas = {name: pair.scale * ranks[name] for name, pair in adapter.pairs.items()}
-    modules = {name: HF.theirs(name).removesuffix(".weight") for name in adapter.pairs}
+    modules = {
+        name: family_of(args).hf_names.theirs(name).removesuffix(".weight")
+        for name in adapter.pairs
+    }
     r, alpha = max(ranks.values()), max(alphas.values())
     tensors = {}
     for name, (A, B, _) in adapter.pairs.items():
-        B = split_halves(B.contiguous(), args.head_dim) if name.endswith(ROTATED) else B
+        B = (
+            split_halves(B.contiguous(), args.head_dim)
+            if name.endswith(family_of(args).rotated)
+            else B
+        )
         tensors[f"{PREFIX}{modules[name]}.lora_A.weight"] = A.detach()
         tensors[f"{PREFIX}{modules[name]}.lora_B.weight"] = B.detach()
 

@@ -8,19 +8,20 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, BinaryIO, Dict, Optional
 
 import numpy as np
 import torch
 
 from llama.checkpoint import ggml, keeping
+from llama.checkpoint.fused import fused_shape, plan
 from llama.checkpoint.keeping import KEEP, NEAREST
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
-from llama.checkpoint.names import GGUF
 from llama.checkpoint.shapes import checked_args, chunks, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
-from llama.checkpoint.writing import Progress, bytes_of, no_progress
+from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress
+from llama.families.registry import FAMILIES, LLAMA, family_of
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
 from llama.text.gguf_header import Header, read_header
@@ -43,9 +44,9 @@ ROPE_FACTORS = "rope_freqs.weight"  # what scaled RoPE divides each frequency by
 # Llama 3.1's other values, from which the factors follow. llama.cpp neither writes nor reads them:
 # it has the factors. They are written here where they differ from Llama 3.1's.
 ROPE_BOUNDS = {
-    "rope_original_max_seq_len": "llama.rope.scaling.original_context_length",
-    "rope_low_freq_factor": "llama.rope.scaling.low_freq_factor",
-    "rope_high_freq_factor": "llama.rope.scaling.high_freq_factor",
+    "rope_original_max_seq_len": "rope.scaling.original_context_length",
+    "rope_low_freq_factor": "rope.scaling.low_freq_factor",
+    "rope_high_freq_factor": "rope.scaling.high_freq_factor",
 }
 
 PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
@@ -59,29 +60,38 @@ class GGUFCheckpoint:
         header = read_header(self.path)
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        self._tensors = {GGUF.meta(name): info for name, info in header.tensors.items()}
+        architecture = str(header.metadata.get("general.architecture"))
+        self._family = next((one for one in FAMILIES if architecture in one.gguf), LLAMA)
+        names = self._family.gguf_names
+        self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
         self.args = self._args(header)
+        self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
 
     def _args(self, header: Header) -> ModelArgs:
-        metadata = header.metadata
+        architecture = str(header.metadata.get("general.architecture"))
+        prefix = f"{architecture}."
+        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
 
         def require(key: str) -> Any:
             if key not in metadata:
-                raise ValueError(f"{self.path} lacks the metadata key {key}")
+                raise ValueError(f"{self.path} lacks the metadata key {prefix}{key}")
             return metadata[key]
 
-        architecture = require("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path} is of the architecture {architecture!r}, not 'llama'")
+        if architecture not in self._family.gguf:
+            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
+            raise ValueError(
+                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
+            )
+        own = self._family.read_gguf(metadata)
         if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
-        if metadata.get("llama.expert_count", 0):
+        if metadata.get("expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
-        scaling = metadata.get("llama.rope.scaling.type", "none")
+        scaling = metadata.get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path} scales RoPE by the method {scaling!r}, not supported")
-        for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
             if name not in self._tensors:
                 raise ValueError(f"{self.path} lacks {name}")
 
@@ -89,23 +99,23 @@ class GGUFCheckpoint:
             # stored as fp32; the shortest decimal that means the same is what was once typed
             return float(str(np.float32(value))) if isinstance(value, float) else value
 
-        linear = metadata.get("llama.rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
+        linear = metadata.get("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
         fields = dict(
-            dim=require("llama.embedding_length"),
-            n_layers=require("llama.block_count"),
-            n_heads=require("llama.attention.head_count"),
-            n_kv_heads=metadata.get("llama.attention.head_count_kv"),
-            head_dim=metadata.get("llama.attention.key_length"),
-            hidden_dim=require("llama.feed_forward_length"),
+            dim=require("embedding_length"),
+            n_layers=require("block_count"),
+            n_heads=require("attention.head_count"),
+            n_kv_heads=metadata.get("attention.head_count_kv"),
+            head_dim=metadata.get("attention.key_length"),
+            hidden_dim=require("feed_forward_length"),
             vocab_size=(self._tensors["tok_embeddings.weight"].shape or (0,))[0],
-            norm_eps=decimal(require("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=decimal(metadata.get("llama.rope.freq_base", 10000.0)),
+            norm_eps=decimal(require("attention.layer_norm_rms_epsilon")),
+            rope_theta=decimal(metadata.get("rope.freq_base", 10000.0)),
             rope_linear_factor=decimal(linear),
-            max_seq_len=metadata.get("llama.context_length", 2048),
+            max_seq_len=metadata.get("context_length", 2048),
             tied_embeddings="output.weight" not in self._tensors,
         )
-        args = checked_args(self.path, fields, len(self._tensors))
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        args = checked_args(self.path, fields | own, len(self._tensors), self._family)
+        for key in ("attention.value_length", "rope.dimension_count"):
             if metadata.get(key, args.head_dim) != args.head_dim:
                 raise ValueError(
                     f"{self.path}: {key}={metadata[key]}, but heads are {args.head_dim} wide"
@@ -117,6 +127,18 @@ class GGUFCheckpoint:
             if not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
                 raise ValueError(f"{self.path}: {ROPE_BOUNDS[name]}={value!r} isn't positive")
         return self._scaled_rope(args, {name: decimal(value) for name, value in said.items()})
+
+    def _cut(self) -> None:
+        """Matrices that a tensor holds become weights of their own."""
+        for name, how in self._family.fused(self.args, "gguf").items():
+            info = self._tensors.get(name)
+            if info is None or len(info.shape) != 3 or info.shape[0] != len(how.groups):
+                continue  # `check_shapes` names it
+            size = ggml.stored_bytes(info.shape[1:], self.stored_as(name))
+            del self._tensors[name]
+            for i, [one] in enumerate(how.groups):
+                place = info.offset + i * size
+                self._tensors[one] = info._replace(shape=info.shape[1:], offset=place)
 
     def _scaled_rope(self, args: ModelArgs, bounds: Dict[str, Any]) -> ModelArgs:
         """The values behind the stored factors: the largest is the factor; checked against all."""
@@ -222,8 +244,12 @@ def write(
         kinds = {name: kind_of(name, shape, args, wanted) for name, shape in shapes.items()}
         file_type = gguf.LlamaFileType[WRITABLE[wanted]]
 
+    family = family_of(args)
+    own, fused = family.write_gguf(args), family.fused(args, "gguf")
+    if not family.gguf:
+        raise ValueError(f"{source.path} is a {family.name}, which isn't written as GGUF")
     with beside(path, force) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
+        writer = gguf.GGUFWriter(partial, min(family.gguf))
         writer.add_name(name or path.stem)
         writer.add_file_type(file_type)
         numbers = {
@@ -240,16 +266,16 @@ def write(
             "layer_norm_rms_eps": args.norm_eps,
             "vocab_size": args.vocab_size,
         }
-        for key, number in numbers.items():
+        for key, number in (numbers | own).items():
             getattr(writer, f"add_{key}")(number)
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(args.rope_linear_factor)
         if args.use_scaled_rope:
             for field, key in ROPE_BOUNDS.items():
-                if (value := getattr(args, field)) != getattr(ModelArgs, field):
+                if (value := getattr(args, field)) != getattr(family.args, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-                    add(key, value)
+                    add(f"{writer.arch}.{key}", value)
         if any(kind not in PLAIN for kind in kinds.values()):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:
@@ -261,11 +287,14 @@ def write(
             writer.add_tensor_info(
                 ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=None
             )
-        for name, shape in shapes.items():
-            target = gguf.GGMLQuantizationType[kinds[name]]
-            row = gguf.quant_shape_to_byte_shape(shape, target)
+        parts = plan(shapes, fused)
+        for name, of in parts.items():
+            target = gguf.GGMLQuantizationType[kinds[of[0]]]
+            whole = fused_shape(fused[name], shapes.__getitem__) if name in fused else shapes[name]
+            row = gguf.quant_shape_to_byte_shape(whole, target)
+            theirs = name if name in fused else family.gguf_names.theirs(name)
             writer.add_tensor_info(
-                GGUF.theirs(name), row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
+                theirs, row, np.dtype(np.uint8), math.prod(row), raw_dtype=target
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -280,20 +309,28 @@ def write(
         if args.use_scaled_rope:
             out.write(factors.tobytes())
             align()
-        for name, stored in kinds.items():
-            for start, stop in chunks(shapes[name], 0, 0, shapes[name][0], args.head_dim):
-                try:
-                    if wanted in (KEEP, NEAREST):
-                        raw = bytes_of(keeping.encode(source, name, stored, start, stop))
-                    else:
-                        raw = _encoded(source.read(name, 0, start, stop), stored)
-                except ValueError as error:
-                    raise ValueError(f"{source.path}: {name}: {error}") from None
-                out.write(raw)
-                progress(len(raw))
+        for of in parts.values():
+            for name in of:
+                _write_weight(out, source, name, kinds[name], wanted in (KEEP, NEAREST), progress)
             align()
         writer.close()
     return path
+
+
+def _write_weight(
+    out: BinaryIO, source: Checkpoint, name: str, kind: str, kept: bool, progress: Progress
+) -> None:
+    shape, size = weight_shapes(source.args)[name], dtype_of(source, name).itemsize
+    for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
+        try:
+            if kept:
+                raw = bytes_of(keeping.encode(source, name, kind, start, stop))
+            else:
+                raw = _encoded(source.read(name, 0, start, stop), kind)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {name}: {error}") from None
+        out.write(raw)
+        progress((stop - start) * math.prod(shape[1:]) * size)  # of what was read
 
 
 def as_stored(values: torch.Tensor, kind: str) -> torch.Tensor:

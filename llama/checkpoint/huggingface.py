@@ -11,20 +11,21 @@ from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Se
 
 import torch
 
-from llama.checkpoint.names import HF
+from llama.checkpoint.fused import Part, cut, plan, stored_as
 from llama.checkpoint.pth import index_pth
-from llama.checkpoint.safetensors import ROTATED, index_safetensors, interleave, write_safetensors
+from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
 from llama.checkpoint.schemes import Scheme, assemble, open_scheme
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, Stored, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
+from llama.families.family import Family
+from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
-# Llama itself, and architectures that are Llama when their config says nothing else.
-ARCHITECTURES = {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}
 # One with a head of another kind, for `llama.training.classification`.
 CLASSIFIER = "LlamaForSequenceClassification"
 
@@ -84,24 +85,36 @@ ROPE: Dict[str, Dict[str, str]] = {
 MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
-def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str, Any]:
-    """The fields of config.json, of a known architecture, as ModelArgs takes them.
+def read_config(
+    path: Path, known: Optional[AbstractSet[str]] = None
+) -> Tuple[Family, Dict[str, Any]]:
+    """The family that a config.json describes, and the fields of its shape.
+
+    Args:
+        known: architectures, by default those of the family.
 
     Raises:
         ValueError: an architecture, or a key, that our model can't honour; it is named.
     """
     config = read_object(path)
+    family = of_config(config)
+    known = family.architectures if known is None else known
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
         if architectures == [CLASSIFIER]:
             reader = "llama.training.classification.SequenceClassifier.build"
             hint = f". It is a classifier: {reader} reads it"
+        readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
-            f"{path}: architectures={architectures}; read here: {', '.join(sorted(known))}{hint}"
+            f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
         )
     if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
         config = MISTRAL | config
+    try:
+        own = family.read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         value: Any = config.pop(key, None)
@@ -136,7 +149,7 @@ def read_config(path: Path, known: AbstractSet[str] = ARCHITECTURES) -> Dict[str
             f"{path} has keys that this model has no meaning for: {', '.join(unknown)}. "
             "Ignoring one could silently change the output"
         )
-    return args
+    return family, args | own
 
 
 def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
@@ -187,23 +200,33 @@ def index_tensors(file: Path, *, codes: bool = False) -> Dict[str, Stored]:
 class HFCheckpoint:
     """A directory in Hugging Face's format, of an architecture that is known."""
 
-    def __init__(self, path: Path, known: AbstractSet[str] = ARCHITECTURES):
+    def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
-        fields = read_config(self.path / "config.json", known)
+        family, fields = read_config(self.path / "config.json", known)
         scheme = read_scheme(self.path / "config.json")
+        ours = family.hf_names.meta
         tensors: Dict[str, Stored] = {}
+        self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
             for name, stored in index_tensors(file, codes=scheme is not None).items():
+                if name.startswith(family.left_out):
+                    self.left_out += 1
+                    continue
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in tensors:
                     other = tensors[name].file.name
-                    raise ValueError(f"{HF.meta(name)} is both in {other} and in {file}")
+                    raise ValueError(f"{ours(name)} is both in {other} and in {file}")
                 tensors[name] = stored
         plain, quantized = assemble(scheme, tensors)
-        self.quantized = {HF.meta(name): weight for name, weight in quantized.items()}
-        self._stored = {HF.meta(name): stored for name, stored in plain.items()} | self.quantized
-        self.args = checked_args(self.path / "config.json", fields, len(self._stored))
+        found: Dict[str, Part] = {ours(name): part for name, part in (plain | quantized).items()}
+        self.args = checked_args(self.path / "config.json", fields, len(found), family)
+        self._stored = cut(found, family.fused(self.args, "hf"), weight_shapes(self.args))
+        self.quantized = {
+            name: weight
+            for name, weight in self._stored.items()
+            if isinstance(weight, QuantizedWeight)
+        }
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
@@ -241,8 +264,7 @@ class HFCheckpoint:
         return {name: stored.shape for name, stored in self._stored.items()}
 
     def stored_as(self, name: str) -> str:
-        weight = self._stored[name]
-        return dtype_name(weight.dtype) if isinstance(weight, Stored) else weight.stored_as
+        return stored_as(self._stored[name])
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         return self._in_order(name, self._stored[name].read, axis, start, stop)
@@ -259,7 +281,7 @@ class HFCheckpoint:
     ) -> torch.Tensor:
         """What `read` returns, rows in Meta's order."""
         axis, start, stop = of
-        if not name.endswith(ROTATED):
+        if not family_of(self.args).is_rotated(name):
             return read(axis, start, stop)
         d = self.args.head_dim
         if axis != 0:
@@ -274,7 +296,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
     kind = "llama3" if args.use_scaled_rope else kind
     rope = {theirs: getattr(args, ours) for theirs, ours in ROPE[kind].items()}
     config = {theirs: getattr(args, ours) for ours, (theirs, _, _) in FIELDS.items()}
-    return config | {
+    config |= {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": bos_id,
@@ -285,7 +307,9 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "mlp_bias": False,
         "model_type": "llama",
         "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
+        **family_of(args).write_config(args),
     }
+    return family_of(args).nest_config(args, config)
 
 
 def write(
@@ -316,7 +340,11 @@ def write(
     path, args = Path(path), source.args
     shapes = weight_shapes(args)
     dtypes = {name: dtype or dtype_of(source, name) for name in shapes}
-    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
+    parts = plan(shapes, family_of(args).fused(args, "hf"))
+    sizes = {
+        name: sum(math.prod(shapes[one]) * dtypes[one].itemsize for one in of)
+        for name, of in parts.items()
+    }
     shards: List[List[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > max_shard_bytes:
@@ -333,7 +361,7 @@ def write(
             write_safetensors(source, partial / file, shard, dtypes, progress, extra)
         if len(shards) > 1:
             weight_map = {
-                HF.theirs(name): file
+                family_of(args).hf_names.theirs(name) if name in shapes else name: file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])

@@ -10,14 +10,17 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from llama.checkpoint.fused import Part, cut, fused_shape, join, plan, stored_as
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
 from llama.checkpoint.schemes import Scheme, assemble, meta_fp8
 from llama.checkpoint.schemes.meta_int4 import MetaInt4
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
+from llama.families.family import Family
+from llama.families.registry import family_of, of_params
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
@@ -34,14 +37,16 @@ QUANTIZATION = ("quantization_args", "lora_args")  # see `read_scheme`
 SCALED_BY_32 = [(2048, 16), (3072, 28)]
 
 
-def read_params(path: Path) -> dict:
-    """The fields of params.json as ModelArgs takes them; vocab_size may still be -1.
+def read_params(path: Path) -> Tuple[Family, dict]:
+    """The family that a params.json describes, and its shape's fields; vocab_size may be -1.
 
     Raises:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
     params = {key: value for key, value in read_object(path).items() if key not in QUANTIZATION}
-    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    family = of_params(params)
+    params = family.read_params(params)
+    known = {field.name for field in dataclasses.fields(family.args)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:
         raise ValueError(
@@ -53,7 +58,7 @@ def read_params(path: Path) -> dict:
     if params.get("use_scaled_rope") and "rope_scaling_factor" not in params:
         by_32 = (params.get("dim"), params.get("n_layers")) in SCALED_BY_32
         params["rope_scaling_factor"] = 32.0 if by_32 else 8.0
-    return params
+    return family, params
 
 
 def read_scheme(path: Path) -> Optional[Scheme]:
@@ -90,33 +95,46 @@ class MetaCheckpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._files = sorted(self.path.glob("consolidated.*.pth"))
+        if (single := self.path / "consolidated.pth").exists() and not self._files:
+            self._files = [single]  # as Llama 3.2 11B Vision comes
         names = [f"consolidated.{i:02d}.pth" for i in range(len(self._files))]
-        if not self._files or [file.name for file in self._files] != names:
+        if not self._files or [file.name for file in self._files] not in (names, [single.name]):
             found = ", ".join(file.name for file in self._files) or "none"
             raise ValueError(
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        params = read_params(self.path / "params.json")
+        family, params = read_params(self.path / "params.json")
         scheme = read_scheme(self.path / "params.json")
         has_codes = scheme is not None or any(self.path.glob("fp8_scales_*.pt"))
-        self._shards = [index_pth(file, codes=has_codes) for file in self._files]
+        indexed = [index_pth(file, codes=has_codes) for file in self._files]
         self.quantized: Dict[str, QuantizedWeight] = {}
         if scheme is not None:
             if len(self._files) > 1:
                 raise ValueError(f"{self.path}: quantized weights in more than one file")
-            plain, self.quantized = assemble(scheme, self._shards[0])
-            self._shards = [plain]
+            plain, self.quantized = assemble(scheme, indexed[0])
+            indexed = [plain]
         else:
-            self.quantized = meta_fp8.take(self.path, self._shards)
+            self.quantized = meta_fp8.take(self.path, indexed)
+        self._shards: List[Dict[str, Part]] = [
+            {family.meta_names.meta(name): stored for name, stored in shard.items()}
+            for shard in indexed
+        ]
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
                 shard.pop("output.weight", None)
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
-        args = checked_args(self.path / "params.json", params, len(self._shards[0]))
+        args = checked_args(self.path / "params.json", params, len(self._shards[0]), family)
         self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
+        fused = family.fused(args, "meta") | family.fused(args, "released")
+        used = [
+            {name: stored for name, stored in shard.items() if not name.startswith(family.left_out)}
+            for shard in self._shards
+        ]
+        self.left_out = len(self._shards[0]) - len(used[0])  # weights the network doesn't use
+        self._shards = [cut(shard, fused, weight_shapes(args)) for shard in used]
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
         for file, shard in zip(self._files, self._shards, strict=True):
             if shard.keys() != self._shards[0].keys():
@@ -138,7 +156,7 @@ class MetaCheckpoint:
             raise ValueError(f"{self._files[0]}: tok_embeddings.weight has the shape {shape}")
         return shape[0] * len(self._files) if shape[1] == dim else shape[0]
 
-    def _first(self, name: str) -> Stored:
+    def _first(self, name: str) -> Part:
         if name not in self._shards[0]:
             raise ValueError(f"{self._files[0]} lacks {name}")
         return self._shards[0][name]
@@ -188,9 +206,7 @@ class MetaCheckpoint:
         return None
 
     def stored_as(self, name: str) -> str:
-        if name in self.quantized:
-            return self.quantized[name].stored_as
-        return dtype_name(self._first(name).dtype)
+        return stored_as(self.quantized.get(name) or self._first(name))
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         if name in self.quantized:
@@ -239,6 +255,7 @@ def params_of(args: ModelArgs) -> dict:
         params["rope_linear_factor"] = args.rope_linear_factor
     if args.head_dim * args.n_heads != args.dim:
         params["head_dim"] = args.head_dim
+    params |= family_of(args).write_params(args)
     return {key: value for key, value in params.items() if value is not None}
 
 
@@ -270,6 +287,11 @@ def write(
             raise ValueError(
                 f"model_parallel_size {world} doesn't divide {what}={getattr(args, what)}"
             )
+    for name, shape in weight_shapes(args).items():
+        axis = parallel.shard_axis(name)
+        uneven = axis is not None and not name.endswith(parallel.KV) and shape[axis] % world
+        if uneven:
+            raise ValueError(f"model_parallel_size {world} doesn't divide {name}, {shape}")
     with beside(path, force) as partial:
         partial.mkdir()
         for rank in range(world):
@@ -295,24 +317,37 @@ def _write_shard(
     torch.save first lays out the file with the room for its tensors left empty; memory that is
     only allocated costs nothing. Then each tensor goes to its place.
     """
+    args = source.args
+    fused = family_of(args).fused(args, "meta")
+    parts = plan(weight_shapes(args), fused)
+
+    def shape(name: str) -> Shape:
+        return local_shape(args, name, rank, world)
+
+    def read(name: str) -> torch.Tensor:
+        return read_shard(source, name, rank, world, dtype=dtype)
+
     empty = {
         name: torch.empty(
-            local_shape(source.args, name, rank, world), dtype=dtype or dtype_of(source, name)
+            fused_shape(fused[name], shape) if name in fused else shape(name),
+            dtype=dtype or dtype_of(source, of[0]),
         )
-        for name in weight_shapes(source.args)
+        for name, of in parts.items()
     }
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
+    in_file = family_of(source.args).meta_names.theirs
     with torch.serialization.skip_data():
-        torch.save(empty, file)
+        torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
     del empty
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
-        for name in weight_shapes(source.args):
-            place = places[name]
-            tensor = read_shard(source, name, rank, world, dtype=dtype)
+        for name in parts:
+            place, checksum = places[in_file(name)], 0
             out.seek(place.offset)
-            write_tensor(out, tensor, progress)
-            checksums[place.offset] = zlib.crc32(bytes_of(tensor))
+            for tensor in join(fused[name], read) if name in fused else [read(name)]:
+                write_tensor(out, tensor, progress)
+                checksum = zlib.crc32(bytes_of(tensor), checksum)
+            checksums[place.offset] = checksum
     mend_checksums(file, checksums)

@@ -30,7 +30,7 @@ def kind_of(name: str, shape: Shape, args: ModelArgs, wanted: str) -> str:
         name: Meta's.
         wanted: what most weights are to be, or a mixture: "Q8_0", "Q4_K_M", ...
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(".router.weight"):
         return "F32"
     kind = _chosen(name, args, wanted) if wanted in MIXTURES else wanted
     for fits in (kind, NARROW.get(kind, "F16")):
@@ -43,7 +43,7 @@ def _chosen(name: str, args: ModelArgs, mixture: str) -> str:
     most, more = MIXTURES[mixture]
     if name == ("tok_embeddings.weight" if args.tied_embeddings else "output.weight"):
         return "Q6_K"
-    layer = re.fullmatch(r"layers\.(\d+)\.(attention\.wv|feed_forward\.w2)\.weight", name)
+    layer = re.fullmatch(r"layers\.(\d+)\.(attention\.wv|feed_forward\..*w2)\.weight", name)
     if layer is None:
         return most
     i, n, is_values = int(layer[1]), args.n_layers, layer[2] == "attention.wv"

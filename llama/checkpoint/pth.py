@@ -3,6 +3,7 @@
 Also what Hugging Face's pytorch_model*.bin are.
 """
 
+import io
 import struct
 import zipfile
 from pathlib import Path
@@ -24,7 +25,8 @@ def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
     The pickle is read with weights_only=True, which builds tensors and runs no code.
     """
     try:
-        tensors = torch.load(path, map_location="meta", weights_only=True)
+        with torch.serialization.safe_globals([io.BytesIO]):  # state beside weights: "_extra_state"
+            tensors = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes lead an unpickler anywhere
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise ValueError(f"{path} isn't a readable checkpoint shard: {reason}") from None
@@ -32,7 +34,7 @@ def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not weights by name")
     stored = {}
     for name, tensor in tensors.items():
-        if name in IGNORED_WEIGHTS:
+        if name in IGNORED_WEIGHTS or str(name).endswith("._extra_state"):
             continue
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")

@@ -8,19 +8,19 @@ rotates neighbouring pairs.
 import json
 import math
 import struct
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
-from llama.checkpoint.names import HF
+from llama.checkpoint.fused import fused_shape, join, plan
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import CODES, DTYPES, Checkpoint, Shape, Stored, dtype_name
-from llama.checkpoint.writing import Progress, rows, write_tensor
+from llama.checkpoint.writing import Progress, read_whole, rows, write_tensor
+from llama.families.registry import family_of
 from llama.text.files import unique_keys
-
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows are in another order
 
 MAX_HEADER = 100_000_000  # the format's own bound: weights must not be taken for text
 
@@ -97,19 +97,34 @@ def write_safetensors(
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, a few at a time.
+    """Write weights by their Hugging Face names, in its order of rows, a few at a time.
 
-    `extra` weights, which have such names already, follow as they are.
+    `names` may be those of fused tensors. `extra` weights, which have such names already, follow
+    as they are.
     """
-    tensors = [(HF.theirs(name), weight_shapes(source.args)[name], dtypes[name]) for name in names]
+    family = family_of(source.args)
+    fused, shapes = family.fused(source.args, "hf"), weight_shapes(source.args)
+    parts = plan(shapes, fused)
+    tensors = [
+        (name, fused_shape(fused[name], shapes.__getitem__), dtypes[parts[name][0]])
+        if name in fused
+        else (family.hf_names.theirs(name), shapes[name], dtypes[name])
+        for name in names
+    ]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
     with path.open("wb") as file:
         file.write(_header(tensors))
-        for name in names:
-            for part in rows(source, name, dtypes[name]):
-                if name.endswith(ROTATED):
-                    part = split_halves(part.contiguous(), source.args.head_dim)
-                write_tensor(file, part, progress)
+        for name, (_, _, dtype) in zip(names, tensors, strict=False):
+            how = fused.get(name)
+            if how is not None and not how.as_rows:
+                for part in join(how, partial(read_whole, source)):
+                    write_tensor(file, part.to(dtype), progress)
+                continue
+            for one in parts[name]:
+                for part in rows(source, one, dtype):
+                    if family.is_rotated(one):
+                        part = split_halves(part.contiguous(), source.args.head_dim)
+                    write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
 

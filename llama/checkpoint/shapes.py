@@ -4,9 +4,11 @@ import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, Mapping, Tuple
+from typing import Any, Iterator, Mapping, Tuple
 
 from llama.checkpoint.source import Checkpoint, Shape
+from llama.families.family import Family
+from llama.families.registry import LLAMA, family_of
 from llama.layers import parallel
 from llama.model import ModelArgs
 
@@ -19,17 +21,19 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 CHUNK_ELEMENTS = 1 << 19
 
 
-def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> ModelArgs:
-    """ModelArgs of fields that were read from a file, whose values may be of any type.
+def checked_args(
+    path: Path, fields: Mapping[str, Any], n_tensors: int, family: Family = LLAMA
+) -> ModelArgs:
+    """The shape that fields describe, which were read from a file and may be of any type.
 
     Raises:
         ValueError: a value of another type, one out of range, or more layers than tensors.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelArgs)}
+    defaults = {field.name: field.default for field in dataclasses.fields(family.args)}
     for name, value in fields.items():
         default = defaults[name]
-        if value is None and default is None:
-            continue
+        if (value is None and default is None) or not isinstance(default, int | float | None):
+            continue  # the rest is checked by the class
         kind: type = int if default is None else type(default)
         kind = float if name == "ffn_dim_multiplier" else kind
         fits = type(value) is kind or (kind is float and type(value) is int)
@@ -37,7 +41,7 @@ def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> Model
             what = "true or false" if kind is bool else f"a positive {kind.__name__}"
             raise ValueError(f"{path}: {name}={str(value)[:80]} isn't {what}")
     try:
-        args = ModelArgs(**fields)
+        args = family.args(**fields)
         if args.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of dimensions, and head_dim={args.head_dim} is odd")
         if args.n_layers > n_tensors:  # else naming what is missing could take forever
@@ -50,25 +54,7 @@ def checked_args(path: Path, fields: Mapping[str, Any], n_tensors: int) -> Model
 @lru_cache
 def weight_shapes(args: ModelArgs) -> Mapping[str, Shape]:
     """Meta's name and whole shape of every weight that a model of this shape has."""
-    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    layer: Dict[str, Shape] = {
-        "attention.wq.weight": (q_dim, args.dim),
-        "attention.wk.weight": (kv_dim, args.dim),
-        "attention.wv.weight": (kv_dim, args.dim),
-        "attention.wo.weight": (args.dim, q_dim),
-        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
-        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
-        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
-        "attention_norm.weight": (args.dim,),
-        "ffn_norm.weight": (args.dim,),
-    }
-    shapes: Dict[str, Shape] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
-    for i in range(args.n_layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    shapes["norm.weight"] = (args.dim,)
-    if not args.tied_embeddings:
-        shapes["output.weight"] = (args.vocab_size, args.dim)
-    return MappingProxyType(shapes)
+    return MappingProxyType(family_of(args).shapes(args))
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:

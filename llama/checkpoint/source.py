@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 
@@ -37,6 +37,26 @@ class Stored(NamedTuple):
     def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
         """[start, stop) along an axis; see `mapped.read_slice`."""
         return read_slice(*self, axis, start, stop)
+
+
+class Derived(NamedTuple):
+    """A weight that is computed from a tensor in a file, the whole of it."""
+
+    stored: Stored
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    shape: Shape
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        whole = self.compute(self.stored.read(0, 0, self.stored.shape[0]))
+        return whole.narrow(axis, start, stop - start)
 
 
 class Checkpoint(Protocol):

@@ -25,6 +25,11 @@ def rows(
         yield part if dtype is None else part.to(dtype)
 
 
+def read_whole(source: Checkpoint, name: str) -> torch.Tensor:
+    """A whole weight."""
+    return source.read(name, 0, 0, weight_shapes(source.args)[name][0])
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, row-major."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

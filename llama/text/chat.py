@@ -4,16 +4,18 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol
 
-from llama.text.encoder import Encoder
+from llama.text.encoder import Encoder, image_id
 from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.messages import (
     ROLES,
     Dialog,
+    ImagePart,
     Message,
     Role,
     check_dialog,
     check_dialogs,
     content_of,
+    parts_of,
     read_calls,
     tool_calls,
 )
@@ -98,27 +100,43 @@ class ChatFormat:
     encoded as ordinary text, so that the only control tokens are those inserted here.
     """
 
+    header = "<|start_header_id|>", "<|end_header_id|>"  # tokens around a role
+    end_of_turn, end_of_message = "<|eot_id|>", "<|eom_id|>"
+
     def __init__(self, tokenizer: Encoder):
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> List[int]:
-        special, encode = self.tokenizer.special_tokens, self.tokenizer.encode
+        encode = self.tokenizer.encode
+        start, end = (self.tokenizer.special_tokens[name] for name in self.header)
         role = "ipython" if message["role"] == "tool" else message["role"]
         return [
-            special["<|start_header_id|>"],
+            start,
             *encode(role, bos=False, eos=False),
-            special["<|end_header_id|>"],
+            end,
             *encode("\n\n", bos=False, eos=False),
         ]
 
     def encode_message(self, message: Message) -> List[int]:
         if tool_calls(message):
             raise ValueError("Llama 3's chat format has no tool calls; Llama 3.1's has")
+        if isinstance(message["content"], str):
+            message = {**message, "content": message["content"].strip()}
         return [
             *self.encode_header(message),
-            *self.tokenizer.encode(content_of(message).strip(), bos=False, eos=False),
-            self.tokenizer.special_tokens["<|eot_id|>"],
+            *self.encode_content(message),
+            self.tokenizer.special_tokens[self.end_of_turn],
         ]
+
+    def encode_content(self, message: Message) -> List[int]:
+        """A message's texts, each encoded apart, and `image_id` where its images stand."""
+        ids: List[int] = []
+        for part in parts_of(message):
+            if isinstance(part, ImagePart):
+                ids.append(image_id(self.tokenizer))
+            else:
+                ids += self.tokenizer.encode(part, bos=False, eos=False)
+        return ids
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
@@ -145,7 +163,7 @@ class ChatFormat:
 
     def turn_ids(self) -> List[int]:
         """The control tokens that a model must have been trained on to chat."""
-        return [self.tokenizer.special_tokens[n] for n in ("<|start_header_id|>", "<|eot_id|>")]
+        return [self.tokenizer.special_tokens[n] for n in (self.header[0], self.end_of_turn)]
 
 
 def warn_of_base_model(turns: "torch.Tensor", others: "torch.Tensor") -> None:

@@ -33,6 +33,8 @@ class Llama31Format(ChatFormat):
         date: today's date in the tool definitions; by default the clock's.
     """
 
+    code_tag: Optional[str] = PYTHON_TAG  # before code for code_interpreter
+
     def __init__(
         self,
         tokenizer: Encoder,
@@ -51,12 +53,17 @@ class Llama31Format(ChatFormat):
     def encode_message(self, message: Message) -> List[int]:
         special, calls = self.tokenizer.special_tokens, tool_calls(message)
         ids = self.encode_header(message)
-        if calls and calls[0]["name"] == "code_interpreter":
-            ids.append(special[PYTHON_TAG])
-        for text in (content_of(message), *(write_call(call, self.call_format) for call in calls)):
-            ids.extend(self.tokenizer.encode(text, bos=False, eos=False))
-        waits = message["role"] == "assistant" and message.get("end_of_message", False)
-        return [*ids, special["<|eom_id|>" if waits else "<|eot_id|>"]]
+        if self.code_tag and calls and calls[0]["name"] == "code_interpreter":
+            ids.append(special[self.code_tag])
+        ids += self.encode_content(message)
+        for call in calls:
+            written = write_call(call, self.call_format)
+            ids.extend(self.tokenizer.encode(written, bos=False, eos=False))
+        return [*ids, special[self.end_of_message if self.goes_on(message) else self.end_of_turn]]
+
+    def goes_on(self, message: Message) -> bool:
+        """Whether a message ends without the turn: a tool's result follows."""
+        return message["role"] == "assistant" and message.get("end_of_message", False)
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
@@ -73,9 +80,13 @@ class Llama31Format(ChatFormat):
                     f"definitions of tools ask for calls in JSON, and call_format is "
                     f"{self.call_format!r}: use 'json', or define them in the system message"
                 )
-            dialog = with_tools(dialog, tools, in_system=self.tools_in_system, date=self.date)
+            dialog = self.with_tools(dialog, tools)
         options.check(dialog)
         return self._encode_dialog(dialog, options)
+
+    def with_tools(self, dialog: Dialog, tools: Sequence[Tool]) -> List[Message]:
+        """The dialog with definitions of tools; see `with_tools`."""
+        return with_tools(dialog, tools, in_system=self.tools_in_system, date=self.date)
 
 
 def write_call(call: ToolCall, call_format: CallFormat) -> str:
@@ -124,7 +135,12 @@ _HOW = (
 
 
 def with_tools(
-    dialog: Dialog, tools: Sequence[Tool], *, in_system: bool = False, date: Optional[str] = None
+    dialog: Dialog,
+    tools: Sequence[Tool],
+    *,
+    in_system: bool = False,
+    date: Optional[str] = None,
+    dated: bool = True,
 ) -> List[Message]:
     """A new dialog with definitions of the tools, in the words that Llama 3.1 was trained on.
 
@@ -133,6 +149,7 @@ def with_tools(
     Args:
         in_system: definitions go into the system message; by default into the first user message.
         date: "26 Jul 2024"; by default today.
+        dated: whether the system message says it.
 
     Raises:
         ValueError: what isn't a tool, or no user message to put definitions in.
@@ -143,7 +160,8 @@ def with_tools(
     named = ", ".join(name for name in builtins if name != "code_interpreter")
     today = date or datetime.date.today().strftime("%d %b %Y")
     head = "Environment: ipython\n" + (f"Tools: {named}\n\n" if named else "")
-    head += f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
+    if dated:
+        head += f"Cutting Knowledge Date: December 2023\nToday Date: {today}\n\n"
     definitions = _HOW + "".join(
         json.dumps(schema, indent=4, ensure_ascii=False) + "\n\n" for schema in schemas
     )
@@ -153,6 +171,7 @@ def with_tools(
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         if first is None:
             raise ValueError("no user message to put the tools in: pass tools_in_system=True")
-        content = _ASK_USER + definitions + turns[first]["content"]
+        asked, content = _ASK_USER + definitions, turns[first]["content"]
+        content = asked + content if isinstance(content, str) else [asked, *content]
         turns[first] = {"role": "user", "content": content}
     return [{"role": "system", "content": head + system}, *turns]

@@ -14,7 +14,15 @@ from llama.text.tool_calls import (
     read_call,
     what_is_wrong,
 )
-from llama.text.tools import BUILTINS, PYTHON_TAG, Tool, ToolCall, split_tools
+from llama.text.tools import (
+    BUILTINS,
+    PYTHON_END,
+    PYTHON_START,
+    PYTHON_TAG,
+    Tool,
+    ToolCall,
+    split_tools,
+)
 
 
 class Reply(NamedTuple):
@@ -59,7 +67,8 @@ def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
         <tool_call>{...}</tool_call>
         [TOOL_CALLS] [{...}]
 
-    After a leading <|python_tag|>: any of these, or else code for code_interpreter.
+    After a leading <|python_tag|> or <|python_start|>: any of these, or else code for
+    code_interpreter.
 
     Only the tools given and the built-in ones can be called; arguments aren't checked against the
     schemas. It is all or nothing: of a reply with a malformed call every call stays text.
@@ -123,7 +132,7 @@ class ToolCallStream(Scanner):
 
     def feed(self, text: str) -> List[Delta]:
         """What is known with a further piece of the reply."""
-        self.text += text
+        self.text += text.replace(PYTHON_END, "")
         return self._step()
 
     def finish(self) -> List[Delta]:
@@ -156,7 +165,7 @@ class ToolCallStream(Scanner):
 
     def _reply(self) -> Steps:
         yield from self.next()
-        code = yield from self.one_of([PYTHON_TAG])
+        code = yield from self.one_of([PYTHON_TAG, PYTHON_START])
         self.at = begin = self.at + len(code)
         yield from self.next()
         start = self.at

@@ -17,6 +17,7 @@ ToolCall = Dict[str, Any]
 # The tools that Llama 3.1 was trained on. The first three take a query, the last one code.
 BUILTINS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
 PYTHON_TAG = "<|python_tag|>"
+PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"  # Llama 4's
 
 
 def split_tools(tools: Sequence[Tool]) -> Tuple[List[Dict[str, Any]], List[str]]:

@@ -18,6 +18,7 @@ from llama.backends.build import prepare
 from llama.checkpoint import Checkpoint, convert
 from llama.checkpoint.adapter import Adapter, Merged, write_adapter
 from llama.checkpoint.shapes import check_shapes
+from llama.families.registry import build
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
 from llama.text.files import beside, check_plain, recovered
@@ -134,7 +135,7 @@ def load_model(
     check_memory(args, "lora" if adapter else "full", low, device, shard)
     dtype = low if adapter else torch.float32
     if shard:
-        model = Transformer(args, device="meta", dtype=dtype)
+        model = build(args, device="meta", dtype=dtype)
     else:
         model = prepare(source, args, device=device, dtype=dtype, compile=False)
     new = None

@@ -14,7 +14,7 @@ from llama.backends import quantized as quantize
 from llama.backends.quantized import EDGES, QuantizedEmbedding, QuantizedLinear
 from llama.checkpoint import InMemory, convert, ggml, meta, read_shard, weight_shapes
 from llama.checkpoint.gguf import write as write_gguf
-from llama.checkpoint.names import GGUF
+from llama.families.names import GGUF
 from llama.layers import parallel
 
 TIED = replace(TINY, tied_embeddings=True)

@@ -10,7 +10,7 @@ from conftest import TINY, random_model, random_weights
 
 from llama import Transformer, checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint
-from llama.checkpoint.names import GGUF
+from llama.families.names import GGUF
 from llama.layers import parallel
 from llama.model import rope_frequencies
 
@@ -146,7 +146,7 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ({"metadata": {"general.architecture": "qwen2"}}, "architecture 'qwen2', not 'llama'"),
+        ({"metadata": {"general.architecture": "qwen2"}}, "architecture 'qwen2', and known are"),
         ({"metadata": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "method 'yarn'"),
         ({"metadata": {"split.count": 2}}, "llama-gguf-split"),

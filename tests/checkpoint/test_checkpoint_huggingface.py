@@ -26,8 +26,8 @@ from transformers import (
 
 from llama import Llama, Tokenizer, Transformer, checkpoint
 from llama.checkpoint import InMemory, gguf, huggingface, mapped, weight_shapes
-from llama.checkpoint.names import HF
 from llama.checkpoint.safetensors import interleave, split_halves
+from llama.families.names import HF
 from llama.layers import parallel
 
 LINEAR = {"rope_linear_factor": 4.0}

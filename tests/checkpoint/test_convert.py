@@ -26,7 +26,7 @@ from llama import Llama, ModelArgs, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint import convert as conversion
 from llama.checkpoint.convert import check_equal, convert, describe
-from llama.checkpoint.names import GGUF
+from llama.families.names import GGUF
 from llama.model import rope_frequencies
 from llama.text.vocabulary.writing import write_for_hugging_face
 
@@ -418,7 +418,7 @@ def test_verifying_finds_a_changed_byte(tmp_path, monkeypatch, name):
     some = weights["layers.0.feed_forward.w1.weight"][0, :8].numpy().tobytes()
     to(InMemory(THREE, random_weights(THREE, seed=1)), path, "meta")
 
-    def damaged(source, written, quiet):
+    def damaged(source, written, quiet, kept):
         file = written.path
         if file.is_dir():
             files = [p for p in file.iterdir() if p.suffix in (".pth", ".safetensors")]
@@ -426,7 +426,7 @@ def test_verifying_finds_a_changed_byte(tmp_path, monkeypatch, name):
         data = bytearray(file.read_bytes())
         data[data.index(some) + 5] ^= 1
         file.write_bytes(data)
-        check_equal(source, written, quiet)
+        check_equal(source, written, quiet, kept)
 
     monkeypatch.setattr(conversion, "check_equal", damaged)
     with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.w1\.weight differs"):

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from llama import Llama, Tokenizer, checkpoint
 from llama.checkpoint import InMemory, gguf, huggingface
-from llama.checkpoint.names import HF
 from llama.checkpoint.safetensors import interleave
+from llama.families.names import HF
 from llama.layers.ids import padded
 from llama.training.classification import SequenceClassifier
 

@@ -39,6 +39,8 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: an unsupported device, dtype or shape; no compiler.
     """
+    if type(args) is not ModelArgs:
+        raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
         ("dtype", dtype, DTYPES),

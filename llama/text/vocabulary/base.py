@@ -16,6 +16,7 @@ class Kind(IntEnum):
 # Names under which vocabularies have an end of text, turn or message.
 STOP_NAMES = {
     "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>",
+    "<|eot|>", "<|eom|>",
 }  # fmt: skip
 
 MAX_WORDS = 1 << 24  # far beyond any vocabulary: a damaged id must not take all memory

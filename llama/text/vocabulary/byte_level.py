@@ -1,4 +1,4 @@
-"""Byte-level BPE vocabularies: Llama 3's tokenizer.model and the kind `gpt2` in GGUF.
+"""Byte-level BPE vocabularies: the tokenizer.model of Llama 3 and 4, and the kind `gpt2` in GGUF.
 
 tiktoken, which encodes with them, needs only the tokens' bytes in the order of their merges.
 """
@@ -17,6 +17,13 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "llama4": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "smollm": (
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -34,8 +41,11 @@ class NotByteLevelError(ValueError):
     """Not byte-level BPE as tiktoken does it, which merges in the order of ids."""
 
 
-def read_llama3(path: Path) -> Vocabulary:
-    """Meta's file for all of Llama 3: a line `base64 rank` per token; special tokens by rule."""
+LLAMA4_WORDS = 200_000  # ordinary tokens; Llama 3 has 128,000
+
+
+def read_meta(path: Path) -> Vocabulary:
+    """Meta's file for Llama 3 and 4: a line `base64 rank` per token; special tokens by rule."""
     data = path.read_bytes()
     if data[:1] == b"<" or data[:7] == b"version":
         raise ValueError(
@@ -50,27 +60,55 @@ def read_llama3(path: Path) -> Vocabulary:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error):
         raise ValueError(
-            f"{path}: line {len(ranks) + 1} isn't `base64 rank`: not Llama 3's tokenizer.model"
+            f"{path}: line {len(ranks) + 1} isn't `base64 rank`: not Meta's tokenizer.model"
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise ValueError(f"{path} is cut off or damaged: its ranks aren't 0 to {len(ranks) - 1}")
-    special = llama3_special_tokens(len(ranks))
+    pre = "llama4" if len(ranks) == LLAMA4_WORDS else "llama-bpe"
+    special = meta_special_tokens(pre, len(ranks))
+    pad = "<|finetune_right_pad|>" if pre == "llama4" else "<|finetune_right_pad_id|>"
     return Vocabulary(
         name=path.name,
         kind="byte-level",
-        pre="llama-bpe",
+        pre=pre,
         ranks=ranks,
         special_tokens=special,
         user_defined=frozenset(),
         n_words=len(ranks) + len(special),
         bos_id=special["<|begin_of_text|>"],
         eos_id=special["<|end_of_text|>"],
-        pad_id=special["<|finetune_right_pad_id|>"],
+        pad_id=special[pad],
         stop_tokens={special[name] for name in STOP_NAMES if name in special},
         add_bos=True,
         chat_template=None,
         cuts=META_CUTS,
     )
+
+
+def meta_special_tokens(pre: str, n_ordinary: int) -> Dict[str, int]:
+    """Meta's rule: special tokens by their names, which follow the ordinary ones."""
+    return (llama4_special_tokens if pre == "llama4" else llama3_special_tokens)(n_ordinary)
+
+
+def llama4_special_tokens(n_ordinary: int) -> Dict[str, int]:
+    """2048 of them, in ranges with reserved ones. Source: meta-llama/llama-models, llama4."""
+
+    def reserved(kind: str, first: int, last: int) -> List[str]:
+        return [f"<|{kind}reserved_special_token_{i}|>" for i in range(first, last + 1)]
+
+    names = [
+        "<|begin_of_text|>", "<|end_of_text|>", "<|fim_prefix|>", "<|fim_middle|>",
+        "<|fim_suffix|>", "<|header_start|>", "<|header_end|>", "<|eom|>", "<|eot|>", "<|step|>",
+        *reserved("text_post_train_", 0, 5), "<|python_start|>", "<|python_end|>",
+        "<|finetune_right_pad|>", *reserved("text_post_train_", 8, 68), "<|image_start|>",
+        "<|image_end|>", *reserved("vision_", 0, 1), "<|tile_x_separator|>",
+        "<|tile_y_separator|>", *reserved("vision_", 2, 5), "<|image|>",
+        *reserved("vision_", 6, 6), "<|patch|>", *reserved("vision_", 7, 1047),
+        *reserved("reasoning_", 0, 7), "<|reasoning_thinking_start|>",
+        "<|reasoning_thinking_end|>",
+    ]  # fmt: skip
+    names += reserved("", 0, 2047 - len(names))
+    return {name: n_ordinary + i for i, name in enumerate(names)}
 
 
 def llama3_special_tokens(n_ordinary: int) -> Dict[str, int]:

@@ -8,7 +8,7 @@ from llama.text.vocabulary.base import Vocabulary
 
 
 def read(path: str | Path) -> Vocabulary:
-    """Read a tokenizer file: tokenizer.model of Llama 3 or of SentencePiece, tokenizer.json, GGUF.
+    """Read a tokenizer file: tokenizer.model of Llama 3, 4 or SentencePiece, tokenizer.json, GGUF.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,4 +33,4 @@ def read(path: str | Path) -> Vocabulary:
         start = file.read(64)
     if start.lstrip()[:1] == b"{":
         return tokenizer_json.read(path)
-    return spm.read(path) if start[:1] == b"\n" else byte_level.read_llama3(path)
+    return spm.read(path) if start[:1] == b"\n" else byte_level.read_meta(path)

@@ -7,7 +7,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from llama.text.files import write_json
 from llama.text.vocabulary.base import Kind, Vocabulary
-from llama.text.vocabulary.byte_level import byte_alphabet, llama3_special_tokens, split_rule
+from llama.text.vocabulary.byte_level import (
+    LLAMA4_WORDS,
+    byte_alphabet,
+    meta_special_tokens,
+    split_rule,
+)
 from llama.text.vocabulary.spm import SPACE, proto
 
 
@@ -46,10 +51,11 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
     """
     if vocabulary.kind != "byte-level":
         return write_for_hugging_face(vocabulary, directory)
-    ordinary = vocabulary.n_words - 256
-    by_rule = llama3_special_tokens(ordinary) == vocabulary.special_tokens
+    pre, ordinary = vocabulary.pre, len(vocabulary.ranks)
+    by_rule = meta_special_tokens(pre, ordinary) == vocabulary.special_tokens
     whole = sorted(vocabulary.ranks.values()) == list(range(ordinary))
-    if by_rule and whole and vocabulary.pre == "llama-bpe" and not vocabulary.chat_template:
+    known = pre == ("llama4" if ordinary == LLAMA4_WORDS else "llama-bpe")
+    if by_rule and whole and known and not vocabulary.chat_template:
         path = directory / "tokenizer.model"
         lines = sorted(vocabulary.ranks.items(), key=lambda item: item[1])
         path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in lines))

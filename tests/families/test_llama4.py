@@ -1,0 +1,261 @@
+"""Llama 4 against Meta's reference and transformers, and what doesn't depend on how it is run."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from conftest import random_model, random_weights, run_ranks, write_byte_tokenizer
+from llama_models.llama4.args import ModelArgs as MetaArgs
+from llama_models.llama4.datatypes import TransformerInput
+from llama_models.llama4.model import Transformer as MetaTransformer
+
+from llama import Llama, checkpoint
+from llama.checkpoint import InMemory, huggingface, meta
+from llama.checkpoint.convert import check_equal, convert
+from llama.families.llama4 import Llama4Args, Llama4Transformer
+
+SCOUT = Llama4Args(
+    dim=64, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=96, max_seq_len=128,
+    num_experts=4, expert_dim=64, nope_layer_interval=4, attention_chunk_size=16,
+    use_qk_norm=True, attn_temperature_tuning=True, floor_scale=4, attn_scale=0.3,
+    use_scaled_rope=True,
+)  # fmt: skip
+MAVERICK = dataclasses.replace(
+    SCOUT, interleave_moe_layer_step=2, use_qk_norm=False, use_scaled_rope=False, num_experts=8
+)
+DENSE = dataclasses.replace(
+    SCOUT, num_experts=None, expert_dim=None, nope_layer_interval=None, attention_chunk_size=None
+)
+ALL = {"scout": SCOUT, "maverick": MAVERICK, "dense": DENSE}
+PROMPTS = [[1, 2, 3], list(range(40, 80)), [9] * 17]
+
+
+@pytest.fixture(params=ALL, scope="module")
+def args(request) -> Llama4Args:
+    return ALL[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(args) -> Llama4Transformer:
+    return random_model(args)
+
+
+@pytest.fixture(scope="module")
+def weights(args):
+    return random_weights(args)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 512, (2, 50), generator=generator)
+
+
+@torch.inference_mode()
+def logits(model, tokens):
+    return model(tokens)
+
+
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def metas(path, monkeypatch) -> MetaTransformer:
+    """Meta's own network with the weights of one shard; it wants a GPU for its cache."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    params = json.loads((path / "params.json").read_text())
+    model = MetaTransformer(MetaArgs(**params, max_batch_size=2, max_seq_len=64))
+    model.load_state_dict(torch.load(path / "consolidated.00.pth"))
+    return model
+
+
+def test_logits_are_metas(args, model, weights, tokens, tmp_path, monkeypatch):
+    """From files as we write them. Of one pass its chunks are right, of decoding they aren't."""
+    path = meta.write(InMemory(args, weights), tmp_path / "m")
+    theirs = metas(path, monkeypatch)(TransformerInput(tokens=tokens, tokens_position=0)).logits
+    torch.testing.assert_close(logits(model, tokens), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def peer(args, weights, tmp_path_factory):
+    from transformers import Llama4ForCausalLM
+
+    path = huggingface.write(InMemory(args, weights), tmp_path_factory.mktemp("hf") / "hf")
+    return Llama4ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def test_logits_are_transformers(model, peer, tokens):
+    torch.testing.assert_close(model(tokens), peer(tokens).logits, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_greedy_ids_are_transformers_across_chunks(args, model, peer):
+    prompt = torch.arange(20, 30)[None]
+    theirs = peer.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    cache, ids = model.new_cache(1), prompt
+    new = prompt
+    for _ in range(40):
+        new = model(new, ids.shape[1] - new.shape[1], cache)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    assert ids.tolist() == theirs.tolist()
+
+
+# --- however it is run ---------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_cached_is_uncached_and_rows_of_any_length_are_alone(model, tokens):
+    whole = model(tokens)
+    cache = model.new_cache(2)
+    parts = [model(tokens[:, a:b], a, cache) for a, b in ((0, 7), (7, 31), (31, 32), (32, 50))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    cache.truncate([14, 33])  # in different chunks
+    part = model(torch.stack([tokens[0, 14:18], tokens[1, 33:37]]), [14, 33], cache)
+    torch.testing.assert_close(part[0], whole[0, 14:18], atol=1e-4, rtol=0)
+    torch.testing.assert_close(part[1], whole[1, 33:37], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_mask_holds_in_chunks_too(model, tokens):
+    """Without their first token, the others are a text that begins later."""
+    T = 50
+    mask = torch.ones(T, T).tril().bool()
+    mask[17:, 16] = False  # the first of the second chunk
+    masked, whole = model(tokens, mask=mask), model(tokens)
+    torch.testing.assert_close(masked[:, :17], whole[:, :17], atol=1e-5, rtol=0)
+    assert not torch.allclose(masked[:, 20], whole[:, 20], atol=1e-3)
+    with pytest.raises(ValueError, match="positions"):
+        model(tokens, positions=torch.arange(T))
+
+
+def write(path, args, mp=1):
+    meta.write(InMemory(args, random_weights(args)), path, mp)
+    write_byte_tokenizer(path / "tokenizer.model")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name,world", [("scout", 1), ("scout", 4), ("maverick", 1), ("maverick", 2)]
+)
+def test_any_number_of_ranks_and_shards_gives_the_same(name, world, tmp_path):
+    """The engine, whose cache is in blocks, against each prompt alone on one rank."""
+    path = write(tmp_path / "four", ALL[name], mp=4)
+    model = random_model(ALL[name])
+    if world == 1:
+        llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
+        found, _ = llama.generate(PROMPTS, 16, temperature=0, stop_tokens=set())
+    else:
+        report = run_ranks(
+            world, "generate", tmp_path / "out", ckpt=str(path), prompts=PROMPTS, max_gen_len=16,
+            no_stops=True, build={"max_seq_len": 128},
+        )  # fmt: skip
+        found = report["tokens"]
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        expected = [*prompt]
+        with torch.inference_mode():
+            for _ in range(16):
+                expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+        assert ids == expected[len(prompt) :]
+
+
+@torch.inference_mode()
+def test_weights_of_experts_that_no_token_chose_are_not_read(tokens):
+    model = random_model(SCOUT)
+    few = tokens[:1, :3]
+    expected = model(few)
+    chosen = []
+    for block in model.layers:
+        block.feed_forward.router.register_forward_hook(
+            lambda module, x, y: chosen.append(set(y.argmax(-1).tolist()))
+        )
+    model(few)
+    for block, used in zip(model.layers, chosen, strict=True):
+        for e in set(range(SCOUT.num_experts)) - used:
+            for parameter in block.feed_forward.experts[e].parameters():
+                parameter.fill_(torch.nan)
+    assert any(len(used) < SCOUT.num_experts for used in chosen)
+    torch.testing.assert_close(model(few), expected, atol=0, rtol=0)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conversion_both_ways_is_bit_exact(args, tmp_path, dtype):
+    source = InMemory(args, random_weights(args, dtype=dtype))
+    meta.write(source, tmp_path / "1")
+    convert(tmp_path / "1", tmp_path / "hf", "hf", quiet=True, max_shard_bytes=100_000)
+    convert(tmp_path / "hf", tmp_path / "4", "meta", model_parallel_size=4, quiet=True)
+    convert(tmp_path / "4", tmp_path / "hf2", "hf", quiet=True)
+    for name in ("1", "hf", "4", "hf2"):
+        found = checkpoint.open(tmp_path / name)
+        check_equal(source, found, quiet=True)
+        context = {"max_seq_len": 1}  # params.json doesn't say it
+        ours, theirs = (dataclasses.replace(a, **context) for a in (args, found.args))
+        formula = {"multiple_of": 1, "ffn_dim_multiplier": None}  # another one for the same widths
+        assert dataclasses.replace(ours, **formula) == dataclasses.replace(theirs, **formula)
+
+
+def test_released_names_are_read(args, weights, tmp_path):
+    """As Meta's loader takes them, with what it leaves out, in two shards."""
+    path = meta.write(InMemory(args, weights), tmp_path / "m", 2)
+    for file in sorted(path.glob("*.pth")):
+        shard = torch.load(file)
+        for i in range(args.n_layers):
+            layer = f"layers.{i}"
+
+            def move(old, new, layer=layer, shard=shard):
+                shard[f"{layer}.{new}"] = torch.cat([shard.pop(f"{layer}.{one}") for one in old])
+
+            move([f"attention.{m}.weight" for m in ("wq", "wk", "wv")], "attention.wqkv.weight")
+            move(["attention_norm.weight"], "attention.wqkv.layer_norm_weight")
+            shard[f"{layer}.attention.wo._extra_state"] = io.BytesIO(b"x")
+            if args.has_experts(i):
+                move(["ffn_norm.weight"], "feed_forward.norm.weight")
+                for m, new in (
+                    ("1", "w_in_shared_FD"),
+                    ("3", "w_swiglu_FD"),
+                    ("2", "w_out_shared_DF"),
+                ):
+                    move([f"feed_forward.shared_expert.w{m}.weight"], f"feed_forward.{new}.weight")
+            else:
+                move(["ffn_norm.weight"], "feed_forward.mlp.layer_norm_weight")
+                move(
+                    ["feed_forward.w1.weight", "feed_forward.w3.weight"],
+                    "feed_forward.mlp.fc1_weight",
+                )
+                move(["feed_forward.w2.weight"], "feed_forward.mlp.fc2_weight")
+        shard["vision_embeddings.x.weight"] = torch.zeros(3)
+        torch.save(shard, file)
+    params = json.loads((path / "params.json").read_text())
+    (path / "params.json").write_text(json.dumps({**params, "vision_args": {"dim": 1}}))
+    found = checkpoint.open(path)
+    check_equal(InMemory(args, weights), found, quiet=True)
+    assert found.left_out == 1
+
+
+def test_the_text_part_of_a_model_with_vision_is_read(args, weights, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    path = huggingface.write(InMemory(args, weights), tmp_path / "hf")
+    text = json.loads((path / "config.json").read_text())
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "intermediate_size": 128, "vision_output_dim": 32,
+        "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    config = Llama4Config(text_config=text, vision_config=vision)
+    whole = Llama4ForConditionalGeneration(config)
+    whole.language_model.load_state_dict(load_file(path / "model.safetensors"))
+    whole.save_pretrained(tmp_path / "whole")
+    found = checkpoint.open(tmp_path / "whole")
+    check_equal(InMemory(args, weights), found, quiet=True)
+    assert found.left_out > 0
+    stored = load_file(tmp_path / "whole" / "model.safetensors")
+    stored["other.weight"] = torch.zeros(1)
+    save_file(stored, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no place for: other\.weight"):
+        checkpoint.check_shapes(checkpoint.open(tmp_path / "whole"))
