@@ -28,8 +28,8 @@ from llama import ModelArgs, Transformer, checkpoint
 from llama.backends import build
 from llama.checkpoint import floats
 from llama.checkpoint.huggingface import config_of
-from llama.checkpoint.names import HF
 from llama.checkpoint.shapes import weight_shapes
+from llama.families.names import HF
 from llama.layers import parallel
 
 Tensors = Dict[str, torch.Tensor]
