@@ -25,6 +25,8 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
     print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
+    for kind, becomes in about.kept.items():
+        print(f"  {kind}: in memory {becomes} dense; activations aren't quantized")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
     for field, value in vars(args).items():
         if field not in ("max_seq_len", "max_batch_size"):
@@ -35,3 +37,6 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
             print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {need}")
+        if about.kept:
+            need = memory.estimate(args, world, torch.bfloat16, "stored", source=source)
+            print(f"  {world:3} rank{'s' if world > 1 else ' '} as stored, bf16: {need}")
