@@ -23,7 +23,7 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.layers import FLOATS, NativeTransformer, Workspace
 from llama.backends.cpu.packing import Arena, packed_bytes
 from llama.backends.quantized import Blocks
-from llama.checkpoint import InMemory, floats, ggml
+from llama.checkpoint import InMemory, floats, ggml, integers
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache, KVCache
 from llama.text.gguf_header import read_header
@@ -470,6 +470,15 @@ def own_floats(shape: torch.Size, kind: str) -> tuple:
     return Blocks(floats.e2m1_blocks(codes, groups, scale), kind), values
 
 
+def own_integers(shape: torch.Size, kind: str) -> tuple:
+    """Random integers, scales and zero points; and what they mean, in fp64."""
+    (rows, cols), (bits, values) = shape, integers.BITS_VALUES[kind]
+    q, zero = (torch.randint(1 << bits, (rows, n)) for n in (cols, cols // values))
+    scale = torch.rand(rows, cols // values) + 0.5
+    dense = (q.view(rows, -1, values) - zero[..., None]).double() * scale.double()[..., None]
+    return Blocks(integers.pack(q, scale, zero, kind), kind), dense.view(shape)
+
+
 def stored_as(weight: torch.Tensor, kind: str) -> tuple:
     """A weight as a file of a block type holds it, and what that means, in fp64."""
     if kind in ("F32", "F16", "BF16"):
@@ -477,6 +486,8 @@ def stored_as(weight: torch.Tensor, kind: str) -> tuple:
         return weight.to(dtype), weight.to(dtype).double()
     if kind in floats.BYTES:
         return own_floats(weight.shape, kind)
+    if kind in integers.BYTES:
+        return own_integers(weight.shape, kind)
     number = gguf.GGMLQuantizationType[kind]
     try:
         raw = torch.from_numpy(gguf.quantize(weight.numpy(), number))
