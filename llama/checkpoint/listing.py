@@ -5,6 +5,8 @@ import json
 import re
 from typing import Callable, Collection, List
 
+from llama.checkpoint.config import check_config
+
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja",
@@ -24,12 +26,13 @@ def checkpoint_files(
 
     Raises:
         FileNotFoundError: a checkpoint that lacks files.
-        ValueError: several checkpoints, or a broken index.
+        ValueError: several checkpoints, a broken index, or a config.json that can't be read.
     """
     shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
     if has("params.json") and (files := list(shards)):
         return ["params.json", *files, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
+        check_config(f"{where}: config.json", read("config.json"))
         for weights in ("model.safetensors", "pytorch_model.bin"):
             if has(index := f"{weights}.index.json"):
                 files = _indexed(f"{where}: {index}", read(index))
