@@ -21,14 +21,13 @@ import fire
 import gguf
 import psutil
 import torch
-from llama.checkpoint.names import HF
 from safetensors.torch import save_file
 
 from benchmarks import shapes
 from llama import ModelArgs, Transformer, checkpoint
 from llama.backends import build
 from llama.checkpoint import floats
-from llama.checkpoint.huggingface import config_of
+from llama.checkpoint.config import config_of
 from llama.checkpoint.shapes import weight_shapes
 from llama.families.names import HF
 from llama.layers import parallel
