@@ -14,7 +14,7 @@ from llama.backends import cpu, memory, nodes, offloaded, quantized
 from llama.backends.options import ModelOptions
 from llama.checkpoint import Checkpoint
 from llama.checkpoint.adapter import Merged, read_adapter
-from llama.families.registry import build
+from llama.families.registry import build, family_of
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.model import ModelArgs, Transformer
@@ -125,7 +125,7 @@ def open_tokenizer(
         return Tokenizer(nodes.local_path(path, lend))
 
     tokenizer = nodes.tokenizer_on_all_ranks(find, lend)
-    if tokenizer.n_words > source.args.vocab_size:
+    if tokenizer.n_words > source.args.vocab_size + family_of(source.args).extra_ids:
         raise ValueError(
             f"{path} has {tokenizer.n_words} tokens and the model in {source.path} "
             f"knows {source.args.vocab_size}: they don't belong together"

@@ -27,8 +27,11 @@ from llama.model import Transformer
 
 # For each kind, the block type that it quantizes to, and those that it keeps as stored. The kind
 # "stored" keeps all, and leaves dense weights dense.
-FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4")
-ALL = (*FOUR_BITS, "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+FOUR_BITS = (
+    "Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "I4_32", "I4_64", "I4_128",
+    "NF4", "FP4", "NVFP4S",
+)  # fmt: skip
+ALL = (*FOUR_BITS, "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "I8_32", "I8_128", "FP8")
 KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "int8": ("Q8_0", ALL),
     "int4": ("Q4_1", FOUR_BITS),
@@ -57,12 +60,7 @@ class Blocks(NamedTuple):
         return rows, row // size * values
 
     def finite(self) -> bool:
-        """Whether all scales are finite: quantizing NaN or infinity gives such a scale."""
-        blocks = self.data.view(-1, ggml.block(self.kind)[1])
-        return all(
-            blocks[:, at : at + 2].contiguous().view(torch.float16).isfinite().all()
-            for at in ggml.SCALES[self.kind]
-        )
+        return ggml.is_finite(self.data, self.kind)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return ggml.dequantize(self.data, self.kind).to(dtype)
@@ -225,6 +223,6 @@ def _stored_blocks(
         axis == 1 and any(start % values or stop % values for start, stop in ranges)
     ):
         return None
-    gguf: Any = source  # no other format has blocks
-    parts = [gguf.read_blocks(name, axis, start, stop) for start, stop in ranges]
+    blocks: Any = source  # other formats have none
+    parts = [blocks.read_blocks(name, axis, start, stop) for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

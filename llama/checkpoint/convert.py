@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
 from tqdm import tqdm
 
 from llama.checkpoint import ggml, gguf, huggingface, meta
 from llama.checkpoint.opening import open as open_checkpoint
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, dtype_name
 from llama.checkpoint.writing import bytes_of, dtype_of
@@ -131,8 +132,13 @@ def describe(source: Checkpoint) -> Description:
     """Look at a checkpoint's table of tensors, not at its weights."""
     shapes: Dict[str, Shape] = source.shapes()
     by_dtype: Dict[str, int] = {}
+    quantized: Mapping[str, QuantizedWeight] = getattr(source, "quantized", {})
     for name, shape in shapes.items():
-        kind = source.stored_as(name)
-        by_dtype[kind] = by_dtype.get(kind, 0) + ggml.stored_bytes(shape, kind)
+        if name in quantized:
+            kind, nbytes = quantized[name].label, quantized[name].nbytes
+        else:
+            kind = source.stored_as(name)
+            nbytes = ggml.stored_bytes(shape, kind)
+        by_dtype[kind] = by_dtype.get(kind, 0) + nbytes
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return Description(FORMAT_NAMES[type(source)], parameters, by_dtype)

@@ -6,7 +6,8 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple
 
 import torch
 
-from llama.checkpoint.source import Shape, Stored
+from llama.checkpoint.schemes.weight import QuantizedWeight
+from llama.checkpoint.source import Derived, Shape, Stored, dtype_name
 from llama.families.family import Fused
 
 
@@ -37,7 +38,12 @@ class Transposed(NamedTuple):
         return self.stored.read(0, start, stop)[:, self.first : self.last].T
 
 
-Part = Stored | Transposed
+Part = Stored | Transposed | Derived | QuantizedWeight
+
+
+def stored_as(part: Part) -> str:
+    """See `Checkpoint.stored_as`."""
+    return part.stored_as if isinstance(part, QuantizedWeight) else dtype_name(part.dtype)
 
 
 def cut(
@@ -50,13 +56,19 @@ def cut(
     """
     found = dict(stored)
     for name, how in fused.items():
-        whole = found.get(name)
+        whole, first = found.get(name), how.groups[0][0]
+        if isinstance(whole, QuantizedWeight) and len(how.groups) == 1 and how.as_rows:
+            found[first] = found.pop(name)
         if not isinstance(whole, Stored):
             continue
-        first = how.groups[0][0]
-        if len(how.groups) == 1 and not how.transposed:  # another name
-            if first not in found:
-                found[first] = found.pop(name)
+        if len(how.groups) == 1 and not how.transposed:  # another name, shape or encoding
+            if first not in found and how.shape in (None, whole.shape):
+                del found[name]
+                if how.to_ours is not None:
+                    found[first] = Derived(whole, how.to_ours, shapes[first])
+                else:
+                    shape = whole.shape if how.shape is None else shapes[first]
+                    found[first] = whole._replace(shape=shape)
             continue
         matrix = how.transposed or len(shapes[first]) == 2
         if len(whole.shape) != 2 + how.stacked or not matrix or not math.prod(whole.shape):
@@ -91,6 +103,8 @@ def plan(names: Iterable[str], fused: Mapping[str, Fused]) -> Dict[str, List[str
 
 def fused_shape(how: Fused, shape: Callable[[str], Shape]) -> Shape:
     """The shape of a tensor whose parts have these."""
+    if how.shape is not None or (how.groups == ((how.groups[0][0],),) and not how.transposed):
+        return shape(how.groups[0][0]) if how.shape is None else how.shape
     turned = [[shape(one)[:: -1 if how.transposed else 1] for one in group] for group in how.groups]
     rows, cols = [group[0][0] for group in turned], sum(one[1] for one in turned[0])
     return (len(rows), rows[0], cols) if how.stacked else (sum(rows), cols)
@@ -98,5 +112,8 @@ def fused_shape(how: Fused, shape: Callable[[str], Shape]) -> Shape:
 
 def join(how: Fused, read: Callable[[str], torch.Tensor]) -> Iterator[torch.Tensor]:
     """The rows of a tensor, a group at a time."""
+    if how.to_theirs is not None:
+        yield how.to_theirs(read(how.groups[0][0]))
+        return
     for group in how.groups:
         yield torch.cat([read(one).T if how.transposed else read(one) for one in group], 1)

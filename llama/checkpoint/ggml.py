@@ -18,7 +18,7 @@ from typing import Dict, Tuple
 
 import torch
 
-from llama.checkpoint import kquants
+from llama.checkpoint import floats, integers, kquants
 
 VALUES = 32  # of a block
 BYTES: Dict[str, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
@@ -42,6 +42,10 @@ def block(kind: str) -> Tuple[int, int]:
     """How many values a block of a type has, and how many bytes; dtypes have blocks of one."""
     if kind in BYTES:
         return VALUES, BYTES[kind]
+    if kind in integers.BYTES:
+        return integers.BITS_VALUES[kind][1], integers.BYTES[kind]
+    if kind in floats.BYTES:
+        return floats.VALUES, floats.BYTES[kind]
     import gguf
 
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -53,12 +57,29 @@ def stored_bytes(shape: Tuple[int, ...], kind: str) -> int:
     return math.prod(shape) // values * size
 
 
+def is_finite(raw: torch.Tensor, kind: str) -> bool:
+    """Whether all scales are finite: quantizing NaN or infinity gives such a scale."""
+    if kind in integers.BYTES:
+        return bool(integers.scales(raw, kind).isfinite().all())
+    if kind in floats.BYTES:
+        return bool(floats.scales(raw, kind).isfinite().all())
+    blocks = raw.view(-1, block(kind)[1])
+    return all(
+        blocks[:, at : at + 2].contiguous().view(torch.float16).isfinite().all()
+        for at in SCALES[kind]
+    )
+
+
 def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:
     """(rows, bytes of a row) -> (rows, values of a row), fp32, to the bit as gguf.dequantize.
 
     Raises:
         NotImplementedError: a kind that the gguf package can't read either.
     """
+    if kind in integers.BYTES:
+        return integers.dequantize(raw, kind)
+    if kind in floats.BYTES:
+        return floats.dequantize(raw, kind)
     if kind not in BYTES:
         import gguf
 

@@ -7,15 +7,17 @@ import math
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 
-from llama.checkpoint.fused import Part, cut, plan
+from llama.checkpoint.fused import Part, cut, plan, stored_as
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
+from llama.checkpoint.schemes import Scheme, assemble, open_scheme
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, Stored, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, Stored, find_tokenizer
 from llama.checkpoint.writing import Progress, dtype_of, no_progress
 from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
@@ -36,6 +38,7 @@ IGNORED = {
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
     "_commit_hash", "problem_type", "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
+    "quantization_config",  # see `read_scheme`
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
@@ -47,7 +50,6 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1),
     "attention_multiplier": (None, 1.0),
-    "quantization_config": (None,),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
@@ -109,7 +111,10 @@ def read_config(
         )
     if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
         config = MISTRAL | config
-    own = family.read_config(config)
+    try:
+        own = family.read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         value: Any = config.pop(key, None)
@@ -166,13 +171,30 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     return args
 
 
-def index_tensors(file: Path) -> Dict[str, Stored]:
+def read_scheme(path: Path) -> Optional[Scheme]:
+    """How the weights beside config.json are quantized; None: they aren't.
+
+    Raises:
+        ValueError: a scheme that can't be read.
+    """
+    config = read_object(path).get("quantization_config")
+    try:
+        return None if config is None else open_scheme(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def index_tensors(file: Path, *, codes: bool = False) -> Dict[str, Stored]:
     """Where each tensor of a .safetensors or .bin file lies.
+
+    Args:
+        codes: it may hold more than floats, see `source.CODES`.
 
     Raises:
         ValueError: a damaged file.
     """
-    return (index_safetensors if file.suffix == ".safetensors" else index_pth)(file)
+    index = index_safetensors if file.suffix == ".safetensors" else index_pth
+    return index(file, codes=codes)
 
 
 class HFCheckpoint:
@@ -181,22 +203,30 @@ class HFCheckpoint:
     def __init__(self, path: Path, known: Optional[AbstractSet[str]] = None):
         self.path = Path(path)
         family, fields = read_config(self.path / "config.json", known)
-        self._stored: Dict[str, Part] = {}
+        scheme = read_scheme(self.path / "config.json")
+        ours = family.hf_names.meta
+        tensors: Dict[str, Stored] = {}
         self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
-            for name, stored in index_tensors(file).items():
+            for name, stored in index_tensors(file, codes=scheme is not None).items():
                 if name.startswith(family.left_out):
                     self.left_out += 1
                     continue
-                name = family.hf_names.meta(name)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
-                if name in self._stored:
-                    other = self._stored[name].file.name
-                    raise ValueError(f"{name} is both in {other} and in {file}")
-                self._stored[name] = stored
-        self.args = checked_args(self.path / "config.json", fields, len(self._stored), family)
-        self._stored = cut(self._stored, family.fused(self.args, "hf"), weight_shapes(self.args))
+                if name in tensors:
+                    other = tensors[name].file.name
+                    raise ValueError(f"{ours(name)} is both in {other} and in {file}")
+                tensors[name] = stored
+        plain, quantized = assemble(scheme, tensors)
+        found: Dict[str, Part] = {ours(name): part for name, part in (plain | quantized).items()}
+        self.args = checked_args(self.path / "config.json", fields, len(found), family)
+        self._stored = cut(found, family.fused(self.args, "hf"), weight_shapes(self.args))
+        self.quantized = {
+            name: weight
+            for name, weight in self._stored.items()
+            if isinstance(weight, QuantizedWeight)
+        }
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
@@ -234,17 +264,30 @@ class HFCheckpoint:
         return {name: stored.shape for name, stored in self._stored.items()}
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self._stored[name].dtype)
+        return stored_as(self._stored[name])
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        stored = self._stored[name]
-        if not name.endswith(family_of(self.args).rotated):
-            return stored.read(axis, start, stop)
-        if axis != 0:
-            return self.read(name, 0, 0, stored.shape[0]).narrow(axis, start, stop - start)
+        return self._in_order(name, self._stored[name].read, axis, start, stop)
+
+    def read_blocks(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The same of a quantized weight, as blocks, (rows, bytes of a row).
+
+        Along axis 1 start and stop are whole blocks.
+        """
+        return self._in_order(name, self.quantized[name].read_blocks, axis, start, stop)
+
+    def _in_order(
+        self, name: str, read: Callable[[int, int, int], torch.Tensor], *of: int
+    ) -> torch.Tensor:
+        """What `read` returns, rows in Meta's order."""
+        axis, start, stop = of
+        if not family_of(self.args).is_rotated(name):
+            return read(axis, start, stop)
         d = self.args.head_dim
+        if axis != 0:
+            return interleave(read(axis, start, stop), d)
         first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
-        return interleave(stored.read(0, first, last), d)[start - first : stop - first]
+        return interleave(read(0, first, last), d)[start - first : stop - first]
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:
@@ -253,7 +296,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
     kind = "llama3" if args.use_scaled_rope else kind
     rope = {theirs: getattr(args, ours) for theirs, ours in ROPE[kind].items()}
     config = {theirs: getattr(args, ours) for ours, (theirs, _, _) in FIELDS.items()}
-    return config | {
+    config |= {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": bos_id,
@@ -266,6 +309,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
         **family_of(args).write_config(args),
     }
+    return family_of(args).nest_config(args, config)
 
 
 def write(

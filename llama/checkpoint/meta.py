@@ -10,11 +10,14 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from llama.checkpoint.fused import Part, cut, fused_shape, join, plan
+from llama.checkpoint.fused import Part, cut, fused_shape, join, plan, stored_as
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
+from llama.checkpoint.schemes import Scheme, assemble
+from llama.checkpoint.schemes.meta_int4 import MetaInt4
+from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, dtype_name, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
 from llama.families.family import Family
 from llama.families.registry import family_of, of_params
@@ -27,6 +30,8 @@ from llama.tokenizer import Tokenizer
 # Keys that Meta's own files hold and that say nothing about the network.
 IGNORED_PARAMS = {"max_seq_len", "max_batch_size", "model_parallel_size"}
 
+QUANTIZATION = ("quantization_args", "lora_args")  # see `read_scheme`
+
 # params.json of Llama 3.2 says only that RoPE is scaled; these two, which their
 # (dim, n_layers) identify, by 32 and not by the 8 of all others (their config.json say so).
 SCALED_BY_32 = [(2048, 16), (3072, 28)]
@@ -38,7 +43,7 @@ def read_params(path: Path) -> Tuple[Family, dict]:
     Raises:
         ValueError: not JSON, or a key that this model knows nothing of.
     """
-    params = read_object(path)
+    params = {key: value for key, value in read_object(path).items() if key not in QUANTIZATION}
     family = of_params(params)
     params = family.read_params(params)
     known = {field.name for field in dataclasses.fields(family.args)}
@@ -54,6 +59,21 @@ def read_params(path: Path) -> Tuple[Family, dict]:
         by_32 = (params.get("dim"), params.get("n_layers")) in SCALED_BY_32
         params["rope_scaling_factor"] = 32.0 if by_32 else 8.0
     return family, params
+
+
+def read_scheme(path: Path) -> Optional[Scheme]:
+    """How the weights beside params.json are quantized; None: they aren't.
+
+    Raises:
+        ValueError: a scheme that can't be read.
+    """
+    config, lora = (read_object(path).get(key) for key in QUANTIZATION)
+    if config is None and lora is None:
+        return None
+    try:
+        return MetaInt4(config, lora)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def trained_context(args: ModelArgs) -> int:
@@ -75,15 +95,28 @@ class MetaCheckpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._files = sorted(self.path.glob("consolidated.*.pth"))
+        if (single := self.path / "consolidated.pth").exists() and not self._files:
+            self._files = [single]  # as Llama 3.2 11B Vision comes
         names = [f"consolidated.{i:02d}.pth" for i in range(len(self._files))]
-        if not self._files or [file.name for file in self._files] != names:
+        if not self._files or [file.name for file in self._files] not in (names, [single.name]):
             found = ", ".join(file.name for file in self._files) or "none"
             raise ValueError(
                 f"{self.path}: expected consolidated.00.pth and so on without a gap, "
                 f"found {found}; fetch what is missing"
             )
-        self._shards: List[Dict[str, Part]] = [{**index_pth(file)} for file in self._files]
         family, params = read_params(self.path / "params.json")
+        scheme = read_scheme(self.path / "params.json")
+        indexed = [index_pth(file, codes=scheme is not None) for file in self._files]
+        self.quantized: Dict[str, QuantizedWeight] = {}
+        if scheme is not None:
+            if len(self._files) > 1:
+                raise ValueError(f"{self.path}: quantized weights in more than one file")
+            plain, self.quantized = assemble(scheme, indexed[0])
+            indexed = [plain]
+        self._shards: List[Dict[str, Part]] = [
+            {family.meta_names.meta(name): stored for name, stored in shard.items()}
+            for shard in indexed
+        ]
         params.setdefault("tied_embeddings", self._is_tied())
         if params["tied_embeddings"]:
             for shard in self._shards:
@@ -107,14 +140,15 @@ class MetaCheckpoint:
 
     def _is_tied(self) -> bool:
         """Whether the output layer is left out, or lies where the embedding lies."""
-        return all(
+        return "output.weight" not in self.quantized and all(
             shard.get("output.weight") in (None, shard.get("tok_embeddings.weight"))
             for shard in self._shards
         )
 
     def _count_words(self, dim: int) -> int:
         """Llama 1 leaves the vocabulary's size to the tokenizer; the embedding knows it too."""
-        shape = self._first("tok_embeddings.weight").shape
+        name = "tok_embeddings.weight"
+        shape = self.quantized[name].shape if name in self.quantized else self._first(name).shape
         if len(shape) != 2:
             raise ValueError(f"{self._files[0]}: tok_embeddings.weight has the shape {shape}")
         return shape[0] * len(self._files) if shape[1] == dim else shape[0]
@@ -126,7 +160,7 @@ class MetaCheckpoint:
 
     def shapes(self) -> Dict[str, Shape]:
         expected = weight_shapes(self.args)
-        shapes = {}
+        shapes = {name: weight.shape for name, weight in self.quantized.items()}
         for name in self._shards[0]:
             shape = self._first(name).shape
             for file, shard in zip(self._files, self._shards, strict=True):
@@ -169,9 +203,11 @@ class MetaCheckpoint:
         return None
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self._first(name).dtype)
+        return stored_as(self.quantized.get(name) or self._first(name))
 
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        if name in self.quantized:
+            return self.quantized[name].read(axis, start, stop)
         stored = self._first(name)
         layout = self._layout(name, stored.shape, weight_shapes(self.args)[name])
         if layout is None:
@@ -188,6 +224,10 @@ class MetaCheckpoint:
             parts.append(self._shards[shard][name].read(axis, start - low, end - low))
             start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def read_blocks(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The same of a quantized weight, as blocks: see `QuantizedWeight.read_blocks`."""
+        return self.quantized[name].read_blocks(axis, start, stop)
 
 
 def params_of(args: ModelArgs) -> dict:
@@ -293,14 +333,15 @@ def _write_shard(
     }
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
+    in_file = family_of(source.args).meta_names.theirs
     with torch.serialization.skip_data():
-        torch.save(empty, file)
+        torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
     del empty
     checksums = {}
     places = index_pth(file)
     with file.open("r+b") as out:
         for name in parts:
-            place, checksum = places[name], 0
+            place, checksum = places[in_file(name)], 0
             out.seek(place.offset)
             for tensor in join(fused[name], read) if name in fused else [read(name)]:
                 write_tensor(out, tensor, progress)

@@ -11,13 +11,16 @@ from typing import Dict
 
 import torch
 
-from llama.checkpoint.source import DTYPES, Stored
+from llama.checkpoint.source import CODES, DTYPES, Stored
 
 IGNORED_WEIGHTS = {"rope.freqs"}  # Llama 1 and 2 stored what follows from rope_theta
 
 
-def index_pth(path: Path) -> Dict[str, Stored]:
+def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
     """Where each tensor of a .pth file lies, without reading one.
+
+    Args:
+        codes: it may hold more than floats, see `source.CODES`.
 
     The pickle is read with weights_only=True, which builds tensors and runs no code.
     """
@@ -35,7 +38,7 @@ def index_pth(path: Path) -> Dict[str, Stored]:
             continue
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, not a named tensor")
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in (*DTYPES.values(), *(CODES.values() if codes else ())):
             raise ValueError(
                 f"{path}: {name} has the dtype {tensor.dtype}: not a float; unsupported"
             )

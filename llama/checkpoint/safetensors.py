@@ -15,9 +15,9 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
-from llama.checkpoint.fused import fused_shape, join
+from llama.checkpoint.fused import fused_shape, join, plan
 from llama.checkpoint.shapes import weight_shapes
-from llama.checkpoint.source import DTYPES, Checkpoint, Shape, Stored, dtype_name
+from llama.checkpoint.source import CODES, DTYPES, Checkpoint, Shape, Stored, dtype_name
 from llama.checkpoint.writing import Progress, read_whole, rows, write_tensor
 from llama.families.registry import family_of
 from llama.text.files import unique_keys
@@ -40,13 +40,16 @@ def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def index_safetensors(path: Path) -> Dict[str, Stored]:
+def index_safetensors(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
     """Where each tensor of a .safetensors file lies: 8 bytes of length, a JSON header, data.
+
+    Args:
+        codes: it may hold more than floats, see `source.CODES`.
 
     Raises:
         ValueError: a header that isn't one, or tensors that don't fill the file exactly.
     """
-    size = path.stat().st_size
+    size, dtypes = path.stat().st_size, {**DTYPES, **(CODES if codes else {})}
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -63,9 +66,9 @@ def index_safetensors(path: Path) -> Dict[str, Stored]:
         stored, ends = {}, [0]
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = info["data_offsets"]
-            if info["dtype"] not in DTYPES:
+            dtype, shape = dtypes.get(info["dtype"]), tuple(info["shape"])
+            if dtype is None:
                 raise ValueError(f"{name} has the dtype {info['dtype']}: not a float; unsupported")
-            dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
             count = 1
             for dimension in shape:
                 if type(dimension) is not int or dimension < 0:
@@ -94,15 +97,16 @@ def write_safetensors(
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write weights under their Hugging Face names, in its order of rows, a few at a time.
+    """Write weights by their Hugging Face names, in its order of rows, a few at a time.
 
     `names` may be those of fused tensors. `extra` weights, which have such names already, follow
     as they are.
     """
     family = family_of(source.args)
     fused, shapes = family.fused(source.args, "hf"), weight_shapes(source.args)
+    parts = plan(shapes, fused)
     tensors = [
-        (name, fused_shape(fused[name], shapes.__getitem__), dtypes[fused[name].groups[0][0]])
+        (name, fused_shape(fused[name], shapes.__getitem__), dtypes[parts[name][0]])
         if name in fused
         else (family.hf_names.theirs(name), shapes[name], dtypes[name])
         for name in names
@@ -111,14 +115,16 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(_header(tensors))
         for name, (_, _, dtype) in zip(names, tensors, strict=False):
-            if name in fused:
-                for part in join(fused[name], partial(read_whole, source)):
+            how = fused.get(name)
+            if how is not None and not how.as_rows:
+                for part in join(how, partial(read_whole, source)):
                     write_tensor(file, part.to(dtype), progress)
                 continue
-            for part in rows(source, name, dtype):
-                if name.endswith(family.rotated):
-                    part = split_halves(part.contiguous(), source.args.head_dim)
-                write_tensor(file, part, progress)
+            for one in parts[name]:
+                for part in rows(source, one, dtype):
+                    if family.is_rotated(one):
+                        part = split_halves(part.contiguous(), source.args.head_dim)
+                    write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 
@@ -12,6 +12,13 @@ from llama.model import ModelArgs
 Shape = Tuple[int, ...]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# What else the tensors of quantized weights consist of.
+CODES = {
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -30,6 +37,26 @@ class Stored(NamedTuple):
     def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
         """[start, stop) along an axis; see `mapped.read_slice`."""
         return read_slice(*self, axis, start, stop)
+
+
+class Derived(NamedTuple):
+    """A weight that is computed from a tensor in a file, the whole of it."""
+
+    stored: Stored
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    shape: Shape
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        whole = self.compute(self.stored.read(0, 0, self.stored.shape[0]))
+        return whole.narrow(axis, start, stop - start)
 
 
 class Checkpoint(Protocol):

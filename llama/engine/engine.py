@@ -21,6 +21,7 @@ from llama.engine.events import (
     sample,
     stopped,
 )
+from llama.engine.images import Images
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event, Speculation
 from llama.engine.requests import Part, Reading, Request, Stats
@@ -73,6 +74,7 @@ class Engine:
         self.pool = model.new_cache(1 + blocks.total, PAGE)
         self.scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
         self.speculators = Speculators(draft, blocks.total)
+        self.images = Images(model)
         self._parts: Dict[Scheduled, Part] = {}
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
@@ -136,7 +138,12 @@ class Engine:
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops
         rows = make_rows(self.model, prompts, max_gen_len, params, self._generator, options)
-        speculator = self.speculators(options.get("speculate"))
+        speculate = options.get("speculate")
+        if speculate in (None, "draft") and any(row.images for row in rows):
+            if speculate is not None:
+                raise ValueError("a draft model sees no images: speculate='lookup' or 'off'")
+            speculate = "off"
+        speculator = self.speculators(speculate)
         request = Request(
             rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
             echo=echo, priority=priority, cache_prompt=cache_prompt,
@@ -195,7 +202,7 @@ class Engine:
                 return []
             try:
                 found, sampled = self._sample(
-                    *compute(self.model, self.pool, self.scheduler, plan, self._parts)
+                    *compute(self.model, self.pool, self.scheduler, plan, self._parts, self.images)
                 )
             except BaseException:
                 self.scheduler.restart()
@@ -211,6 +218,7 @@ class Engine:
         """Forget what was computed with weights that have been changed since."""
         if revision(self.model) != self._revision:
             self.scheduler.blocks.clear()
+            self.images.clear()
             self._revision = revision(self.model)
 
     def run(self, request: Request) -> Iterator[Event]:
@@ -256,6 +264,7 @@ class Engine:
     def _end(self, part: Part, broken: bool = False) -> None:
         """End a part that is queued or running, or not queued yet."""
         part.request.unfinished.discard(id(part.row))
+        part.row.views = None
         for sequence in part.sequences:
             if self._parts.pop(sequence, None) is None:
                 continue

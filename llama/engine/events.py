@@ -158,7 +158,13 @@ def echo(part: Part) -> List[Event]:
     tokens, row.echo = row.prompt if row.echo else (), False
     nothing: Details = (None, None)
     return [
-        Event(row.index, row.sample, token, row.decoder.feed(token), *found.get(i, nothing))
+        Event(
+            row.index,
+            row.sample,
+            token,
+            "" if token == row.image_id else row.decoder.feed(token),
+            *found.get(i, nothing),
+        )
         for i, token in enumerate(tokens)
     ]
 

@@ -5,6 +5,7 @@ from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Protocol, 
 
 import torch
 
+from llama.engine.images import keyed
 from llama.engine.predictions import Event
 from llama.engine.rows import Row
 from llama.engine.scheduler import Sequence
@@ -74,7 +75,7 @@ class Request:
         self.parts: List[Part] = []
         for row in rows:
             row.echo = echo
-            sequence = Sequence(list(row.prompt), row.max_len, priority, most, row.adapter)
+            sequence = Sequence(keyed(row), row.max_len, priority, most, row.adapter)
             self.parts.append(part := Part(self, row, sequence))
             if row.sample:
                 part.first = self.parts[-1 - row.sample]

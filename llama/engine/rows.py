@@ -1,7 +1,7 @@
 """Rows, which are the sequences that a call generates, and the options of a call."""
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict
+from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict, cast
 
 import torch
 
@@ -39,6 +39,8 @@ class Options(TypedDict, total=False):
     response_format: structured outputs, a constraint on the text: {"type": "json_schema", "schema":
         {...}}, or another of `llama.engine.structured`'s types. One for all prompts, or one or None
         for each. A row that ends with finish_reason "length" holds the beginning of such a text.
+    images: for models that see, a list for each prompt, of what `llama.vision.images.tile` returns,
+        in the order of the images' tokens, which are the first id after the vocabulary.
     adapter: the name of a LoRA adapter that `Llama.add_adapter` loaded, one for all prompts, or one
         or None for each.
     """
@@ -52,6 +54,7 @@ class Options(TypedDict, total=False):
     should_stop: Optional[Callable[[], bool]]
     speculate: Optional[Literal["lookup", "draft", "off"]]
     response_format: Optional[ResponseFormat | Sequence[Optional[ResponseFormat]]]
+    images: Optional[Sequence[Sequence[Any]]]
     adapter: Optional[str | Sequence[Optional[str]]]
 
 
@@ -89,6 +92,10 @@ class Row:
         max_len: tokens of prompt and answer together.
         seed: of its random numbers.
         adapter: its number (`llama.layers.low_rank`); 0: none.
+        images: in its prompt, and the id of their tokens.
+
+    Attributes:
+        views: what its tokens see of them, while it runs.
     """
 
     index: int
@@ -99,10 +106,16 @@ class Row:
     seed: int
     stop: Sequence[str]
     adapter: int = 0
+    images: Sequence[Any] = ()
+    image_id: int = -1
     constraint: Optional[Constraint] = None  # on its text; advanced by rank 0 alone
     answer: List[int] = field(default_factory=list)
     speculation: Optional[Speculation] = None  # with speculative decoding
     echo: bool = False  # whether the events of its prompt are still to come
+
+    @property
+    def image_places(self) -> List[int]:
+        return [i for i, token in enumerate(self.prompt) if token == self.image_id]
 
     @property
     def full(self) -> bool:
@@ -111,6 +124,7 @@ class Row:
     def __post_init__(self) -> None:
         self.stops = StopStrings(self.stop)
         self.is_argmax = self.params.is_argmax
+        self.views: Optional[Sequence[Any]] = None
 
     def begin(self, tokenizer: Tokenizer, device: torch.device) -> None:
         """Create what samples tokens and what decodes them."""
@@ -145,7 +159,40 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
                 f"prompt {row} has {len(prompt)} tokens, and max_seq_len is "
                 f"{params.max_seq_len}: shorten it, or build with a larger max_seq_len"
             )
-    check_ids(prompts, params.vocab_size)
+    check_ids(prompts, params.vocab_size + (model_image_id(model) >= 0))
+
+
+def model_image_id(model: Transformer) -> int:
+    """The id of images' tokens; -1 for a model that sees none."""
+    return getattr(model, "image_id", -1)
+
+
+def check_images(
+    model: Transformer, prompts: Sequence[Sequence[int]], images: Optional[Sequence[Sequence[Any]]]
+) -> Sequence[Sequence[Any]]:
+    """The images of each prompt.
+
+    Raises:
+        ValueError: a model that sees none, a wrong number of them, or tiles of another size.
+    """
+    found = [()] * len(prompts) if images is None else images
+    image_id, args = model_image_id(model), cast(Any, model.params)
+    if any(found) and image_id < 0:
+        raise ValueError("this model sees no images: it has no image encoder")
+    if len(found) != len(prompts):
+        raise ValueError(f"images for {len(found)} of {len(prompts)} prompts: pass a list for each")
+    for row, (prompt, of_row) in enumerate(zip(prompts, found, strict=True)):
+        places = sum(token == image_id for token in prompt)
+        if len(of_row) != places:
+            raise ValueError(f"prompt {row} has {len(of_row)} images, and {places} tokens for them")
+        for tiles in of_row:
+            n, size = tiles.pixels.shape[0], tiles.pixels.shape[-1]
+            if size != args.vision_chunk_size or n > args.vision_max_num_chunks:
+                raise ValueError(
+                    f"an image of {n} tiles of {size} pixels, and this model takes up to "
+                    f"{args.vision_max_num_chunks} of {args.vision_chunk_size}: tile it for these"
+                )
+    return found
 
 
 def make_rows(
@@ -177,11 +224,12 @@ def make_rows(
     if len(names) != len(prompts):
         raise ValueError(f"{len(names)} adapters for {len(prompts)} prompts: pass one for each")
     adapters = [number(model, name) for name in names]
+    images = check_images(model, prompts, options.get("images"))
     return [
         Row(
             index, sample, prompt, min(model.params.max_seq_len, len(prompt) + max_gen_len), params,
             (seeds[index] + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
-            adapters[index],
+            adapters[index], images[index], model_image_id(model),
         )
         for index, prompt in enumerate(prompts)
         for sample in range(n)

@@ -89,14 +89,16 @@ def constrained(
     if params.logit_bias:
         logits = _added(logits, params.logit_bias)
     if params.repetition_penalty != 1:
-        logits = penalize_repetition(logits, params.repetition_penalty, [*prompt, *answer])
+        known = [token for token in (*prompt, *answer) if token < len(logits)]  # not an image
+        logits = penalize_repetition(logits, params.repetition_penalty, known)
     if answer and (params.presence_penalty or params.frequency_penalty):
         presence, frequency = params.presence_penalty, params.frequency_penalty
         counts = Counter(answer).items()
         logits = _added(logits, {token: -(presence + n * frequency) for token, n in counts})
     banned = list(params.banned_tokens)
     if params.no_repeat_ngram_size:
-        banned += would_repeat([*prompt, *answer], params.no_repeat_ngram_size)
+        repeated = would_repeat([*prompt, *answer], params.no_repeat_ngram_size)
+        banned += [token for token in repeated if token < len(logits)]
     if len(answer) < params.min_tokens:
         banned += [token for token in stop_tokens if 0 <= token < len(logits)]
     if banned:

@@ -1,10 +1,11 @@
 """A step: what a plan says, computed, to the logits of those that are ready for a token."""
 
-from typing import List, Mapping, Tuple
+from typing import Any, List, Mapping, Sequence, Tuple
 
 import torch
 
 from llama.engine.events import details_of, guide
+from llama.engine.images import Images, plain
 from llama.engine.passes import hidden
 from llama.engine.projection import PROJECTED
 from llama.engine.requests import Part, Reading
@@ -23,12 +24,14 @@ def compute(
     scheduler: Scheduler,
     plan: Plan,
     parts: Mapping[Scheduled, Part],
+    images: Images,
 ) -> Ready:
     """Compute a plan: the parts that are ready for a token, and for each of these and its draft
     tokens the logits, (positions, vocab_size), without guidance and with it."""
     for source, target in plan.copies:
         copy_block(pool, source, target)
     new: List[List[int]] = []
+    views: List[Sequence[Any]] = []
     ends: List[Tuple[Part, Scheduled]] = []
     at: List[int] = []  # of each end, and of its draft tokens
     scored: List[Tuple[Part, int, int, int]] = []
@@ -36,7 +39,9 @@ def compute(
     end = 0
     for sequence, n in plan.counts.items():
         part, known, draft = parts[sequence], sequence.computed, sequence.draft
-        new.append(sequence.tokens[known : known + n] + draft)
+        seen = part.row.images if sequence is part.sequence else ()
+        new.append(plain(part.row, sequence.tokens[known : known + n]) + draft)
+        views.append(images.of(part.row) if seen else ())
         if part.request.scored and part.row.echo and sequence is part.sequence:
             scored.append((part, known + 1, end, end + n))
         reading = part.request.reading
@@ -53,7 +58,7 @@ def compute(
     sequences = list(plan.counts)
     cache = PagedRows(
         pool, [s.table for s in sequences], [s.computed for s in sequences],
-        [s.adapter for s in sequences],
+        [s.adapter for s in sequences], views if any(views) else (),
     )  # fmt: skip
     h = hidden(model, new, cache)
     for part, begin, first, last in scored:
@@ -101,9 +106,11 @@ def _score(model: Transformer, part: Part, begin: int, h: torch.Tensor) -> None:
     """Score the prompt's tokens from `begin` on, from the hidden states before each."""
     request, following = part.request, part.row.prompt[begin : begin + len(h)]
     for at in range(0, len(following), PROJECTED):
-        ids = [[token] for token in following[at : at + PROJECTED]]
+        tokens = following[at : at + PROJECTED]
+        ids = [[token if token < model.vocab_size else 0] for token in tokens]
         logits = model.logits(h[at : at + len(ids)])
         nothing: List[List[int]] = [[] for _ in ids]
         found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
         scores = request.scores[part.row.index]
-        scores |= {begin + at + i: one for i, [one] in enumerate(found)}
+        for i, (token, [one]) in enumerate(zip(tokens, found, strict=True), begin + at):
+            scores[i] = one if token < model.vocab_size else (None, None)  # an image has no score

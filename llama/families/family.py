@@ -1,9 +1,23 @@
 """What a family of networks is to those who read checkpoints and build models."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Callable, Dict, FrozenSet, Mapping, NamedTuple, Protocol, Set, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Set,
+    Tuple,
+    Type,
+)
 
-from llama.families.names import GGUF, HF
+import torch
+
+from llama.families.names import GGUF, HF, SAME
 from llama.model import ModelArgs, Transformer
 
 Shape = Tuple[int, ...]
@@ -18,18 +32,28 @@ class Naming(Protocol):
 
 
 class Fused(NamedTuple):
-    """A tensor in a file that holds several matrices: those of a group side by side, groups below
-    each other.
+    """A tensor in a file that holds several weights: those of a group side by side, groups below
+    each other; or one that isn't stored as it is.
 
     Attributes:
         groups: Meta's names.
         transposed: each is transposed first.
         stacked: groups, all of one shape, lie along an axis of their own, the first.
+        shape: of the tensor, where it isn't that of the weights put together.
+        to_theirs, to_ours: where its values aren't those of the one weight that it holds.
     """
 
     groups: Tuple[Tuple[str, ...], ...]
     transposed: bool = False
     stacked: bool = False
+    shape: Optional[Shape] = None
+    to_theirs: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    to_ours: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+
+    @property
+    def as_rows(self) -> bool:
+        """Whether its rows are those of the weights, one after another."""
+        return not self.transposed and self.to_theirs is None
 
 
 def block_shapes(args: ModelArgs) -> Dict[str, Shape]:
@@ -64,6 +88,7 @@ class Family:
     """A network, and how files describe it. The defaults are Llama's.
 
     Attributes:
+        extra_ids: ids after the vocabulary's that a model reads, but doesn't write.
         args: the shape of a model; a class of its own for each family.
         shapes: Meta's names and whole shapes of all weights of a shape.
         architectures: transformers' classes, as config.json names them.
@@ -71,18 +96,22 @@ class Family:
         read_config: fields of args, from what it takes out of a config.json; it may also put there
             what the reader of Llama's keys is to find (`huggingface.FIELDS`).
         write_config: keys of config.json that take the place of Llama's, or add to them.
+        nest_config: config.json of all these keys, where some are in others.
         read_params, write_params: the same for params.json.
+        meta_names: of weights in Meta's files, where they are others than in the model.
         rotated: the last parts of names of weights whose rows transformers has in another order.
         gguf: what a GGUF file's general.architecture says.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
         write_gguf: what it says in addition, by the names of GGUFWriter's methods.
-        fused: matrices that the files of a format, "meta", "hf" or "gguf", hold as one tensor, by
-            its name there; and "released", what is read in Meta's format in addition.
+        fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
+            converted, or whose names depend on the shape, by the tensor's name there (as hf_names
+            leaves it); and "released", what is read in Meta's format in addition.
         left_out: how names of weights begin that files may hold and this network doesn't use.
     """
 
     name: str
+    extra_ids: int = 0
     args: Type[ModelArgs] = ModelArgs
     network: Type[Transformer] = Transformer
     shapes: Callable[[Any], Dict[str, Shape]] = llama_shapes
@@ -90,8 +119,10 @@ class Family:
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: False
     read_config: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda config: {}
     write_config: Callable[[Any], Dict[str, Any]] = lambda args: {}
+    nest_config: Callable[[Any, Dict[str, Any]], Dict[str, Any]] = lambda args, config: config
     read_params: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda params: params
     write_params: Callable[[Any], Dict[str, Any]] = lambda args: {}
+    meta_names: Naming = SAME
     hf_names: Naming = HF
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     gguf: FrozenSet[str] = frozenset()
@@ -100,6 +131,10 @@ class Family:
     write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
     fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
     left_out: Tuple[str, ...] = ()
+
+    def is_rotated(self, name: str) -> bool:
+        """Whether transformers has a weight's rows in another order."""
+        return name.startswith("layers.") and name.endswith(self.rotated)
 
     @property
     def own_fields(self) -> Set[str]:

@@ -28,6 +28,17 @@ class Names(NamedTuple):
         return f"{prefix}{by_meta[stem]}.weight"
 
 
+class Same(NamedTuple):
+    """The names of a format that has ours."""
+
+    def meta(self, name: str) -> str:
+        return name
+
+    def theirs(self, name: str) -> str:
+        return name
+
+
+SAME = Same()
 HF = Names(
     "model.layers",
     {

@@ -4,6 +4,7 @@ from typing import Any, Mapping, Tuple
 
 from llama.families.family import Family
 from llama.families.llama4_files import LLAMA4
+from llama.families.vision_files import LLAMA_VISION
 from llama.model import ModelArgs, Transformer
 
 LLAMA = Family(
@@ -13,7 +14,8 @@ LLAMA = Family(
     claims=lambda config: True,
     gguf=frozenset({"llama"}),
 )
-FAMILIES: Tuple[Family, ...] = (LLAMA4, LLAMA)  # the first that claims a config.json has it
+# The first that claims a config.json has it.
+FAMILIES: Tuple[Family, ...] = (LLAMA_VISION, LLAMA4, LLAMA)
 
 
 def family_of(args: ModelArgs) -> Family:

@@ -34,7 +34,11 @@ class KVCache:
     heads of this rank; the capacity grows by GROWTH positions, up to max_len. Entries from
     `lengths[row]` on are masked, so truncating only changes that number. They are initialized to
     zeros, since uninitialized memory may hold NaN, which a mask doesn't remove.
+
+    `images` is for networks that read some: for each row what its tokens see, the caller's too.
     """
+
+    images: Sequence[Sequence[Any]] = ()
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedA
 2309.06180). Which blocks are free, and which rows share them, is the caller's business.
 """
 
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class PagedRows(KVCache):
         tables: for each row its blocks, at least as many as it will need.
         lengths: positions that each row holds.
         adapters: the number of each row's adapter (`llama.layers.low_rank`), by default 0: none.
+        images: what each row's tokens see; by default nothing.
 
     Attributes:
         counts: new positions of each row in this pass.
@@ -34,7 +35,9 @@ class PagedRows(KVCache):
         tables: Sequence[Sequence[int]],
         lengths: Sequence[int],
         adapters: Sequence[int] = (),
+        images: Sequence[Sequence[Any]] = (),
     ):
+        self.images = images
         self.pool, self.lengths = pool, list(lengths)
         width = max(map(len, tables))
         padded = [[*table, *[SCRATCH] * (width - len(table))] for table in tables]
@@ -53,6 +56,7 @@ class PagedRows(KVCache):
         other.lengths = [self.lengths[row] for row in rows]
         other.counts = [self.counts[row] for row in rows]
         other.adapters = [self.adapters[row] for row in rows]
+        other.images = [self.images[row] for row in rows] if self.images else ()
         return other
 
     def extend_each(self, counts: Sequence[int]) -> None:

@@ -252,6 +252,18 @@ SHARD_AXIS = {
     "feed_forward.w2.weight": 1,
     "feed_forward.w3.weight": 0,
     "output.weight": 0,
+    # Of Llama 3.2 Vision:
+    "learnable_embedding.weight": 0,
+    "attn.wq.weight": 0,
+    "attn.wk.weight": 0,
+    "attn.wv.weight": 0,
+    "attn.wo.weight": 1,
+    "mlp.c_fc.weight": 0,
+    "mlp.c_fc.bias": 0,
+    "mlp.c_proj.weight": 1,
+    "vision_model.vision_encoder.conv1._linear.weight": 0,
+    "vision_model.vision_projection.weight": 0,
+    "vision_model.vision_projection.bias": 0,
 }
 
 
@@ -269,7 +281,7 @@ def check_world(world: int, n_heads: int) -> None:
 def shard_axis(name: str) -> Optional[int]:
     """The axis along which a weight (Meta's name) is sharded, or None. An expert's is that of a
     feed-forward network."""
-    stem = name.split(".", 2)[2] if name.startswith("layers.") else name
+    stem = re.sub(r"^.*(layers|resblocks)\.\d+\.", "", name)
     return SHARD_AXIS.get(re.sub(r"\.(shared_expert|experts\.\d+)\.", ".", stem))
 
 

@@ -4,16 +4,18 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Protocol
 
-from llama.text.encoder import Encoder
+from llama.text.encoder import Encoder, image_id
 from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.messages import (
     ROLES,
     Dialog,
+    ImagePart,
     Message,
     Role,
     check_dialog,
     check_dialogs,
     content_of,
+    parts_of,
     read_calls,
     tool_calls,
 )
@@ -118,11 +120,23 @@ class ChatFormat:
     def encode_message(self, message: Message) -> List[int]:
         if tool_calls(message):
             raise ValueError("Llama 3's chat format has no tool calls; Llama 3.1's has")
+        if isinstance(message["content"], str):
+            message = {**message, "content": message["content"].strip()}
         return [
             *self.encode_header(message),
-            *self.tokenizer.encode(content_of(message).strip(), bos=False, eos=False),
+            *self.encode_content(message),
             self.tokenizer.special_tokens[self.end_of_turn],
         ]
+
+    def encode_content(self, message: Message) -> List[int]:
+        """A message's texts, each encoded apart, and `image_id` where its images stand."""
+        ids: List[int] = []
+        for part in parts_of(message):
+            if isinstance(part, ImagePart):
+                ids.append(image_id(self.tokenizer))
+            else:
+                ids += self.tokenizer.encode(part, bos=False, eos=False)
+        return ids
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN

@@ -4,6 +4,8 @@ from typing import Dict, List, Optional, Protocol
 
 from llama.text.vocabulary.base import Names, Vocabulary
 
+IMAGE = "<|image|>"
+
 
 class Encoder(Protocol):
     """The part of `llama.tokenizer.Tokenizer` by which dialogs become token ids."""
@@ -18,3 +20,18 @@ class Encoder(Protocol):
         self, s: str, *, bos: bool, eos: bool, allowed_special: Names = frozenset()
     ) -> List[int]:
         """Token ids of a text; names of special tokens in it stay text unless they are allowed."""
+
+
+def image_id(tokenizer: Encoder) -> int:
+    """The id that stands for an image: the first after those of the embedding's ordinary rows.
+
+    Hugging Face's vocabularies have it there. Meta's has the name 244 ids earlier, where models
+    never see it: its `ChatFormat` writes the id beyond the vocabulary instead.
+
+    Raises:
+        ValueError: a vocabulary without it.
+    """
+    if IMAGE not in tokenizer.special_tokens:
+        raise ValueError(f"this model's vocabulary has no {IMAGE}: it can't be given images")
+    named, n_words = tokenizer.special_tokens[IMAGE], tokenizer.vocabulary.n_words
+    return named if named == n_words - 1 else n_words

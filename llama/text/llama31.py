@@ -55,8 +55,10 @@ class Llama31Format(ChatFormat):
         ids = self.encode_header(message)
         if self.code_tag and calls and calls[0]["name"] == "code_interpreter":
             ids.append(special[self.code_tag])
-        for text in (content_of(message), *(write_call(call, self.call_format) for call in calls)):
-            ids.extend(self.tokenizer.encode(text, bos=False, eos=False))
+        ids += self.encode_content(message)
+        for call in calls:
+            written = write_call(call, self.call_format)
+            ids.extend(self.tokenizer.encode(written, bos=False, eos=False))
         return [*ids, special[self.end_of_message if self.goes_on(message) else self.end_of_turn]]
 
     def goes_on(self, message: Message) -> bool:
@@ -169,6 +171,7 @@ def with_tools(
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         if first is None:
             raise ValueError("no user message to put the tools in: pass tools_in_system=True")
-        content = _ASK_USER + definitions + turns[first]["content"]
+        asked, content = _ASK_USER + definitions, turns[first]["content"]
+        content = asked + content if isinstance(content, str) else [asked, *content]
         turns[first] = {"role": "user", "content": content}
     return [{"role": "system", "content": head + system}, *turns]

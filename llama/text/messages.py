@@ -1,7 +1,7 @@
-"""Messages of dialogs, checked, with the tool calls in them."""
+"""Messages of dialogs, checked, with the images and tool calls in them."""
 
 import json
-from typing import Any, List, Literal, Optional, Sequence, TypedDict
+from typing import Any, List, Literal, NamedTuple, Optional, Sequence, TypedDict, Union
 
 from llama.text.tool_stream import parse_tool_calls
 from llama.text.tools import BUILTINS, Tool, ToolCall, plain_json
@@ -12,11 +12,16 @@ ROLES = ("system", "user", "assistant", "ipython", "tool")
 
 class _Message(TypedDict):
     role: Role
-    content: str
+    content: Any  # a str, or a list of parts
 
 
 class Message(_Message, total=False):
     """A message of a dialog, with the assistant's tool calls or a tool's result.
+
+    content is a string, or a list of parts: {"type": "text", "text": ...} and, for models that see,
+    {"type": "image", "image": ...} with what `llama.vision.images.open_image` takes or an address.
+    The key may be "path", "url" or "data" as well (text in data is base64), and the part OpenAI's
+    {"type": "image_url", "image_url": {"url": ...}} or an object of Meta's, RawMediaItem.
 
     tool_calls are {"name": ..., "arguments": {...}}, with an "id" if the chat template needs one.
     OpenAI's format, {"type": "function", "function": {...}}, is accepted too.
@@ -54,28 +59,27 @@ def check_dialog(i: int, dialog: Dialog) -> None:
         )
 
 
+_CONTENT = "a message is {'role': ..., 'content': a string or a list of parts}"
 _KINDS = {"tool_calls": list, "end_of_message": bool, "name": str, "tool_call_id": str}
 _FROM_ASSISTANT = ("tool_calls", "end_of_message")
 
 
 def _check_message(message: Any) -> None:
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise ValueError(f"a message is {{'role': ..., 'content': a string}}, not {message!r}")
+        raise ValueError(f"{_CONTENT}, not {message!r}")
     if message["role"] not in ROLES:
         raise ValueError(f"unknown role {message['role']!r}; roles are {', '.join(ROLES)}")
     for key in set(message) - {"role", "content"}:
         if key not in _KINDS:
-            raise ValueError(
-                f"a message is {{'role': ..., 'content': a string}} and has no {key!r}; "
-                f"it may have {', '.join(_KINDS)}"
-            )
+            raise ValueError(f"{_CONTENT} and has no {key!r}; it may have {', '.join(_KINDS)}")
         if not isinstance(message[key], _KINDS[key]):
             raise ValueError(f"a message's {key} is a {_KINDS[key].__name__}: {message[key]!r}")
         if key in _FROM_ASSISTANT and message["role"] != "assistant":
             raise ValueError(f"{key} belongs to the assistant, not to {message['role']!r}")
     calls = tool_calls(message)
-    if not isinstance(message["content"], str) and not (message["content"] is None and calls):
-        raise ValueError(f"a message is {{'role': ..., 'content': a string}}, not {message!r}")
+    if message["content"] is None and not calls:
+        raise ValueError(f"{_CONTENT}, not {message!r}")
+    parts_of(message)
 
 
 def tool_calls(message: Any) -> List[ToolCall]:
@@ -107,8 +111,64 @@ def tool_calls(message: Any) -> List[ToolCall]:
 
 
 def content_of(message: Message) -> str:
-    """A message's text; in OpenAI's format it may be None beside tool calls."""
-    return message["content"] or ""
+    """A message's text; in OpenAI's format it may be None beside tool calls.
+
+    Raises:
+        ValueError: it has an image. Formats that have a place for these read `parts_of`.
+    """
+    parts = parts_of(message)
+    if any(isinstance(part, ImagePart) for part in parts):
+        raise ValueError(
+            f"an image in a message of role {message['role']!r}: this model's chat format has no "
+            "place for it there"
+        )
+    return "".join(parts)  # type: ignore[arg-type]
+
+
+class ImagePart(NamedTuple):
+    """An image in a message, as it was given."""
+
+    source: Any
+
+
+def parts_of(message: Any) -> List[Union[str, ImagePart]]:
+    """A message's content in its order, each text apart.
+
+    Raises:
+        ValueError: a part that is neither text nor image.
+    """
+    content = message["content"]
+    if content is None:
+        return []
+    parts = list(content) if isinstance(content, (list, tuple)) else [content]
+    return [part if isinstance(part, str) else _part(part) for part in parts]
+
+
+def _part(part: Any) -> Union[str, ImagePart]:
+    def get(name: str) -> Any:
+        return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+
+    kind, data = get("type"), get("data")
+    if kind == "text" and isinstance(get("text"), str):
+        return str(get("text"))
+    if kind in ("image", "image_url"):
+        sources = [get("image_url"), *map(get, ("image", "path", "url"))]
+        if isinstance(sources[0], dict):
+            sources[0] = sources[0].get("url")
+        sources.append(f"data:;base64,{data}" if isinstance(data, str) else data)
+        given = [source for source in sources if source is not None]
+        if len(given) == 1:
+            return ImagePart(given[0])
+    raise ValueError(
+        "a part of a message is {'type': 'text', 'text': ...} or {'type': 'image', 'image': ...}, "
+        f"not {str(part)[:200]}"
+    )
+
+
+def image_sources(dialog: Dialog) -> List[Any]:
+    """What the images of a dialog are given as, in order."""
+    parts = [part for message in dialog for part in parts_of(message)]
+    return [part.source for part in parts if isinstance(part, ImagePart)]
 
 
 def read_calls(message: Message, tools: Sequence[Tool]) -> Optional[str]:

@@ -22,11 +22,12 @@ from llama.text.chat import (
     content_of,
     tool_calls,
 )
-from llama.text.encoder import Encoder
+from llama.text.encoder import IMAGE, Encoder, image_id
 from llama.text.generic_tools import has_calls, tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama4 import Llama4Format
 from llama.text.llama31 import Llama31Format
+from llama.text.messages import image_sources, parts_of
 from llama.text.tools import BUILTINS, Tools, plain_json, split_tools
 
 
@@ -128,6 +129,8 @@ class TemplateFormat:
         if as_text or (not self._reads_calls and has_calls(dialog)):
             dialog = tools_as_text(dialog, as_text)
             tools = None if as_text else tools
+        if options.continue_final_message:
+            content_of(dialog[-1])  # raises for images, which nothing can continue
         given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
         harmless = {key: _harmless(value) for key, value in given.items()}
         given.update(kwargs)
@@ -147,7 +150,16 @@ class TemplateFormat:
                 "the checkpoint's chat template puts control tokens together as it runs, which "
                 "can't be told from a user who types them; such templates aren't supported"
             )
-        return ids
+        return self._with_images(ids, len(image_sources(dialog)))
+
+    def _with_images(self, ids: List[int], images: int) -> List[int]:
+        """The ids with those of images as the model knows them."""
+        if not images:
+            return ids
+        image, named = image_id(self.tokenizer), self.tokenizer.special_tokens[IMAGE]
+        if ids.count(named) != images:
+            raise ValueError("the checkpoint's chat template has no place for an image")
+        return [image if i == named else i for i in ids]
 
     def _tools(self, tools: Tools) -> Dict[str, Any]:
         """The template variables for tools; Llama 3.1's has one for built-in tools."""
@@ -183,7 +195,7 @@ class TemplateFormat:
                 f"the checkpoint's chat template refuses this dialog: {error}"
             ) from None
         last = given["messages"][-1]["content"] if given["messages"] else ""
-        if not last.endswith(self._open):
+        if not isinstance(last, str) or not last.endswith(self._open):
             return text
         until, *rest = text.split(self._open.rstrip())
         if len(rest) != 1:
@@ -217,7 +229,14 @@ class TemplateFormat:
 def _for_template(message: Any) -> Dict[str, Any]:
     """A message as transformers passes it to templates, with tool calls in OpenAI's format."""
     plain = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
-    plain["content"] = content_of(message)
+    plain["content"] = (
+        [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in parts_of(message)
+        ]
+        if image_sources([message])
+        else content_of(message)
+    )
     calls = tool_calls(message)
     if calls:
         plain["tool_calls"] = [
@@ -238,10 +257,11 @@ _OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 _KEYS = {
     "role", "content", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments",
     "description", "parameters", "properties", "required", "items", "enum", "nullable", "anyOf",
-    "additionalProperties", "default", "return",
+    "additionalProperties", "default", "return", "text",
 }  # fmt: skip
 _VALUES = {
-    "function", "string", "integer", "number", "boolean", "array", "object", "null", *BUILTINS
+    "function", "string", "integer", "number", "boolean", "array", "object", "null", "text",
+    "image", *BUILTINS,
 }  # fmt: skip
 
 

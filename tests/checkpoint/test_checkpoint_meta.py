@@ -113,8 +113,8 @@ def test_params_of_the_published_models_are_understood(tmp_path):
         rope_theta=10000.0,
     )  # fmt: skip
     assert read(dim=64, rope_scaling_factor=4.0, use_scaled_rope=True)["rope_scaling_factor"] == 4.0
-    with pytest.raises(ValueError, match="vision_chunk_size"):
-        read(dim=4096, vision_chunk_size=448)
+    with pytest.raises(ValueError, match="attention_sinks"):
+        read(dim=4096, attention_sinks=4)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@
 namespace {
 
 enum Kind : int32_t {
-    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
+    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, NVFP4
 };
 
 struct Field {
@@ -184,7 +185,7 @@ template <> struct Type<Q6_K> : Quantized<Type<Q6_K>, 256, 32, 2> {
 // Four bits choose one of 16 values.
 alignas(16) constexpr int8_t NONLINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                               1,    13,   25,  38,  53,  69,  89,  113};
-alignas(16) constexpr int8_t FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+alignas(16) constexpr int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 template <> struct Type<IQ4_NL> : Quantized<Type<IQ4_NL>, 32, 128> {
     static constexpr Field FIELDS[] = {{0, 2, 1}, {2, 4, 4}};
@@ -215,14 +216,99 @@ template <> struct Type<MXFP4> : Quantized<Type<MXFP4>, 32, 128> {
         d = read<vec>(&bits);
     }
     uvec quants(int, int j) const {
-        return lookup(FP4, nibbles(word<1>(j % 4), j / 4)) ^ every(128);
+        return lookup(TWICE_FP4, nibbles(word<1>(j % 4), j / 4)) ^ every(128);
     }
 };
 
-// Dense types, in blocks of 32 as well: value(i) is value i of 16 rows, in fp32.
-template <class T> struct Dense : Block<T> {
-    static constexpr int VALUES = 32;
+// Integers with a zero point and an fp32 scale (checkpoint/integers.py).
+template <int KIND, int VALUES>
+struct Int4 : Quantized<Type<KIND>, VALUES, 16> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 8}};
+    uvec shift;  // makes each byte q - zero + OFFSET, which is from 1 to 31
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        shift = __builtin_convertvector(16 - read<bytes>(this->template at<1>(0)), uvec) * 0x01010101;
+    }
+    uvec quants(unsigned s, int j) const {
+        return this->nibbles(this->template word<2>(4 * s + j % 4), j / 4) + shift;
+    }
+};
+template <int KIND, int VALUES>
+struct Int8 : Quantized<Type<KIND>, VALUES, 128, 1, true> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 4}};
+    void open() {
+        this->d = load((const float *)this->template at<0>(0));
+        uvec zero = __builtin_convertvector(read<bytes>(this->template at<1>(0)), uvec);
+        this->m = this->d * (128.0f - __builtin_convertvector(zero, vec));
+    }
+    uvec quants(unsigned s, int j) const { return this->template word<2>(8 * s + j); }
+};
+template <> struct Type<I4_32> : Int4<I4_32, 32> {};
+template <> struct Type<I4_64> : Int4<I4_64, 64> {};
+template <> struct Type<I4_128> : Int4<I4_128, 128> {};
+template <> struct Type<I8_32> : Int8<I8_32, 32> {};
+template <> struct Type<I8_128> : Int8<I8_128, 128> {};
+
+// --- not ggml's: 64 values, an fp32 scale first (checkpoint/floats.py) ----------------------------
+
+// Bytes of FP8 (e4m3) in the upper half of each, as fp16 of which every value is 2^-8 times as large.
+inline vec fp8(shorts bytes) {
+    typedef int16_t signed_shorts __attribute__((vector_size(32)));
+    shorts bits = (shorts)((signed_shorts)bytes >> 1) & 0xbf80;
+    return halves(&bits);
+}
+
+template <> struct Type<NVFP4> : Quantized<Type<NVFP4>, 64, 128, 2> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 4}, {8, 4, 8}};  // a scale for each 16
+    void open() { d = read<vec>(at<0>(0)) * 128.0f; }  // half of 2^8, for twice the values
+    vec scale(unsigned s, int part) const {
+        return d * fp8(__builtin_convertvector(read<bytes>(at<1>(2 * s + part)), shorts) << 8);
+    }
+    uvec quants(unsigned s, int j) const {
+        return lookup(TWICE_FP4, nibbles(word<2>(4 * s + j % 4), j / 4)) ^ every(128);
+    }
+};
+
+// What is multiplied in fp32: value(i) of 16 rows, and what the sum of a block is multiplied by. Each
+// addition waits for the one before, and so a block has several sums, of CHAIN values.
+template <class T, int VALUES_, int CHAIN_> struct Floats : Block<T> {
+    static constexpr int VALUES = VALUES_, CHAIN = CHAIN_;
     static constexpr bool IS_QUANTIZED = false;
+};
+
+template <> struct Type<FP8> : Floats<Type<FP8>, 64, 16> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 2, 32}};
+    vec scale() const { return read<vec>(at<0>(0)) * 256.0f; }
+    vec value(int i) const {
+        shorts pair = read<shorts>(at<1>(i / 2));
+        return fp8(i % 2 ? pair : pair << 8);
+    }
+};
+
+template <class T> struct Codebook : Floats<T, 64, 16> {
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 4, 8}};
+    vec scale() const { return read<vec>(this->template at<0>(0)); }
+    vec value(int i) const {
+        uvec words = this->template word<1>(i / 32 * 4 + i % 16 / 4);
+        return lookup(T::VALUES_OF, words >> (i % 4 * 8 + i % 32 / 16 * 4));
+    }
+};
+template <> struct Type<NF4> : Codebook<Type<NF4>> {
+    alignas(64) static constexpr float VALUES_OF[16] = {
+        -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+        -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+        0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+        0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+};
+template <> struct Type<FP4> : Codebook<Type<FP4>> {  // bitsandbytes': 1/192, and 2 to 12 twelfths
+    alignas(64) static constexpr float VALUES_OF[16] = {
+        0, 0.0625f / 12, 8 / 12.0f, 1, 4 / 12.0f, 6 / 12.0f, 2 / 12.0f, 3 / 12.0f,
+        0, -0.0625f / 12, -8 / 12.0f, -1, -4 / 12.0f, -6 / 12.0f, -2 / 12.0f, -3 / 12.0f};
+};
+
+// Dense types, in blocks of 32 as well: value(i) is value i of 16 rows, in fp32.
+template <class T> struct Dense : Floats<T, 32, 32> {
+    vec scale() const { return vec{} + 1.0f; }
 };
 template <> struct Type<F32> : Dense<Type<F32>> {
     static constexpr Field FIELDS[] = {{0, 4, 32}};
@@ -258,7 +344,16 @@ template <class F> auto with_type(int kind, F f) {
     case Q6_K: return f(Type<Q6_K>());
     case IQ4_NL: return f(Type<IQ4_NL>());
     case IQ4_XS: return f(Type<IQ4_XS>());
-    default: return f(Type<MXFP4>());
+    case MXFP4: return f(Type<MXFP4>());
+    case I4_32: return f(Type<I4_32>());
+    case I4_64: return f(Type<I4_64>());
+    case I4_128: return f(Type<I4_128>());
+    case I8_32: return f(Type<I8_32>());
+    case I8_128: return f(Type<I8_128>());
+    case FP8: return f(Type<FP8>());
+    case NF4: return f(Type<NF4>());
+    case FP4: return f(Type<FP4>());
+    default: return f(Type<NVFP4>());
     }
 }
 

@@ -28,7 +28,8 @@ Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
 KINDS = (  # enum Kind
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-    "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "I4_32", "I4_64", "I4_128", "I8_32", "I8_128", "FP8",
+    "NF4", "FP4", "NVFP4S",
 )  # fmt: skip
 
 

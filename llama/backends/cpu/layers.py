@@ -31,6 +31,7 @@ MANY = 8  # tokens of a row whose queries share what they read of the cache
 WIDTH = 32  # the kernels take widths that are multiples of this
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
+FLOATS = {"F32", "F16", "BF16", "FP8", "NF4", "FP4"}  # block types whose products are of floats
 
 
 def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
@@ -191,7 +192,7 @@ class Workspace:
         """Buffers for the inputs of products with weights of these block types; floats: as fp32,
         too."""
         pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
-        dense = kinds & {"F32", "F16", "BF16"}
+        dense = kinds & FLOATS
         height = kernels.library().group_height(tokens)
         n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
         if floats or dense - ({"BF16"} if pairs else set()):

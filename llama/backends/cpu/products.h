@@ -81,7 +81,8 @@ template <class A> void unpack_row(const Weight &w, int r, A *out) {
                             put(out++, scale * (int(quants & 255) - T::OFFSET) + least);
                     }
             } else {
-                for (int i = 0; i < BLOCK; i++) put(out++, block.value(i)[lane]);
+                const float scale = block.scale()[lane];
+                for (int i = 0; i < T::VALUES; i++) put(out++, block.value(i)[lane] * scale);
             }
     });
 }

@@ -225,13 +225,18 @@ template <class T, int M> inline void add(T w, const Fixed **x, vec *sums) {
             add_sub_block<T, M>(w, s, x, sums);
 }
 template <class T, int M> inline void add(const T &w, const float **x, vec *sums) {
-    vec acc[M] = {};
+    vec all[M] = {};
+#pragma GCC unroll 4
+    for (int begin = 0; begin < T::VALUES; begin += T::CHAIN) {
+        vec acc[M] = {};
 #pragma GCC unroll 32
-    for (int i = 0; i < BLOCK; i++) {
-        vec value = w.value(i);
-        for (int m = 0; m < M; m++) acc[m] += value * x[m][i];
+        for (int i = begin; i < begin + T::CHAIN; i++) {
+            vec value = w.value(i);
+            for (int m = 0; m < M; m++) acc[m] += value * x[m][i];
+        }
+        for (int m = 0; m < M; m++) all[m] = begin ? all[m] + acc[m] : acc[m];
     }
-    for (int m = 0; m < M; m++) sums[m] += acc[m], x[m] += BLOCK;
+    for (int m = 0; m < M; m++) sums[m] += all[m] * w.scale(), x[m] += T::VALUES;
 }
 template <class T, int M> inline void add(const T &w, const bf16 **x, vec *sums) {
 #ifdef __AVX512BF16__

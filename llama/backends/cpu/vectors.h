@@ -97,6 +97,16 @@ inline uvec lookup(const int8_t *table, uvec indices) {  // of each byte, 0 to 1
 #endif
 }
 
+inline vec lookup(const float *table, uvec indices) {  // by the lowest four bits of each
+#ifdef __AVX512F__
+    return (vec)_mm512_permutexvar_ps((__m512i)indices, _mm512_load_ps(table));
+#else
+    vec v;
+    for (int i = 0; i < LANES; i++) v[i] = table[indices[i] & 15];
+    return v;
+#endif
+}
+
 template <class V> inline auto lower(V v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
 }

@@ -1,0 +1,1 @@
+"""Images for models that see: opened, fetched, tiled, and their places in dialogs."""

@@ -1,0 +1,221 @@
+"""Quantizations as others publish them: exact values, the peers' logits, ranks, damaged files."""
+
+import json
+import os
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_ranks, write_byte_tokenizer
+from llama.families.names import HF
+from published import ARGS, INTEGERS, publish, publish_meta
+from test_checkpoint_huggingface import mutate
+from test_model import TOLERANCE, gap, ids, to_hugging_face
+
+from llama import Transformer, checkpoint
+from llama.backends import build, memory, quantized
+from llama.checkpoint import ggml, weight_shapes
+from llama.checkpoint.convert import describe
+from llama.layers import parallel
+
+CASES = pytest.mark.parametrize("case", INTEGERS.values(), ids=INTEGERS.keys())
+MUTATIONS = int(os.environ.get("LLAMA_MUTATIONS", 12))  # `make soak` takes more
+
+
+def load(path, **options) -> Transformer:
+    device = parallel.initialize(device="cpu")
+    source = checkpoint.open(path)
+    return build.prepare(source, source.args, device=device, dtype=torch.float32, **options)
+
+
+@CASES
+def test_values_blocks_and_logits_are_the_peer_s(tmp_path, case):
+    theirs = publish(tmp_path, case)
+    source = checkpoint.open(tmp_path)
+    checkpoint.check_shapes(source)
+    state = theirs.state_dict()
+    for name, shape in weight_shapes(ARGS).items():
+        if not name.startswith("layers.") or len(shape) == 1:
+            continue
+        expected = state[HF.theirs(name)]
+        if name.endswith(("wq.weight", "wk.weight")):
+            expected = expected.view(-1, 2, ARGS.head_dim // 2, shape[1]).transpose(1, 2)
+            expected = expected.reshape(shape)
+        assert source.stored_as(name) == case.kind
+        whole = source.read(name, 0, 0, shape[0])
+        assert torch.allclose(whole, expected, rtol=3e-7, atol=0), name
+        for axis, start, stop in ((0, 3, 30), (0, 16, 17), (1, 0, 64), (1, 33, 97)):
+            part = whole.narrow(axis, start, stop - start)
+            assert torch.equal(source.read(name, axis, start, stop), part)
+        if case.kind in quantized.ALL:
+            values, size = ggml.block(case.kind)
+            raw = source.read_blocks(name, 0, 0, shape[0])
+            assert raw.shape == (shape[0], shape[1] // values * size)
+            assert torch.equal(ggml.dequantize(raw, case.kind), whole)
+            assert torch.equal(source.read_blocks(name, 0, 5, 9), raw[5:9])
+            last = source.read_blocks(name, 1, shape[1] - values, shape[1])
+            assert torch.equal(last, raw[:, -size:])
+    tokens = ids(2, 60)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        compressed, plain = load(tmp_path), load(tmp_path, quantize="dense", compile=False)
+        assert gap(plain(tokens), expected) <= TOLERANCE
+        found = compressed(tokens)
+        # The kernels' activations are of 16 bits in blocks of 32.
+        scale = expected.abs().max().item() if case.kind in quantized.ALL else 1
+        assert gap(found, expected) <= TOLERANCE * scale
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@CASES
+def test_what_is_stored_in_files_is_named_and_stays_compressed(tmp_path, case):
+    publish(tmp_path, case)
+    source = checkpoint.open(tmp_path)
+    about = describe(source)
+    label = next(kind for kind in about.bytes if kind != "F32")
+    assert case.config["quant_method"].split("sandbytes")[0] in label.lower() or "int8" in label
+    assert sum(about.bytes.values()) <= (tmp_path / "model.safetensors").stat().st_size
+    args = source.args
+    dense = memory.estimate(args, 1, torch.float32, None, source=source).weights
+    stored = memory.estimate(args, 1, torch.float32, "stored", source=source).weights
+    assert (stored < dense) == (case.kind in quantized.ALL)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", ["AWQ, groups of 32", "GPTQ, activation order", "w8a8"])
+def test_ranks_share_it(tmp_path, world, name):
+    publish(tmp_path / "ckpt", INTEGERS[name])
+    prompts = [[1, 2, 3], [200] * 9]
+    write_byte_tokenizer(tmp_path / "ckpt" / "tokenizer.model")
+    build_options = {"max_seq_len": 64, "compile": True}
+    found = [
+        run_ranks(
+            n,
+            "generate",
+            tmp_path / f"{n}.json",
+            ckpt=str(tmp_path / "ckpt"),
+            prompts=prompts,
+            build=build_options,
+            no_stops=True,
+        )
+        for n in (1, world)
+    ]
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
+@pytest.mark.parametrize("name", ["AWQ, groups of 128", "w8a8, zero points"])
+def test_a_row_is_the_same_in_every_batch(tmp_path, name):
+    publish(tmp_path, INTEGERS[name])
+    model, tokens = load(tmp_path), ids(5, 20)
+    with torch.no_grad():
+        together = model(tokens)
+        for row in range(5):
+            assert torch.equal(model(tokens[row : row + 1]), together[row : row + 1])
+        assert torch.equal(model(tokens[:, :7]), together[:, :7])
+
+
+SMALL = replace(
+    ARGS, dim=128, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=128, vocab_size=24
+)
+
+
+def mutations(path):
+    """Damaged bytes end as a ValueError or load as other numbers; never another way."""
+    originals = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    load(path)
+    rng, refused = random.Random(0), 0
+    for number in range(MUTATIONS):
+        file = rng.choice([*originals])
+        file.write_bytes(mutate(originals[file], rng, ends=2500))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(path)
+            except (ValueError, FileNotFoundError) as error:
+                refused += 1
+                assert str(path) in str(error), (number, error)
+                assert len(str(error)) < 2000
+        file.write_bytes(originals[file])
+    load(path)
+    assert refused > 0 and (refused < MUTATIONS or MUTATIONS < 100)
+
+
+@CASES
+def test_mutated_files_load_or_are_one_error(tmp_path, case):
+    publish(tmp_path, case, SMALL)
+    mutations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"quant_method": "quip"}, "quant_method='quip'; read here"),
+        ({"quant_method": "awq", "version": "gemv"}, "version='gemv'"),
+        ({"quant_method": "gptq", "bits": 3}, "bits=3"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "x"}, "group_size='x'"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"a": 1}}, "dynamic"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {}}}, "format None"),
+        ({"quant_method": "compressed-tensors"}, "config_groups=None"),
+        ([1], "quant_method=[1]"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_weights_are(tmp_path, config, message):
+    theirs = publish(tmp_path, INTEGERS["GPTQ"])
+    del theirs
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    with pytest.raises(ValueError, match="quantization_config") as caught:
+        checkpoint.open(tmp_path)
+    assert message in str(caught.value)
+
+
+# --- Meta's own ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spinquant, lora", [(True, False), (False, False), (False, True)])
+def test_metas_int4_releases(tmp_path, spinquant, lora):
+    dense = publish_meta(tmp_path, spinquant, lora)
+    source = checkpoint.open(tmp_path)
+    checkpoint.check_shapes(source)
+    for name, expected in dense.items():
+        found = source.read(name, 0, 0, len(expected))
+        assert torch.allclose(found, expected, rtol=3e-7, atol=2e-6), name
+        is_dense = (lora and name.startswith("layers.")) or (spinquant and "w2" in name)
+        if expected.dim() == 2:
+            assert (source.stored_as(name) in quantized.ALL) == (not is_dense), name
+    assert source.stored_as("output.weight") == "I8_128"
+    theirs = to_hugging_face(ARGS, dense)
+    tokens = ids(2, 60)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert gap(load(tmp_path, quantize="dense", compile=False)(tokens), expected) <= TOLERANCE
+        found = load(tmp_path)(tokens)
+        assert gap(found, expected) <= TOLERANCE * expected.abs().max()
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_mutated_files_of_meta_load_or_are_one_error(tmp_path):
+    small = replace(SMALL, dim=128, hidden_dim=128)
+    publish_meta(tmp_path, True, True, small)
+    mutations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quantization_args": {"group_size": 0}}, "group_size=0"),
+        ({"quantization_args": {"group_size": 32, "scheme": "int3"}}, "scheme='int3'"),
+        ({"quantization_args": None, "lora_args": {"rank": 16}}, "quantization_args=None"),
+        ({"lora_args": {"rank": 16, "scale": "x"}}, "scale='x'"),
+    ],
+)
+def test_what_metas_params_say_is_checked(tmp_path, settings, message):
+    publish_meta(tmp_path, False, True)
+    file = tmp_path / "params.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.open(tmp_path)

@@ -1,0 +1,142 @@
+"""Requests with images: in batches, in chunks, after others; prefixes are of the same images."""
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from vision import IMAGE, ROWS, TINY_VISION, tiled
+
+from llama import Llama, SamplingParams
+from llama.engine.images import KEPT
+
+OPTIONS = dict(temperature=0, logprobs=True, stop_tokens=set())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Llama:
+    path = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model", TINY_VISION)
+    return Llama.build(
+        path, device="cpu", dtype="fp32", max_batch_size=8, max_seq_len=128, prefix_cache_mb=10
+    )
+
+
+def encoded(llama, images):
+    return [[llama.model.encode(one.pixels, one.aspect_ratio) for one in row] for row in images]
+
+
+@torch.inference_mode()
+def greedy(llama, row, images, n):
+    """Without the engine, and without a cache."""
+    seen, ids, logprobs = encoded(llama, [images]), list(row), []
+    for _ in range(n):
+        logits = llama.model(torch.tensor([ids]), images=seen)[0, -1]
+        ids.append(logits.argmax().item())
+        logprobs.append(logits.log_softmax(-1).max().item())
+    return ids[len(row) :], logprobs
+
+
+def check(found, expected):
+    (tokens, logprobs), (of_tokens, of_logprobs) = found, expected
+    assert tokens == of_tokens
+    assert torch.allclose(torch.tensor(logprobs), torch.tensor(of_logprobs), rtol=0, atol=1e-4)
+
+
+def test_rows_with_no_one_and_several_images_in_a_batch(llama):
+    images = tiled(ROWS)
+    tokens, logprobs = llama.generate(ROWS, 12, images=images, **OPTIONS)
+    for i, row in enumerate(ROWS):
+        check((tokens[i], logprobs[i]), greedy(llama, row, images[i], 12))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 200])
+def test_in_chunks_beside_others(llama, chunk):
+    engine = llama.engine(max_tokens_per_step=chunk, max_rows=3)
+    images = tiled(ROWS, 3)
+    requests = [
+        engine.add(row, 8, images=[of_row], **OPTIONS)
+        for row, of_row in zip(ROWS, images, strict=True)
+    ]
+    for request, row, of_row in zip(requests, ROWS, images, strict=True):
+        events = list(engine.events(request))
+        found = [e.token for e in events], [e.logprob for e in events]
+        check(found, greedy(llama, row, of_row, 8))
+        assert all(one.views is None for one in request.rows)
+
+
+def test_prefixes_are_of_the_same_images(llama):
+    engine = llama.engine(cache_tokens=1024)
+    text = [7, IMAGE, *range(20, 90)]
+    [[one]], [[other]] = tiled([text], 0), tiled([text], 8)  # of the same grid
+
+    def ask(*images):
+        [*_, last] = events = list(engine.events(engine.add(text, 4, images=[images], **OPTIONS)))
+        check(([e.token for e in events], [e.logprob for e in events]),
+              greedy(llama, text, images, 4))  # fmt: skip
+        return last.cached_tokens
+
+    assert one.pixels.shape == other.pixels.shape
+    assert [ask(one), ask(other), ask(one), ask(other)] == [0, 1, 71, 71]
+
+
+def test_samples_of_a_prompt_share_its_images(llama):
+    [images] = tiled([ROWS[1]])
+    calls, encode = [], llama.model.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama.model, "encode", lambda *a: calls.append(a) or encode(*a))
+        engine = llama.engine()
+        params = SamplingParams(temperature=1.0)
+        request = engine.add(ROWS[1], 8, images=[images], n=3, params=params, seed=1)
+        list(engine.events(request))
+    assert len(calls) == 3
+
+
+def test_recent_images_are_kept_and_old_ones_leave(llama):
+    images = llama.engine().images
+    big = [tiled([[IMAGE]], seed)[0][0] for seed in (3, 5, 7, 11, 13, 15)]  # of 4 tiles each
+    big = [one for one in big if len(one.pixels) == 4]
+    assert len(big) > KEPT
+    for one in big:
+        images._encoded(one)
+    assert list(images._kept) == [one.digest for one in big[-KEPT:]]
+    images.clear()
+    assert not images._kept
+
+
+def test_echo_and_scores_leave_images_out(llama):
+    [images] = tiled([ROWS[0]])
+    engine = llama.engine()
+    options = {**OPTIONS, "echo": True}
+    events = list(engine.events(engine.add(ROWS[0], 2, images=[images], **options)))
+    assert [e.token for e in events[:3]] == ROWS[0][:3] and events[1].text == ""
+    assert events[1].logprob is None and events[2].logprob < 0
+
+
+@pytest.mark.parametrize("kind", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=1)])
+def test_penalties_know_that_an_image_is_no_token(llama, kind):
+    [images] = tiled([ROWS[1]])
+    params = SamplingParams(temperature=0, **kind)
+    [tokens], _ = llama.generate([ROWS[1]], 8, images=[images], params=params)
+    assert all(token < IMAGE for token in tokens)
+
+
+def test_images_that_do_not_fit_are_refused(llama):
+    [[one]] = tiled([[IMAGE]])
+    with pytest.raises(ValueError, match="prompt 0 has 0 images, and 1 tokens for them"):
+        llama.generate([ROWS[0]], 1)
+    with pytest.raises(ValueError, match="prompt 1 has 1 images, and 0 tokens for them"):
+        llama.generate([[1], [2]], 1, images=[[], [one]])
+    with pytest.raises(ValueError, match="images for 1 of 2 prompts"):
+        llama.generate([[1], [2]], 1, images=[[]])
+    with pytest.raises(ValueError, match="1 tiles of 28 pixels.*up to 4 of 56"):
+        small = one._replace(pixels=one.pixels[..., :28, :28])
+        llama.generate([[IMAGE]], 1, images=[[small]])
+    with pytest.raises(ValueError, match="token id 513"):
+        llama.generate([[IMAGE + 1]], 1)
+
+
+def test_a_model_without_an_encoder_says_so(tmp_path):
+    from conftest import TINY
+
+    path = write_checkpoint(tmp_path / "model", TINY)
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=64)
+    with pytest.raises(ValueError, match="this model sees no images"):
+        llama.generate([[1]], 1, images=[tiled([[IMAGE]])[0]])
