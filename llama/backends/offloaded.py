@@ -226,7 +226,7 @@ class _CudaLoader(_Loader):
         if not pieces:
             return
         self._device, self._stream, self._loads = device, torch.cuda.Stream(device), 0
-        nbytes = [n + ALIGNED * 9 for n in nbytes]  # of the 9 weights of a block
+        nbytes = [n + ALIGNED * 16 for n in nbytes]  # of a block's 9 weights and up to 7 biases
         host, total = torch.device("cpu"), sum(nbytes)
         # Twice: pinned memory is allocated in powers of two.
         if 2 * total * memory.sharers(host) < memory.available(host):
@@ -267,8 +267,8 @@ class StreamedBlock(TransformerBlock):
         self.attention, self.feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
         self._ring, self._index = ring, index
-        names = [name.rpartition(".")[0] for name, _ in self.named_parameters()]
-        self._owners = [self.get_submodule(name) for name in names]
+        names = [name.rpartition(".")[::2] for name, _ in self.named_parameters()]
+        self._owners = [(self.get_submodule(owner), attribute) for owner, attribute in names]
         self._empty = list(self.parameters())
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -280,8 +280,8 @@ class StreamedBlock(TransformerBlock):
                 self._put(self._empty)
 
     def _put(self, weights: Sequence[torch.Tensor]) -> None:
-        for owner, weight in zip(self._owners, weights, strict=True):
-            owner.weight = weight
+        for (owner, attribute), weight in zip(self._owners, weights, strict=True):
+            setattr(owner, attribute, weight)
 
 
 class StreamedOutput(nn.Module):

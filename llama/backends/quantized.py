@@ -41,8 +41,8 @@ EDGES = ("tok_embeddings.weight", "output.weight")
 
 
 def is_quantizable(name: str) -> bool:
-    """Whether a weight is a matrix that may be quantized; norms and routers of experts aren't."""
-    return "norm" not in name and ".router." not in name
+    """Whether a weight may be quantized: norms, biases and routers of experts aren't."""
+    return not any(part in name for part in ("norm", ".bias", ".router."))
 
 
 ROWS = 1 << 14  # quantized at a time, of 32 values each
@@ -78,6 +78,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.register_buffer("data", weight.data)
         self.kind, self.gather, self.reduce = weight.kind, gather, reduce
+        self.bias: Optional[nn.Parameter] = None  # some families have one
 
     @property
     def blocks(self) -> Blocks:
@@ -87,9 +88,9 @@ class QuantizedLinear(nn.Module):
         if not self.reduce:
             x = copy_to_model_parallel_region(x)  # sums its gradient over the ranks
         y = F.linear(x, self.blocks.dense(x.dtype))
-        if self.gather:
-            return gather_from_model_parallel_region(y)
-        return reduce_from_model_parallel_region(y) if self.reduce else y
+        y = reduce_from_model_parallel_region(y) if self.reduce else y
+        y = y if self.bias is None else y + self.bias
+        return gather_from_model_parallel_region(y) if self.gather else y
 
 
 class QuantizedEmbedding(nn.Module):
@@ -146,7 +147,9 @@ def load(
             return QuantizedEmbedding(found, dtype)
         owner = model.get_submodule(name.removesuffix(".weight"))
         row_parallel = parallel.shard_axis(name) == 1 and getattr(owner, "reduces", True)
-        return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        layer = QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        layer.bias = getattr(owner, "bias", None)
+        return layer
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
 

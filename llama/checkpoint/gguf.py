@@ -19,10 +19,10 @@ from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.shapes import checked_args, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
 from llama.checkpoint.writing import Progress, bytes_of, no_progress, rows
-from llama.families.registry import FAMILIES, LLAMA, family_of
+from llama.families.registry import FAMILIES, family_of, of_gguf
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
-from llama.text.gguf_header import Header, read_header
+from llama.text.gguf_header import read_header
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
 
 
 class GGUFCheckpoint:
-    """A .gguf file of the architecture `llama`."""
+    """A .gguf file of an architecture that a family has."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -59,29 +59,30 @@ class GGUFCheckpoint:
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
         architecture = str(header.metadata.get("general.architecture"))
-        self._family = next((one for one in FAMILIES if architecture in one.gguf), LLAMA)
-        names = self._family.gguf_names
+        prefix = f"{architecture}."
+        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
+        family = of_gguf(architecture, metadata, header.tensors)
+        if family is None:
+            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
+            raise ValueError(
+                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
+            )
+        self._family, names = family, family.gguf_names
         self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
-        self.args = self._args(header)
+        self.args = self._args(metadata, prefix)
         self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
 
-    def _args(self, header: Header) -> ModelArgs:
-        architecture = str(header.metadata.get("general.architecture"))
-        prefix = f"{architecture}."
-        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
-
+    def _args(self, metadata: Dict[str, Any], prefix: str) -> ModelArgs:
         def require(key: str) -> Any:
             if key not in metadata:
                 raise ValueError(f"{self.path} lacks the metadata key {prefix}{key}")
             return metadata[key]
 
-        if architecture not in self._family.gguf:
-            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
-            raise ValueError(
-                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
-            )
-        own = self._family.read_gguf(metadata)
+        try:
+            own = self._family.read_gguf(metadata) | self._family.read_names(self._tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
         if metadata.get("expert_count", 0):
@@ -233,11 +234,12 @@ def write(
     wanted, args, path = kind.upper(), source.args, Path(path)
 
     family = family_of(args)
-    own, fused = family.write_gguf(args), family.fused(args, "gguf")
-    if not family.gguf:
+    fused = family.fused(args, "gguf")
+    if family.write_gguf is None:
         raise ValueError(f"{source.path} is a {family.name}, which isn't written as GGUF")
+    architecture, own = family.write_gguf(args)
     with beside(path, force) as partial:
-        writer = gguf.GGUFWriter(partial, min(family.gguf))
+        writer = gguf.GGUFWriter(partial, architecture)
         writer.add_name(name or path.stem)
         writer.add_file_type(gguf.LlamaFileType[WRITABLE[wanted]])
         numbers = {
@@ -254,7 +256,7 @@ def write(
             "layer_norm_rms_eps": args.norm_eps,
             "vocab_size": args.vocab_size,
         }
-        for key, number in (numbers | own).items():
+        for key, number in numbers.items():
             getattr(writer, f"add_{key}")(number)
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -263,7 +265,11 @@ def write(
             for field, key in ROPE_BOUNDS.items():
                 if (value := getattr(args, field)) != getattr(family.args, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-                    add(f"{writer.arch}.{key}", value)
+                    add(f"{architecture}.{key}", value)
+        for key, value in own.items():
+            put: Any = writer.add_string if isinstance(value, str) else writer.add_float32
+            put = writer.add_uint32 if isinstance(value, int) else put
+            put(f"{architecture}.{key}", value)
         if wanted.startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import (
     Any,
     Callable,
+    Collection,
     Dict,
     FrozenSet,
     Mapping,
@@ -101,9 +102,12 @@ class Family:
         meta_names: of weights in Meta's files, where they are others than in the model.
         rotated: the last parts of names of weights whose rows transformers has in another order.
         gguf: what a GGUF file's general.architecture says.
+        claims_gguf: whether a GGUF file is of this family, by its architecture, its metadata and
+            the names of its tensors; None: by its architecture.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
-        write_gguf: what it says in addition, by the names of GGUFWriter's methods.
+        read_names: fields of args that a GGUF file says by its tensors alone, by Meta's names.
+        write_gguf: a GGUF file's architecture and the metadata beyond Llama's; None: not written.
         fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
             converted, or whose names depend on the shape, by the tensor's name there (as hf_names
             leaves it); and "released", what is read in Meta's format in addition.
@@ -127,8 +131,10 @@ class Family:
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
+    claims_gguf: Optional[Callable[[str, Mapping[str, Any], Collection[str]], bool]] = None
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
-    write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
+    read_names: Callable[[Collection[str]], Dict[str, Any]] = lambda names: {}
+    write_gguf: Optional[Callable[[Any], Tuple[str, Dict[str, Any]]]] = None
     fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
     left_out: Tuple[str, ...] = ()
 

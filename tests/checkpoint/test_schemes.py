@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import run_ranks, write_byte_tokenizer
-from llama.families.names import HF
 from published import ARGS, INTEGERS, publish, publish_meta
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
@@ -18,6 +17,7 @@ from llama import Transformer, checkpoint
 from llama.backends import build, memory, quantized
 from llama.checkpoint import ggml, weight_shapes
 from llama.checkpoint.convert import describe
+from llama.families.names import HF
 from llama.layers import parallel
 
 CASES = pytest.mark.parametrize("case", INTEGERS.values(), ids=INTEGERS.keys())

@@ -95,11 +95,11 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-// R queries and KEYS keys; a query attends to those before its `seen`. keys: (words of a head,
-// KEYS), values: (words of KEYS, head_dim).
+// R queries and KEYS keys; a query attends to those before its `seen`, of these to the last `window`.
+// keys: (words of a head, KEYS), values: (words of KEYS, head_dim).
 template <class A, int R>
 void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
-            const float *keys, const float *values, int first, int n, int head_dim) {
+            const float *keys, const float *values, int first, int n, int head_dim, int window) {
     constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
     vec scores[R][COLUMNS] = {};
     for (int w = 0; w < head_dim / PER; w++)
@@ -115,7 +115,9 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         vec most = vec{} - INFINITY;
         for (int c = 0; c < COLUMNS; c++) {
             vec &score = scores[r][c];
-            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            const ivec at = lane + (first + c * LANES);
+            score = at < seen[r] ? score : vec{} - INFINITY;
+            score = at >= seen[r] - window ? score : vec{} - INFINITY;
             most = larger(most, score);
         }
         before[r] = parts[r].largest;
@@ -159,13 +161,19 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
 struct Shape {
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
     float eps;
+    float residual;  // what attention and feed-forward give is multiplied by it
 };
 
-// How a layer attends: all zeros for RoPE, and all keys up to a query's own.
+// How a layer attends.
 struct Attending {
-    int32_t no_rope, qk_norm, chunk;  // chunk: attends within so many positions, of whole pages
-    float floor_scale, attn_scale;    // queries grow by attn_scale · log(1 + position / floor_scale)
-    int begin(int position) const { return chunk ? position / chunk * chunk : 0; }
+    int32_t no_rope, window;        // a query attends to so many keys, at most,
+    int32_t qk_norm, chunk;         // and to those of its own chunk of so many, of whole pages; 0: all
+    float floor_scale, attn_scale;  // queries grow by attn_scale · log(1 + position / floor_scale)
+    // The first key that one attends to, or before it: where a page begins.
+    int begin(int position) const {
+        return std::max(std::max(position + 1 - window, 0) / KEYS * KEYS,
+                        chunk ? position / chunk * chunk : 0);
+    }
     float growth(int position) const {
         return attn_scale ? 1 + attn_scale * std::log1p(std::floor((position + 1) / floor_scale)) : 1;
     }
@@ -194,7 +202,7 @@ struct Batch {
 template <class A, class C>
 void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
                   const Cache<C> &k, const Cache<C> &v, const Batch &b, int row, int kv, int begin,
-                  int end) {
+                  int end, int window) {
     constexpr int PER = Words<A>::PER;
     const int head_dim = k.head_dim;
     alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
@@ -215,11 +223,11 @@ void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Par
                       v.template across<A>(from + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
-            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
         for (; r + 3 <= rows; r += 3)
-            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
         for (; r < rows; r++)
-            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim, window);
     }
 }
 
@@ -308,10 +316,10 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
             float *p = at(m, kv * group + g, chunk);
             memset(p, 0, hd * sizeof *p);
             queries[g] = q + (size_t(m) * s.n_heads + kv * group + g) * hd;
-            seen[g] = end;
+            seen[g] = b.positions[m] + 1;
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, begin, end);
+        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, begin, end, how.window);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -358,7 +366,7 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        for (int at = 0, to; at < n; at = to) {  // those that attend from the same key on
+        for (int at = 0, to; at < n; at = to) {  // those that attend from the same page on
             const int begin = how.begin(seen[at] - 1);
             for (to = at; to < n && how.begin(seen[to] - 1) == begin; to++) {}
             for (int first = begin / CHUNK * CHUNK; first < seen[to - 1]; first += CHUNK) {
@@ -368,7 +376,7 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
                 }
                 int from = std::max(first, begin), end = std::min(first + CHUNK, seen[to - 1]);
                 attend_chunk<A>(queries + at, seen + at, parts + at, to - at, k, v, b, row, kv, from,
-                                end);
+                                end, how.window);
                 for (int j = at; j < to; j++) join(whole[j], parts[j], hd);
             }
         }

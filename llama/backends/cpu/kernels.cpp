@@ -24,6 +24,7 @@ enum Matrix { WQ, WK, WV, WO, W1, W3, W2 };  // those of the same inputs are nei
 struct Layer {
     const void *attention_norm, *ffn_norm;
     Weight matrices[MATRICES];
+    const float *biases[MATRICES];  // of this rank's rows; null: none
     Attending attending;
     const Experts *experts;  // beside the feed-forward network; null: none
 };
@@ -38,11 +39,12 @@ void norm_row(const A *row, const A *weight, int dim, float eps, Set set) {
     for (int d = 0; d < dim; d += BLOCK) set(d / BLOCK, at(d), at(d + LANES));
 }
 
-template <class A> void add_columns(A *h, const float *y, int tokens, Share columns, int dim) {
+template <class A>
+void add_columns(A *h, const float *y, int tokens, Share columns, const Shape &s) {
     for (int m = 0; m < tokens; m++)
         for (int r = columns.begin; r < columns.end; r++) {
-            size_t at = size_t(m) * dim + r;
-            put(h + at, get(h + at) + y[at]);
+            size_t at = size_t(m) * s.dim + r;
+            put(h + at, get(h + at) + y[at] * s.residual);
         }
 }
 
@@ -86,6 +88,9 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 float *y = results.begin()[nth];
                 mine = multiply(w, x, M, y);
                 if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, mine);
+                if (const float *bias = layer.biases[at + nth])
+                    for (int m = 0; m < M; m++)
+                        for (int r = mine.begin; r < mine.end; r++) y[size_t(m) * w.rows + r] += bias[r];
             }
             return mine;
         };
@@ -96,8 +101,7 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
 #pragma omp barrier
             with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
                 auto *rotated = (typename Words<A>::Value *)z.rotated;
-                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values,
-                            layer.attending);
+                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values, layer.attending);
 #pragma omp barrier
                 if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads,
                                          layer.attending);
@@ -106,7 +110,7 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
             });
 #pragma omp barrier
             Share mine = multiply_all(WO, z.heads, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
         if (parts & FEED_FORWARD) {
@@ -121,7 +125,7 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
             if (layer.experts)
                 add_experts(*layer.experts, z.normalized, M, s.dim, z.routes, z.x, y, z.gate, z.up,
                             z.expert, z.sum);
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
     }

@@ -39,22 +39,23 @@ class Weight(ctypes.Structure):
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        (name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
-    ] + [("eps", ctypes.c_float)]
+        *((name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")),
+        ("eps", ctypes.c_float), ("residual", ctypes.c_float),
+    ]  # fmt: skip
 
 
 class Attending(ctypes.Structure):
-    _fields_ = [(name, Int) for name in ("no_rope", "qk_norm", "chunk")] + [
+    _fields_ = [(name, Int) for name in ("no_rope", "window", "qk_norm", "chunk")] + [
         (name, ctypes.c_float) for name in ("floor_scale", "attn_scale")
     ]
 
 
 class Layer(ctypes.Structure):
-    _fields_ = (
-        [("attention_norm", Pointer), ("ffn_norm", Pointer)]
-        + [(name, Weight) for name in MATRICES]
-        + [("attending", Attending), ("experts", Pointer)]
-    )
+    _fields_ = [
+        ("attention_norm", Pointer), ("ffn_norm", Pointer),
+        *((name, Weight) for name in MATRICES),
+        ("biases", Pointer * len(MATRICES)), ("attending", Attending), ("experts", Pointer),
+    ]  # fmt: skip
 
 
 class Experts(ctypes.Structure):

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from fairscale.nn.model_parallel.layers import RowParallelLinear
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
@@ -20,6 +21,7 @@ from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
 from llama.families.llama4 import Llama4Args, MixtureOfExperts
+from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.layers.paged import PAGE, PagedRows
@@ -28,6 +30,7 @@ from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
 MANY = 8  # tokens of a row whose queries share what they read of the cache
+EVERY = (1 << 31) - 1  # a window that no context reaches
 WIDTH = 32  # the kernels take widths that are multiples of this
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
@@ -40,7 +43,7 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: an unsupported device, dtype or shape; no compiler.
     """
-    if type(args) not in (ModelArgs, Llama4Args):
+    if type(args) not in (ModelArgs, Llama4Args, VariantArgs):
         raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
@@ -100,7 +103,8 @@ def swap(model: Transformer) -> Transformer:
     if world == 1 and args.tied_embeddings:
         model.tok_embeddings = NativeEmbedding(output, weight.dtype)  # type: ignore[assignment]
     model.output = NativeOutput(output, work)  # type: ignore[assignment]
-    model.__class__ = NativeTransformer
+    variant = isinstance(model, VariantTransformer)
+    model.__class__ = NativeVariant if variant else NativeTransformer
     return model
 
 
@@ -115,13 +119,22 @@ def _linears(block: TransformerBlock) -> List[nn.Module]:
 
 
 def _attending(args: ModelArgs, layer: int) -> kernels.Attending:
+    if isinstance(args, VariantArgs):
+        return kernels.Attending(layer in args.no_rope_layers, args.sliding_window or EVERY)
     if not isinstance(args, Llama4Args):
-        return kernels.Attending()
+        return kernels.Attending(False, EVERY)
     rope, grows = args.has_rope(layer), args.attn_temperature_tuning
     return kernels.Attending(
-        not rope, rope and args.use_qk_norm, (rope and args.attention_chunk_size) or 0,
+        not rope, EVERY, rope and args.use_qk_norm, (rope and args.attention_chunk_size) or 0,
         args.floor_scale, 0.0 if rope or not grows else args.attn_scale,
     )  # fmt: skip
+
+
+def _bias(linear: nn.Module) -> Optional[torch.Tensor]:
+    """This rank's part of a layer's bias, if it has one; of sums over ranks, rank 0 adds it."""
+    bias: Optional[torch.Tensor] = getattr(linear, "bias", None)
+    summed = isinstance(linear, RowParallelLinear) or getattr(linear, "reduce", False)
+    return None if bias is None or (summed and parallel.rank()) else bias.detach().float()
 
 
 class NativeTransformer(Transformer):
@@ -150,9 +163,7 @@ class NativeTransformer(Transformer):
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
         h = self.tok_embeddings(ids[None])
         step = Step(places[None], freqs_cis, None, ordered)
-        for layer in self.layers:
-            h = layer(h, step)
-        h = self.norm(h)[0]
+        h = self.norm(self.run_layers(h, step))[0]
         if sorted_already:
             return h
         parts = h.split(ordered.counts)
@@ -165,6 +176,10 @@ class NativeTransformer(Transformer):
         if mask is not None:
             raise ValueError("compiled layers take no custom mask: build with compile=False")
         return None
+
+
+class NativeVariant(NativeTransformer, VariantTransformer):
+    """The same for the variants, what differs in them computed by the kernels."""
 
 
 class Workspace:
@@ -264,10 +279,15 @@ class NativeLayers(nn.Module):
         self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
+        variant = args if isinstance(args, VariantArgs) else VariantArgs()
+        self._residual = variant.residual_multiplier
+        self._biases: List[List[Optional[torch.Tensor]]] = []
         self._packed: List[List[Packed]] = []
         self._experts: List[Optional[kernels.Experts]] = []
         self._kept: List[Any] = []  # what structs point to
         for block in blocks:
+            linears = _linears(block)[: len(kernels.MATRICES)]
+            self._biases.append([_bias(linear) for linear in linears])
             self._packed.append([arena.pack(weight_of(linear)) for linear in _linears(block)])
             self._experts.append(self._mixture(block.feed_forward, self._packed[-1][7:]))
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
@@ -277,18 +297,21 @@ class NativeLayers(nn.Module):
         widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
         self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
-        self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
+        self._shape = kernels.Shape(
+            args.dim, *self._heads, self._hidden_dim, args.norm_eps, self._residual
+        )  # fmt: skip
         self._layers = (kernels.Layer * len(blocks))(
             *(
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
                     *(weight.struct for weight in packed[: len(kernels.MATRICES)]),
+                    tuple(None if bias is None else bias.data_ptr() for bias in biases),
                     _attending(args, i),
                     None if experts is None else addressof(experts),
                 )
-                for i, (block, packed, experts) in enumerate(
-                    zip(blocks, self._packed, self._experts, strict=True)
+                for i, (block, packed, biases, experts) in enumerate(
+                    zip(blocks, self._packed, self._biases, self._experts, strict=True)
                 )
             )
         )
@@ -448,4 +471,4 @@ class NativeLayers(nn.Module):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)
                 dist.all_reduce(total, group=get_model_parallel_group())
-                h.add_(total.view(h.shape))
+                h.add_(total.view(h.shape), alpha=self._residual)
