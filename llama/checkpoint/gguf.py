@@ -234,12 +234,12 @@ def write(
     wanted, args, path = kind.upper(), source.args, Path(path)
 
     family = family_of(args)
-    fused = family.fused(args, "gguf")
-    if family.write_gguf is None:
+    own, fused = family.write_gguf(args), family.fused(args, "gguf")
+    if not family.gguf:
         raise ValueError(f"{source.path} is a {family.name}, which isn't written as GGUF")
-    architecture, own = family.write_gguf(args)
+    named = family.gguf_architecture
     with beside(path, force) as partial:
-        writer = gguf.GGUFWriter(partial, architecture)
+        writer = gguf.GGUFWriter(partial, named(args) if named else min(family.gguf))
         writer.add_name(name or path.stem)
         writer.add_file_type(gguf.LlamaFileType[WRITABLE[wanted]])
         numbers = {
@@ -256,7 +256,7 @@ def write(
             "layer_norm_rms_eps": args.norm_eps,
             "vocab_size": args.vocab_size,
         }
-        for key, number in numbers.items():
+        for key, number in (numbers | own).items():
             getattr(writer, f"add_{key}")(number)
         if args.rope_linear_factor != 1.0:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -265,11 +265,7 @@ def write(
             for field, key in ROPE_BOUNDS.items():
                 if (value := getattr(args, field)) != getattr(family.args, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-                    add(f"{architecture}.{key}", value)
-        for key, value in own.items():
-            put: Any = writer.add_string if isinstance(value, str) else writer.add_float32
-            put = writer.add_uint32 if isinstance(value, int) else put
-            put(f"{architecture}.{key}", value)
+                    add(f"{writer.arch}.{key}", value)
         if wanted.startswith("Q"):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:

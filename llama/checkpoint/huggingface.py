@@ -49,9 +49,6 @@ IGNORED = {
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "model_type": ("llama", "mistral", "smollm3", "granite"),
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "sliding_window": (None,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1),
     "is_decoder": (True, False),
@@ -210,11 +207,11 @@ class HFCheckpoint:
         self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
             for name, stored in index_tensors(file, codes=scheme is not None).items():
+                if name.startswith("transformer."):  # in LlamaForQuestionAnswering
+                    name = name.replace("transformer.", "model.", 1)
                 if name.startswith(family.left_out):
                     self.left_out += 1
                     continue
-                if name.startswith("transformer."):  # in LlamaForQuestionAnswering
-                    name = name.replace("transformer.", "model.", 1)
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
                     continue  # what follows from rope_theta; old files have it
                 if name in tensors:

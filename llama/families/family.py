@@ -106,8 +106,9 @@ class Family:
             the names of its tensors; None: by its architecture.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
+        gguf_architecture: which of these a shape is written as; None: the only one.
         read_names: fields of args that a GGUF file says by its tensors alone, by Meta's names.
-        write_gguf: a GGUF file's architecture and the metadata beyond Llama's; None: not written.
+        write_gguf: what it says in addition, by the names of GGUFWriter's methods.
         fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
             converted, or whose names depend on the shape, by the tensor's name there (as hf_names
             leaves it); and "released", what is read in Meta's format in addition.
@@ -134,7 +135,8 @@ class Family:
     claims_gguf: Optional[Callable[[str, Mapping[str, Any], Collection[str]], bool]] = None
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
     read_names: Callable[[Collection[str]], Dict[str, Any]] = lambda names: {}
-    write_gguf: Optional[Callable[[Any], Tuple[str, Dict[str, Any]]]] = None
+    gguf_architecture: Optional[Callable[[Any], str]] = None
+    write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
     fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
     left_out: Tuple[str, ...] = ()
 

@@ -297,7 +297,7 @@ def read_gguf(metadata: Dict[str, Any]) -> Dict[str, Any]:
     return fields | LLAMA_CPP
 
 
-def write_gguf(args: Llama4Args) -> Tuple[str, Dict[str, Any]]:
+def write_gguf(args: Llama4Args) -> Dict[str, Any]:
     """See `Family.write_gguf`.
 
     Raises:
@@ -312,7 +312,7 @@ def write_gguf(args: Llama4Args) -> Tuple[str, Dict[str, Any]]:
             raise ValueError(
                 f"{field}={getattr(args, field)}: llama.cpp, which GGUF is for, has {value}"
             )
-    return "llama4", told
+    return told
 
 
 LLAMA4 = Family(

@@ -28,19 +28,6 @@ class Names(NamedTuple):
         return f"{prefix}{by_meta[stem]}.weight"
 
 
-class Same(NamedTuple):
-    """The names of a format that has ours."""
-
-    def meta(self, name: str) -> str:
-        return name
-
-    def theirs(self, name: str) -> str:
-        return name
-
-
-SAME = Same()
-
-
 class WithBiases:
     """Names of weights, and of biases beside them."""
 
@@ -61,6 +48,17 @@ class WithBiases:
         return name if found == weight else found.removesuffix("weight") + "bias"
 
 
+class Same(NamedTuple):
+    """The names of a format that has ours."""
+
+    def meta(self, name: str) -> str:
+        return name
+
+    def theirs(self, name: str) -> str:
+        return name
+
+
+SAME = Same()
 HF = Names(
     "model.layers",
     {

@@ -16,7 +16,6 @@ LLAMA = Family(
     claims=lambda config: True,
     read_config=variant_config.read_config,  # of which nothing differs
     gguf=frozenset({"llama"}),
-    write_gguf=lambda args: ("llama", {}),
 )
 # The first that claims a config.json has it.
 FAMILIES: Tuple[Family, ...] = (LLAMA_VISION, LLAMA4, VARIANT, LLAMA)

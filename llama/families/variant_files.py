@@ -38,5 +38,6 @@ VARIANT = Family(
     claims_gguf=variant_gguf.claims_gguf,
     read_gguf=variant_gguf.read_gguf,
     read_names=variant_gguf.read_names,
+    gguf_architecture=variant_gguf.architecture_of,
     write_gguf=variant_gguf.write_gguf,
 )

@@ -4,7 +4,7 @@ Source: github.com/ggml-org/llama.cpp, src/llama-model.cpp.
 """
 
 import math
-from typing import Any, Collection, Dict, Mapping, Tuple
+from typing import Any, Collection, Dict, Mapping
 
 import numpy as np
 
@@ -81,37 +81,43 @@ def claims_gguf(architecture: str, metadata: Mapping[str, Any], names: Collectio
     return architecture != "llama" or bool(differs)
 
 
-def write_gguf(args: VariantArgs) -> Tuple[str, Dict[str, Any]]:
-    """A GGUF file's architecture, and the metadata for what differs from Llama.
+def architecture_of(args: VariantArgs) -> str:
+    """llama.cpp's architecture that computes what differs from Llama."""
+    scaled = GGUF_KEYS.keys() & write_params(args).keys()
+    return "smollm3" if args.no_rope_layers else "granite" if scaled else "llama"
+
+
+def write_gguf(args: VariantArgs) -> Dict[str, Any]:
+    """What a GGUF file says of what differs from Llama, by the names of GGUFWriter's methods.
 
     Raises:
         ValueError: what llama.cpp has no architecture for.
     """
-    scaled = {k: v for k, v in write_params(args).items() if k in GGUF_KEYS}
-    architecture = "smollm3" if args.no_rope_layers else "granite" if scaled else "llama"
-    factor, usual = args.yarn_factor, VariantArgs()
-    fourths = tuple(range(3, args.n_layers, 4))
+    import gguf  # it takes 0.2 s
+
+    fourths, differing = tuple(range(3, args.n_layers, 4)), write_params(args)
     unusual = (
         "a sliding window" if args.sliding_window
         else "dynamic RoPE" if args.dynamic_factor != 1.0
         else "no_rope_layers other than each fourth" if args.no_rope_layers not in ((), fourths)
-        else "both multipliers and no_rope_layers" if scaled and args.no_rope_layers
         else "YaRN without truncate" if not args.yarn_truncate
         else ""
     )  # fmt: skip
-    if unusual:
-        raise ValueError(f"GGUF has no architecture with {unusual}: write another format")
-    found: Dict[str, Any] = {GGUF_KEYS[k]: float(v) for k, v in scaled.items()}
-    if factor != 1.0 or args.yarn_attention_factor != 1.0:
-        usual_scale = 1 + 0.1 * math.log(max(factor, 1))
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": factor,
-            CONTEXT: args.rope_original_max_seq_len,
-        }
-        if not math.isclose(args.yarn_attention_factor, usual_scale, rel_tol=1e-6):
-            found["rope.scaling.attn_factor"] = args.yarn_attention_factor / usual_scale
-        for ours in ("yarn_beta_fast", "yarn_beta_slow"):
-            if getattr(args, ours) != getattr(usual, ours):
-                found[YARN_KEYS[ours]] = getattr(args, ours)
-    return architecture, found
+    if unusual or (args.no_rope_layers and GGUF_KEYS.keys() & differing.keys()):
+        what = unusual or "multipliers and no_rope_layers"
+        raise ValueError(f"GGUF has no architecture with {what}: write another format")
+    scales = {key: differing[ours] for ours, key in GGUF_KEYS.items() if ours in differing}
+    found: Dict[str, Any] = {key.replace(".", "_"): value for key, value in scales.items()}
+    if args.yarn_factor == args.yarn_attention_factor == 1.0:
+        return found
+    usual = 1 + 0.1 * math.log(max(args.yarn_factor, 1))
+    found |= {
+        "rope_scaling_type": gguf.RopeScalingType.YARN,
+        "rope_scaling_factor": args.yarn_factor,
+        "rope_scaling_orig_ctx_len": args.rope_original_max_seq_len,
+        "rope_scaling_yarn_beta_fast": args.yarn_beta_fast,
+        "rope_scaling_yarn_beta_slow": args.yarn_beta_slow,
+    }
+    if not math.isclose(args.yarn_attention_factor, usual, rel_tol=1e-6):
+        found["rope_scaling_attn_factors"] = args.yarn_attention_factor / usual
+    return found

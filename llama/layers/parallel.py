@@ -252,6 +252,12 @@ SHARD_AXIS = {
     "feed_forward.w2.weight": 1,
     "feed_forward.w3.weight": 0,
     "output.weight": 0,
+    # of some families; wo's and w2's are added after the sum over ranks
+    "attention.wq.bias": 0,
+    "attention.wk.bias": 0,
+    "attention.wv.bias": 0,
+    "feed_forward.w1.bias": 0,
+    "feed_forward.w3.bias": 0,
     # Of Llama 3.2 Vision:
     "learnable_embedding.weight": 0,
     "attn.wq.weight": 0,
@@ -264,12 +270,6 @@ SHARD_AXIS = {
     "vision_model.vision_encoder.conv1._linear.weight": 0,
     "vision_model.vision_projection.weight": 0,
     "vision_model.vision_projection.bias": 0,
-    # of some families; wo's and w2's are added after the sum over ranks
-    "attention.wq.bias": 0,
-    "attention.wk.bias": 0,
-    "attention.wv.bias": 0,
-    "feed_forward.w1.bias": 0,
-    "feed_forward.w3.bias": 0,
 }
 
 
