@@ -45,10 +45,14 @@ IGNORED = {
     "_commit_hash", "problem_type", "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
     "quantization_config",  # see `read_scheme`
 }  # fmt: skip
-# Those that must have one of these values, because our model computes nothing else:
+# Those that must have one of these values, where the family hasn't taken them, because our model
+# computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "model_type": ("llama", "mistral", "smollm3", "granite"),
     "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1),
     "is_decoder": (True, False),
