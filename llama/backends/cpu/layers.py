@@ -4,10 +4,9 @@ They have the same weights, cache and meaning as `model.py`'s. A token's result 
 bit, whatever is computed with it: other rows, other tokens of its row, on any number of threads.
 """
 
-import threading
 from ctypes import addressof, byref, c_float
 from itertools import accumulate
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -18,70 +17,21 @@ from torch import nn
 
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
+from llama.backends.cpu.limits import check
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.backends.cpu.workspace import Workspace
 from llama.families.llama4 import Llama4Args, MixtureOfExperts
 from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
-from llama.layers.paged import PAGE, PagedRows
+from llama.layers.paged import PagedRows
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 TOKENS = 512  # computed together, which bounds the memory of activations
-CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
+CHUNK = 512  # as in attention.h
 MANY = 8  # tokens of a row whose queries share what they read of the cache
 EVERY = (1 << 31) - 1  # a window that no context reaches
-WIDTH = 32  # the kernels take widths that are multiples of this
-
-DTYPES = (torch.float32, torch.bfloat16)  # of activations
-FLOATS = {"F32", "F16", "BF16", "FP8", "NF4", "FP4"}  # block types whose products are of floats
-
-
-def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-    """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
-
-    Raises:
-        ValueError: an unsupported device, dtype or shape; no compiler.
-    """
-    if type(args) not in (ModelArgs, Llama4Args, VariantArgs):
-        raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
-    for what, value, known in (
-        ("device", device.type, ("cpu",)),
-        ("dtype", dtype, DTYPES),
-    ):
-        if value not in known:
-            choices = " or ".join(map(str, known))
-            raise ValueError(f"compile=True supports {what} {choices}, not {value}")
-    world = parallel.world_size()
-    widths = {
-        "dim": args.dim,
-        "head_dim": args.head_dim,
-        "the heads of a rank": args.n_heads // world * args.head_dim,
-        "hidden_dim of a rank": parallel.padded(args.hidden_dim, world) // world,
-    }
-    if isinstance(args, Llama4Args):
-        if args.expert_dim is not None:
-            widths["expert_dim of a rank"] = parallel.padded(args.expert_dim, world) // world
-        if (args.attention_chunk_size or 0) % PAGE:
-            raise ValueError(
-                f"compile=True takes chunks of attention of a multiple of {PAGE} positions, not "
-                f"{args.attention_chunk_size}: build with compile=False"
-            )
-    for name, width in widths.items():
-        if width % WIDTH:
-            raise ValueError(
-                f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
-                "build with compile=False, or on another number of ranks"
-            )
-    sizes = {"head_dim": (args.head_dim, MAX_HEAD)}
-    sizes["n_heads / n_kv_heads"] = (args.n_heads // args.n_kv_heads, MAX_GROUP)
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise ValueError(
-                f"compile=True takes a {name} of at most {most}, and this is {size}: "
-                "build with compile=False"
-            )
-    kernels.library()
 
 
 def swap(model: Transformer) -> Transformer:
@@ -180,44 +130,6 @@ class NativeTransformer(Transformer):
 
 class NativeVariant(NativeTransformer, VariantTransformer):
     """The same for the variants, what differs in them computed by the kernels."""
-
-
-class Workspace:
-    """Temporary buffers that all layers share.
-
-    Args:
-        dtype: of the model.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._buffers: Dict[str, torch.Tensor] = {}
-        self.lock = threading.Lock()  # threads may share a model, but not the buffers
-
-    def take(self, name: str, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """n values, uninitialized."""
-        found = self._buffers.get(name)
-        if found is None or found.numel() < n or found.dtype != dtype:
-            self._buffers[name] = found = torch.empty(n, dtype=dtype)
-        return found[:n]
-
-    def inputs(
-        self, name: str, tokens: int, cols: int, kinds: set[str], floats: bool = False
-    ) -> kernels.Inputs:
-        """Buffers for the inputs of products with weights of these block types; floats: as fp32,
-        too."""
-        pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
-        dense = kinds & FLOATS
-        height = kernels.library().group_height(tokens)
-        n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
-        if floats or dense - ({"BF16"} if pairs else set()):
-            found.floats = self.take(f"{name} floats", n).data_ptr()
-        if pairs and "BF16" in kinds:
-            found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
-        if kinds - dense:
-            words = n // 32 * 20  # struct Fixed, of 32 values
-            found.fixed = self.take(f"{name} fixed", words, torch.int32).data_ptr()
-        return found
 
 
 class NativeEmbedding(nn.Module):
