@@ -25,6 +25,8 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
     print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
+    if left_out := getattr(source, "left_out", 0):
+        print(f"left out: {left_out} weights that this network doesn't use")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
     for field, value in vars(args).items():
         if field not in ("max_seq_len", "max_batch_size"):
