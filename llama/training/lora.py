@@ -169,7 +169,7 @@ def fresh(
     """A new adapter to train, initialized as by PEFT: A uniform, B zeros, so it adds nothing yet.
 
     Args:
-        matrices: those of a block to add it to, by Meta's or Hugging Face's names; experts get none.
+        matrices: those of a block to add it to, by Meta's or Hugging Face's names; not of experts.
 
     Raises:
         ValueError: a rank below 1, or matrices that are unknown or only in experts.
