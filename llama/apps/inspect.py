@@ -27,6 +27,8 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
     for kind, becomes in about.kept.items():
         print(f"  {kind}: in memory {becomes} dense; activations aren't quantized")
+    if left_out := getattr(source, "left_out", 0):
+        print(f"left out: {left_out} weights that this network doesn't use")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
     for field, value in vars(args).items():
         if field not in ("max_seq_len", "max_batch_size"):

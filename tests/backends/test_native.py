@@ -20,8 +20,9 @@ from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.backends import cpu as native
 from llama.backends import quantized as quantize
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import FLOATS, NativeTransformer, Workspace
+from llama.backends.cpu.layers import NativeTransformer
 from llama.backends.cpu.packing import Arena, packed_bytes
+from llama.backends.cpu.workspace import FLOATS, Workspace
 from llama.backends.quantized import Blocks
 from llama.checkpoint import InMemory, floats, ggml, integers
 from llama.layers import parallel

@@ -1,4 +1,4 @@
-"""A template that switches reasoning on and off, as SmolLM3 does: by a variable or by the system."""
+"""A template that switches reasoning on and off by a variable or by the system, as SmolLM3 does."""
 
 import pytest
 
