@@ -9,6 +9,7 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
         max_seq_len: tokens of prompt and answer together, for the cache.
         max_batch_size: sequences computed at once, for the cache.
     """
+    import math
     from dataclasses import replace
 
     import torch
@@ -35,7 +36,8 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
             print(f"  {field} = {value}")
     checkpoint.check_shapes(source)
     print(f"memory per rank with a cache of {max_batch_size} rows of {max_seq_len} tokens:")
-    for world in (w for w in range(1, args.n_heads + 1) if args.n_heads % w == 0):
+    heads = math.gcd(args.n_heads, getattr(args, "vision_heads", args.n_heads))
+    for world in (w for w in range(1, heads + 1) if heads % w == 0):
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
             print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {need}")

@@ -13,6 +13,7 @@ from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, dtype_name
 from llama.checkpoint.writing import bytes_of, dtype_of
+from llama.families.registry import family_of
 from llama.text.files import beside
 from llama.tokenizer import Tokenizer
 
@@ -114,14 +115,19 @@ def check_equal(
     shapes = weight_shapes(source.args)
     if weight_shapes(written.args) != shapes:
         raise ValueError(f"{written.path} doesn't have the shape of {source.path}")
+    form = "hf" if isinstance(written, huggingface.HFCheckpoint) else "meta"
+    fused = family_of(source.args).fused(source.args, form).values()
+    computed = {how.groups[0][0]: how for how in fused if how.to_theirs and how.to_ours}
     for name, shape in tqdm(shapes.items(), desc="verifying", disable=quiet or None):
-        stored = written.stored_as(name)
+        stored, how = written.stored_as(name), computed.get(name)
         for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
             if kept:
                 raw = keeping.encode(source, name, stored, start, stop)
                 ours = keeping.decode(raw, stored).view(stop - start, *shape[1:])
             else:
                 ours = gguf.as_stored(source.read(name, 0, start, stop), stored)
+            if how and how.to_theirs and how.to_ours:  # what the format has no place for is gone
+                ours = how.to_ours(how.to_theirs(ours))
             theirs = written.read(name, 0, start, stop)
             # by bytes: a NaN isn't equal to itself, and 0.0 is equal to -0.0
             if ours.dtype != theirs.dtype or bytes_of(ours) != bytes_of(theirs):

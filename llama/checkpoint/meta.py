@@ -17,7 +17,7 @@ from llama.checkpoint.schemes import Scheme, assemble, meta_fp8
 from llama.checkpoint.schemes.meta_int4 import MetaInt4
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
-from llama.checkpoint.source import Checkpoint, Shape, find_tokenizer
+from llama.checkpoint.source import Checkpoint, Shape, Stored, find_tokenizer
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress, write_tensor
 from llama.families.family import Family
 from llama.families.registry import family_of, of_params
@@ -76,6 +76,13 @@ def read_scheme(path: Path) -> Optional[Scheme]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _scalar(stored: Part) -> Part:
+    """A single value, of which releases of Llama 3.2 Vision differ in the number of dimensions."""
+    if isinstance(stored, Stored) and set(stored.shape) <= {1}:
+        return stored._replace(shape=(1,))
+    return stored
+
+
 def trained_context(args: ModelArgs) -> int:
     """The context that a released model was trained for, which params.json doesn't say.
 
@@ -117,7 +124,7 @@ class MetaCheckpoint:
         else:
             self.quantized = meta_fp8.take(self.path, indexed)
         self._shards: List[Dict[str, Part]] = [
-            {family.meta_names.meta(name): stored for name, stored in shard.items()}
+            {family.meta_names.meta(name): _scalar(stored) for name, stored in shard.items()}
             for shard in indexed
         ]
         params.setdefault("tied_embeddings", self._is_tied())

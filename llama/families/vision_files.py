@@ -180,7 +180,16 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
-    """config.json, from Llama's keys."""
+    """config.json, from Llama's keys.
+
+    Raises:
+        ValueError: heads that it can't express.
+    """
+    if args.head_dim * args.n_heads != args.dim:
+        raise ValueError(
+            f"transformers' Mllama has heads of dim / n_heads, and head_dim={args.head_dim} isn't "
+            f"{args.dim} / {args.n_heads}: convert to Meta's format"
+        )
     whole = {key: config.pop(key) for key in ("bos_token_id", "dtype", "eos_token_id")}
     del config["architectures"], config["head_dim"], config["attention_bias"], config["mlp_bias"]
     cross = cross_layers(args)

@@ -10,7 +10,7 @@ from vision import GRIDS, IMAGE, ROWS, TINY_VISION, images_of, tiled
 
 from llama import Llama, checkpoint
 from llama.checkpoint import InMemory, convert, huggingface, meta
-from llama.families.registry import build
+from llama.families.registry import build, family_of
 
 ARGS = replace(TINY_VISION, max_seq_len=131072)  # as files say
 
@@ -110,11 +110,11 @@ def unused(name, weight):
     return weight
 
 
-def check_weights(read, source):
+def check_weights(read, source, lossy=True):
     checkpoint.check_shapes(read)
     for name, weight in source.weights.items():
         found = read.read(name, 0, 0, len(weight))
-        assert torch.equal(found, unused(name, weight)), name
+        assert torch.equal(found, unused(name, weight) if lossy else weight), name
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -124,7 +124,7 @@ def test_meta_to_hugging_face_and_back(source, tmp_path, shards):
     assert first.args == ARGS
     for name, weight in source.weights.items():
         assert torch.equal(first.read(name, 0, 0, len(weight)), weight), name
-    convert.convert(tmp_path / "meta", tmp_path / "hf", "hf", max_shard_bytes=100_000)
+    convert.convert(tmp_path / "meta", tmp_path / "hf", "hf", max_shard_bytes=100_000, verify=True)
     assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 1
     convert.convert(tmp_path / "hf", tmp_path / "back", "meta", model_parallel_size=shards)
     again = checkpoint.open(tmp_path / "back")
@@ -176,6 +176,25 @@ def test_configurations_that_say_something_else_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         huggingface.read_config(tmp_path / "config.json")
+
+
+def test_heads_of_another_width_have_no_place_in_mllama(tmp_path):
+    args = replace(ARGS, head_dim=32)
+    source = InMemory(args, random_weights(args))
+    with pytest.raises(ValueError, match="head_dim=32 isn't 64 / 8"):
+        convert.convert(source, tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), ()])
+def test_gates_of_any_number_of_dimensions(source, tmp_path, shape):
+    weights = {
+        name: weight.view(shape) if "gate" in name and len(weight) == 1 else weight
+        for name, weight in source.weights.items()
+    }
+    path = meta.write(source, tmp_path / "meta")
+    theirs = family_of(ARGS).meta_names.theirs
+    torch.save({theirs(n): w for n, w in weights.items()}, path / "consolidated.00.pth")
+    check_weights(checkpoint.open(path), source, lossy=False)
 
 
 def test_there_is_no_gguf_of_it(source, tmp_path):
