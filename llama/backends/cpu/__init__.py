@@ -1,5 +1,5 @@
 """CPU kernels in C++, and the layers that call them (`swap`)."""
 
-from llama.backends.cpu.layers import check, swap
+from llama.backends.cpu.layers import check, check_shape, swap
 
-__all__ = ["check", "swap"]
+__all__ = ["check", "check_shape", "swap"]
