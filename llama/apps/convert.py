@@ -27,7 +27,8 @@ def convert(
         mp: number of shards, for meta.
         dtype: of the weights; by default what they are stored in (fp32 if quantized).
         quant: for gguf, one type: q8_0, q4_0, q4_1; or a mixture of types as llama.cpp's: q4_k_s,
-            q4_k_m, q5_k_s, q5_k_m, q6_k.
+            q4_k_m, q5_k_s, q5_k_m, q6_k; keep: the types in which weights are stored, exactly, if
+            GGUF has them; nearest: those nearest to these, which may round.
         tokenizer_path: by default the one found with the source.
         adapter_dir: a LoRA adapter in PEFT's layout, merged into the weights that are written.
         force: overwrite dst, once the new checkpoint is complete.

@@ -22,6 +22,8 @@ from torch import nn
 
 from llama import checkpoint
 from llama.checkpoint import Checkpoint, ggml
+from llama.checkpoint.mapped import own_memory
+from llama.checkpoint.shapes import chunks
 from llama.layers import parallel
 from llama.model import Transformer
 
@@ -29,7 +31,7 @@ from llama.model import Transformer
 # "stored" keeps all, and leaves dense weights dense.
 FOUR_BITS = (
     "Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "I4_32", "I4_64", "I4_128",
-    "NF4", "FP4", "NVFP4S",
+    "NF4", "FP4", "E2M1",
 )  # fmt: skip
 ALL = (*FOUR_BITS, "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "I8_32", "I8_128", "FP8")
 KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
@@ -38,6 +40,7 @@ KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
 }
 # The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
+
 
 ROWS = 1 << 14  # quantized at a time, of 32 values each
 
@@ -131,7 +134,7 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        found = None if "norm" in name or ".bias" in name else read(source, name, kind)
+        found = read(source, name, kind) if is_quantizable(name) else None
         if found is None:
             return None
         found = found._replace(data=found.data.to(device))
@@ -139,12 +142,20 @@ def load(
             if tied:
                 model.output = QuantizedLinear(found, gather=True)
             return QuantizedEmbedding(found, dtype)
-        row_parallel = parallel.shard_axis(name) == 1
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        row_parallel = parallel.shard_axis(name) == 1 and getattr(owner, "reduces", True)
         layer = QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
-        layer.bias = getattr(model.get_submodule(name.removesuffix(".weight")), "bias", None)
+        layer.bias = getattr(owner, "bias", None)
         return layer
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
+
+
+def is_quantizable(name: str) -> bool:
+    """Whether a weight is a matrix that may be quantized: not norms, routers of experts, biases,
+    nor what reads images."""
+    apart = name.startswith(("vision_model.", "learnable_embedding.")) or ".router." in name
+    return name.endswith(".weight") and "norm" not in name and not apart
 
 
 def has_blocks(source: Checkpoint) -> bool:
@@ -212,7 +223,7 @@ def _stored_blocks(
 ) -> Optional[torch.Tensor]:
     """The blocks of this rank's shard in the file; None if its boundaries fall within blocks."""
     args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
-    axis, values = parallel.shard_axis(name) or 0, ggml.block(stored)[0]
+    axis, (values, size) = parallel.shard_axis(name) or 0, ggml.block(stored)
     ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)
     width = checkpoint.local_shape(args, name, rank, world)[1]
     if width % values or (
@@ -220,5 +231,15 @@ def _stored_blocks(
     ):
         return None
     blocks: Any = source  # other formats have none
+    if ranges == [(0, shape[axis])]:
+        axis, ranges = 0, [(0, shape[0])]
+    if axis == 0 and name in getattr(source, "quantized", {}):  # computed, a few rows at a time
+        rows = sum(stop - start for start, stop in ranges)
+        out, done = own_memory(rows, width // values * size), 0
+        for begin, end in ranges:
+            for start, stop in chunks(shape, 0, begin, end, args.head_dim):
+                out[done : done + stop - start] = blocks.read_blocks(name, 0, start, stop)
+                done += stop - start
+        return out
     parts = [blocks.read_blocks(name, axis, start, stop) for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

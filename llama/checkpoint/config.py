@@ -38,7 +38,12 @@ IGNORED = {
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "model_type": ("llama", "mistral", "smollm3", "granite"),
     "hidden_act": ("silu", "swish"),
+    # What a family computes, it has taken out of the config.
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
     "use_sliding_window": (False,),
+    "attention_multiplier": (None, 1.0),
     "partial_rotary_factor": (1.0, 1),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),

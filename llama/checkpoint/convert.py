@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 import torch
 from tqdm import tqdm
 
-from llama.checkpoint import ggml, gguf, huggingface, meta
+from llama.checkpoint import ggml, gguf, huggingface, keeping, meta
 from llama.checkpoint.opening import open as open_checkpoint
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
@@ -43,8 +43,8 @@ def convert(
         to: "meta", "hf" or "gguf"; the last is a file, the others are directories.
         model_parallel_size: shards, for Meta's format.
         dtype: of the weights; None keeps what they are stored in (fp32 where quantized).
-        quant: for GGUF, "q8_0", "q4_0", "q4_1", or one of llama.cpp's mixtures, "q4_k_m" for
-            instance: see `gguf.write`.
+        quant: for GGUF, "q8_0", "q4_0", "q4_1", one of llama.cpp's mixtures, "q4_k_m" for
+            instance, "keep" for the types as stored, or "nearest": see `gguf.write`.
         tokenizer_path: by default what is found with the source.
         max_shard_bytes: size of a .safetensors file, about.
         force: overwrite what is there, once the new checkpoint is complete.
@@ -88,7 +88,8 @@ def convert(
                 kind = quant or dtype_name(dtype or _widest(opened)).lower()
                 gguf.write(opened, partial, kind, name=path.stem, **common)
         if verify:
-            check_equal(opened, open_checkpoint(partial), quiet=quiet)
+            kept = (quant or "").upper() in (keeping.KEEP, keeping.NEAREST)
+            check_equal(opened, open_checkpoint(partial), quiet=quiet, kept=kept)
     return path
 
 
@@ -99,8 +100,13 @@ def _widest(source: Checkpoint) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) -> None:
+def check_equal(
+    source: Checkpoint, written: Checkpoint, quiet: bool = False, kept: bool = False
+) -> None:
     """Compare every weight of a checkpoint with what was written of it, a few rows at a time.
+
+    Args:
+        kept: it was written by `keeping`.
 
     Raises:
         ValueError: a difference beyond what the written dtype or quantization makes.
@@ -111,7 +117,11 @@ def check_equal(source: Checkpoint, written: Checkpoint, quiet: bool = False) ->
     for name, shape in tqdm(shapes.items(), desc="verifying", disable=quiet or None):
         stored = written.stored_as(name)
         for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
-            ours = gguf.as_stored(source.read(name, 0, start, stop), stored)
+            if kept:
+                raw = keeping.encode(source, name, stored, start, stop)
+                ours = keeping.decode(raw, stored).view(stop - start, *shape[1:])
+            else:
+                ours = gguf.as_stored(source.read(name, 0, start, stop), stored)
             theirs = written.read(name, 0, start, stop)
             # by bytes: a NaN isn't equal to itself, and 0.0 is equal to -0.0
             if ours.dtype != theirs.dtype or bytes_of(ours) != bytes_of(theirs):

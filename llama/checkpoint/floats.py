@@ -5,8 +5,8 @@ They hold exactly what is published as FP8, NF4 and NVFP4. The scale comes first
     FP8     value = scale · q, q e4m3: a sign, four bits of exponent and three of mantissa
     NF4     value = scale · CODES[q], q four bits
     FP4     the same with bitsandbytes' FP4, whose largest value is 1
-    NVFP4S  value = scale · s · q, q e2m1 (0 to 6), s an e4m3 for each 16 values; these follow the
-            scale in four bytes
+    E2M1    value = scale · s · q, q e2m1 (0 to 6) and s an e4m3 for each 16 values: NVFP4; these
+            follow the scale in four bytes
 
 Codes of four bits are as in ggml's types, 32 at a time: value i is in the low half of byte i, and
 value i + 16 in the high half.
@@ -17,8 +17,8 @@ from typing import Dict
 import torch
 
 VALUES = 64  # of a block
-BYTES: Dict[str, int] = {"FP8": 68, "NF4": 36, "FP4": 36, "NVFP4S": 40}
-GROUP = 16  # values of NVFP4 that share an e4m3 scale
+BYTES: Dict[str, int] = {"FP8": 68, "NF4": 36, "FP4": 36, "E2M1": 40}
+GROUP = 16  # values of E2M1 that share an e4m3 scale
 
 E4M3 = torch.float8_e4m3fn
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -32,7 +32,7 @@ CODES: Dict[str, torch.Tensor] = {
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]),
     "FP4": torch.tensor([*TWELFTHS, *(-value for value in TWELFTHS)]) / 12,
-    "NVFP4S": torch.tensor([*E2M1, *(-value for value in E2M1)]),
+    "E2M1": torch.tensor([*E2M1, *(-value for value in E2M1)]),
 }  # fmt: skip
 
 
@@ -46,16 +46,16 @@ def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:
         nibbles = blocks[:, -VALUES // 2 :].view(-1, 2, 1, 16)
         indices = torch.cat([nibbles & 15, nibbles >> 4], 2).flatten(1).int()
         values = CODES[kind].to(raw.device)[indices]
-    if kind == "NVFP4S":
+    if kind == "E2M1":
         scale = scale.repeat_interleave(GROUP, 1)
     return (values * scale).view(len(raw), -1)
 
 
 def scales(raw: torch.Tensor, kind: str) -> torch.Tensor:
-    """(rows, bytes of a row) -> (blocks, 1), fp32; of NVFP4 (blocks, 4)."""
+    """(rows, bytes of a row) -> (blocks, 1), fp32; of E2M1 (blocks, 4)."""
     blocks = raw.view(-1, BYTES[kind])
     scale = blocks[:, :4].view(torch.float32)
-    return scale * blocks[:, 4:8].view(E4M3).float() if kind == "NVFP4S" else scale
+    return scale * blocks[:, 4:8].view(E4M3).float() if kind == "E2M1" else scale
 
 
 def fp8_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,8 @@ def code_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _joined(scale, packed(codes).view(len(codes), -1, VALUES // 2))
 
 
-def nvfp4_blocks(codes: torch.Tensor, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Blocks of NVFP4 from codes (rows, cols), e4m3 scales (rows, cols / 16), and an fp32 scale."""
+def e2m1_blocks(codes: torch.Tensor, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Blocks of E2M1 from codes (rows, cols), e4m3 scales (rows, cols / 16), and an fp32 scale."""
     raw = groups.contiguous().view(torch.uint8).view(len(codes), -1, VALUES // GROUP)
     every = torch.where(((raw & 127) == 127).any(-1), torch.nan, scale)
     return _joined(every, raw, packed(codes).view(len(codes), -1, VALUES // 2))
@@ -98,6 +98,6 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 
 
 def nibbles(raw: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
-    """Bytes (rows, n), neighbours in each -> codes (rows, 2 n), uint8; the low half first."""
+    """Bytes (rows, n), two codes in each, the first in the lower half -> (rows, 2 n), uint8."""
     pair = (raw >> 4, raw & 15) if high_first else (raw & 15, raw >> 4)
     return torch.stack(pair, -1).flatten(1)

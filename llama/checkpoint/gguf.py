@@ -6,19 +6,21 @@ q and k into the interleaved rotary layout that Meta's weights have, so they are
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import numpy as np
 import torch
 
-from llama.checkpoint import ggml
+from llama.checkpoint import ggml, keeping
 from llama.checkpoint.fused import fused_shape, plan
+from llama.checkpoint.keeping import KEEP, NEAREST
 from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
-from llama.checkpoint.shapes import checked_args, weight_shapes
+from llama.checkpoint.shapes import checked_args, chunks, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
-from llama.checkpoint.writing import Progress, bytes_of, no_progress, rows
+from llama.checkpoint.writing import Progress, bytes_of, no_progress
 from llama.families.registry import FAMILIES, family_of, of_gguf
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
@@ -218,7 +220,8 @@ def write(
         kind: f32, f16, bf16, q8_0, q4_0, q4_1, or one of llama.cpp's mixtures: q4_k_s, q4_k_m,
             q5_k_s, q5_k_m, q6_k. Norms are always fp32. As llama.cpp's tools do, rows that don't
             divide into a K-quant's blocks of 256 values are written as q5_0, q5_1 or q8_0, and
-            those that don't divide into 32 as f16.
+            those that don't divide into 32 as f16. keep: as stored; nearest: in the types nearest
+            to those stored, see `keeping`.
         name: what the file says the model is called; by default its own name.
         tokenizer: whose vocabulary and template are written into the file.
         force: overwrite what is there, once the new file is complete.
@@ -227,11 +230,20 @@ def write(
         FileExistsError: the file exists, without `force`.
         ValueError: an unknown kind; a weight that it can't hold.
     """
-    if kind.upper() not in WRITABLE:
-        raise ValueError(f"{kind!r} can't be written; choose one of {', '.join(WRITABLE).lower()}")
+    if kind.upper() not in (*WRITABLE, KEEP, NEAREST):
+        known = ", ".join((*WRITABLE, KEEP, NEAREST)).lower()
+        raise ValueError(f"{kind!r} can't be written; choose one of {known}")
     import gguf  # it takes 0.2 s, which only those who use the format should wait
 
     wanted, args, path = kind.upper(), source.args, Path(path)
+    shapes = weight_shapes(args)
+    if wanted in (KEEP, NEAREST):
+        kinds = keeping.kinds(source, wanted)
+        most, _ = Counter(kinds[name] for name in shapes if "norm" not in name).most_common(1)[0]
+        file_type = getattr(gguf.LlamaFileType, f"MOSTLY_{most}", gguf.LlamaFileType.ALL_F32)
+    else:
+        kinds = {name: kind_of(name, shape, args, wanted) for name, shape in shapes.items()}
+        file_type = gguf.LlamaFileType[WRITABLE[wanted]]
 
     family = family_of(args)
     own, fused = family.write_gguf(args), family.fused(args, "gguf")
@@ -241,7 +253,7 @@ def write(
     with beside(path, force) as partial:
         writer = gguf.GGUFWriter(partial, named(args) if named else min(family.gguf))
         writer.add_name(name or path.stem)
-        writer.add_file_type(gguf.LlamaFileType[WRITABLE[wanted]])
+        writer.add_file_type(file_type)
         numbers = {
             "block_count": args.n_layers,
             "context_length": args.max_seq_len,
@@ -266,13 +278,11 @@ def write(
                 if (value := getattr(args, field)) != getattr(family.args, field):
                     add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
                     add(f"{writer.arch}.{key}", value)
-        if wanted.startswith("Q"):
+        if any(kind not in PLAIN for kind in kinds.values()):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is not None:
             writing_vocabulary.write_gguf(tokenizer.vocabulary, writer, args.vocab_size)
 
-        shapes = weight_shapes(args)
-        kinds = {name: kind_of(name, shape, args, wanted) for name, shape in shapes.items()}
         if args.use_scaled_rope:
             plain = rope_frequencies(dataclasses.replace(args, use_scaled_rope=False))
             factors = (plain / rope_frequencies(args)).numpy()
@@ -303,12 +313,16 @@ def write(
             align()
         for of in parts.values():
             for name in of:
-                for part in rows(source, name):
+                for start, stop in chunks(shapes[name], 0, 0, shapes[name][0], args.head_dim):
                     try:
-                        out.write(_encoded(part, kinds[name]))
+                        if wanted in (KEEP, NEAREST):
+                            raw = bytes_of(keeping.encode(source, name, kinds[name], start, stop))
+                        else:
+                            raw = _encoded(source.read(name, 0, start, stop), kinds[name])
                     except ValueError as error:
                         raise ValueError(f"{source.path}: {name}: {error}") from None
-                    progress(part.numel() * part.itemsize)
+                    out.write(raw)
+                    progress(len(raw))
             align()
         writer.close()
     return path

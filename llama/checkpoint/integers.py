@@ -54,3 +54,25 @@ def dequantize(raw: torch.Tensor, kind: str) -> torch.Tensor:
         q = torch.cat([words & 15, words >> 4], 2).view(-1, values)
     found = q.float().sub_(blocks[:, 4:5].float()).mul_(scales(raw, kind))
     return found.view(len(raw), -1)
+
+
+def is_symmetric(raw: torch.Tensor, kind: str) -> bool:
+    """Whether all zero points are the middle of the range, 8 or 128."""
+    blocks, bits = raw.view(-1, BYTES[kind]), BITS_VALUES[kind][0]
+    return bool((blocks[:, 4] == 1 << (bits - 1)).all())
+
+
+def to_ggml(raw: torch.Tensor, kind: str, target: str) -> torch.Tensor:
+    """The same q in blocks of Q4_0, Q4_1 or Q8_0; the fp16 scale and least value are rounded.
+
+    Q4_0 and Q8_0 take the zero point for the middle one: see `is_symmetric`.
+    """
+    blocks, (_, values) = raw.view(-1, BYTES[kind]), BITS_VALUES[kind]
+    scale, q = scales(raw, kind), blocks[:, HEAD:]
+    heads = [scale]
+    if target == "Q4_1":
+        heads.append(scale * -blocks[:, 4:5].float())
+    if target == "Q8_0":
+        q = q ^ 128
+    parts = [head.half().view(torch.uint8).repeat_interleave(values // 32, 0) for head in heads]
+    return torch.cat([*parts, q.reshape(len(parts[0]), -1)], 1).view(len(raw), -1)

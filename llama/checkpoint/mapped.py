@@ -28,6 +28,16 @@ def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
     return np.frombuffer(pages, dtype=np.uint8, offset=offset - begin)
 
 
+def own_memory(rows: int, row: int) -> torch.Tensor:
+    """Zeros (rows, row), uint8, which go back to the system when they are freed.
+
+    What malloc gets back it keeps, in holes between other weights.
+    """
+    if rows * row == 0:
+        return torch.zeros(rows, row, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, rows * row), dtype=torch.uint8).view(rows, row)
+
+
 def read_slice(
     path: Path,
     offset: int,

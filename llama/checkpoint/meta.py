@@ -13,7 +13,7 @@ import torch
 from llama.checkpoint.fused import Part, cut, fused_shape, join, plan, stored_as
 from llama.checkpoint.loading import read_shard
 from llama.checkpoint.pth import index_pth, mend_checksums
-from llama.checkpoint.schemes import Scheme, assemble
+from llama.checkpoint.schemes import Scheme, assemble, meta_fp8
 from llama.checkpoint.schemes.meta_int4 import MetaInt4
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, local_shape, weight_shapes
@@ -106,13 +106,16 @@ class MetaCheckpoint:
             )
         family, params = read_params(self.path / "params.json")
         scheme = read_scheme(self.path / "params.json")
-        indexed = [index_pth(file, codes=scheme is not None) for file in self._files]
+        has_codes = scheme is not None or any(self.path.glob("fp8_scales_*.pt"))
+        indexed = [index_pth(file, codes=has_codes) for file in self._files]
         self.quantized: Dict[str, QuantizedWeight] = {}
         if scheme is not None:
             if len(self._files) > 1:
                 raise ValueError(f"{self.path}: quantized weights in more than one file")
             plain, self.quantized = assemble(scheme, indexed[0])
             indexed = [plain]
+        else:
+            self.quantized = meta_fp8.take(self.path, indexed)
         self._shards: List[Dict[str, Part]] = [
             {family.meta_names.meta(name): stored for name, stored in shard.items()}
             for shard in indexed

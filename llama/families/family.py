@@ -101,6 +101,9 @@ class Family:
         read_params, write_params: the same for params.json.
         meta_names: of weights in Meta's files, where they are others than in the model.
         rotated: the last parts of names of weights whose rows transformers has in another order.
+        cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
+            of tokens.
+        encoder_values: values that a pass of an encoder holds at most, beside its weights.
         gguf: what a GGUF file's general.architecture says.
         claims_gguf: whether a GGUF file is of this family, by its architecture, its metadata and
             the names of its tensors; None: by its architecture.
@@ -130,6 +133,8 @@ class Family:
     meta_names: Naming = SAME
     hf_names: Naming = HF
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
+    cached_per_head: Callable[[Any], int] = lambda args: 0
+    encoder_values: Callable[[Any], int] = lambda args: 0
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
     claims_gguf: Optional[Callable[[str, Mapping[str, Any], Collection[str]], bool]] = None

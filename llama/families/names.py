@@ -28,6 +28,19 @@ class Names(NamedTuple):
         return f"{prefix}{by_meta[stem]}.weight"
 
 
+class Same(NamedTuple):
+    """The names of a format that has ours."""
+
+    def meta(self, name: str) -> str:
+        return name
+
+    def theirs(self, name: str) -> str:
+        return name
+
+
+SAME = Same()
+
+
 class WithBiases:
     """Names of weights, and of biases beside them."""
 
@@ -48,17 +61,6 @@ class WithBiases:
         return name if found == weight else found.removesuffix("weight") + "bias"
 
 
-class Same(NamedTuple):
-    """The names of a format that has ours."""
-
-    def meta(self, name: str) -> str:
-        return name
-
-    def theirs(self, name: str) -> str:
-        return name
-
-
-SAME = Same()
 HF = Names(
     "model.layers",
     {

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -206,6 +206,20 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
+def on_rank_zero(work: Callable[[], Any]) -> Any:
+    """What rank 0 gets from work, or the ValueError or OSError that it raises, on all ranks."""
+    found: Any = None
+    if rank() == 0:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
@@ -252,12 +266,6 @@ SHARD_AXIS = {
     "feed_forward.w2.weight": 1,
     "feed_forward.w3.weight": 0,
     "output.weight": 0,
-    # of some families; wo's and w2's are added after the sum over ranks
-    "attention.wq.bias": 0,
-    "attention.wk.bias": 0,
-    "attention.wv.bias": 0,
-    "feed_forward.w1.bias": 0,
-    "feed_forward.w3.bias": 0,
     # Of Llama 3.2 Vision:
     "learnable_embedding.weight": 0,
     "attn.wq.weight": 0,
@@ -270,6 +278,12 @@ SHARD_AXIS = {
     "vision_model.vision_encoder.conv1._linear.weight": 0,
     "vision_model.vision_projection.weight": 0,
     "vision_model.vision_projection.bias": 0,
+    # of some families; wo's and w2's are added after the sum over ranks
+    "attention.wq.bias": 0,
+    "attention.wk.bias": 0,
+    "attention.wv.bias": 0,
+    "feed_forward.w1.bias": 0,
+    "feed_forward.w3.bias": 0,
 }
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_native import stored_as
 
 from llama.backends.cpu import kernels
+from llama.backends.cpu.layers import FLOATS
 from llama.backends.quantized import Blocks
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -51,7 +52,7 @@ def test_a_product_is_the_exact_one(program):
             assert done.returncode == 0, done.stderr.decode()
             out = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32).view(tokens, rows)
             exact = F.linear(x.double(), dense)
-            if kind in ("F32", "F16", "BF16"):
+            if kind in FLOATS:
                 size = F.linear(x.double().abs(), dense.abs())
                 assert ((out - exact).abs() <= 1e-6 * size).all(), (kind, tokens)
             else:

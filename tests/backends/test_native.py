@@ -20,10 +20,10 @@ from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.backends import cpu as native
 from llama.backends import quantized as quantize
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import NativeTransformer, Workspace
+from llama.backends.cpu.layers import FLOATS, NativeTransformer, Workspace
 from llama.backends.cpu.packing import Arena, packed_bytes
 from llama.backends.quantized import Blocks
-from llama.checkpoint import InMemory, ggml
+from llama.checkpoint import InMemory, floats, ggml, integers
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache, KVCache
 from llama.text.gguf_header import read_header
@@ -247,7 +247,7 @@ def file_of(tmp_path, monkeypatch):
     return write
 
 
-BLOCKS = [kind for kind in kernels.KINDS if kind not in ("F32", "F16", "BF16")]
+BLOCKS = [kind for kind in kernels.KINDS if kind in ggml.SCALES]
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -453,11 +453,41 @@ def test_a_cache_of_another_dtype_is_refused():
         compiled(ids(1, 4), 0, cache)
 
 
+def own_floats(shape: torch.Size, kind: str) -> tuple:
+    """Random numbers as blocks of our own types, and what they mean, in fp64."""
+    (rows, cols), eights = shape, [code for code in range(256) if code & 127 != 127]  # no NaN
+    codes = torch.randint(16, shape).to(torch.uint8)
+    scale = torch.rand(rows, cols // floats.VALUES) + 0.5
+    each = scale.double().repeat_interleave(floats.VALUES, 1)
+    if kind == "FP8":
+        codes = torch.tensor(eights)[torch.randint(254, shape)].to(torch.uint8).view(floats.E4M3)
+        return Blocks(floats.fp8_blocks(codes, scale), kind), codes.double() * each
+    values = floats.CODES[kind].double()[codes.int()] * each
+    if kind != "E2M1":
+        return Blocks(floats.code_blocks(codes, scale), kind), values
+    groups = (torch.rand(rows, cols // floats.GROUP) * 4).to(floats.E4M3)
+    values *= groups.double().repeat_interleave(floats.GROUP, 1)
+    return Blocks(floats.e2m1_blocks(codes, groups, scale), kind), values
+
+
+def own_integers(shape: torch.Size, kind: str) -> tuple:
+    bits, values = integers.BITS_VALUES[kind]
+    codes = torch.randint(1 << bits, shape)
+    blocks = shape[0], shape[1] // values
+    scale, zero = torch.rand(blocks) + 0.5, torch.randint(1 << bits, blocks)
+    scales, zeros = (one.double().repeat_interleave(values, 1) for one in (scale, zero))
+    return Blocks(integers.pack(codes, scale, zero, kind), kind), scales * (codes - zeros)
+
+
 def stored_as(weight: torch.Tensor, kind: str) -> tuple:
     """A weight as a file of a block type holds it, and what that means, in fp64."""
     if kind in ("F32", "F16", "BF16"):
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
         return weight.to(dtype), weight.to(dtype).double()
+    if kind in floats.BYTES:
+        return own_floats(weight.shape, kind)
+    if kind in integers.BYTES:
+        return own_integers(weight.shape, kind)
     number = gguf.GGMLQuantizationType[kind]
     try:
         raw = torch.from_numpy(gguf.quantize(weight.numpy(), number))
@@ -491,7 +521,7 @@ def test_a_product_is_the_exact_one(kind, is_bf16):
                 byref(inputs), 2,
             )  # fmt: skip
             exact = F.linear(x.double(), dense)
-            if packed.kind in ("F32", "F16", "BF16"):
+            if packed.kind in FLOATS:
                 size = F.linear(x.double().abs(), dense.abs())
                 assert ((out - exact).abs() <= 1e-6 * size).all(), (rows, cols, tokens)
             else:

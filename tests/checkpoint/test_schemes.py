@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import run_ranks, write_byte_tokenizer
 from published import ARGS, INTEGERS, publish, publish_meta
+from published_floats import FLOATS
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 
@@ -20,14 +21,15 @@ from llama.checkpoint.convert import describe
 from llama.families.names import HF
 from llama.layers import parallel
 
-CASES = pytest.mark.parametrize("case", INTEGERS.values(), ids=INTEGERS.keys())
+ALL = {**INTEGERS, **FLOATS}
+CASES = pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
 MUTATIONS = int(os.environ.get("LLAMA_MUTATIONS", 12))  # `make soak` takes more
 
 
-def load(path, **options) -> Transformer:
+def load(path, dtype=torch.float32, **options) -> Transformer:
     device = parallel.initialize(device="cpu")
     source = checkpoint.open(path)
-    return build.prepare(source, source.args, device=device, dtype=torch.float32, **options)
+    return build.prepare(source, source.args, device=device, dtype=dtype, **options)
 
 
 @CASES
@@ -84,9 +86,12 @@ def test_what_is_stored_in_files_is_named_and_stays_compressed(tmp_path, case):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", ["AWQ, groups of 32", "GPTQ, activation order", "w8a8"])
+@pytest.mark.parametrize(
+    "name",
+    ["AWQ, groups of 32", "GPTQ, activation order", "w8a8", "FP8 in blocks", "NF4", "NVFP4A16"],
+)
 def test_ranks_share_it(tmp_path, world, name):
-    publish(tmp_path / "ckpt", INTEGERS[name])
+    publish(tmp_path / "ckpt", ALL[name])
     prompts = [[1, 2, 3], [200] * 9]
     write_byte_tokenizer(tmp_path / "ckpt" / "tokenizer.model")
     build_options = {"max_seq_len": 64, "compile": True}
@@ -105,10 +110,13 @@ def test_ranks_share_it(tmp_path, world, name):
     assert found[0]["tokens"] == found[1]["tokens"]
 
 
-@pytest.mark.parametrize("name", ["AWQ, groups of 128", "w8a8, zero points"])
-def test_a_row_is_the_same_in_every_batch(tmp_path, name):
-    publish(tmp_path, INTEGERS[name])
-    model, tokens = load(tmp_path), ids(5, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["AWQ, groups of 128", "w8a8, zero points", "FP8 in blocks", "FP4", "NVFP4A16"]
+)
+def test_a_row_is_the_same_in_every_batch(tmp_path, name, dtype):
+    publish(tmp_path, ALL[name])
+    model, tokens = load(tmp_path, dtype=dtype), ids(5, 20)
     with torch.no_grad():
         together = model(tokens)
         for row in range(5):

@@ -22,7 +22,7 @@ namespace {
 
 enum Kind : int32_t {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
-    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, NVFP4
+    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, E2M1
 };
 
 struct Field {
@@ -258,7 +258,7 @@ inline vec fp8(shorts bytes) {
     return halves(&bits);
 }
 
-template <> struct Type<NVFP4> : Quantized<Type<NVFP4>, 64, 128, 2> {
+template <> struct Type<E2M1> : Quantized<Type<E2M1>, 64, 128, 2> {
     static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 4}, {8, 4, 8}};  // a scale for each 16
     void open() { d = read<vec>(at<0>(0)) * 128.0f; }  // half of 2^8, for twice the values
     vec scale(unsigned s, int part) const {
@@ -353,7 +353,7 @@ template <class F> auto with_type(int kind, F f) {
     case FP8: return f(Type<FP8>());
     case NF4: return f(Type<NF4>());
     case FP4: return f(Type<FP4>());
-    default: return f(Type<NVFP4>());
+    default: return f(Type<E2M1>());
     }
 }
 

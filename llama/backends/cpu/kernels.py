@@ -29,7 +29,7 @@ Int = ctypes.c_int32
 KINDS = (  # enum Kind
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "I4_32", "I4_64", "I4_128", "I8_32", "I8_128", "FP8",
-    "NF4", "FP4", "NVFP4S",
+    "NF4", "FP4", "E2M1",
 )  # fmt: skip
 
 
@@ -40,16 +40,26 @@ class Weight(ctypes.Structure):
 class Shape(ctypes.Structure):
     _fields_ = [
         *((name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")),
-        ("eps", ctypes.c_float), ("residual", ctypes.c_float), ("window", Int),
+        ("eps", ctypes.c_float), ("residual", ctypes.c_float),
     ]  # fmt: skip
+
+
+class Attending(ctypes.Structure):
+    _fields_ = [(name, Int) for name in ("no_rope", "qk_norm", "chunk", "window")] + [
+        (name, ctypes.c_float) for name in ("floor_scale", "attn_scale")
+    ]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
         ("attention_norm", Pointer), ("ffn_norm", Pointer),
         *((name, Weight) for name in MATRICES),
-        ("biases", Pointer * len(MATRICES)), ("turns", Int),
+        ("biases", Pointer * len(MATRICES)), ("attending", Attending), ("experts", Pointer),
     ]  # fmt: skip
+
+
+class Experts(ctypes.Structure):
+    _fields_ = [("n", Int), ("top_k", Int), ("router", Pointer), ("matrices", Pointer)]
 
 
 class Batch(ctypes.Structure):
@@ -82,7 +92,10 @@ class Inputs(ctypes.Structure):
 class Scratch(ctypes.Structure):
     _fields_ = [
         (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated")
-    ] + [(name, Inputs) for name in ("x", "heads", "y")]
+    ] + [(name, Inputs) for name in ("x", "heads", "y")] + [
+        (name, Pointer)
+        for name in ("normalized", "expert", "scores", "begins", "tokens", "weights", "chosen")
+    ]  # fmt: skip
 
 
 class LowRank(ctypes.Structure):

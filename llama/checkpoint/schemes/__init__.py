@@ -11,6 +11,8 @@ from typing import Any, Dict, Mapping, Optional, Protocol, Tuple
 from llama.checkpoint.schemes.awq import Awq
 from llama.checkpoint.schemes.bitsandbytes import BitsAndBytes
 from llama.checkpoint.schemes.compressed import CompressedTensors
+from llama.checkpoint.schemes.fp4 import MXFP4
+from llama.checkpoint.schemes.fp8 import Fbgemm, FineGrained
 from llama.checkpoint.schemes.gptq import Gptq
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.source import DTYPES, Stored
@@ -42,6 +44,9 @@ SCHEMES: Dict[str, SchemeType] = {
     "gptq": Gptq,
     "compressed-tensors": CompressedTensors,
     "bitsandbytes": BitsAndBytes,
+    "fbgemm_fp8": Fbgemm,
+    "fp8": FineGrained,
+    "mxfp4": MXFP4,
 }
 
 

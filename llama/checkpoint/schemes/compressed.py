@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 
+from llama.checkpoint.schemes import fp4, fp8
 from llama.checkpoint.schemes.integers import Codes, IntegerWeight, unpacked
 from llama.checkpoint.schemes.weight import FLOATS, QuantizedWeight, need, only, whole
 from llama.checkpoint.source import Stored
@@ -122,10 +123,21 @@ def _integers(parts: Dict[str, Stored], group: Group) -> QuantizedWeight:
     return CompressedWeight(parts, group)
 
 
+def _one_each(parts: Dict[str, Stored], group: Group) -> QuantizedWeight:
+    """A byte for each value: an integer or FP8."""
+    if group.weights.get("type", "int") == "int":
+        return _integers(parts, group)
+    return fp8.compressed(parts, group.weights)
+
+
 # What reads the weights of a format.
 FORMATS: Dict[str, Callable[[Dict[str, Stored], Group], QuantizedWeight]] = {
     "pack-quantized": _integers,
     "int-quantized": _integers,
+    "naive-quantized": _one_each,
+    "float-quantized": _one_each,
+    "nvfp4-pack-quantized": lambda parts, group: fp4.nvfp4(parts),
+    "mxfp4-pack-quantized": lambda parts, group: fp4.mxfp4(parts),
 }
 
 
