@@ -15,9 +15,10 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     import torch
 
     from llama import checkpoint
-    from llama.backends import memory
+    from llama.backends import cpu, memory
     from llama.backends.options import ModelOptions
     from llama.checkpoint import convert, remote
+    from llama.families.registry import family_of
     from llama.layers.parallel import pick_dtype
 
     ModelOptions(path, max_seq_len=max_seq_len, max_batch_size=max_batch_size)  # checks them
@@ -31,6 +32,12 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     if left_out := getattr(source, "left_out", 0):
         print(f"left out: {left_out} weights that this network doesn't use")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
+    way = "by the CPU kernels"
+    try:
+        cpu.check_shape(args, torch.device("cpu"), torch.float32, 1)
+    except ValueError as obstacle:
+        way = f"on a CPU by plain layers, several times slower: {obstacle}"
+    print(f"network: {family_of(args).name}, computed {way}")
     for field, value in vars(args).items():
         if field not in ("max_seq_len", "max_batch_size"):
             print(f"  {field} = {value}")

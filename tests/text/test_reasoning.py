@@ -1,4 +1,4 @@
-"""A template that switches reasoning on and off by a variable or by the system, as SmolLM3 does."""
+"""A template that switches reasoning on and off, as SmolLM3's, by a variable or by the system."""
 
 import pytest
 
@@ -13,8 +13,8 @@ TEMPLATE = """\
 {{- "<|im_start|>system\\nReasoning Mode: " ~ ("/think" if thinks else "/no_think") }}<|im_end|>
 {% for message in messages -%}
 {%- if message.role == "assistant" -%}
-{% generation %}{{ "<|im_start|>assistant\\n" ~ message.content ~ "<|im_end|>\\n" }}
-{%- endgeneration %}
+{% generation %}
+{{- "<|im_start|>assistant\\n" ~ message.content ~ "<|im_end|>\\n" }}{% endgeneration %}
 {%- elif message.role == "user" -%}
 {{- "<|im_start|>user\\n" ~ message.content ~ "<|im_end|>\\n" }}
 {%- endif -%}
