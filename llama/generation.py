@@ -33,6 +33,7 @@ from llama.engine.requests import Request
 from llama.engine.rows import ChatOptions, Options, check
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
+from llama.engine.seeing import tiles_of
 from llama.engine.structured import call_format
 from llama.layers import low_rank, parallel
 from llama.model import Transformer
@@ -41,13 +42,17 @@ from llama.text.chat import (
     ChatFormat,
     Format,
     PromptOptions,
+    encode_parts,
     read_calls,
     warn_of_base_model,
 )
-from llama.text.context import encode_dialogs
+from llama.text.context import encode_dialogs, without
+from llama.text.messages import image_sources
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
+
+Prompt = str | Sequence[Any]  # a text, or parts as those of a message
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Event", "Llama", "sample_top_p"]
 
@@ -148,7 +153,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
@@ -159,15 +164,16 @@ class Llama:
         """Continue texts. See `generate` for the arguments and errors, and `Options`.
 
         Args:
+            prompts: each a text, or texts and images in a list, as a message's content.
             max_gen_len: None fills the context.
 
         Returns:
             Per prompt and sample `generation` (str) and `finish_reason`; with logprobs also
             `tokens` (each one's text) and `logprobs`; with top_logprobs also `top_logprobs`.
         """
-        request = self._calls.make(
-            self._encode(prompts), max_gen_len, temperature, top_p, logprobs, echo, **options
-        )
+        ids = self._encode(prompts)
+        self._see([[{"content": prompt}] for prompt in prompts], options)
+        request = self._calls.make(ids, max_gen_len, temperature, top_p, logprobs, echo, **options)
         return [
             {"generation": row.text, **prediction(row, self.tokenizer, request)}
             for row in self._calls.collect(request)
@@ -175,7 +181,7 @@ class Llama:
 
     def stream_text(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
@@ -187,6 +193,7 @@ class Llama:
         To stop early, close the iterator (on all ranks) or let should_stop return True.
         """
         ids = self._encode(prompts)
+        self._see([[{"content": prompt}] for prompt in prompts], options)
         return self._calls.run(
             self._calls.make(ids, max_gen_len, temperature, top_p, logprobs, **options)
         )
@@ -200,7 +207,8 @@ class Llama:
         logprobs: bool = False,
         **options: Unpack[ChatOptions],
     ) -> List[ChatPrediction]:
-        """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for calls.
+        """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for images
+        and calls.
 
         Roles and contents are encoded as ordinary text: they can't contain control tokens. See
         `text_completion` and `ChatOptions` for the arguments.
@@ -212,8 +220,9 @@ class Llama:
 
         Raises:
             ValueError: an empty dialog, one that begins with the assistant, an unknown role, a
-                model without a chat format, or built-in tools with a format that has none; and
-                what `generate` raises.
+                model without a chat format, built-in tools with a format that has none, or what
+                `llama.engine.seeing.tiles_of` raises for images; and what `generate` raises.
+            FileNotFoundError: no such image.
         """
         tools = options.get("tools")
         request, left_out = self._make_chat(
@@ -354,11 +363,20 @@ class Llama:
             raise ValueError("prefixes take memory: build with prefix_cache_mb, 1000 for example")
         return self.prefixes
 
-    def _encode(self, prompts: Sequence[str]) -> List[List[int]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: pass a list of texts")
-        bos = self.tokenizer.add_bos
-        return [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
+        start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
+        return [start + encode_parts(self.tokenizer, {"content": prompt}) for prompt in prompts]
+
+    def _see(self, dialogs: Sequence[Sequence[Any]], options: Any) -> None:
+        """Put the images of dialogs, if there are any, into the options of the call. Rank 0 reads
+        and fetches them, for all."""
+        sources = [image_sources(dialog) for dialog in dialogs]
+        if any(sources):
+            options["images"] = parallel.on_rank_zero(
+                lambda: [tiles_of(self.model, one) for one in sources]
+            )
 
     def _encode_dialogs(
         self,
@@ -408,5 +426,6 @@ class Llama:
         options["response_format"] = call_format(tools, tool_choice, options, parallel_tool_calls)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})
         ids, left_out = self._encode_dialogs(dialogs, tools, truncate, max_gen_len, prompt)
+        self._see([*map(without, dialogs, left_out)], options)
         how = temperature, top_p, logprobs
         return self._calls.make(ids, max_gen_len, *how, **options), left_out

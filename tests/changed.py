@@ -13,6 +13,7 @@ OTHERS = {  # what has a test of another name
     "docs": "tests/test_docs.py",
     "download.sh": "tests/apps/test_download.py",
     "example_chat_completion.py": "tests/test_examples.py",
+    "example_multimodal_completion.py": "tests/test_examples.py",
     "example_text_completion.py": "tests/test_examples.py",
     "tests/forked.py": "tests/apps/test_cli.py",
     "llama/ray/ingress.py": "tests/server/test_replicas.py",

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from namespaces import enter
+from vision import tiled
 
 from llama import Llama, SamplingParams, checkpoint, training
 from llama.apps import cli
@@ -56,6 +57,19 @@ def traced(ckpt, tokens):
     }
 
 
+def chat_with_images(ckpt, dialogs):
+    """Of each dialog the answer, or the error that every rank raises."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_batch_size=4, max_seq_len=256)
+    answers = []
+    for dialog in dialogs:
+        try:
+            [found] = llama.chat_completion([dialog], 0, max_gen_len=6, stop_tokens=set())
+            answers.append(found["generation"]["content"])
+        except FileNotFoundError as error:
+            answers.append(str(error))
+    return {"answers": answers}
+
+
 def structured(ckpt, formats):
     """Texts of given forms, and an error that only the rank that draws can know of."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
@@ -88,6 +102,31 @@ def prefixes(ckpt, prompt, shots, read, write):
     llama.model.hidden = lambda tokens, *rest: fed.append(tokens.shape[1]) or forward(tokens, *rest)
     [answer] = llama.text_completion([prompt], 0, max_gen_len=9)
     return {"text": answer["generation"], "fed": fed[0]}
+
+
+def seeing(ckpt, rows):
+    """Logits and greedy answers of rows with images; requests that reach rank 0 alone."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
+    images = tiled(rows)
+    model, options = llama.model, dict(temperature=0, stop_tokens=set())
+    with torch.inference_mode():
+        encoded = [[model.encode(one.pixels, one.aspect_ratio) for one in row] for row in images]
+        logits = model(torch.tensor(rows), images=encoded).tolist()
+    tokens, _ = llama.generate(rows, 9, images=images, **options)
+    engine = llama.engine()
+    if parallel.rank():
+        follow(engine)
+        return {}
+
+    async def ask():
+        async with AsyncEngine(engine) as running:
+            asked = [
+                await running.submit(row, 9, images=[of_row], **options)
+                for row, of_row in zip(rows, images, strict=True)
+            ]
+            return [[event.token async for event in answer] for answer in asked]
+
+    return {"logits": logits, "tokens": tokens, "served": asyncio.run(ask())}
 
 
 def served(ckpt, prompts):

@@ -65,7 +65,7 @@ class Server:
         self.thread.join()
 
     def file(self, request):
-        policy = {"Content-Security-Policy": "default-src 'self'"}
+        policy = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:"}
         return FileResponse(PAGE / request.path_params.get("name", "index.html"), headers=policy)
 
     def refusal(self, request):

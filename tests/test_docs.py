@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, forked_python, llama_command, torchrun
+from conftest import ROOT, forked_python, llama_command, torchrun, write_checkpoint
 from served import serve
+from vision import TINY_VISION
 
 import llama
 from llama.apps.cli import COMMANDS as COMMANDS_OF_LLAMA
@@ -65,6 +66,7 @@ ELSEWHERE = {
     ".venv/bin/llama download --meta": LICENCE,
     "./download.sh": LICENCE,
     ".venv/bin/llama download meta-llama/Llama-3.2-1B-Instruct": NETWORK,
+    ".venv/bin/llama download meta-llama/Llama-3.2-11B-Vision-Instruct": NETWORK,
     ".venv/bin/llama chat hf://HuggingFaceTB/SmolLM2-135M-Instruct": NETWORK,
     ".venv/bin/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir "
     "checkpoints/Meta-Llama-3-8B-Instruct --max_seq_len 512": "the same on the demo model",
@@ -94,6 +96,9 @@ ELSEWHERE = {
     ".venv/bin/torchrun --nproc_per_node 3 example_text_completion.py": EXAMPLES,
     ".venv/bin/python example_text_completion.py --temperature 0 --max_gen_len 16": EXAMPLES,
 }
+VISION = "checkpoints/Llama-3.2-11B-Vision-Instruct"
+SEEN = [command for command in COMMANDS.values() if VISION in command]
+ELSEWHERE |= dict.fromkeys(SEEN, "test_vision, on a tiny model")
 TUNED = [command for command in COMMANDS.values() if "runs/lighthouse" in command]
 ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")
 ELSEWHERE = {spelled(command): how for command, how in ELSEWHERE.items()}
@@ -161,6 +166,24 @@ def test_finetuning(smollm2_path, tmp_path):
         assert done.stdout or any(part in command for part in QUIET)
 
 
+@pytest.fixture(scope="module")
+def tiny_vision(tmp_path_factory) -> str:
+    """A checkpoint for what the pages do with Llama 3.2 Vision."""
+    return str(write_checkpoint(tmp_path_factory.mktemp("docs") / "vision", TINY_VISION))
+
+
+def test_vision(tiny_vision):
+    for command in SEEN:
+        command = command.replace(VISION, tiny_vision)
+        if " serve " in command:
+            with serve(tiny_vision) as server:
+                assert server.client.get("/health").status_code == 200
+            continue
+        done = run(f"{command} --max_gen_len 8 --max_seq_len 512")
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        assert done.stdout, command
+
+
 def test_make_does_what_the_commands_beneath_it_do():
     made = "".join(
         subprocess.run(
@@ -175,11 +198,12 @@ def test_make_does_what_the_commands_beneath_it_do():
         assert shown in re.sub(r"\.venv[a-z-]*/bin/", "", made), command
 
 
-def test_python(smollm2_path, tmp_path, address):
+def test_python(smollm2_path, tmp_path, address, tiny_vision):
     """Each page is a program, of which one block goes on where the last one ended."""
     pages = {page: "\n".join(code(page, "python")) for page in TEXTS}
     pages = {page: text.replace('"runs/', f'"{tmp_path}/') for page, text in pages.items() if text}
-    pages = {page: text.replace(ADDRESS, address) for page, text in pages.items()}
+    for shown, there in ((ADDRESS, address), (VISION, tiny_vision)):
+        pages = {page: text.replace(shown, there) for page, text in pages.items()}
     programs = tmp_path / "programs.py"
     programs.write_text(
         f"for page, text in {pages!r}.items():\n"

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, forked_python, torchrun
+from conftest import ROOT, forked_python, torchrun, write_checkpoint
+from vision import TINY_VISION
 
 import example_chat_completion
+import example_multimodal_completion
 import example_text_completion
 from llama import Llama
 
@@ -56,6 +58,18 @@ def test_more_dialogs_than_max_batch_size_are_answered_in_turns(smollm2_path):
     assert done.stdout.count("> Assistant:") == 4
 
 
+def test_images_without_a_launcher(tmp_path):
+    path = write_checkpoint(tmp_path / "model", TINY_VISION)
+    arguments = ["--ckpt_dir", path, "--max_gen_len", "8", "--temperature=0"]
+    done = run(*forked_python(), "example_multimodal_completion.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "User: [image] What is this?\n\n> Assistant: " in done.stdout
+    assert "[image] If I had to write a haiku for this\n> " in done.stdout
+    done = run(*forked_python(), "example_multimodal_completion.py", *arguments, "--image=none.png")
+    assert done.returncode == 1 and "error: no such image file: none.png" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
 def test_help_and_mistakes(script, monkeypatch, capfd):
     """The script as the main program: once in a process of its own, else in this one."""
@@ -85,6 +99,10 @@ def test_arguments_are_metas():
     for script in (example_chat_completion, example_text_completion):
         parameters = inspect.signature(script.main).parameters
         assert set(parameters) == metas | {"max_gen_len"}
+    parameters = inspect.signature(example_multimodal_completion.main).parameters
+    assert set(parameters) == metas | {"max_gen_len", "image"}
+    for script in (example_chat_completion, example_text_completion, example_multimodal_completion):
+        parameters = inspect.signature(script.main).parameters
         assert parameters["temperature"].default == 0.6 and parameters["top_p"].default == 0.9
 
 

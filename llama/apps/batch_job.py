@@ -11,8 +11,9 @@ from typing import Any, Dict, Generator, List, Mapping, Optional, Tuple
 from tqdm import tqdm
 
 from llama.apps.batch_lines import Line, read, written
-from llama.apps.completion import fingerprint, on_rank_zero
+from llama.apps.completion import fingerprint
 from llama.engine.leader import follow
+from llama.layers import parallel
 from llama.server.offline import Offline, Reply, Request, beginning
 from llama.server.service import limits, load
 from llama.server.settings import Settings
@@ -62,7 +63,7 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
         return bool(_unfinished(lines, opened[0]))
 
     try:
-        if not on_rank_zero(prepare):
+        if not parallel.on_rank_zero(prepare):
             pass
         elif opened:
             _answer(job, lines, opened[0], cluster)

@@ -2,7 +2,7 @@
 
 from typing import Literal, Optional
 
-from llama.apps.options import SAMPLING, CachingModel, Sampling, Text
+from llama.apps.options import SAMPLING, CachingModel, Sampling, Text, Texts
 
 WEEK = 7 * 24 * 3600.0  # seconds: the other ranks wait while a user thinks
 
@@ -16,6 +16,7 @@ def chat(
     speculate: Optional[Literal["lookup", "draft", "off"]] = None,
     history: Optional[str] = None,
     tools: Optional[str] = None,
+    image: Optional[Texts] = None,
 ) -> None:
     """Talk with a model. /help lists the commands. In a pipe, each line is a message.
 
@@ -28,6 +29,7 @@ def chat(
 
         tools: a JSON file with a list of tools' schemas. Calls are shown as the model writes them;
             the next line that you write is the tool's result.
+        image: a path or an address of an image for the first message; may be given several times.
 
     Raises:
         ValueError: a checkpoint without a chat format, or what `Llama.build` raises.
@@ -48,7 +50,14 @@ def chat(
     llama = Llama.build(**{**vars(model), "max_batch_size": 1})  # one dialog at a time
     params = SamplingParams(**vars(sampling))
     session = repl.Session(
-        llama, params, system, max_gen_len, parallel.broadcast_object, speculate, known
+        llama,
+        params,
+        system,
+        max_gen_len,
+        parallel.broadcast_object,
+        speculate,
+        known,
+        (image or []) if parallel.is_rank_zero() else [],
     )
     if not parallel.is_rank_zero():
         return repl.follow(llama)

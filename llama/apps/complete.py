@@ -12,6 +12,7 @@ def complete(
     *,
     prompt: Optional[Text] = None,
     prompt_file: Optional[str] = None,
+    image: Optional[Texts] = None,
     shots: Optional[Text] = None,
     template: Optional[Text] = None,
     instruction: Optional[Text] = None,
@@ -37,6 +38,8 @@ def complete(
             terminal.
         prompt_file: a file with the text, in UTF-8. One newline at the end of a file or of stdin
             is removed.
+        image: a path or an address of an image that comes before the text, for models that see; may
+            be given several times.
         shots: examples, 'sea => mer; bread => pain' (a ; or => that belongs to a text is written
             with a \\ before it), or a file with {"input": ..., "output": ...} on each line.
         template: how an example is written, {input} => {output} by default. The text after
@@ -85,14 +88,16 @@ def complete(
     }  # fmt: skip
     parallel.initialize(device=model.device, timeout=model.rank_timeout)
     if input is None and output is None:
-        text = completion.on_rank_zero(lambda: completion.read_prompt(prompt, prompt_file))
+        text = parallel.on_rank_zero(lambda: completion.read_prompt(prompt, prompt_file))
         text = few_shot.prompt(few_shot.without_separator(text)) if few_shot else text
         llama = Llama.build(**{**vars(model), "prefix_cache_mb": 0})  # of use to files alone
-        completion.show(llama, text, {**options, "seed": model.seed}, strip=few_shot is not None)
+        images = [{"type": "image", "image": one} for one in image or []]
+        shown = [*images, text] if images else text
+        completion.show(llama, shown, {**options, "seed": model.seed}, strip=few_shot is not None)
     elif input is None or output is None:
         raise ValueError("--input and --output belong together: give both files")
-    elif prompt is not None or prompt_file is not None:
-        raise ValueError("--prompt and --prompt_file don't go with --input: choose one")
+    elif any(given is not None for given in (prompt, prompt_file, image)):
+        raise ValueError("--prompt, --prompt_file and --image don't go with --input: choose one")
     else:
         completion.complete_file(
             Path(input), Path(output), few_shot, vars(model), options, model.seed, force

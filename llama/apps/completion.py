@@ -16,20 +16,6 @@ from llama.text.few_shot import FewShot
 from llama.text.files import Results, decode, json_line, objects, read_text, string
 
 
-def on_rank_zero(work: Callable[[], Any]) -> Any:
-    """What rank 0 gets from work, or the error that it raises, on all ranks."""
-    found: Any = None
-    if parallel.rank() == 0:
-        try:
-            found = work()
-        except (ValueError, OSError) as error:
-            found = error
-    found = parallel.broadcast_object(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
 def read_stops(given: Sequence[str]) -> List[str]:
     """Stop strings, each given plainly or several as a JSON list.
 
@@ -91,7 +77,7 @@ def read_prompt(prompt: Optional[str], prompt_file: Optional[str]) -> str:
     return text
 
 
-def show(llama: Llama, text: str, sampling: Dict[str, Any], strip: bool) -> None:
+def show(llama: Llama, text: str | List[Any], sampling: Dict[str, Any], strip: bool) -> None:
     """The answers to stdout, each with a newline at its end; a single plain one as it comes."""
     if strip or sampling["n"] > 1:
         found = llama.text_completion([text], **sampling)
@@ -134,7 +120,7 @@ def complete_file(
         **shaping, **sampling, "params": asdict(sampling["params"]), "seed": seed,
         "few_shot": few_shot and asdict(few_shot), "ranks": parallel.world_size(),
     }  # fmt: skip
-    lines: List[Line] = on_rank_zero(lambda: read_lines(source, few_shot))
+    lines: List[Line] = parallel.on_rank_zero(lambda: read_lines(source, few_shot))
     opened: List[Results] = []  # by rank 0
 
     def known_lines() -> List[int]:
@@ -143,7 +129,7 @@ def complete_file(
         return list(opened[0].found)
 
     try:
-        known = set(on_rank_zero(known_lines))
+        known = set(parallel.on_rank_zero(known_lines))
         if len(known) < len(lines):
             answers = _answers(Llama.build(**build), lines, known, seed, sampling)
             for number, result in tqdm(

@@ -12,19 +12,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Sequence
 
+from llama.apps.pictures import Picture, pasted, picture
 from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
+from llama.engine.seeing import sees
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of, read_calls
 from llama.text.files import beside, write_json
+from llama.text.messages import parts_of
 from llama.text.tool_stream import Delta
 from llama.text.tools import Tool, split_tools
 
 COMMANDS = {
     "help": "this list",
     "system": "[TEXT]  show the system message, or set it; - takes it away",
+    "image": "PATH  an image for the next message; a path or a data URI alone is one, too",
     "reset": "forget what was said; the system message stays",
     "undo": "take back the last message and its answer",
     "regenerate": "another answer to the last message",
@@ -44,6 +48,7 @@ class Reply(NamedTuple):
     text: str = ""  # to be shown
     wants_answer: bool = False  # the dialog ends with a message that is to be answered
     leaves: bool = False
+    image: Optional[Any] = None  # to be shown
 
 
 class Turn(NamedTuple):
@@ -83,6 +88,7 @@ class Session:
         speculate: how draft tokens are proposed; see `llama.engine.speculative`.
         max_gen_len: tokens of an answer; None fills the context.
         tools: what the model may call; the line after a call is the tool's result.
+        images: paths, addresses or data URIs of those of the first message.
 
     Attributes:
         dialog: what was said, a system message included.
@@ -100,6 +106,7 @@ class Session:
         send: Callable[[Turn], object] = lambda turn: None,
         speculate: Optional[Literal["lookup", "draft", "off"]] = None,
         tools: Sequence[Tool] = (),
+        images: Sequence[str] = (),
     ):
         if llama.formatter is None:
             raise ValueError("this checkpoint has no chat format: use an instruct checkpoint")
@@ -111,8 +118,11 @@ class Session:
         self.stats: Optional[Stats] = None
         self.note = ""
         self._before: List[Message] = []  # the dialog, should its answer fail
+        self._images: List[Picture] = []  # of the next message
         if system:
             self._system(system)
+        for image in images:
+            self._image(image)
 
     def take(self, line: str) -> Reply:
         """Do what a line says: run a command, or add a message that `answer` is to answer.
@@ -134,11 +144,17 @@ class Session:
             try:
                 return getattr(self, f"_{name}")(rest.strip())
             except OSError as error:
-                raise ValueError(f"/{name} {rest.strip()}: {error.strerror}") from None
+                raise ValueError(f"/{name} {rest.strip()}: {error.strerror or error}") from None
+        image = pasted(line) if sees(self.llama.model) else None
+        if image is not None:
+            return self._image(image)
         self._before = [*self.dialog]
         text = line[1:] if line.startswith("//") else line
         calls = bool(self.dialog) and "tool_calls" in self.dialog[-1]
-        self.dialog.append({"role": "tool" if calls else "user", "content": text})
+        parts = [{"type": "image", "image": one.source} for one in self._images]
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        self.dialog.append({"role": "tool" if calls else "user", "content": content})
+        self._images = []
         return Reply(wants_answer=True)
 
     def answer(self, interrupted: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -175,7 +191,7 @@ class Session:
                     f"the dialog's {stats.prompt_tokens} tokens fill the context: /undo, /reset, "
                     "or start with a larger --max_seq_len"
                 )
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             self.dialog = self._before
             raise
         self.dialog.append({"role": "assistant", "content": text})
@@ -208,9 +224,18 @@ class Session:
         self.dialog = [*said] if rest == "-" else [{"role": "system", "content": rest}, *said]
         return Reply("no system message" if rest == "-" else "system message set")
 
+    def _image(self, rest: str) -> Reply:
+        if not rest:
+            raise ValueError("/image takes the path of an image: /image photo.jpg")
+        if not sees(self.llama.model):
+            raise ValueError("this model reads only text: images are for Llama 3.2 Vision")
+        self._images.append(picture(os.path.expanduser(rest)))
+        text = f"{len(self._images)} image(s) for the next message"
+        return Reply(text, image=self._images[-1].shown)
+
     def _reset(self, rest: str) -> Reply:
         self.dialog = [message for message in self.dialog[:1] if message["role"] == "system"]
-        self.stats = None
+        self.stats, self._images = None, []
         return Reply("a new dialog")
 
     def _last_user(self) -> int:
@@ -221,7 +246,8 @@ class Session:
 
     def _undo(self, rest: str) -> Reply:
         last = self._last_user()
-        text = content_of(self.dialog[last])
+        parts = parts_of(self.dialog[last])
+        text = "".join(part if isinstance(part, str) else "[image] " for part in parts)
         self.dialog = self.dialog[:last]
         return Reply(f"taken back: {text}")
 
@@ -347,6 +373,8 @@ def talk(session: Session, terminal: Plain) -> None:
             reply = session.take(line)
             if reply.leaves:
                 return
+            if reply.image is not None:
+                terminal.preview(reply.image)
             if reply.text:
                 terminal.show(reply.text)
             if reply.wants_answer:
@@ -358,7 +386,7 @@ def talk(session: Session, terminal: Plain) -> None:
             if not sys.stdin.isatty():
                 raise
             terminal.show("/exit or Ctrl-D leaves")
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             terminal.complain(str(error))
 
 
@@ -368,5 +396,5 @@ def follow(llama: Llama) -> None:
         try:
             for _ in _events(llama, turn, lambda: False):
                 pass
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             pass  # raised on all ranks alike, and shown by rank 0

@@ -74,6 +74,9 @@ class Plain:
     def show(self, text: str) -> None:
         print(self._shown(text), flush=True)
 
+    def preview(self, image: Any) -> None:
+        """A small image, if the terminal has colors."""
+
     def complain(self, text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
@@ -124,6 +127,11 @@ class Rich(Plain):
 
     def show(self, text: str) -> None:
         self.console.print(printable(text), style="dim", markup=False, emoji=False)
+
+    def preview(self, image: Any) -> None:
+        from llama.apps.pictures import blocks
+
+        self.console.print(blocks(image))
 
     def complain(self, text: str) -> None:
         self.console.print(printable(text), style="red", markup=False, emoji=False)

@@ -75,7 +75,11 @@ def assemble(options: ModelOptions) -> Built:
     took = f"{time.monotonic() - start:.1f} s"
     placement = getattr(model, "placement", None)  # of an offloaded one
     say(f"loaded {options.ckpt_dir} in {took}" + (f"; {placement}" if placement else ""))
-    return Built(model, tokenizer, draft, lambda: known or checkpoint.fingerprint(source), quantize)
+
+    def fingerprint() -> str:
+        return known or checkpoint.fingerprint(source, args)
+
+    return Built(model, tokenizer, draft, fingerprint, quantize)
 
 
 def open_checkpoint(
@@ -141,6 +145,11 @@ def resolve_compile(
     Raises:
         ValueError: compile=True, and they can't.
     """
+    if compile and device.type != "cpu" and type(args) is not ModelArgs:
+        raise ValueError(
+            f"compile=True on {device.type} takes Llama's own network, and this has "
+            f"{type(args).__name__}: build with compile=False"
+        )
     if device.type != "cpu" or compile is False:
         return bool(compile), None
     try:

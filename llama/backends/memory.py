@@ -8,8 +8,9 @@ from typing import Iterator, NamedTuple, Optional
 import psutil
 import torch
 
-from llama.backends.quantized import bytes_per_value
+from llama.backends.quantized import bytes_per_value, is_quantizable
 from llama.checkpoint import Checkpoint, local_shape, weight_shapes
+from llama.families.registry import family_of
 from llama.layers.cache import PASS
 from llama.layers.parallel import kv_heads
 from llama.model import ModelArgs
@@ -52,7 +53,7 @@ def estimate(
     """
 
     def per_value(name: str) -> float:
-        if quantize is None or "norm" in name:
+        if quantize is None or not is_quantizable(name):
             return dtype.itemsize
         return bytes_per_value(name, quantize, dtype, source)
 
@@ -64,7 +65,8 @@ def estimate(
             int(math.prod(local_shape(args, name, 0, world)) * per_value(name))
             for name in weight_shapes(args)
         ),
-        cache=per_token * args.max_batch_size * args.max_seq_len,
+        cache=per_token * args.max_batch_size * args.max_seq_len
+        + heads * args.head_dim * dtype.itemsize * family_of(args).cached_per_head(args),
     )
 
 
@@ -80,6 +82,7 @@ def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
     scored = min(64 * args.max_batch_size, tokens)  # positions of which there are logits
     # Where ranks share columns, these are dequantized in one piece (see `shapes.chunks`).
     columns = args.dim * args.hidden_dim // world * 4 if world > 1 else 0
+    columns += family_of(args).encoder_values(args) * dtype.itemsize
     return tokens * (of_token + mask) + scored * args.vocab_size * 8 + columns + (1 << 26)
 
 

@@ -38,6 +38,7 @@ from llama.layers import parallel
 from llama.model import ModelArgs, Step, Transformer, TransformerBlock
 
 PAGE = 4096
+STREAMED = ("layers.", "output.", "tok_embeddings.")
 ALIGNED = 256  # bytes: the alignment of weights that GPU kernels expect
 
 Weights = List[torch.Tensor]
@@ -93,7 +94,7 @@ def plan(
             + ("" if quantize else ", or quantize with it until it fits")
         )
     block, output = _nbytes(args, world, dtype)
-    around = need.cache + reserve + memory.working(args, world, dtype) + args.dim * dtype.itemsize
+    around = need.cache + reserve + memory.working(args, world, dtype) + _rest(args, world, dtype)
     left, stays = have - around, True
     if output + 2 * block > left:
         stays, output = False, 0
@@ -226,7 +227,7 @@ class _CudaLoader(_Loader):
         if not pieces:
             return
         self._device, self._stream, self._loads = device, torch.cuda.Stream(device), 0
-        nbytes = [n + ALIGNED * 9 for n in nbytes]  # of the 9 weights of a block
+        nbytes = [n + ALIGNED * 16 for n in nbytes]  # of a block's 9 weights and up to 7 biases
         host, total = torch.device("cpu"), sum(nbytes)
         # Twice: pinned memory is allocated in powers of two.
         if 2 * total * memory.sharers(host) < memory.available(host):
@@ -267,8 +268,8 @@ class StreamedBlock(TransformerBlock):
         self.attention, self.feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
         self._ring, self._index = ring, index
-        names = [name.rpartition(".")[0] for name, _ in self.named_parameters()]
-        self._owners = [self.get_submodule(name) for name in names]
+        names = [name.rpartition(".")[::2] for name, _ in self.named_parameters()]
+        self._owners = [(self.get_submodule(owner), attribute) for owner, attribute in names]
         self._empty = list(self.parameters())
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -280,8 +281,8 @@ class StreamedBlock(TransformerBlock):
                 self._put(self._empty)
 
     def _put(self, weights: Sequence[torch.Tensor]) -> None:
-        for owner, weight in zip(self._owners, weights, strict=True):
-            owner.weight = weight
+        for (owner, attribute), weight in zip(self._owners, weights, strict=True):
+            setattr(owner, attribute, weight)
 
 
 class StreamedOutput(nn.Module):
@@ -326,12 +327,20 @@ def _empty(args: ModelArgs) -> Transformer:
     fairscale allocates memory for each block that is built: never written to, but counted against
     the limits of the process.
     """
+    if type(args) is not ModelArgs:
+        return build(args, device="meta")
     model = build(replace(args, n_layers=1), device="meta")
     for i in range(1, args.n_layers):
         model.layers.append(copy.deepcopy(model.layers[0]))
         model.layers[i].attention.layer_id = i  # type: ignore[union-attr, assignment]
     model.params, model.n_layers = args, args.n_layers
     return model
+
+
+def _rest(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
+    """Bytes of what no plan streams, on one rank: the last norm, and what reads images."""
+    names = [name for name in weight_shapes(args) if not name.startswith(STREAMED)]
+    return sum(math.prod(local_shape(args, name, 0, world)) for name in names) * dtype.itemsize
 
 
 def _block_names(args: ModelArgs, layer: int) -> List[str]:

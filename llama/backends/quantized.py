@@ -41,6 +41,7 @@ KINDS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
 # The embedding and the output layer affect quality most: they always get 8 bits.
 EDGES = ("tok_embeddings.weight", "output.weight")
 
+
 ROWS = 1 << 14  # quantized at a time, of 32 values each
 
 
@@ -74,6 +75,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.register_buffer("data", weight.data)
         self.kind, self.gather, self.reduce = weight.kind, gather, reduce
+        self.bias: Optional[nn.Parameter] = None  # some families have one
 
     @property
     def blocks(self) -> Blocks:
@@ -83,9 +85,9 @@ class QuantizedLinear(nn.Module):
         if not self.reduce:
             x = copy_to_model_parallel_region(x)  # sums its gradient over the ranks
         y = F.linear(x, self.blocks.dense(x.dtype))
-        if self.gather:
-            return gather_from_model_parallel_region(y)
-        return reduce_from_model_parallel_region(y) if self.reduce else y
+        y = reduce_from_model_parallel_region(y) if self.reduce else y
+        y = y if self.bias is None else y + self.bias
+        return gather_from_model_parallel_region(y) if self.gather else y
 
 
 class QuantizedEmbedding(nn.Module):
@@ -132,7 +134,7 @@ def load(
     tied = source.args.tied_embeddings
 
     def replace(name: str) -> Optional[nn.Module]:
-        found = None if "norm" in name else read(source, name, kind)
+        found = read(source, name, kind) if is_quantizable(name) else None
         if found is None:
             return None
         found = found._replace(data=found.data.to(device))
@@ -140,10 +142,20 @@ def load(
             if tied:
                 model.output = QuantizedLinear(found, gather=True)
             return QuantizedEmbedding(found, dtype)
-        row_parallel = parallel.shard_axis(name) == 1
-        return QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        row_parallel = parallel.shard_axis(name) == 1 and getattr(owner, "reduces", True)
+        layer = QuantizedLinear(found, gather=name == "output.weight", reduce=row_parallel)
+        layer.bias = getattr(owner, "bias", None)
+        return layer
 
     return checkpoint.load(source, model, dtype=dtype, device=device, replace=replace)
+
+
+def is_quantizable(name: str) -> bool:
+    """Whether a weight is a matrix that may be quantized: not norms, routers of experts, biases,
+    nor what reads images."""
+    apart = name.startswith(("vision_model.", "learnable_embedding.")) or ".router." in name
+    return name.endswith(".weight") and "norm" not in name and not apart
 
 
 def has_blocks(source: Checkpoint) -> bool:

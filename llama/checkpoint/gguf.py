@@ -21,10 +21,10 @@ from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.shapes import checked_args, chunks, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
 from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress
-from llama.families.registry import FAMILIES, LLAMA, family_of
+from llama.families.registry import FAMILIES, family_of, of_gguf
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
-from llama.text.gguf_header import Header, read_header
+from llama.text.gguf_header import read_header
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
 
 
 class GGUFCheckpoint:
-    """A .gguf file of the architecture `llama`."""
+    """A .gguf file of an architecture that a family has."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -61,29 +61,30 @@ class GGUFCheckpoint:
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
         architecture = str(header.metadata.get("general.architecture"))
-        self._family = next((one for one in FAMILIES if architecture in one.gguf), LLAMA)
-        names = self._family.gguf_names
+        prefix = f"{architecture}."
+        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
+        family = of_gguf(architecture, metadata, header.tensors)
+        if family is None:
+            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
+            raise ValueError(
+                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
+            )
+        self._family, names = family, family.gguf_names
         self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
-        self.args = self._args(header)
+        self.args = self._args(metadata, prefix)
         self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
 
-    def _args(self, header: Header) -> ModelArgs:
-        architecture = str(header.metadata.get("general.architecture"))
-        prefix = f"{architecture}."
-        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
-
+    def _args(self, metadata: Dict[str, Any], prefix: str) -> ModelArgs:
         def require(key: str) -> Any:
             if key not in metadata:
                 raise ValueError(f"{self.path} lacks the metadata key {prefix}{key}")
             return metadata[key]
 
-        if architecture not in self._family.gguf:
-            known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
-            raise ValueError(
-                f"{self.path} is of the architecture {architecture!r}, and known are {known}"
-            )
-        own = self._family.read_gguf(metadata)
+        try:
+            own = self._family.read_gguf(metadata) | self._family.read_names(self._tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
         if metadata.get("expert_count", 0):
@@ -248,8 +249,9 @@ def write(
     own, fused = family.write_gguf(args), family.fused(args, "gguf")
     if not family.gguf:
         raise ValueError(f"{source.path} is a {family.name}, which isn't written as GGUF")
+    named = family.gguf_architecture
     with beside(path, force) as partial:
-        writer = gguf.GGUFWriter(partial, min(family.gguf))
+        writer = gguf.GGUFWriter(partial, named(args) if named else min(family.gguf))
         writer.add_name(name or path.stem)
         writer.add_file_type(file_type)
         numbers = {

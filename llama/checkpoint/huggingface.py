@@ -26,14 +26,19 @@ from llama.text.files import beside, read_object, write_json
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
-# One with a head of another kind, for `llama.training.classification`.
+# Those with a head of another kind, and who reads them.
 CLASSIFIER = "LlamaForSequenceClassification"
+HEADS = {
+    CLASSIFIER: "classification.SequenceClassifier",
+    "LlamaForTokenClassification": "token_classification.TokenClassifier",
+    "LlamaForQuestionAnswering": "token_classification.QuestionAnswerer",
+}
 
 # Keys of config.json that don't change what the network computes:
 IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "num_labels",
+    "initializer_range", "is_llama_config", "label2id", "max_window_layers", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
@@ -42,14 +47,15 @@ IGNORED = {
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
-    "model_type": ("llama", "mistral"),
+    "model_type": ("llama", "mistral", "smollm3", "granite"),
     "hidden_act": ("silu", "swish"),
+    # What a family computes, it has taken out of the config.
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0, 1),
     "attention_multiplier": (None, 1.0),
+    "partial_rotary_factor": (1.0, 1),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
@@ -81,8 +87,6 @@ ROPE: Dict[str, Dict[str, str]] = {
         "original_max_position_embeddings": "rope_original_max_seq_len",
     },
 }
-# What transformers takes where the config of a Mistral doesn't say.
-MISTRAL: Dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 8}
 
 
 def read_config(
@@ -102,15 +106,13 @@ def read_config(
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if not isinstance(architectures, list) or not known >= set(map(str, architectures)):
         hint = ""
-        if architectures == [CLASSIFIER]:
-            reader = "llama.training.classification.SequenceClassifier.build"
-            hint = f". It is a classifier: {reader} reads it"
+        reader = HEADS.get(str(architectures[0])) if isinstance(architectures, list) else None
+        if reader:
+            hint = f". It is a classifier: llama.training.{reader}.build reads it"
         readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
             f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
         )
-    if "MistralForCausalLM" in architectures or config.get("model_type") == "mistral":
-        config = MISTRAL | config
     try:
         own = family.read_config(config)
     except ValueError as error:
@@ -157,7 +159,8 @@ def _read_rope(path: Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if not isinstance(kind, str) or kind not in ROPE:
-        raise ValueError(f"{path}: rope_type={kind!r}; known are default, llama3 and linear")
+        known = ", ".join([*ROPE, "yarn", "dynamic"])
+        raise ValueError(f"{path}: rope_type={kind!r}; known are {known}")
     args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
     for theirs, ours in {"rope_theta": "rope_theta", **ROPE[kind]}.items():
         value = rope.pop(theirs, None)
@@ -209,6 +212,8 @@ class HFCheckpoint:
         self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
             for name, stored in index_tensors(file, codes=scheme is not None).items():
+                if name.startswith("transformer."):  # in LlamaForQuestionAnswering
+                    name = name.replace("transformer.", "model.", 1)
                 if name.startswith(family.left_out):
                     self.left_out += 1
                     continue

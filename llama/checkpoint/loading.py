@@ -7,15 +7,16 @@ more than the model and a part of one tensor.
 
 import hashlib
 import warnings
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from torch import nn
 
 from llama.checkpoint.shapes import check_shapes, chunks, local_shape, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, InMemory
+from llama.families.registry import family_of
 from llama.layers import parallel
-from llama.model import Transformer, rope_frequencies
+from llama.model import ModelArgs, Transformer
 
 
 def read_shard(
@@ -126,11 +127,22 @@ def gather(model: Transformer) -> InMemory:
     return InMemory(args, weights)
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a model's shape and of a row of each weight: the same in every file format."""
-    args, shapes = checkpoint.args, weight_shapes(checkpoint.args)
-    about = {**shapes, "heads": args.n_heads, "norm_eps": f"{args.norm_eps:.4g}"}
-    digest = hashlib.sha256(repr([about, rope_frequencies(args).tolist()]).encode())
+def fingerprint(checkpoint: Checkpoint, args: Optional[ModelArgs] = None) -> str:
+    """A hash of a model's shape and of a row of each weight: the same in every file format.
+
+    Args:
+        args: the shape as it is built, whose max_seq_len may decide on RoPE.
+    """
+    args, shapes = args or checkpoint.args, weight_shapes(checkpoint.args)
+    about: Dict[str, Any] = {
+        **shapes, "heads": args.n_heads, "norm_eps": f"{args.norm_eps:.4g}",
+        **{
+            name: f"{value:.4g}" if isinstance(value := getattr(args, name), float) else value
+            for name in sorted(family_of(args).own_fields)
+        },
+    }  # fmt: skip
+    frequencies = family_of(args).network.frequencies(args)
+    digest = hashlib.sha256(repr([about, frequencies.tolist()]).encode())
     for name, shape in shapes.items():
         whole_head = checkpoint.read(name, 0, 0, min(args.head_dim, shape[0]))
         digest.update(bytes(whole_head[:1].float().contiguous().numpy()))

@@ -1,8 +1,8 @@
 """Images of requests: their keys and values, computed when a row first needs them, and kept.
 
-An image is encoded by one pass of the encoder, between two steps, whatever else is running. What
-was used last is kept for rows to come, as far as KEPT images take as much memory; rows that run
-hold what they need themselves.
+An image is encoded by one pass of the encoder, between two steps, whatever else is running. The
+last ones are kept for rows to come, as far as `VisionArgs.image_cache` allows; rows that run hold
+what they need themselves.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,6 @@ from llama.engine.rows import Row
 from llama.families.vision import Encoded, View, views
 from llama.model import Transformer
 
-KEPT = 4  # images of the most tiles
 KEY = 1 << 62  # and up: ids that stand for images in the keys of the prefix cache
 
 
@@ -52,8 +51,7 @@ class Images:
         if found is None:
             found = self._model.encode(tiles.pixels, tiles.aspect_ratio)
         self._kept[tiles.digest] = found
-        args = self._model.params
-        most = KEPT * args.vision_max_num_chunks * args.tokens_per_tile  # tokens of images
+        most = self._model.params.image_cache
         while len(self._kept) > 1 and sum(k.shape[2] for k, _ in self._kept.values()) > most:
             self._kept.popitem(last=False)
         return found

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import (
     Any,
     Callable,
+    Collection,
     Dict,
     FrozenSet,
     Mapping,
@@ -100,9 +101,16 @@ class Family:
         read_params, write_params: the same for params.json.
         meta_names: of weights in Meta's files, where they are others than in the model.
         rotated: the last parts of names of weights whose rows transformers has in another order.
+        cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
+            of tokens.
+        encoder_values: values that a pass of an encoder holds at most, beside its weights.
         gguf: what a GGUF file's general.architecture says.
+        claims_gguf: whether a GGUF file is of this family, by its architecture, its metadata and
+            the names of its tensors; None: by its architecture.
         read_gguf: fields of args, from a GGUF file's metadata, its architecture left out of the
             keys.
+        gguf_architecture: which of these a shape is written as; None: the only one.
+        read_names: fields of args that a GGUF file says by its tensors alone, by Meta's names.
         write_gguf: what it says in addition, by the names of GGUFWriter's methods.
         fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
             converted, or whose names depend on the shape, by the tensor's name there (as hf_names
@@ -125,9 +133,14 @@ class Family:
     meta_names: Naming = SAME
     hf_names: Naming = HF
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
+    cached_per_head: Callable[[Any], int] = lambda args: 0
+    encoder_values: Callable[[Any], int] = lambda args: 0
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF
+    claims_gguf: Optional[Callable[[str, Mapping[str, Any], Collection[str]], bool]] = None
     read_gguf: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda metadata: {}
+    read_names: Callable[[Collection[str]], Dict[str, Any]] = lambda names: {}
+    gguf_architecture: Optional[Callable[[Any], str]] = None
     write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
     fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
     left_out: Tuple[str, ...] = ()

@@ -103,6 +103,8 @@ class ChunkedAttention(Attention):
 class PartialRowLinear(RowParallelLinear):
     """A row-parallel layer whose outputs are left for the caller to sum over the ranks."""
 
+    reduces = False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
 

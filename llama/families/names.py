@@ -1,7 +1,7 @@
 """Names of weights: Meta's, which are the project's, and those of another format."""
 
 import re
-from typing import Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple
 
 
 class Names(NamedTuple):
@@ -39,6 +39,28 @@ class Same(NamedTuple):
 
 
 SAME = Same()
+
+
+class WithBiases:
+    """Names of weights, and of biases beside them."""
+
+    def __init__(self, names: Names):
+        self._names = names
+
+    def meta(self, name: str) -> str:
+        return self._of_weight(self._names.meta, name)
+
+    def theirs(self, name: str) -> str:
+        return self._of_weight(self._names.theirs, name)
+
+    def _of_weight(self, translate: Callable[[str], str], name: str) -> str:
+        if not name.endswith(".bias"):
+            return translate(name)
+        weight = name.removesuffix("bias") + "weight"
+        found = translate(weight)
+        return name if found == weight else found.removesuffix("weight") + "bias"
+
+
 HF = Names(
     "model.layers",
     {

@@ -1,9 +1,11 @@
 """The families of networks that there are: one is found by a shape, or by what a file says."""
 
-from typing import Any, Mapping, Tuple
+from typing import Any, Collection, Mapping, Optional, Tuple
 
+from llama.families import variant_config
 from llama.families.family import Family
 from llama.families.llama4_files import LLAMA4
+from llama.families.variant_files import VARIANT
 from llama.families.vision_files import LLAMA_VISION
 from llama.model import ModelArgs, Transformer
 
@@ -12,10 +14,11 @@ LLAMA = Family(
     # Llama itself, and architectures that are Llama when their config says nothing else.
     architectures=frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}),
     claims=lambda config: True,
+    read_config=variant_config.read_config,  # of which nothing differs
     gguf=frozenset({"llama"}),
 )
 # The first that claims a config.json has it.
-FAMILIES: Tuple[Family, ...] = (LLAMA_VISION, LLAMA4, LLAMA)
+FAMILIES: Tuple[Family, ...] = (LLAMA_VISION, LLAMA4, VARIANT, LLAMA)
 
 
 def family_of(args: ModelArgs) -> Family:
@@ -36,3 +39,14 @@ def of_config(config: Mapping[str, Any]) -> Family:
 def of_params(params: Mapping[str, Any]) -> Family:
     """The family of a params.json: the one that knows a key that Llama's shape doesn't have."""
     return next((family for family in FAMILIES if family.own_fields & params.keys()), LLAMA)
+
+
+def of_gguf(
+    architecture: str, metadata: Mapping[str, Any], names: Collection[str]
+) -> Optional[Family]:
+    """The family of a GGUF file, see `Family.claims_gguf`."""
+    for family in FAMILIES:
+        claims = family.claims_gguf
+        if claims(architecture, metadata, names) if claims else architecture in family.gguf:
+            return family
+    return None

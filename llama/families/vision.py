@@ -170,6 +170,7 @@ class VisionTransformer(Transformer):
         self.learnable_embedding = place(
             VocabParallelEmbedding(rows, params.dim, init_method=lambda w: w)
         )
+        # The layers that each cross-attention layer precedes, by their places in `layers`.
         self.before = {layer: i for i, layer in enumerate(params.cross_attention_before)}
         self.cross_attention_layers = nn.ModuleList(
             place(CrossAttentionBlock(i, params)) for i in self.before.values()

@@ -29,6 +29,7 @@ from torch import nn
 from llama.layers import parallel
 from llama.model import ModelArgs
 
+KEPT = 4  # images, at least
 EXTRA_IDS = 8  # embeddings after the vocabulary's; the first stands for an image
 
 
@@ -82,6 +83,12 @@ class VisionArgs(ModelArgs):
         return [*range(self.n_layers - 1, -1, -math.ceil(self.n_layers / n))][:n][::-1]
 
     @property
+    def image_cache(self) -> int:
+        """Tokens of the images whose keys and values are kept: KEPT large ones, or one per row."""
+        tokens = self.vision_max_num_chunks * self.tokens_per_tile
+        return max(KEPT, self.max_batch_size) * tokens
+
+    @property
     def tokens_per_tile(self) -> int:
         """Its patches and its class."""
         return (self.vision_chunk_size // self.vision_patch_size) ** 2 + 1
@@ -106,9 +113,12 @@ class ImageAttention(nn.Module):
             linear(x).unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2)
             for linear in (self.wq, self.wk, self.wv)
         )  # (1, n_local_heads, N, head_dim)
-        attend = F.scaled_dot_product_attention
+        d = q.shape[-1]
+        attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
+        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, twice as slow
+            q, k, v = (F.pad(part, (0, -d % 32)) for part in (q, k, v))
         of_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
-        out = torch.cat([attend(q[:, :, :real], k, v), of_padding], 2)
+        out = torch.cat([attend(q[:, :, :real], k, v), of_padding], 2)[..., :d]
         return self.wo(out.transpose(1, 2).flatten(2))
 
 

@@ -188,6 +188,7 @@ def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
         "cross_attention_layers": cross,
         "model_type": "mllama_text_model",
         "num_hidden_layers": args.n_layers + len(cross),
+        "pad_token_id": None,  # by default one that small vocabularies lack
     }
     return whole | {
         "architectures": ["MllamaForConditionalGeneration"],
@@ -315,4 +316,8 @@ LLAMA_VISION = Family(
     meta_names=MetaNames(),
     hf_names=OnDisk(),
     fused=fused,
-)
+    cached_per_head=lambda args: 2 * args.vision_num_cross_attention_layers * args.image_cache,
+    # Of 4 tiles: what blocks leave, features, and a feed-forward network's hidden layer twice.
+    encoder_values=lambda args: args.vision_max_num_chunks * args.tokens_per_tile
+    * args.vision_width * (12 + 2 * len(args.vision_features)),
+)  # fmt: skip

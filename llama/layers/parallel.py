@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -206,6 +206,20 @@ def broadcast_object(obj: Any) -> Any:
     return box[0]
 
 
+def on_rank_zero(work: Callable[[], Any]) -> Any:
+    """What rank 0 gets from work, or the ValueError or OSError that it raises, on all ranks."""
+    found: Any = None
+    if rank() == 0:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
@@ -264,10 +278,17 @@ SHARD_AXIS = {
     "vision_model.vision_encoder.conv1._linear.weight": 0,
     "vision_model.vision_projection.weight": 0,
     "vision_model.vision_projection.bias": 0,
+    # of some families; wo's and w2's are added after the sum over ranks
+    "attention.wq.bias": 0,
+    "attention.wk.bias": 0,
+    "attention.wv.bias": 0,
+    "feed_forward.w1.bias": 0,
+    "feed_forward.w3.bias": 0,
 }
 
 
-KV = ("attention.wk.weight", "attention.wv.weight")  # sharded by whole heads
+# sharded by whole heads
+KV = ("attention.wk.weight", "attention.wv.weight", "attention.wk.bias", "attention.wv.bias")
 
 
 def check_world(world: int, n_heads: int) -> None:
@@ -346,7 +367,7 @@ def part(name: str, weight: torch.Tensor, n_heads: int, n_kv_heads: int) -> torc
     ranges = shard_ranges(name, size, rank(), world, n_heads, n_kv_heads)
     mine = torch.cat([weight.narrow(axis, begin, end - begin) for begin, end in ranges], axis)
     short = 0 if name.endswith(KV) else padded(size, world) // world - mine.shape[axis]
-    return F.pad(mine, (0, 0, 0, short) if axis == 0 else (0, short))
+    return F.pad(mine, (*[0, 0] * (mine.ndim - 1 - axis), 0, short))
 
 
 def add_replicas(part: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:

@@ -22,7 +22,10 @@ from llama.server.streams import json
 from llama.server.tokens import apply_template, detokenize, tokenize
 
 PAGE = Path(__file__).parent / "page"
-POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

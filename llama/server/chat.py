@@ -118,9 +118,10 @@ async def start(
             more["response_format"] = tool_call_format(wanted, body.parallel_tool_calls is True)
         except ValueError as error:
             raise invalid(str(error), "tools") from None
-    ids = await encode(service.llama, body, tools or None, truncate)
+    ids, images = await encode(service.llama, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return ChatAnswer(service, await service.submit(request, [ids], body, most, **more), body)
+    running = await service.submit(request, [ids], body, most, images, **more)
+    return ChatAnswer(service, running, body)
 
 
 def shown_tools(body: Chat) -> List[Dict[str, Any]]:

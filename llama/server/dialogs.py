@@ -2,13 +2,15 @@
 
 import asyncio
 import json
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from llama.engine.seeing import sees
 from llama.generation import Llama
 from llama.server.bodies import Chat, ChatMessage, Part
 from llama.server.errors import invalid
 from llama.text.chat import Message, PromptOptions
-from llama.text.context import encode_dialogs
+from llama.text.context import encode_dialogs, without
+from llama.text.messages import image_sources
 
 MOST_MESSAGES = 4096
 # What PromptOptions' errors begin with, as it is called here.
@@ -20,8 +22,9 @@ _PARAMETERS = {
 
 async def encode(
     llama: Llama, body: Chat, tools: Optional[Sequence[Any]], truncate: Optional[str] = None
-) -> List[int]:
-    """The token ids of a body's dialog, in another thread: templates may take long.
+) -> Tuple[List[int], List[Any]]:
+    """The token ids of a body's dialog and its images as they are given, in another thread:
+    templates may take long.
 
     Args:
         truncate: as `Llama.chat_completion` takes it.
@@ -29,7 +32,7 @@ async def encode(
     Raises:
         ApiError, ValueError: messages that aren't a dialog, or that the chat format can't express.
     """
-    dialog = messages_of(body.messages)
+    dialog = messages_of(body.messages, sees(llama.model))
     given = {
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
@@ -40,31 +43,33 @@ async def encode(
     if formatter is None:
         raise invalid("this model has no chat format: use /v1/completions", "messages")
 
-    def run() -> List[int]:
+    def run() -> Tuple[List[int], List[Any]]:
         try:
-            [ids], _ = encode_dialogs(
+            [ids], [dropped] = encode_dialogs(
                 formatter, [dialog], tools, truncate, body.max_tokens,
                 llama.model.params.max_seq_len, options,
             )  # fmt: skip
         except ValueError as error:
             text = str(error).removeprefix("dialog 0: ").replace("dialog 0", "the dialog")
             raise invalid(text, _PARAMETERS.get(text.partition(":")[0], "messages")) from None
-        return ids
+        return ids, image_sources(without(dialog, dropped))
 
     return await asyncio.to_thread(run)
 
 
-def messages_of(messages: Sequence[ChatMessage]) -> List[Message]:
-    """Raises ApiError: no messages, too many, or content that isn't text."""
+def messages_of(messages: Sequence[ChatMessage], images: bool = False) -> List[Message]:
+    """Raises ApiError: no messages, too many, or content that is neither text nor, if they are
+    allowed, images."""
     if not 1 <= len(messages) <= MOST_MESSAGES:
         raise invalid(f"{len(messages)} messages: give 1 to {MOST_MESSAGES}", "messages")
-    return [_message(i, message) for i, message in enumerate(messages)]
+    return [_message(i, message, images) for i, message in enumerate(messages)]
 
 
-def _message(i: int, message: ChatMessage) -> Message:
+def _message(i: int, message: ChatMessage, images: bool) -> Message:
     where = f"messages[{i}]"
     role = "system" if message.role == "developer" else message.role
-    content = _text(where, message.refusal if message.content is None else message.content)
+    given = message.refusal if message.content is None else message.content
+    content = _content(where, given, images)
     found: Dict[str, Any] = {"role": role, "content": content}
     if message.tool_calls:
         found["tool_calls"] = [
@@ -80,19 +85,25 @@ def _message(i: int, message: ChatMessage) -> Message:
     return found  # type: ignore[return-value]
 
 
-def _text(where: str, content: Union[str, List[Part], None]) -> Optional[str]:
+def _content(
+    where: str, content: Union[str, List[Part], None], images: bool
+) -> Union[str, List[Any], None]:
+    """One text, unless there are images between several."""
     if content is None or isinstance(content, str):
         return content
-    texts = []
+    found: List[Any] = []
     for part in content:
+        if images and part.type == "image_url":
+            found.append({"type": "image_url", "image_url": part.image_url})
+            continue
         text = part.text if part.type in ("text", "input_text", "output_text") else part.refusal
         if text is None:
             raise invalid(
                 f"{where}: no text in a part of type {part.type[:50]!r}; the model reads only text",
                 f"{where}.content",
             )
-        texts.append(text)
-    return "".join(texts)
+        found.append(text)
+    return "".join(found) if all(isinstance(one, str) for one in found) else found
 
 
 def _object(where: str, call: Any) -> Any:

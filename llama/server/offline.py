@@ -68,7 +68,7 @@ class Offline:
 
         async def run() -> None:
             async with engine:
-                self._app.state.service = Service(llama, engine, settings, name)
+                self._app.state.service = Service(llama, engine, settings, name, local=True)
                 loop.set_result(asyncio.get_running_loop())
                 await self._stop.wait()
 

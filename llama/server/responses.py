@@ -184,7 +184,7 @@ async def input_tokens(request: Request) -> Response:
     service, body, headers = await received(request, Responses)
     _, _, chat = _read(body, request.app.state.store)
     try:
-        ids = await encode(service.llama, chat, shown_tools(chat) or None)
+        ids, _ = await encode(service.llama, chat, shown_tools(chat) or None)
     except (ApiError, ValueError) as error:
         raise _renamed(error) from None
     return json({"object": "response.input_tokens", "input_tokens": len(ids)}, headers)
@@ -279,14 +279,20 @@ def _message(i: int, item: Item) -> ChatMessage:
     result = item.type == "function_call_output"
     content = item.output if result else item.content
     if isinstance(content, list):
-        known = ("type", "text", "refusal")
-        content = [{k: v for k, v in part.items() if k in known} for part in content]
+        content = [*map(_part, content)]
     role = "tool" if result else item.role
     try:
         found = {"role": role, "content": content, "tool_call_id": item.call_id}
         return msgspec.convert(found, ChatMessage)
     except msgspec.ValidationError as error:
         raise invalid(f"input[{i}]: {error}".replace("`", ""), "input") from None
+
+
+def _part(part: Dict[str, Any]) -> Dict[str, Any]:
+    """A part of a message as chat requests have it."""
+    if part.get("type") == "input_image" and part.get("image_url") is not None:
+        return {"type": "image_url", "image_url": part["image_url"]}
+    return {k: v for k, v in part.items() if k in ("type", "text", "refusal")}
 
 
 def _joined(messages: List[ChatMessage]) -> List[ChatMessage]:

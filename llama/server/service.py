@@ -15,6 +15,7 @@ from llama.engine.predictions import Event
 from llama.generation import Llama
 from llama.server.bodies import B, Generation, read
 from llama.server.errors import ApiError, busy, invalid
+from llama.server.images import Held, Images
 from llama.server.metrics import Metrics
 from llama.server.sampling import constraint_name, options_of
 from llama.server.settings import Settings
@@ -48,6 +49,7 @@ class Service:
 
     Attributes:
         name: the model's, for clients.
+        images: of its requests; paths are read if they are local.
         rows: sequences that wait or run.
     """
 
@@ -58,10 +60,12 @@ class Service:
         settings: Settings,
         name: str,
         replica: Optional[str] = None,
+        local: bool = False,
     ):
         self.llama, self.engine, self.settings, self.name = llama, engine, settings, name
         labels = {"model_name": name} | ({"replica": replica} if replica else {})
         self.metrics = Metrics(labels, lambda: engine.stats)
+        self.images = Images(llama.model, settings, local)
         self.created, self.rows = int(time.time()), 0
         self.defaults = SamplingParams()
 
@@ -112,11 +116,13 @@ class Service:
         prompts: Sequence[Sequence[int]],
         body: Generation,
         max_tokens: Optional[int],
+        sources: Sequence[Any] = (),
         **more: Any,
     ) -> "Running":
         """Queue prompts.
 
         Args:
+            sources: of the images of a single prompt.
             more: options of the engine beside those in the body.
 
         Raises:
@@ -140,6 +146,9 @@ class Service:
             self.check_length(ids, "messages" if hasattr(body, "messages") else "prompt")
         running = Running(self, rows, request.state.notes)
         try:
+            if sources:
+                running.images = await self.images.load(sources)
+                options["images"] = [running.images.tiles]
             for ids in prompts:
                 limit = self.context if max_tokens is None else max_tokens
                 running.answers.append(await self.engine.submit(ids, limit, **options))
@@ -169,6 +178,7 @@ class Running:
         self._began = time.perf_counter()
         self.answers: List[Answer] = []
         self.each = 1
+        self.images: Optional[Held] = None
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
         service.rows += rows
 
@@ -199,6 +209,8 @@ class Running:
         """Cancel what isn't finished; tell what was computed."""
         for answer in self.answers:
             answer.cancel()
+        if self.images is not None:
+            self.images.release()
         self._service.rows -= self._rows
         self._rows = 0
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)

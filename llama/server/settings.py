@@ -28,6 +28,11 @@ class Settings:
         log: a line per request on stdout: text, json, or off. Prompts are never logged.
         max_queue: requests that may wait or run at once; further ones are answered with 429.
         max_body_mb: size of a request's body at most, in MB (10^6 bytes).
+        max_images: images of requests that wait or run at once; further ones are answered with 429.
+        max_image_mb: size of an image's file at most, in MB.
+        max_image_pixels: width times height of an image at most.
+        allow_private_images: fetch images from private and loopback addresses as well. Then whoever
+            may send requests can reach other services of your network through the server.
         max_connections: open connections at most; further ones are closed.
         timeout: seconds that a client may take to send a request, or to read a part of an answer.
         max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
@@ -50,6 +55,10 @@ class Settings:
     log: Literal["text", "json", "off"] = "text"
     max_queue: int = 256
     max_body_mb: float = 8
+    max_images: int = 64
+    max_image_mb: float = 20
+    max_image_pixels: int = 20_000_000
+    allow_private_images: bool = False
     max_connections: int = 4096
     timeout: float = 60
     max_tokens_per_step: int = 512
@@ -59,10 +68,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} must lie between 0 (any) and 65535")
-        for name in ("max_queue", "max_connections", "max_tokens_per_step"):
+        images = ("max_images", "max_image_pixels")
+        for name in ("max_queue", "max_connections", "max_tokens_per_step", *images):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_body_mb", "timeout"):
+        for name in ("max_body_mb", "max_image_mb", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
         if self.workers != 1:

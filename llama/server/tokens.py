@@ -12,6 +12,8 @@ from llama.server.dialogs import encode
 from llama.server.errors import invalid
 from llama.server.service import received
 from llama.server.streams import json
+from llama.text.encoder import IMAGE
+from llama.tokenizer import Tokenizer
 
 
 async def tokenize(request: Request) -> Response:
@@ -23,15 +25,20 @@ async def tokenize(request: Request) -> Response:
         raise invalid("give one of prompt, content and messages", "prompt")
     if body.messages is not None:
         dialog = Chat(messages=body.messages, tools=body.tools)
-        ids = await encode(service.llama, dialog, shown_tools(dialog) or None)
+        ids, _ = await encode(service.llama, dialog, shown_tools(dialog) or None)
     else:
         bos = tokenizer.add_bos and body.add_special_tokens
         ids = await asyncio.to_thread(tokenizer.encode, given[0], bos=bos, eos=False)  # type: ignore[arg-type]
     tokens: List[Any] = list(ids)
     if body.with_pieces:
-        tokens = [{"id": i, "piece": _piece(tokenizer.decode_bytes([i]))} for i in ids]
+        tokens = [{"id": i, "piece": _piece(_bytes(tokenizer, i))} for i in ids]
     found = {"tokens": tokens, "count": len(ids), "max_model_len": service.context}
     return json(found, headers)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """Also of an image's token, which may be the first beyond the vocabulary."""
+    return IMAGE.encode() if token == tokenizer.n_words else tokenizer.decode_bytes([token])
 
 
 def _piece(data: bytes) -> Any:
@@ -54,6 +61,7 @@ async def detokenize(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text of a chat request as the model sees it, and its token ids."""
     service, body, headers = await received(request, Chat)
-    ids = await encode(service.llama, body, shown_tools(body) or None)
-    text = service.llama.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    ids, _ = await encode(service.llama, body, shown_tools(body) or None)
+    pieces = (_bytes(service.llama.tokenizer, i) for i in ids)
+    text = b"".join(pieces).decode("utf-8", "replace")
     return json({"prompt": text, "tokens": ids, "count": len(ids)}, headers)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN", "ROLES", "ChatFormat", "Dialog", "Format", "Message", "PromptOptions", "Role",
-    "check_dialog", "check_dialogs", "content_of", "read_calls", "tool_calls", "warn_of_base_model",
+    "check_dialog", "check_dialogs", "content_of", "encode_parts", "read_calls", "tool_calls",
+    "warn_of_base_model",
 ]  # fmt: skip
 
 
@@ -93,6 +94,21 @@ class Format(Protocol):
         """
 
 
+def encode_parts(tokenizer: Encoder, message: Any) -> List[int]:
+    """A message's texts, each encoded apart, and `image_id` where its images stand.
+
+    Raises:
+        ValueError: a part that is neither; an image, and a vocabulary without its token.
+    """
+    ids: List[int] = []
+    for part in parts_of(message):
+        if isinstance(part, ImagePart):
+            ids.append(image_id(tokenizer))
+        else:
+            ids += tokenizer.encode(part, bos=False, eos=False)
+    return ids
+
+
 class ChatFormat:
     """Llama 3's chat format: <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>.
 
@@ -124,19 +140,9 @@ class ChatFormat:
             message = {**message, "content": message["content"].strip()}
         return [
             *self.encode_header(message),
-            *self.encode_content(message),
+            *encode_parts(self.tokenizer, message),
             self.tokenizer.special_tokens[self.end_of_turn],
         ]
-
-    def encode_content(self, message: Message) -> List[int]:
-        """A message's texts, each encoded apart, and `image_id` where its images stand."""
-        ids: List[int] = []
-        for part in parts_of(message):
-            if isinstance(part, ImagePart):
-                ids.append(image_id(self.tokenizer))
-            else:
-                ids += self.tokenizer.encode(part, bos=False, eos=False)
-        return ids
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN

@@ -34,6 +34,12 @@ def encode_dialogs(
     return [ids for ids, _ in fitted], [left_out for _, left_out in fitted]
 
 
+def without(dialog: Dialog, dropped: Sequence[Message]) -> List[Message]:
+    """What is left of a dialog from which `oldest_turns_out` has dropped messages."""
+    start = int(dialog[0]["role"] == "system")
+    return [*dialog[:start], *dialog[start + len(dropped) :]]
+
+
 def oldest_turns_out(
     dialog: Dialog, encode: Callable[[Dialog], List[int]], limit: int
 ) -> Tuple[List[int], List[Message]]:

@@ -11,6 +11,7 @@ from llama.text.chat import (
     Message,
     PromptOptions,
     content_of,
+    encode_parts,
     tool_calls,
 )
 from llama.text.encoder import Encoder
@@ -55,7 +56,7 @@ class Llama31Format(ChatFormat):
         ids = self.encode_header(message)
         if self.code_tag and calls and calls[0]["name"] == "code_interpreter":
             ids.append(special[self.code_tag])
-        ids += self.encode_content(message)
+        ids += encode_parts(self.tokenizer, message)
         for call in calls:
             written = write_call(call, self.call_format)
             ids.extend(self.tokenizer.encode(written, bos=False, eos=False))

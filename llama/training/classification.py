@@ -10,7 +10,7 @@ Reward models are of this kind: one label, and "regression".
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Dict, List, Literal, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,17 @@ from torch import nn
 
 from llama import checkpoint
 from llama.backends.build import open_tokenizer
-from llama.checkpoint import Checkpoint, InMemory, Shape, remote, weight_shapes
+from llama.checkpoint import Checkpoint, InMemory, remote, weight_shapes
 from llama.checkpoint.huggingface import CLASSIFIER, HFCheckpoint, write
 from llama.engine.embeddings import batches
 from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
-from llama.text.files import read_object
 from llama.tokenizer import Tokenizer
+from llama.training.heads import SCORE, Body, config_with_head, default_labels, read_head
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-
-SCORE = "score.weight"
 
 
 class SequenceClassifier(nn.Module):
@@ -119,15 +117,15 @@ class SequenceClassifier(nn.Module):
         torch_dtype = parallel.pick_dtype(dtype, torch_device)
         path = remote.local_path(ckpt_dir)
         if labels is None and num_labels is not None:
-            labels = _default_labels(num_labels)
+            labels = default_labels(num_labels)
         if num_labels is not None and labels is not None and len(labels) != num_labels:
             raise ValueError(f"num_labels={num_labels} and {len(labels)} labels: pass one of them")
 
-        config, head = _classifier_config(path), None
+        config, head = config_with_head(path, CLASSIFIER), None
         source: Checkpoint
         if config:
             source = HFCheckpoint(path, {CLASSIFIER})
-            own, head = _read_head(source, path / "config.json", config)
+            own, head = read_head(source, path / "config.json", config)
             if labels is not None and list(labels) != own:
                 raise ValueError(f"{path} has the labels {own[:20]}: pass these or none")
             labels, problem_type = own, problem_type or config.get("problem_type")
@@ -135,7 +133,7 @@ class SequenceClassifier(nn.Module):
             source = checkpoint.open(path)
             if labels is None:
                 raise ValueError(f"{path} has no head for classes: pass num_labels or labels")
-        body = _Body(source, SCORE if config else "output.weight")
+        body = Body(source, [SCORE if config else "output.weight"])
 
         tokenizer_path, tokenizer = tokenizer_path or source.tokenizer_path, None
         if tokenizer_path is not None:
@@ -296,7 +294,7 @@ class SequenceClassifier(nn.Module):
         if Path(path).exists() and not force:  # on all ranks alike
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)
-        args = replace(source.args, tied_embeddings=True)  # no output layer: see _Body
+        args = replace(source.args, tied_embeddings=True)  # no output layer: see Body
         score = self.score.weight.detach().cpu()
         settings = {
             "architectures": [CLASSIFIER],
@@ -315,75 +313,3 @@ class SequenceClassifier(nn.Module):
             )  # fmt: skip
         parallel.barrier()
         return Path(path)
-
-
-class _Body:
-    """A checkpoint without its head, which is the output layer for a text model.
-
-    Its shape says that the embeddings are tied, whatever the files do: so no output layer is asked
-    for, nor held.
-    """
-
-    def __init__(self, source: Checkpoint, head: str):
-        self._source, self._head = source, head
-        self.path, self.tokenizer_path = source.path, source.tokenizer_path
-        self.args = replace(source.args, tied_embeddings=True)
-
-    def shapes(self) -> Dict[str, Shape]:
-        shapes = self._source.shapes()
-        return {name: shape for name, shape in shapes.items() if name != self._head}
-
-    def stored_as(self, name: str) -> str:
-        return self._source.stored_as(name)
-
-    def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        return self._source.read(name, axis, start, stop)
-
-
-def _classifier_config(path: Path) -> Dict[str, Any]:
-    """config.json of a classifier; empty for other checkpoints."""
-    if not (path / "config.json").exists() or (path / "params.json").exists():
-        return {}
-    config = read_object(path / "config.json")
-    return config if config.get("architectures") == [CLASSIFIER] else {}
-
-
-def _default_labels(n: int) -> List[str]:
-    if n < 1:
-        raise ValueError(f"num_labels={n} must be at least 1")
-    return [f"LABEL_{i}" for i in range(n)]
-
-
-def _read_head(
-    source: Checkpoint, path: Path, config: Dict[str, Any]
-) -> Tuple[List[str], torch.Tensor]:
-    """The labels by config.json at `path`, and the weight of the head.
-
-    Raises:
-        ValueError: no such weight, or one of another shape; labels that aren't named 0, 1, ...
-    """
-    shape = source.shapes().get(SCORE)
-    if shape is None:
-        raise ValueError(f"{source.path} lacks {SCORE}, the head of a classifier: fetch it again")
-    names, back, n = (config.get(key) for key in ("id2label", "label2id", "num_labels"))
-    if names is None:
-        n = 2 if n is None else n  # transformers writes neither where there are 2
-    elif not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
-        raise ValueError(f"{path}: id2label={str(names)[:80]} isn't a name for each of 0, 1, ...")
-    elif n not in (None, len(names)):
-        raise ValueError(f"{path}: num_labels={str(n)[:80]} contradicts id2label, of {len(names)}")
-    else:
-        n = len(names)
-    expected = (n, source.args.dim)
-    if type(n) is not int or shape != expected:
-        raise ValueError(
-            f"{source.path}: {SCORE} has the shape {shape}, and its configuration asks for "
-            f"({str(n)[:80]}, {source.args.dim})"
-        )
-    labels = _default_labels(n) if names is None else [names[str(i)] for i in range(n)]
-    if not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: id2label={str(names)[:80]} isn't a name for each of 0, 1, ...")
-    indices = {label: i for i, label in enumerate(labels)}
-    if back is not None and back != indices:
-        raise ValueError(f"{path}: label2id={str(back)[:80]} contradicts the labels {labels[:20]}")
-    return labels, source.read(SCORE, 0, 0, n)

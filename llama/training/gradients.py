@@ -22,8 +22,8 @@ class Trained(NamedTuple):
 
 def origin(name: str) -> Tuple[str, str]:
     """The weight that a parameter is or adapts, and which half of an adapter it is: A, B or ""."""
-    weight, _, half = name.removesuffix(".base.weight").partition(".lora_")
-    return weight.removesuffix(".weight") + ".weight", half[:1]
+    weight, _, half = name.replace(".base.", ".").partition(".lora_")
+    return (weight + ".weight", half[:1]) if half else (weight, "")
 
 
 def shard_of(name: str) -> Optional[str]:

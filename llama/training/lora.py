@@ -57,6 +57,10 @@ class LoRALinear(nn.Module):
     def weight(self) -> torch.Tensor:
         return self.base.weight  # type: ignore[return-value]
 
+    @property
+    def bias(self) -> Optional[torch.Tensor]:
+        return self.base.bias  # type: ignore[return-value]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         if self.active is None or self.active not in self.scale:
@@ -175,7 +179,7 @@ def fresh(
         raise ValueError(f"lora rank {rank} must be at least 1")
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(model.params).items():
-        if name.split(".")[-2] in matrices:
+        if name.split(".")[-2] in matrices and len(shape) == 2:
             out, inner = shape
             bound = 1 / math.sqrt(inner)  # kaiming_uniform with a = sqrt(5)
             A = (2 * torch.rand(rank, inner, generator=generator) - 1) * bound

@@ -82,13 +82,18 @@ class Fetcher:
                 timer.cancel()
 
 
+def is_address(source: Any) -> bool:
+    """Whether it is to be fetched."""
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
 def load(source: Any, limits: Limits = DEFAULTS, fetcher: Fetcher | None = None) -> Image.Image:
     """`open_image` of what may be an http or https address as well.
 
     Raises:
         FileNotFoundError, ValueError: what `open_image` and `Fetcher.fetch` raise.
     """
-    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+    if is_address(source):
         source = (fetcher or Fetcher()).fetch(source, limits.max_bytes)
     return open_image(source, limits)
 

@@ -148,7 +148,17 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
     [
         ({"metadata": {"general.architecture": "qwen2"}}, "architecture 'qwen2', and known are"),
         ({"metadata": {"llama.expert_count": 8}}, "mixture of experts"),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "method 'yarn'"),
+        ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "method 'longrope'"),
+        (
+            {
+                "metadata": {
+                    "llama.rope.scaling.type": "yarn",
+                    "llama.context_length": 64,
+                    "llama.rope.scaling.yarn_ext_factor": 0.5,
+                }
+            },
+            "yarn_ext_factor",
+        ),
         ({"metadata": {"split.count": 2}}, "llama-gguf-split"),
         (
             {"metadata": {"llama.rope.dimension_count": 16}},
@@ -159,7 +169,7 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
         ({"metadata": {"llama.feed_forward_length": 511}}, "asks for (511, 256)"),
         ({"drop": ["layers.1.attention.wk.weight"]}, "lacks layers.1.attention.wk.weight"),
         ({"drop": ["tok_embeddings.weight"]}, "lacks tok_embeddings.weight"),
-        ({"extra": ["blk.0.attn_q.bias"]}, "no place for: blk.0.attn_q.bias"),
+        ({"extra": ["blk.0.attn_q.bias"]}, "lacks layers.0.attention.wk.bias"),
     ],
 )
 def test_what_this_model_is_not_is_refused_by_name(tmp_path, how, message):

@@ -11,6 +11,7 @@ from conftest import TINY, random_weights, run_ranks, write_checkpoint
 from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.checkpoint import InMemory, meta
 from llama.checkpoint.meta import MetaCheckpoint
+from llama.families.vision_encoder import VisionArgs
 from llama.layers import parallel
 
 PROMPTS = [[1, 2, 3], [200] * 9]
@@ -113,8 +114,11 @@ def test_params_of_the_published_models_are_understood(tmp_path):
         rope_theta=10000.0,
     )  # fmt: skip
     assert read(dim=64, rope_scaling_factor=4.0, use_scaled_rope=True)["rope_scaling_factor"] == 4.0
-    with pytest.raises(ValueError, match="attention_sinks"):
-        read(dim=4096, attention_sinks=4)
+    vision = dict(vision_chunk_size=448, vision_max_num_chunks=4)
+    vision["vision_num_cross_attention_layers"] = 8
+    assert VisionArgs(**read(**llama31, n_heads=32, **vision)).vision_chunk_size == 448
+    with pytest.raises(ValueError, match="video_chunk_size"):
+        read(dim=4096, video_chunk_size=448)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,24 @@
 """Requests with images: in batches, in chunks, after others; prefixes are of the same images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import write_checkpoint
 from vision import IMAGE, ROWS, TINY_VISION, tiled
 
 from llama import Llama, SamplingParams
-from llama.engine.images import KEPT
 
 OPTIONS = dict(temperature=0, logprobs=True, stop_tokens=set())
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Llama:
-    path = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model", TINY_VISION)
-    return Llama.build(
-        path, device="cpu", dtype="fp32", max_batch_size=8, max_seq_len=128, prefix_cache_mb=10
-    )
+@pytest.fixture(scope="module", params=[None, False])
+def llama(request, tmp_path_factory) -> Llama:
+    """With the CPU kernels, and without."""
+    args = replace(TINY_VISION, head_dim=32)
+    path = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model", args)
+    how = dict(device="cpu", dtype="fp32", compile=request.param)
+    return Llama.build(path, max_batch_size=8, max_seq_len=128, **how)
 
 
 def encoded(llama, images):
@@ -90,13 +92,11 @@ def test_samples_of_a_prompt_share_its_images(llama):
 
 
 def test_recent_images_are_kept_and_old_ones_leave(llama):
-    images = llama.engine().images
-    big = [tiled([[IMAGE]], seed)[0][0] for seed in (3, 5, 7, 11, 13, 15)]  # of 4 tiles each
-    big = [one for one in big if len(one.pixels) == 4]
-    assert len(big) > KEPT
+    images, most = llama.engine().images, llama.model.params.max_batch_size
+    big = [tiled([[IMAGE]], 3 + 8 * i)[0][0] for i in range(most + 2)]  # of 4 tiles each
     for one in big:
         images._encoded(one)
-    assert list(images._kept) == [one.digest for one in big[-KEPT:]]
+    assert list(images._kept) == [one.digest for one in big[2:]]
     images.clear()
     assert not images._kept
 

@@ -1,23 +1,29 @@
 """Llama 4 against Meta's reference and transformers, and what doesn't depend on how it is run."""
 
+import base64
 import dataclasses
+import http.client
 import io
 import json
+from itertools import pairwise
+from urllib.parse import urlparse
 
 import pytest
 import torch
+import xllamacpp
 from conftest import random_model, random_weights, run_ranks, write_byte_tokenizer
 from llama_models.llama4.args import ModelArgs as MetaArgs
 from llama_models.llama4.datatypes import TransformerInput
 from llama_models.llama4.model import Transformer as MetaTransformer
 
 from llama import Llama, checkpoint
-from llama.checkpoint import InMemory, huggingface, meta
+from llama.backends import cpu
+from llama.checkpoint import InMemory, gguf, huggingface, meta
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4 import Llama4Args, Llama4Transformer
 
 SCOUT = Llama4Args(
-    dim=64, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=96, max_seq_len=128,
+    dim=64, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=96, max_seq_len=128,
     num_experts=4, expert_dim=64, nope_layer_interval=4, attention_chunk_size=16,
     use_qk_norm=True, attn_temperature_tuning=True, floor_scale=4, attn_scale=0.3,
     use_scaled_rope=True,
@@ -136,9 +142,7 @@ def write(path, args, mp=1):
     return path
 
 
-@pytest.mark.parametrize(
-    "name,world", [("scout", 1), ("scout", 4), ("maverick", 1), ("maverick", 2)]
-)
+@pytest.mark.parametrize("name,world", [("scout", 1), ("scout", 4), ("maverick", 2)])
 def test_any_number_of_ranks_and_shards_gives_the_same(name, world, tmp_path):
     """The engine, whose cache is in blocks, against each prompt alone on one rank."""
     path = write(tmp_path / "four", ALL[name], mp=4)
@@ -179,7 +183,122 @@ def test_weights_of_experts_that_no_token_chose_are_not_read(tokens):
     torch.testing.assert_close(model(few), expected, atol=0, rtol=0)
 
 
+# --- the CPU kernels -----------------------------------------------------------------------------
+
+NATIVE = dataclasses.replace(
+    SCOUT, dim=128, head_dim=32, n_heads=4, n_kv_heads=2, vocab_size=256, hidden_dim=160,
+    expert_dim=96, top_k=2, n_layers=4,
+    interleave_moe_layer_step=2, attention_chunk_size=187, floor_scale=64.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def native_and_plain():
+    return cpu.swap(random_model(NATIVE)), random_model(NATIVE)
+
+
+@torch.inference_mode()
+def test_the_kernels_compute_the_same(native_and_plain):
+    """And the same to the bit alone, in pieces, and with other rows."""
+    native, plain = native_and_plain
+    tokens = torch.randint(0, 256, (2, 600), generator=torch.Generator().manual_seed(1))
+    found = native(tokens)
+    torch.testing.assert_close(found, plain(tokens), atol=1e-4, rtol=0)
+    cuts = [0, 5, 190, 195, 384, 385, 386, 570, 600]
+    for rows in (slice(0, 2), slice(1, 2)):
+        cache = native.new_cache(rows.stop - rows.start, 600)
+        parts = [native(tokens[rows, a:b], a, cache) for a, b in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts, 1), found[rows])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_engine_with_the_kernels_gives_what_each_prompt_gives_alone(tmp_path, dtype):
+    """With experts as blocks of a GGUF file, and their tokens of several prompts together."""
+    path = write(tmp_path / "m", GGUF)
+    add_merge(path)
+    file = convert(path, tmp_path / "m.gguf", "gguf", quiet=True, quant="q8_0")
+    llama = Llama.build(file, device="cpu", dtype=dtype, max_seq_len=128, max_batch_size=4)
+    assert type(llama.model).__name__ == "NativeTransformer"
+    together, _ = llama.generate(PROMPTS, 16, temperature=0, stop_tokens=set())
+    for prompt, ids in zip(PROMPTS, together, strict=True):
+        assert llama.generate([prompt], 16, temperature=0, stop_tokens=set())[0] == [ids]
+
+
 # --- files ---------------------------------------------------------------------------------------
+
+
+# A shape that llama.cpp takes as it is meant.
+GGUF = dataclasses.replace(
+    SCOUT, dim=128, n_heads=4, n_kv_heads=2, head_dim=32, vocab_size=544, hidden_dim=128,
+    expert_dim=128, num_experts=16,
+    attention_chunk_size=8192, floor_scale=8192.0, attn_scale=0.1,
+)  # fmt: skip
+
+
+def add_merge(path):
+    """Without one there is no vocabulary in a GGUF file."""
+    with (path / "tokenizer.model").open("ab") as vocabulary:
+        vocabulary.write(base64.b64encode(b"ab") + b" 256\n")
+
+
+def llama_cpps(path, prompt, n):
+    """The ids of ASCII that llama.cpp's server chooses after a prompt, and the logarithms of their
+    probabilities among all; on one thread, with a cache in fp32."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.kv_unified = 256, 1, False
+    params.warmup, params.verbosity = False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    connection = http.client.HTTPConnection(urlparse(server.listening_address).netloc)
+    others = [[i, False] for i in range(128, GGUF.vocab_size)]
+    body = {"prompt": prompt, "temperature": 0, "n_predict": n, "n_probs": 1, "logit_bias": others}
+    connection.request("POST", "/completion", json.dumps(body))
+    found = json.loads(connection.getresponse().read())["completion_probabilities"]
+    return [one["id"] for one in found], [one["logprob"] for one in found]
+
+
+@pytest.mark.parametrize("quant,bound", [("f32", 2e-3), ("q8_0", 5e-2)])
+def test_gguf_is_read_and_written_as_llama_cpp_does(tmp_path, quant, bound):
+    path = write(tmp_path / "m", GGUF)
+    add_merge(path)
+    kind = {} if quant == "f32" else {"quant": quant}
+    file = convert(path, tmp_path / "m.gguf", "gguf", quiet=True, verify=True, **kind)
+    llama = Llama.build(file, device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=1)
+    prompt = PROMPTS[1]
+    ids, expected = llama_cpps(file, prompt, 12)
+    inputs = torch.tensor([prompt + ids])
+    with torch.inference_mode():
+        logprobs = llama.model(inputs)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    found = logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    error = (found - torch.tensor(expected)).abs()
+    # It rounds activations where weights are quantized, which can lead to another expert.
+    assert len(ids) == 12 and (error.max() if quant == "f32" else error.median()) < bound
+    again = convert(file, tmp_path / "again.gguf", "gguf", quiet=True, verify=True, **kind)
+    assert quant != "f32" or again.read_bytes()[-(1 << 20) :] == file.read_bytes()[-(1 << 20) :]
+
+
+def test_a_gguf_file_that_llama_cpp_would_take_for_another_model_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="attention_chunk_size=16: llama.cpp"):
+        gguf.write(InMemory(SCOUT, random_weights(SCOUT)), tmp_path / "m.gguf")
+
+
+def test_experts_are_quantized_when_they_are_loaded(tmp_path):
+    """And the same on two ranks, whose shards are whole blocks."""
+    args = dataclasses.replace(GGUF, vocab_size=512)
+    path = write(tmp_path / "m", args, 2)
+    build = {"max_seq_len": 128, "quantize": "int8", "compile": False}
+    llama = Llama.build(path, device="cpu", dtype="fp32", **build)
+    for m, layer in llama.model.layers[0].feed_forward.experts[3].named_children():
+        dense = random_weights(args)[f"layers.0.feed_forward.experts.3.{m}.weight"]
+        assert torch.equal(layer.blocks.dense(torch.float32), gguf.as_stored(dense, "Q8_0"))
+    expected, _ = llama.generate(PROMPTS, 8, temperature=0, stop_tokens=set())
+    report = run_ranks(
+        2, "generate", tmp_path / "out", ckpt=str(path), prompts=PROMPTS, max_gen_len=8,
+        no_stops=True, build=build,
+    )  # fmt: skip
+    assert report["tokens"] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -575,3 +575,36 @@ def test_with_the_real_server(browser, smollm2_path, errors):
         expect(turns(page).last).to_have_text("The capital of France is Paris.")
         expect(page.get_by_label("Model")).to_have_value("SmolLM2-135M-Instruct.Q4_1")
         context.close()
+
+
+def test_images_are_pasted_shown_and_sent(page, server):
+    """Large ones are made smaller; an image can be taken back before it is sent, and stays."""
+    server.script = [said("A cat"), said("A dog")]
+    paste = """() => {
+      const canvas = Object.assign(document.createElement("canvas"), {width: 2000, height: 100});
+      canvas.toBlob((blob) => {
+        const data = new DataTransfer();
+        data.items.add(new File([blob], "a.png", {type: "image/png"}));
+        const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+        document.getElementById("text").dispatchEvent(event);
+      });
+    }"""
+    page.evaluate(paste)
+    expect(page.locator("#attached img")).to_have_count(1)
+    page.evaluate(paste)
+    expect(page.locator("#attached img")).to_have_count(2)
+    page.get_by_title("Remove").first.click()
+    expect(page.locator("#attached img")).to_have_count(1)
+    send(page, "What is this?")
+    expect(turns(page)).to_have_text(["What is this?", "A cat"])
+    expect(page.locator("#turns article.user img")).to_have_js_property("naturalWidth", 1120)
+    expect(page.locator("#attached img")).to_have_count(0)
+    [image, text] = server.bodies[0]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert text == {"type": "text", "text": "What is this?"}
+    page.reload()
+    expect(page.locator("#turns article.user img")).to_have_count(1)
+    send(page, "Sure?")
+    expect(turns(page).last).to_have_text("A dog")
+    assert server.bodies[1]["messages"][0]["content"] == [image, text]
+    assert server.bodies[1]["messages"][2]["content"] == "Sure?"

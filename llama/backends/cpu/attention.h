@@ -95,10 +95,10 @@ inline void join(Part &a, const Part &b, int head_dim) {
     a.largest = top;
 }
 
-// R queries and KEYS keys; a query attends to those before its `seen`. keys: (words of a head,
-// KEYS), values: (words of KEYS, head_dim).
+// R queries and KEYS keys; a query attends to those from its `since` on, before its `seen`.
+// keys: (words of a head, KEYS), values: (words of KEYS, head_dim).
 template <class A, int R>
-void attend(const typename Words<A>::Value *const *q, const int *seen, Part *parts,
+void attend(const typename Words<A>::Value *const *q, const int *since, const int *seen, Part *parts,
             const float *keys, const float *values, int first, int n, int head_dim) {
     constexpr int PER = Words<A>::PER, COLUMNS = KEYS / LANES;
     vec scores[R][COLUMNS] = {};
@@ -115,7 +115,9 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
         vec most = vec{} - INFINITY;
         for (int c = 0; c < COLUMNS; c++) {
             vec &score = scores[r][c];
-            score = lane < seen[r] - first - c * LANES ? score : vec{} - INFINITY;
+            const ivec at = lane + (first + c * LANES);
+            score = at < seen[r] ? score : vec{} - INFINITY;
+            score = at >= since[r] ? score : vec{} - INFINITY;
             most = larger(most, score);
         }
         before[r] = parts[r].largest;
@@ -159,6 +161,22 @@ void attend(const typename Words<A>::Value *const *q, const int *seen, Part *par
 struct Shape {
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim;  // of this rank
     float eps;
+    float residual;  // what attention and feed-forward give is multiplied by it
+};
+
+// How a layer attends: all zeros for RoPE, and all keys up to a query's own.
+struct Attending {
+    int32_t no_rope, qk_norm, chunk, window;  // attends within chunks, or to so many keys at most
+    float floor_scale, attn_scale;  // queries grow by attn_scale · log(1 + position / floor_scale)
+    // The first key that a query attends to, of the `seen` up to its own; that of its group of KEYS.
+    int begin(int seen) const {
+        const int at = chunk ? (seen - 1) / chunk * chunk : 0;
+        return window ? std::max(at, seen - window) : at;
+    }
+    int group(int seen) const { return begin(seen) / KEYS * KEYS; }
+    float growth(int position) const {
+        return attn_scale ? 1 + attn_scale * std::log1p(std::floor((position + 1) / floor_scale)) : 1;
+    }
 };
 
 // The tokens of a pass: those of row 0, in order, those of row 1, ...
@@ -182,9 +200,9 @@ struct Batch {
 
 // Queries of a row and a key/value head over the row's keys [begin, end). parts must be empty.
 template <class A, class C>
-void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Part *parts, int rows,
-                  const Cache<C> &k, const Cache<C> &v, const Batch &b, int row, int kv, int begin,
-                  int end) {
+void attend_chunk(const typename Words<A>::Value *const *q, const int *since, const int *seen,
+                  Part *parts, int rows, const Cache<C> &k, const Cache<C> &v, const Batch &b,
+                  int row, int kv, int begin, int end) {
     constexpr int PER = Words<A>::PER;
     const int head_dim = k.head_dim;
     alignas(64) float keys[MAX_HEAD * KEYS / PER], values[MAX_HEAD * KEYS / PER];
@@ -205,11 +223,11 @@ void attend_chunk(const typename Words<A>::Value *const *q, const int *seen, Par
                       v.template across<A>(from + j, j + 1 < n, d));
         int r = 0;
         for (; r + 6 <= rows; r += 6)
-            attend<A, 6>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 6>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r + 3 <= rows; r += 3)
-            attend<A, 3>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 3>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
         for (; r < rows; r++)
-            attend<A, 1>(q + r, seen + r, parts + r, keys, values, first, n, head_dim);
+            attend<A, 1>(q + r, since + r, seen + r, parts + r, keys, values, first, n, head_dim);
     }
 }
 
@@ -223,11 +241,12 @@ template <class A, class F> void with_cache(const Batch &b, int layer, int head_
         f(Cache<A>{(A *)b.k + at, nullptr, head_dim}, Cache<A>{(A *)b.v + at, nullptr, head_dim});
 }
 
-// RoPE: rotates pairs of x by the angles of a position. arXiv 2104.09864.
+// RoPE: rotates pairs of x by the angles of a position; null: not at all. arXiv 2104.09864.
 template <class T, class Y>
 void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
     for (int d = 0; d < head_dim; d += 2) {
-        float a = get(x + d), b = get(x + d + 1), c = cis[d] * scale, s = cis[d + 1] * scale;
+        float a = get(x + d), b = get(x + d + 1), c = scale, s = 0;
+        if (cis) c *= cis[d], s = cis[d + 1] * scale;
         put(y + d, a * c - b * s);
         put(y + d + 1, a * s + b * c);
     }
@@ -237,22 +256,27 @@ void rotate(const T *x, Y *y, const float *cis, int head_dim, float scale) {
 // also multiplied by 1 / sqrt(head_dim) and by log2(e), for exp2 in place of exp.
 template <class T, class Q, class C>
 void enter_cache(const Shape &s, const Batch &b, const T *q, const T *k, const T *v, Q *rotated,
-                 Cache<C> keys, Cache<C> values) {
+                 Cache<C> keys, Cache<C> values, const Attending &how) {
     const float scale = 1.44269504f / std::sqrt(float(s.head_dim));
     const int hd = s.head_dim, heads = s.n_heads + s.n_kv_heads;
+    auto norm = [&](const T *x) {  // of RMSNorm without a weight, which a rotation doesn't change
+        vec squares = {};
+        for (int d = 0; d < hd; d += LANES) squares += load(x + d) * load(x + d);
+        return how.qk_norm ? 1.0f / std::sqrt(sum(squares) / hd + s.eps) : 1.0f;
+    };
     Share mine = share(b.tokens * heads);
     for (int i = mine.begin; i < mine.end; i++) {
         size_t m = i / heads;
         int head = i % heads;
-        const float *cis = b.freqs_cis + m * hd;
+        const float *cis = how.no_rope ? nullptr : b.freqs_cis + m * hd;
         if (head < s.n_heads) {
             size_t at = (m * s.n_heads + head) * hd;
-            rotate(q + at, rotated + at, cis, hd, scale);
+            rotate(q + at, rotated + at, cis, hd, scale * norm(q + at) * how.growth(b.positions[m]));
         } else {
             head -= s.n_heads;
             size_t at = (m * s.n_kv_heads + head) * hd, row = b.head(b.owners[m], head, b.positions[m]);
             alignas(64) float x[MAX_HEAD];
-            rotate(k + at, x, cis, hd, 1.0f);
+            rotate(k + at, x, cis, hd, norm(k + at));
             keys.set(row, x);
             for (int d = 0; d < hd; d += LANES) store(x + d, load(v + at + d));
             values.set(row, x);
@@ -270,7 +294,8 @@ inline void give(const Inputs &out, size_t m, int first, int head_dim, const flo
 // partial: per token, head and chunk the weighted sum (head_dim), the largest score and the total.
 template <class A, class C>
 void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out) {
+                const Cache<C> &k, const Cache<C> &v, float *partial, const Inputs &out,
+                const Attending &how) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads, tokens = b.begins[b.few];
     int longest = 0;
     for (int m = 0; m < tokens; m++) longest = std::max(longest, int(b.positions[m]) + 1);
@@ -282,18 +307,19 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     for (int i = mine.begin; i < mine.end; i++) {
         int chunk = i % chunks, kv = i / chunks % s.n_kv_heads, m = i / chunks / s.n_kv_heads;
         int end = std::min((chunk + 1) * CHUNK, int(b.positions[m]) + 1);
-        if (chunk * CHUNK >= end) continue;
+        const int begin = std::max(chunk * CHUNK, how.group(b.positions[m] + 1));
+        if (begin >= end) continue;
         const typename Words<A>::Value *queries[QUERIES];
-        int seen[QUERIES];
+        int since[QUERIES], seen[QUERIES];
         Part parts[QUERIES];
         for (int g = 0; g < group; g++) {
             float *p = at(m, kv * group + g, chunk);
             memset(p, 0, hd * sizeof *p);
             queries[g] = q + (size_t(m) * s.n_heads + kv * group + g) * hd;
-            seen[g] = end;
+            seen[g] = b.positions[m] + 1, since[g] = how.begin(seen[g]);
             parts[g] = {-INFINITY, 0, p};
         }
-        attend_chunk<A>(queries, seen, parts, group, k, v, b, b.owners[m], kv, chunk * CHUNK, end);
+        attend_chunk<A>(queries, since, seen, parts, group, k, v, b, b.owners[m], kv, begin, end);
         for (int g = 0; g < group; g++) {
             parts[g].out[hd] = parts[g].largest;
             parts[g].out[hd + 1] = parts[g].total;
@@ -303,9 +329,10 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
     mine = share(tokens * s.n_heads);
     for (int i = mine.begin; i < mine.end; i++) {
         int head = i % s.n_heads, m = i / s.n_heads;
-        float *p = at(m, head, 0);
+        const int first = how.begin(b.positions[m] + 1) / CHUNK;
+        float *p = at(m, head, first);
         Part whole = {p[hd], p[hd + 1], p};
-        for (int chunk = 1; chunk * CHUNK <= b.positions[m]; chunk++) {
+        for (int chunk = first + 1; chunk * CHUNK <= b.positions[m]; chunk++) {
             float *next = at(m, head, chunk);
             join(whole, {next[hd], next[hd + 1], next}, hd);
         }
@@ -316,7 +343,7 @@ void attend_few(const Shape &s, const Batch &b, const typename Words<A>::Value *
 // Rows of many tokens: adjacent ones, which attend to almost the same keys, share a task.
 template <class A, class C>
 void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value *q,
-                 const Cache<C> &k, const Cache<C> &v, const Inputs &out) {
+                 const Cache<C> &k, const Cache<C> &v, const Inputs &out, const Attending &how) {
     const int hd = s.head_dim, group = s.n_heads / s.n_kv_heads;
     const int run = std::max(1, QUERIES / group), rows = b.rows - b.few;
     int most = 0;
@@ -330,22 +357,22 @@ void attend_many(const Shape &s, const Batch &b, const typename Words<A>::Value 
         if (n <= 0) continue;
         const size_t first_token = b.begins[row] + begin;
         const typename Words<A>::Value *queries[QUERIES];
-        int seen[QUERIES];
+        int since[QUERIES], seen[QUERIES];
         Part whole[QUERIES], parts[QUERIES];
         for (int j = 0; j < n; j++) {
             const size_t m = first_token + j / group;
             queries[j] = q + (m * s.n_heads + kv * group + j % group) * hd;
-            seen[j] = b.positions[m] + 1;
+            seen[j] = b.positions[m] + 1, since[j] = how.begin(seen[j]);
             whole[j] = {-INFINITY, 0, sums[0] + j * hd};
             memset(whole[j].out, 0, hd * sizeof(float));
         }
-        for (int first = 0; first < seen[n - 1]; first += CHUNK) {
+        for (int at = how.group(seen[0]); at < seen[n - 1]; at = at / CHUNK * CHUNK + CHUNK) {
             for (int j = 0; j < n; j++) {
                 parts[j] = {-INFINITY, 0, sums[1] + j * hd};
                 memset(parts[j].out, 0, hd * sizeof(float));
             }
-            int end = std::min(first + CHUNK, seen[n - 1]);
-            attend_chunk<A>(queries, seen, parts, n, k, v, b, row, kv, first, end);
+            int end = std::min(at / CHUNK * CHUNK + CHUNK, seen[n - 1]);
+            attend_chunk<A>(queries, since, seen, parts, n, k, v, b, row, kv, at, end);
             for (int j = 0; j < n; j++) join(whole[j], parts[j], hd);
         }
         for (int j = 0; j < n; j++)

@@ -15,6 +15,7 @@
 // for AMX, and for some of AVX2, AVX-512 and ARM's products of bytes.
 
 #include "attention.h"
+#include "experts.h"
 #include "low_rank.h"
 
 namespace {
@@ -23,6 +24,9 @@ enum Matrix { WQ, WK, WV, WO, W1, W3, W2 };  // those of the same inputs are nei
 struct Layer {
     const void *attention_norm, *ffn_norm;
     Weight matrices[MATRICES];
+    const float *biases[MATRICES];  // of this rank's rows; null: none
+    Attending attending;
+    const Experts *experts;  // beside the feed-forward network; null: none
 };
 
 // RMSNorm of a row, arXiv 1910.07467: gives each 32 of its values to `set`.
@@ -35,16 +39,12 @@ void norm_row(const A *row, const A *weight, int dim, float eps, Set set) {
     for (int d = 0; d < dim; d += BLOCK) set(d / BLOCK, at(d), at(d + LANES));
 }
 
-inline vec silu_times(const float *gate, const float *up) {
-    vec g = load(gate);
-    return g / (1.0f + exp2(g * -1.44269504f)) * load(up);
-}
-
-template <class A> void add_columns(A *h, const float *y, int tokens, Share columns, int dim) {
+template <class A>
+void add_columns(A *h, const float *y, int tokens, Share columns, const Shape &s) {
     for (int m = 0; m < tokens; m++)
         for (int r = columns.begin; r < columns.end; r++) {
-            size_t at = size_t(m) * dim + r;
-            put(h + at, get(h + at) + y[at]);
+            size_t at = size_t(m) * s.dim + r;
+            put(h + at, get(h + at) + y[at] * s.residual);
         }
 }
 
@@ -52,6 +52,8 @@ struct Scratch {
     float *q, *k, *v, *gate, *up, *sum, *partial;
     void *rotated;
     Inputs x, heads, y;  // of the products: normalized, from attention, within the feed-forward
+    float *normalized, *expert;  // of layers with experts: x, and one's results
+    Routes routes;
 };
 
 enum Parts : int32_t { ATTENTION = 1, FEED_FORWARD = 2, ADD = 4 };
@@ -63,11 +65,16 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
 #pragma omp parallel num_threads(threads)
     for (int i = first; i < first + n; i++) {
         const Layer &layer = layers[i];
-        auto normalize = [&](const void *weight) {
+        auto normalize = [&](const void *weight, float *copy) {
             Share tokens = share(M);
             for (int m = tokens.begin; m < tokens.end; m++)
                 norm_row(h + size_t(m) * s.dim, (const A *)weight, s.dim, s.eps,
-                         [&](int block, vec low, vec high) { z.x.set(m, block, low, high); });
+                         [&](int block, vec low, vec high) {
+                             z.x.set(m, block, low, high);
+                             if (!copy) return;
+                             float *at = copy + size_t(m) * s.dim + block * BLOCK;
+                             store(at, low), store(at + LANES, high);
+                         });
         };
         // This thread's rows of the products of x with the matrices from `at` on.
         auto multiply_all = [&](int at, const Inputs &x, std::initializer_list<float *> results) {
@@ -81,40 +88,44 @@ void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, 
                 float *y = results.begin()[nth];
                 mine = multiply(w, x, M, y);
                 if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, mine);
+                if (const float *bias = layer.biases[at + nth])
+                    for (int m = 0; m < M; m++)
+                        for (int r = mine.begin; r < mine.end; r++) y[size_t(m) * w.rows + r] += bias[r];
             }
             return mine;
         };
         if (parts & ATTENTION) {
-            normalize(layer.attention_norm);
+            normalize(layer.attention_norm, nullptr);
 #pragma omp barrier
             multiply_all(WQ, z.x, {z.q, z.k, z.v});
 #pragma omp barrier
             with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
                 auto *rotated = (typename Words<A>::Value *)z.rotated;
-                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values);
+                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values, layer.attending);
 #pragma omp barrier
-                if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads);
-                if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads);
+                if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads,
+                                         layer.attending);
+                if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads,
+                                                   layer.attending);
             });
 #pragma omp barrier
             Share mine = multiply_all(WO, z.heads, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
         if (parts & FEED_FORWARD) {
-            normalize(layer.ffn_norm);
+            Inputs y = z.y;
+            y.cols = layer.matrices[W2].cols;
+            normalize(layer.ffn_norm, layer.experts ? z.normalized : nullptr);
 #pragma omp barrier
             Share mine = multiply_all(W1, z.x, {z.gate, z.up});  // of w3 the same rows as of w1
-            for (int m = 0; m < M; m++)
-                for (int r = mine.begin; r < mine.end; r += BLOCK) {
-                    const float *gate = z.gate + size_t(m) * s.hidden_dim + r;
-                    const float *up = z.up + size_t(m) * s.hidden_dim + r;
-                    z.y.set(m, r / BLOCK, silu_times(gate, up),
-                            silu_times(gate + LANES, up + LANES));
-                }
+            activate(z.gate, z.up, M, y.cols, mine, y);
 #pragma omp barrier
-            mine = multiply_all(W2, z.y, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s.dim);
+            mine = multiply_all(W2, y, {z.sum});
+            if (layer.experts)
+                add_experts(*layer.experts, z.normalized, M, s.dim, z.routes, z.x, y, z.gate, z.up,
+                            z.expert, z.sum);
+            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
 #pragma omp barrier
         }
     }
@@ -154,13 +165,7 @@ int32_t multiplies_bf16() {
 #endif
 }
 
-// The rows of a group in Inputs, for products of so many rows.
-int32_t group_height(int32_t tokens) {
-#ifdef HAS_AMX
-    if (tokens >= FEW && may_use_amx()) return LANES;
-#endif
-    return 1;
-}
+int32_t group_height(int32_t tokens) { return height_of(tokens); }
 
 void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, int32_t n,
           const Batch *b, void *h, const Scratch *z, const Adapters *adapters, int32_t parts,

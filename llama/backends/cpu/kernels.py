@@ -39,14 +39,27 @@ class Weight(ctypes.Structure):
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        (name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
-    ] + [("eps", ctypes.c_float)]
+        *((name, Int) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")),
+        ("eps", ctypes.c_float), ("residual", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Attending(ctypes.Structure):
+    _fields_ = [(name, Int) for name in ("no_rope", "qk_norm", "chunk", "window")] + [
+        (name, ctypes.c_float) for name in ("floor_scale", "attn_scale")
+    ]
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [("attention_norm", Pointer), ("ffn_norm", Pointer)] + [
-        (name, Weight) for name in MATRICES
-    ]
+    _fields_ = [
+        ("attention_norm", Pointer), ("ffn_norm", Pointer),
+        *((name, Weight) for name in MATRICES),
+        ("biases", Pointer * len(MATRICES)), ("attending", Attending), ("experts", Pointer),
+    ]  # fmt: skip
+
+
+class Experts(ctypes.Structure):
+    _fields_ = [("n", Int), ("top_k", Int), ("router", Pointer), ("matrices", Pointer)]
 
 
 class Batch(ctypes.Structure):
@@ -79,7 +92,10 @@ class Inputs(ctypes.Structure):
 class Scratch(ctypes.Structure):
     _fields_ = [
         (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated")
-    ] + [(name, Inputs) for name in ("x", "heads", "y")]
+    ] + [(name, Inputs) for name in ("x", "heads", "y")] + [
+        (name, Pointer)
+        for name in ("normalized", "expert", "scores", "begins", "tokens", "weights", "chosen")
+    ]  # fmt: skip
 
 
 class LowRank(ctypes.Structure):

@@ -18,58 +18,19 @@ from torch import nn
 from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
+from llama.backends.cpu.networks import Mixture, attending, bias_of, check, linears_of, mixture_of
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.layers.paged import PagedRows
 from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 
 TOKENS = 512  # computed together, which bounds the memory of activations
-CHUNK, MAX_HEAD, MAX_GROUP = 512, 256, 64  # as in attention.h: CHUNK, MAX_HEAD, QUERIES
+CHUNK = 512  # as in attention.h
 MANY = 8  # tokens of a row whose queries share what they read of the cache
-WIDTH = 32  # the kernels take widths that are multiples of this
 
-DTYPES = (torch.float32, torch.bfloat16)  # of activations
 FLOATS = {"F32", "F16", "BF16", "FP8", "NF4", "FP4"}  # block types whose products are of floats
-
-
-def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-    """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
-
-    Raises:
-        ValueError: an unsupported device, dtype or shape; no compiler.
-    """
-    if type(args) is not ModelArgs:
-        raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
-    for what, value, known in (
-        ("device", device.type, ("cpu",)),
-        ("dtype", dtype, DTYPES),
-    ):
-        if value not in known:
-            choices = " or ".join(map(str, known))
-            raise ValueError(f"compile=True supports {what} {choices}, not {value}")
-    world = parallel.world_size()
-    widths = {
-        "dim": args.dim,
-        "head_dim": args.head_dim,
-        "the heads of a rank": args.n_heads // world * args.head_dim,
-        "hidden_dim of a rank": parallel.padded(args.hidden_dim, world) // world,
-    }
-    for name, width in widths.items():
-        if width % WIDTH:
-            raise ValueError(
-                f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
-                "build with compile=False, or on another number of ranks"
-            )
-    sizes = {"head_dim": (args.head_dim, MAX_HEAD)}
-    sizes["n_heads / n_kv_heads"] = (args.n_heads // args.n_kv_heads, MAX_GROUP)
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise ValueError(
-                f"compile=True takes a {name} of at most {most}, and this is {size}: "
-                "build with compile=False"
-            )
-    kernels.library()
 
 
 def swap(model: Transformer) -> Transformer:
@@ -78,29 +39,27 @@ def swap(model: Transformer) -> Transformer:
     Raises:
         ValueError: what `check` raises.
     """
-    args, world, weight = model.params, parallel.world_size(), model.norm.weight
+    args, weight = model.params, model.norm.weight
     check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
     work = Workspace(weight.dtype)
-    linears = [linear for block in model.layers for linear in _linears(block)]  # type: ignore[arg-type]
+    linears = [linear for block in model.layers for linear in linears_of(block)]  # type: ignore[arg-type]
     arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
     del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
-    model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
-    output = arena.pack(weight_of(model.output))
-    if world == 1 and args.tied_embeddings:
-        model.tok_embeddings = NativeEmbedding(output, weight.dtype)  # type: ignore[assignment]
-    model.output = NativeOutput(output, work)  # type: ignore[assignment]
-    model.__class__ = NativeTransformer
+    swap_ends(model, work, arena)
+    variant = isinstance(model, VariantTransformer)
+    model.__class__ = NativeVariant if variant else NativeTransformer
     return model
 
 
-def _linears(block: TransformerBlock) -> List[nn.Module]:
-    children = {
-        **dict(block.attention.named_children()),
-        **dict(block.feed_forward.named_children()),
-    }
-    return [children[name] for name in kernels.MATRICES]
+def swap_ends(model: Transformer, work: "Workspace", arena: Arena) -> None:
+    """Replace what comes before and after the layers."""
+    model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
+    output = arena.pack(weight_of(model.output))
+    if parallel.world_size() == 1 and model.params.tied_embeddings:
+        model.tok_embeddings = NativeEmbedding(output, model.norm.weight.dtype)  # type: ignore[assignment]
+    model.output = NativeOutput(output, work)  # type: ignore[assignment]
 
 
 class NativeTransformer(Transformer):
@@ -127,16 +86,16 @@ class NativeTransformer(Transformer):
         places = torch.tensor([place for start, end in ends for place in range(start, end)])
         angles = places[None, :, None, None].float() * self.freqs
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
-        h = self.tok_embeddings(ids[None])
         step = Step(places[None], freqs_cis, None, ordered)
-        for layer in self.layers:
-            h = layer(h, step)
-        h = self.norm(h)[0]
+        h = self.norm(self.run_layers(self.embed(ids[None]), step))[0]
         if sorted_already:
             return h
         parts = h.split(ordered.counts)
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat([parts[i] for i in back])
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.tok_embeddings(tokens)
 
     def attention_bias(
         self, mask: Optional[torch.Tensor], places: torch.Tensor, S: int, dtype: torch.dtype
@@ -144,6 +103,10 @@ class NativeTransformer(Transformer):
         if mask is not None:
             raise ValueError("compiled layers take no custom mask: build with compile=False")
         return None
+
+
+class NativeVariant(NativeTransformer, VariantTransformer):
+    """The same for the variants, what differs in them computed by the kernels."""
 
 
 class Workspace:
@@ -220,6 +183,10 @@ class NativeOutput(nn.Module):
         self._weight, self._work = weight, work
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.product(x)
+        return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self._weight.rows)
         flat, into = x.view(-1, x.shape[-1]), out.view(-1, self._weight.rows)
@@ -230,37 +197,58 @@ class NativeOutput(nn.Module):
                     x.dtype == torch.bfloat16, byref(self._weight.struct), address(some),
                     len(some), address(result), byref(inputs), torch.get_num_threads(),
                 )  # fmt: skip
-        return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
+        return out
 
 
 class NativeLayers(nn.Module):
-    """All blocks of a Transformer."""
+    """Blocks of a Transformer that follow each other, all or those from `first` on."""
 
     def __init__(
-        self, blocks: List[TransformerBlock], args: ModelArgs, work: Workspace, arena: Arena
+        self,
+        blocks: List[TransformerBlock],
+        args: ModelArgs,
+        work: Workspace,
+        arena: Arena,
+        first: int = 0,
     ):
         super().__init__()
+        self._first = first
         self._work, attention = work, blocks[0].attention
         self._heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
         self.norms = nn.ModuleList(norm for b in blocks for norm in (b.attention_norm, b.ffn_norm))
+        self._residual = args.residual_multiplier if isinstance(args, VariantArgs) else 1.0
         self._packed: List[List[Packed]] = []
+        self._biases: List[List[Optional[torch.Tensor]]] = []
+        self._experts: List[Optional[Mixture]] = []
         for block in blocks:
-            self._packed.append([arena.pack(weight_of(linear)) for linear in _linears(block)])
+            linears = linears_of(block)
+            self._biases.append([bias_of(linear) for linear in linears[: len(kernels.MATRICES)]])
+            self._packed.append([arena.pack(weight_of(linear)) for linear in linears])
+            self._experts.append(mixture_of(block.feed_forward, self._packed[-1]))
+            del linears
             block.attention = block.feed_forward = None  # type: ignore[assignment]  # one copy
         self._kinds = {weight.kind for packed in self._packed for weight in packed}
-        self._dim, self._hidden_dim = args.dim, self._packed[0][4].rows
+        self._dim = args.dim
+        self._hidden_dim = max(packed[4].rows for packed in self._packed)  # w1's
         widths = (args.dim, attention.n_local_heads * args.head_dim, args.dim, self._hidden_dim)
         self.adapters = NativeAdapters(len(blocks), widths, blocks[0].attention_norm.weight.dtype)
         self._scratch_for: Tuple[Any, Any, Any] = (None, None, None)
-        self._shape = kernels.Shape(args.dim, *self._heads, self._hidden_dim, args.norm_eps)
+        self._shape = kernels.Shape(
+            args.dim, *self._heads, self._hidden_dim, args.norm_eps, self._residual
+        )
         self._layers = (kernels.Layer * len(blocks))(
             *(
                 kernels.Layer(
                     block.attention_norm.weight.data_ptr(),
                     block.ffn_norm.weight.data_ptr(),
-                    *(weight.struct for weight in packed),
+                    *(weight.struct for weight in packed[: len(kernels.MATRICES)]),
+                    tuple(None if bias is None else bias.data_ptr() for bias in biases),
+                    attending(args, i),
+                    None if experts is None else experts.address,
                 )
-                for block, packed in zip(blocks, self._packed, strict=True)
+                for i, (block, packed, biases, experts) in enumerate(
+                    zip(blocks, self._packed, self._biases, self._experts, strict=True)
+                )
             )
         )
 
@@ -314,9 +302,11 @@ class NativeLayers(nn.Module):
             kv = self._work.take("kv", 2 * B * kv_heads * T * head_dim, x.dtype)
             k, v = kv.view(2, 1, B, kv_heads, T, head_dim).expand(-1, len(self._packed), *[-1] * 4)
         else:
-            k, v = cache.k, cache.v
+            k, v = cache.k[self._first :], cache.v[self._first :]
             if isinstance(cache, Int8KVCache):
-                k_scale, v_scale = cache.k_scale.data_ptr(), cache.v_scale.data_ptr()
+                k_scale, v_scale = (
+                    scale[self._first :].data_ptr() for scale in (cache.k_scale, cache.v_scale)
+                )
             elif k.dtype != x.dtype:
                 raise ValueError(f"a cache of {k.dtype} for a model of {x.dtype}: use new_cache")
         strides = [k.stride(axis) // head_dim for axis in (0, 1, 2)]
@@ -362,12 +352,24 @@ class NativeLayers(nn.Module):
             "rotated": M * heads * head_dim,
         }
         tensors = {name: self._work.take(name, n) for name, n in sizes.items()}
+        n = max((one.n for one in self._experts if one), default=0)
+        chosen = M * max((one.top_k for one in self._experts if one), default=0)
+        of_experts = {
+            "normalized": self._work.take("normalized", M * self._dim if n else 0),
+            "expert": self._work.take("expert", M * self._dim if n else 0),
+            "scores": self._work.take("scores", M * n),
+            "begins": self._work.take("begins", n + 1, torch.int32),
+            "routed": self._work.take("routed", chosen, torch.int32),
+            "weights": self._work.take("weights", chosen),
+            "chosen": self._work.take("chosen", chosen, torch.int32),
+        }
         widths = {"x": self._dim, "heads": heads * head_dim, "y": self._hidden_dim}
         scratch = kernels.Scratch(
             *(tensor.data_ptr() for tensor in tensors.values()),
             *(self._work.inputs(name, M, n, self._kinds, floats) for name, n in widths.items()),
+            *(tensor.data_ptr() for tensor in of_experts.values()),
         )
-        self._scratch_for = (M, chunks, floats), scratch, tensors
+        self._scratch_for = (M, chunks, floats), scratch, tensors | of_experts
         return scratch
 
     def _run(
@@ -399,4 +401,4 @@ class NativeLayers(nn.Module):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)
                 dist.all_reduce(total, group=get_model_parallel_group())
-                h.add_(total.view(h.shape))
+                h.add_(total.view(h.shape), alpha=self._residual)

@@ -8,6 +8,14 @@ namespace {
 
 constexpr int FEW = 9;  // rows of x from which AMX is faster than vectors
 
+// The rows of a group in Inputs, for products of so many rows.
+inline int32_t height_of(int tokens) {
+#ifdef HAS_AMX
+    if (tokens >= FEW && may_use_amx()) return LANES;
+#endif
+    return 1;
+}
+
 // This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
 Share multiply(const Weight &w, const Inputs &x, int tokens, float *y) {
     Share mine = share(w.rows, BLOCK);

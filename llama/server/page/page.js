@@ -13,6 +13,7 @@ let pinned = true; // whether the end is in view, and kept there
 let afterKey; // what goes on when a key has been entered
 let tipped; // token whose alternatives are shown
 let frame; // in which the last turn is drawn
+let attached = []; // images of the next message, as data URIs
 
 const parsed = (text) => {
   try {
@@ -98,8 +99,11 @@ async function loadModels() {
 
 function request({ model, settings: { system, probabilities, ...settings }, messages }) {
   const body = { model, stream: true, stream_options: { include_usage: true } };
-  body.messages = messages.map(({ role, content, tool_calls, tool_call_id }) =>
-    ({ role, content, tool_calls, tool_call_id }));
+  body.messages = messages.map(({ role, content, images = [], tool_calls, tool_call_id }) => {
+    const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+    const whole = parts.length ? [...parts, { type: "text", text: content }] : content;
+    return { role, content: whole, tool_calls, tool_call_id };
+  });
   if (system?.trim()) body.messages.unshift({ role: "system", content: system });
   if (probabilities) Object.assign(body, { logprobs: true, top_logprobs: 5 });
   for (const [name, value] of Object.entries(settings).filter(([, value]) => value.trim())) {
@@ -210,16 +214,16 @@ function redraw(chat) { // the last turn, at most once a frame
 }
 
 function turn(message, index, { length }) {
-  const { role, content, tool_calls: calls = [] } = message;
+  const { role, content, images, tool_calls: calls = [] } = message;
   const last = index === length - 1;
   const live = last && running.has(current);
   const [body, cards] = [el("div", { class: "body" }), el("div")];
   const footer = el("footer", {}, copyButton(content));
   const article = el("article", { class: live ? `${role} live` : role },
-    el("h2", {}, who(message)), body, cards, footer);
+    el("h2", {}, who(message)), ...pictures(images), body, cards, footer);
   const goOn = (from, messages) =>
     [current.messages.splice(from, length, ...messages), answer(current)];
-  const change = ([text]) => goOn(index, [{ role, content: text }]);
+  const change = ([text]) => goOn(index, [{ role, content: text, images }]);
   const send = (texts) => goOn(length, calls.map(({ id, function: { name } }, i) =>
     ({ role: "tool", tool_call_id: id, name, content: texts[i] })));
   const edit = () => {
@@ -235,6 +239,35 @@ function turn(message, index, { length }) {
   if (calls.length && last && !live) article.append(fields("Send results", send,
     calls.map((call) => [`Result of ${call.function.name}`, ""])));
   return article;
+}
+
+const pictures = (images = []) => images.map((src, i) =>
+  el("img", { src, alt: `Image ${i + 1}` }));
+
+/** Files of a drop or a paste: images, no larger than the model's tiles and storage allow. */
+async function attach(event) {
+  const files = [...(event.dataTransfer ?? event.clipboardData).files];
+  if (!files.length) return;
+  event.preventDefault();
+  for (const file of files) {
+    try {
+      const image = await createImageBitmap(file);
+      const scale = Math.min(1, 1120 / Math.max(image.width, image.height));
+      const [width, height] = [image.width, image.height].map((n) => Math.ceil(n * scale));
+      const canvas = el("canvas", { width, height });
+      canvas.getContext("2d").drawImage(image, 0, 0, width, height);
+      attached.push(canvas.toDataURL("image/jpeg", 0.9));
+    } catch {
+      $("status").textContent = `${file.name} isn't an image.`;
+    }
+  }
+  showAttached();
+}
+
+function showAttached() {
+  const remove = (i) => () => [attached.splice(i, 1), showAttached()];
+  $("attached").replaceChildren(...pictures(attached).map((image, i) =>
+    el("button", { type: "button", title: "Remove", onclick: remove(i) }, image)));
 }
 
 /** A form of text areas, given as [label, text]; `done` is called with the texts. */
@@ -299,7 +332,9 @@ $("composer").onsubmit = () => {
   const content = $("text").value;
   if (!content.trim() || running.has(current)) return;
   $("text").value = "";
-  current.messages.push({ role: "user", content });
+  current.messages.push({ role: "user", content, ...(attached.length && { images: attached }) });
+  attached = [];
+  showAttached();
   answer(current);
 };
 $("text").onkeydown = (event) => {
@@ -307,6 +342,8 @@ $("text").onkeydown = (event) => {
   if (enter) $("composer").requestSubmit();
   return !enter;
 };
+$("text").onpaste = document.ondrop = attach;
+document.ondragover = (event) => event.preventDefault();
 $("stop").onclick = () => [running.get(current).abort(), focus()];
 $("title").onchange = () => {
   current.title = $("title").value.trim() || current.title;

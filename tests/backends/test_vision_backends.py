@@ -1,0 +1,75 @@
+"""Llama 3.2 Vision quantized, in memory as announced, on the CPU kernels."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_weights, write_checkpoint
+from vision import ROWS, TINY_VISION, tiled
+
+from llama import Llama, checkpoint
+from llama.backends import memory, offloaded, quantized
+from llama.checkpoint import InMemory
+from llama.families.registry import build
+from llama.layers import parallel
+
+WIDE = replace(TINY_VISION, head_dim=32)  # as the kernels take it
+
+
+def dequantized(kind):
+    """Weights that have been quantized and dequantized, so that dense layers compute the same."""
+    parallel.initialize(device="cpu")
+    source = InMemory(WIDE, random_weights(WIDE))
+    weights = dict(source.weights)
+    for name in filter(quantized.is_quantizable, weights):
+        blocks = quantized.read(source, name, kind)
+        weights[name] = blocks.dense(torch.float32)[: len(weights[name])]
+    return source, InMemory(WIDE, weights)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_text_is_quantized_and_the_encoder_is_not(kind):
+    source, dense = dequantized(kind)
+    model = build(WIDE, device="meta")
+    quantized.load(source, model, kind, dtype=torch.float32)
+    whole = checkpoint.load(dense, build(WIDE, device="meta"))
+    found = {name for name, m in model.named_modules() if isinstance(m, quantized.QuantizedLinear)}
+    assert len(found) == 7 * (WIDE.n_layers + WIDE.vision_num_cross_attention_layers) + 1
+    assert not any("vision" in name for name in found)
+    images = tiled(ROWS)
+    of_each = [
+        m(torch.tensor(ROWS), images=[[m.encode(*one[:2]) for one in row] for row in images])
+        for m in (model, whole)
+    ]
+    assert (of_each[0] - of_each[1]).abs().max() < 1e-4
+
+
+def test_memory_is_that_of_weights_and_images():
+    args = replace(WIDE, max_batch_size=6)
+    held = sum(weight.nbytes for weight in random_weights(args).values())
+    found = memory.estimate(args, 1, torch.float32)
+    assert found.weights == held
+    model = build(args, device="cpu", dtype=torch.float32)
+    [[one]] = tiled([[WIDE.vocab_size]], 3)
+    image = sum(part.nbytes for part in model.encode(*one[:2]))
+    text = model.new_cache(args.max_batch_size)
+    text.reserve(args.max_seq_len)
+    assert found.cache == text.nbytes + 6 * image
+
+
+def test_text_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
+    path, images = write_checkpoint(tmp_path / "model", WIDE), tiled(ROWS)
+    build_ = dict(device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
+    options = dict(images=images, temperature=0, stop_tokens=set(), logprobs=True)
+    expected = Llama.build(path, compile=False, **build_).generate(ROWS, 6, **options)
+    args = replace(WIDE, max_seq_len=128, max_batch_size=4)
+    block, output = offloaded._nbytes(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "working", lambda *_: 0)  # more than all of this model
+    rest = memory.estimate(args, 1, torch.float32).cache
+    rest += offloaded._rest(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "available", lambda _: rest + output + 3 * block)
+    llama = Llama.build(path, offload="auto", **build_)
+    kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
+    assert sum(kinds) == WIDE.n_layers - 1
+    assert llama.generate(ROWS, 6, **options) == expected

@@ -1,0 +1,183 @@
+"""Checkpoints of Llama 3.2 Vision: Hugging Face's against transformers, Meta's, and conversions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_model, random_weights, run_ranks, write_checkpoint
+from vision import GRIDS, IMAGE, ROWS, TINY_VISION, images_of, tiled
+
+from llama import Llama, checkpoint
+from llama.checkpoint import InMemory, convert, huggingface, meta
+from llama.families.registry import build
+
+ARGS = replace(TINY_VISION, max_seq_len=131072)  # as files say
+
+
+@pytest.fixture(scope="module")
+def source():
+    return InMemory(ARGS, random_weights(ARGS))
+
+
+@pytest.fixture(scope="module")
+def theirs(source, tmp_path_factory):
+    """A directory that we wrote, and what transformers makes of it."""
+    from transformers import MllamaForConditionalGeneration
+
+    path = huggingface.write(source, tmp_path_factory.mktemp("theirs") / "model")
+    model, info = MllamaForConditionalGeneration.from_pretrained(
+        path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    # transformers 5.23 takes what a block returns where Meta (and transformers 4) takes what goes
+    # into it, one earlier.
+    features = [i - 1 for i in ARGS.vision_features]
+    model.model.vision_model.intermediate_layers_indices = features
+    return path, model.eval()
+
+
+def inputs(rows, images):
+    """Of transformers' model: tiles, padded to the most images and tiles, and who sees which."""
+    size, most, tiles = ARGS.vision_chunk_size, max(map(len, images)), ARGS.vision_max_num_chunks
+    pixels = torch.zeros(len(rows), most, tiles, 3, size, size)
+    ids = torch.zeros(len(rows), most, dtype=torch.long)
+    of_tiles = torch.zeros(len(rows), most, tiles, dtype=torch.long)
+    seen = torch.zeros(len(rows), len(rows[0]), most, tiles, dtype=torch.long)
+    for b, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+        places = [i for i, token in enumerate(row) if token == IMAGE]
+        for i, (place, (one, grid)) in enumerate(zip(places, of_row, strict=True)):
+            pixels[b, i, : len(one)], ids[b, i] = one, GRIDS.index(grid) + 1
+            of_tiles[b, i, : len(one)] = 1
+            # up to the next image that doesn't follow directly
+            later = [p for j, p in enumerate(places) if p > place and p - place != j - i]
+            seen[b, place : min(later, default=len(row)), i, : len(one)] = 1
+    return dict(
+        input_ids=torch.tensor(rows), pixel_values=pixels, aspect_ratio_ids=ids,
+        aspect_ratio_mask=of_tiles, cross_attention_mask=seen,
+    )  # fmt: skip
+
+
+def logits(model, rows, images):
+    return model(torch.tensor(rows), images=[[model.encode(*one) for one in r] for r in images])
+
+
+@torch.inference_mode()
+def test_logits_are_transformers(source, theirs):
+    path, model = theirs
+    ours = checkpoint.load(checkpoint.open(path), build(ARGS, device="meta"))
+    for seed in range(2):
+        images = images_of(ROWS, seed)
+        found, given = logits(ours, ROWS, images), inputs(ROWS, images)
+        begun = given["input_ids"][:, :1] == IMAGE
+        assert begun.any() and not begun.all()
+        assert (found - model(**given).logits)[begun[:, 0]].abs().max() < 1e-4
+        # Where text precedes the images, it gets their mean (transformers#39379), and Meta's none.
+        seeing = given["cross_attention_mask"].flatten(2).any(-1, keepdim=True)
+        hooks = [
+            module.register_forward_hook(lambda m, i, out, s=seeing: (out[0] * s, out[1]))
+            for name, module in model.named_modules()
+            if name.endswith("cross_attn")
+        ]
+        assert len(hooks) == ARGS.vision_num_cross_attention_layers
+        assert (found - model(**given).logits).abs().max() < 1e-4
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def test_what_transformers_saves_is_read(source, theirs, tmp_path):
+    theirs[1].save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    read = checkpoint.open(tmp_path / "saved")
+    assert same(read.args) and config["architectures"] == ["MllamaForConditionalGeneration"]
+    check_weights(read, source)
+
+
+def same(args):
+    """What the width of the feed-forward network follows from isn't in config.json."""
+    return replace(args, multiple_of=ARGS.multiple_of, ffn_dim_multiplier=None) == ARGS
+
+
+def unused(name, weight):
+    """Of tiles' positions, those that no picture has: transformers has no place for them."""
+    if weight.ndim != 4:
+        return weight
+    weight = weight.clone()
+    n = ARGS.vision_max_num_chunks
+    for row in range(n):
+        weight[row, n // (row + 1) :] = 0
+    return weight
+
+
+def check_weights(read, source):
+    checkpoint.check_shapes(read)
+    for name, weight in source.weights.items():
+        found = read.read(name, 0, 0, len(weight))
+        assert torch.equal(found, unused(name, weight)), name
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_meta_to_hugging_face_and_back(source, tmp_path, shards):
+    meta.write(source, tmp_path / "meta", shards)
+    first = checkpoint.open(tmp_path / "meta")
+    assert first.args == ARGS
+    for name, weight in source.weights.items():
+        assert torch.equal(first.read(name, 0, 0, len(weight)), weight), name
+    convert.convert(tmp_path / "meta", tmp_path / "hf", "hf", max_shard_bytes=100_000)
+    assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 1
+    convert.convert(tmp_path / "hf", tmp_path / "back", "meta", model_parallel_size=shards)
+    again = checkpoint.open(tmp_path / "back")
+    assert same(again.args)
+    check_weights(again, source)
+
+
+def test_meta_names_its_only_file_without_a_number(source, tmp_path):
+    path = meta.write(source, tmp_path / "meta")
+    (path / "consolidated.00.pth").rename(path / "consolidated.pth")
+    names = torch.load(path / "consolidated.pth", mmap=True).keys()
+    assert "text_model.layers.0.attention.wq.weight" in names
+    assert "vision_model.vision_encoder.class_embedding" in names
+    checkpoint.check_shapes(checkpoint.open(path))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_compute_what_one_does(source, tmp_path, world):
+    path, images = write_checkpoint(tmp_path / "meta", ARGS, mp=2), images_of(ROWS)
+    found = run_ranks(world, "seeing", tmp_path / "out", ckpt=str(path), rows=ROWS)
+    expected = logits(random_model(ARGS), ROWS, images)
+    assert (torch.tensor(found["logits"]) - expected).abs().max() < 1e-4
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=128)
+    options = dict(images=tiled(ROWS), temperature=0, stop_tokens=set())
+    assert found["tokens"] == found["served"] == llama.generate(ROWS, 9, **options)[0]
+
+
+@pytest.mark.parametrize(
+    "part, key, value, message",
+    [
+        ("text_config", "cross_attention_layers", [1, 2], r"computed are \[1, 4\]"),
+        ("text_config", "cross_attention_layers", None, "cross_attention_layers=None"),
+        ("text_config", "sliding_window", 4, "sliding_window=4"),
+        ("vision_config", "intermediate_size", 5, "intermediate_size=5"),
+        ("vision_config", "hidden_act", "relu", "hidden_act=relu"),
+        ("vision_config", "image_size", "56", "image_size='56' isn't a whole number"),
+        ("vision_config", "intermediate_layers_indices", [9], "each less than vision_layers=5"),
+        ("vision_config", "supported_aspect_ratios", [[1, 1]], "supported_aspect_ratios"),
+        (None, "vision_config", None, "lacks text_config or vision_config"),
+        (None, "image_token_index", 3, "image_token_index=3"),
+    ],
+)
+def test_configurations_that_say_something_else_are_refused(
+    theirs, tmp_path, part, key, value, message
+):
+    config = json.loads((theirs[0] / "config.json").read_text())
+    (config if part is None else config[part])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        huggingface.read_config(tmp_path / "config.json")
+
+
+def test_there_is_no_gguf_of_it(source, tmp_path):
+    with pytest.raises(ValueError, match="llama-vision"):
+        convert.convert(source, tmp_path / "model.gguf", "gguf")
