@@ -223,25 +223,25 @@ template <> struct Type<MXFP4> : Quantized<Type<MXFP4>, 32, 128> {
 // Integers with a zero point and an fp32 scale (checkpoint/integers.py).
 template <int KIND, int VALUES>
 struct Int4 : Quantized<Type<KIND>, VALUES, 16> {
-    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 8}};
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {5, 4, VALUES / 8}, {4, 1, 1}};
     uvec shift;  // makes each byte q - zero + OFFSET, which is from 1 to 31
     void open() {
         this->d = load((const float *)this->template at<0>(0));
-        shift = __builtin_convertvector(16 - read<bytes>(this->template at<1>(0)), uvec) * 0x01010101;
+        shift = __builtin_convertvector(16 - read<bytes>(this->template at<2>(0)), uvec) * 0x01010101;
     }
     uvec quants(unsigned s, int j) const {
-        return this->nibbles(this->template word<2>(4 * s + j % 4), j / 4) + shift;
+        return this->nibbles(this->template word<1>(4 * s + j % 4), j / 4) + shift;
     }
 };
 template <int KIND, int VALUES>
 struct Int8 : Quantized<Type<KIND>, VALUES, 128, 1, true> {
-    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 4}};
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {5, 4, VALUES / 4}, {4, 1, 1}};
     void open() {
         this->d = load((const float *)this->template at<0>(0));
-        uvec zero = __builtin_convertvector(read<bytes>(this->template at<1>(0)), uvec);
+        uvec zero = __builtin_convertvector(read<bytes>(this->template at<2>(0)), uvec);
         this->m = this->d * (128.0f - __builtin_convertvector(zero, vec));
     }
-    uvec quants(unsigned s, int j) const { return this->template word<2>(8 * s + j); }
+    uvec quants(unsigned s, int j) const { return this->template word<1>(8 * s + j); }
 };
 template <> struct Type<I4_32> : Int4<I4_32, 32> {};
 template <> struct Type<I4_64> : Int4<I4_64, 64> {};
