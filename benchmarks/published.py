@@ -1,10 +1,10 @@
-"""Decoding and memory of published quantizations against Q4_0, on random weights of a real shape.
+"""Decoding and memory of published quantizations against GGUF's type of the same width.
 
-    python -m benchmarks.published compare [--shape 1b] [--kinds awq,gptq,w4a16] [--rounds 5]
+    python -m benchmarks.published compare [--shape 1b] [--kinds awq,nf4,fp8] [--rounds 5]
 
-For each kind both models are loaded by one process and take turns decoding; the embedding is bf16
-in both. Memory is what a process of its own takes more once the model is loaded. The last line of
-stdout is JSON.
+Weights are random, of a real shape. For each kind both models are loaded by one process and take
+turns decoding; the embedding is bf16 in both. Memory is what a process of its own takes more once
+the model is loaded. The last line of stdout is JSON.
 """
 
 import json
@@ -21,14 +21,15 @@ import fire
 import gguf
 import psutil
 import torch
-from llama.checkpoint.names import HF
 from safetensors.torch import save_file
 
 from benchmarks import shapes
 from llama import ModelArgs, Transformer, checkpoint
 from llama.backends import build
-from llama.checkpoint.huggingface import config_of
+from llama.checkpoint import floats
+from llama.checkpoint.config import config_of
 from llama.checkpoint.shapes import weight_shapes
+from llama.families.names import HF
 from llama.layers import parallel
 
 Tensors = Dict[str, torch.Tensor]
@@ -41,7 +42,27 @@ CONFIGS: Dict[str, Dict[str, Any]] = {
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
     },
+    "fp8": {"quant_method": "fbgemm_fp8"},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
 }
+PEERS = {"fp8": "q8_0"}  # others: q4_0
+
+
+def nf4(rows: int, cols: int) -> Tensors:
+    """The tensors of a random matrix as bitsandbytes has them, double quantization included."""
+    n = rows * cols // 64
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, cols]}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}
+    return {
+        "weight": torch.randint(256, (rows * cols // 2, 1), dtype=torch.uint8),
+        "weight.absmax": torch.randint(256, (n,), dtype=torch.uint8),
+        "weight.quant_map": floats.CODES["NF4"].clone(),
+        "weight.nested_absmax": torch.full((-(-n // 256),), 0.01),
+        "weight.nested_quant_map": torch.linspace(-1, 1, 256),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
 
 
 def parts_of(kind: str, rows: int, cols: int) -> Tensors:
@@ -54,6 +75,11 @@ def parts_of(kind: str, rows: int, cols: int) -> Tensors:
         return torch.rand(shape) * 0.0008 + 0.0036
 
     groups = cols // 128
+    if kind == "nf4":
+        return nf4(rows, cols)
+    if kind == "fp8":
+        codes = (torch.randn(rows, cols) * 100).to(floats.E4M3)
+        return {"weight": codes, "weight_scale": torch.full((rows, 1), 0.0002)}
     if kind == "awq":
         zeros = torch.full((groups, rows // 8), 0x77887788, dtype=torch.int32)
         scale = scales(groups, rows).half()
@@ -84,14 +110,14 @@ def write(kind: str, args: ModelArgs, path: Path) -> Path:
     return path
 
 
-def write_q4_0(shape: str, path: Path) -> Path:
-    """The same shape in Q4_0 with an embedding in bf16."""
+def write_peer(shape: str, kind: str, path: Path) -> Path:
+    """The same shape as a .gguf file, with an embedding in bf16."""
     chosen = shapes.block_type
     try:
         shapes.block_type = lambda name, *of: (  # type: ignore[assignment]
             gguf.GGMLQuantizationType.BF16 if name == "token_embd.weight" else chosen(name, *of)
         )
-        return shapes.write(shape, "q4_0", path)
+        return shapes.write(shape, kind, path)
     finally:
         shapes.block_type = chosen  # type: ignore[assignment]
 
@@ -126,15 +152,17 @@ def resident(path: str, threads: int) -> None:
 @torch.inference_mode()
 def main(
     shape: str = "1b",
-    kinds: str | Sequence[str] = ("awq", "gptq", "w4a16"),
+    kinds: str | Sequence[str] = ("awq", "gptq", "w4a16", "fp8", "nf4"),
     rounds: int = 5,
     steps: int = 16,
     threads: int = 2,
 ) -> None:
     args, found = shapes.SHAPES[shape], {}
     with tempfile.TemporaryDirectory() as folder:
-        peer = load(write_q4_0(shape, Path(folder) / "q4_0.gguf"), threads)
         for kind in [kinds] if isinstance(kinds, str) else kinds:
+            of_peer = PEERS.get(kind, "q4_0")
+            file = Path(folder) / f"{of_peer}.gguf"
+            peer = load(file if file.exists() else write_peer(shape, of_peer, file), threads)
             path = write(kind, args, Path(folder) / kind)
             command = [sys.executable, "-m", "benchmarks.published", "resident", str(path)]
             run = subprocess.run(
@@ -149,12 +177,14 @@ def main(
                 "file_bytes": nbytes,
                 "resident_over_file": round(int(run.stdout.split()[-1]) / nbytes, 3),
                 "tokens_per_s": round(statistics.median(ours for ours, _ in speeds), 2),
-                "q4_0_tokens_per_s": round(statistics.median(theirs for _, theirs in speeds), 2),
-                "over_q4_0": round(statistics.median(ratios), 3),
-                "over_q4_0_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                f"{of_peer}_tokens_per_s": round(
+                    statistics.median(theirs for _, theirs in speeds), 2
+                ),
+                f"over_{of_peer}": round(statistics.median(ratios), 3),
+                f"over_{of_peer}_range": [round(min(ratios), 3), round(max(ratios), 3)],
             }
             print(kind, found[kind], flush=True)
-            del model
+            del model, peer
             (path / "model.safetensors").unlink()
     print(json.dumps(found))
 

@@ -15,9 +15,10 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     import torch
 
     from llama import checkpoint
-    from llama.backends import memory
+    from llama.backends import cpu, memory
     from llama.backends.options import ModelOptions
     from llama.checkpoint import convert, remote
+    from llama.families.registry import family_of
     from llama.layers.parallel import pick_dtype
 
     ModelOptions(path, max_seq_len=max_seq_len, max_batch_size=max_batch_size)  # checks them
@@ -26,7 +27,17 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     args = replace(source.args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     print(f"{source.path}: {about.format}, {about.parameters:,} parameters")
     print("stored as: " + ", ".join(f"{kind} {memory.size(n)}" for kind, n in about.bytes.items()))
+    for kind, becomes in about.kept.items():
+        print(f"  {kind}: in memory {becomes} dense; activations aren't quantized")
+    if left_out := getattr(source, "left_out", 0):
+        print(f"left out: {left_out} weights that this network doesn't use")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
+    way = "by the CPU kernels"
+    try:
+        cpu.check_shape(args, torch.device("cpu"), torch.float32, 1)
+    except ValueError as obstacle:
+        way = f"on a CPU by plain layers, several times slower: {obstacle}"
+    print(f"network: {family_of(args).name}, computed {way}")
     for field, value in vars(args).items():
         if field not in ("max_seq_len", "max_batch_size"):
             print(f"  {field} = {value}")
@@ -37,3 +48,6 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
             print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {need}")
+        if about.kept:
+            need = memory.estimate(args, world, torch.bfloat16, "stored", source=source)
+            print(f"  {world:3} rank{'s' if world > 1 else ' '} as stored, bf16: {need}")

@@ -54,6 +54,8 @@ def assemble(options: ModelOptions) -> Built:
     say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload, source))
     if args.max_seq_len > source.args.max_seq_len:
         say(f"note: {options.ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
+    if left_out := getattr(source, "left_out", 0):
+        say(f"note: {left_out} weights of {options.ckpt_dir} are left out: text alone is computed")
     tokenizer = open_tokenizer(source, options.tokenizer_path, lend)
     draft, draft_source = None, None
     if options.draft_ckpt_dir is not None:

@@ -90,7 +90,7 @@ def convert(
                 gguf.write(opened, partial, kind, name=path.stem, **common)
         if verify:
             kept = (quant or "").upper() in (keeping.KEEP, keeping.NEAREST)
-            check_equal(opened, open_checkpoint(partial), quiet=quiet, kept=kept)
+            check_equal(opened, open_checkpoint(partial), quiet, kept)
     return path
 
 
@@ -142,19 +142,23 @@ class Description(NamedTuple):
     format: str
     parameters: int
     bytes: Dict[str, int]  # by dtype or quantization type
+    kept: Dict[str, str]  # of quantizations as others publish them, what they become in memory
 
 
 def describe(source: Checkpoint) -> Description:
     """Look at a checkpoint's table of tensors, not at its weights."""
     shapes: Dict[str, Shape] = source.shapes()
     by_dtype: Dict[str, int] = {}
+    kept: Dict[str, str] = {}
     quantized: Mapping[str, QuantizedWeight] = getattr(source, "quantized", {})
     for name, shape in shapes.items():
         if name in quantized:
             kind, nbytes = quantized[name].label, quantized[name].nbytes
+            blocks = quantized[name].kind
+            kept[kind] = f"blocks of {blocks} for the CPU kernels, else" if blocks else "always"
         else:
             kind = source.stored_as(name)
             nbytes = ggml.stored_bytes(shape, kind)
         by_dtype[kind] = by_dtype.get(kind, 0) + nbytes
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    return Description(FORMAT_NAMES[type(source)], parameters, by_dtype)
+    return Description(FORMAT_NAMES[type(source)], parameters, by_dtype, kept)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, BinaryIO, Dict, Optional
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from llama.checkpoint.mapped import read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.shapes import checked_args, chunks, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
-from llama.checkpoint.writing import Progress, bytes_of, no_progress
+from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress
 from llama.families.registry import FAMILIES, family_of, of_gguf
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
@@ -313,19 +313,26 @@ def write(
             align()
         for of in parts.values():
             for name in of:
-                for start, stop in chunks(shapes[name], 0, 0, shapes[name][0], args.head_dim):
-                    try:
-                        if wanted in (KEEP, NEAREST):
-                            raw = bytes_of(keeping.encode(source, name, kinds[name], start, stop))
-                        else:
-                            raw = _encoded(source.read(name, 0, start, stop), kinds[name])
-                    except ValueError as error:
-                        raise ValueError(f"{source.path}: {name}: {error}") from None
-                    out.write(raw)
-                    progress(len(raw))
+                _write_weight(out, source, name, kinds[name], wanted in (KEEP, NEAREST), progress)
             align()
         writer.close()
     return path
+
+
+def _write_weight(
+    out: BinaryIO, source: Checkpoint, name: str, kind: str, kept: bool, progress: Progress
+) -> None:
+    shape, size = weight_shapes(source.args)[name], dtype_of(source, name).itemsize
+    for start, stop in chunks(shape, 0, 0, shape[0], source.args.head_dim):
+        try:
+            if kept:
+                raw = bytes_of(keeping.encode(source, name, kind, start, stop))
+            else:
+                raw = _encoded(source.read(name, 0, start, stop), kind)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {name}: {error}") from None
+        out.write(raw)
+        progress((stop - start) * math.prod(shape[1:]) * size)  # of what was read
 
 
 def as_stored(values: torch.Tensor, kind: str) -> torch.Tensor:

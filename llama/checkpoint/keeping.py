@@ -42,7 +42,7 @@ def kinds(source: Checkpoint, wanted: str) -> Dict[str, str]:
             label = quantized[name].label if name in quantized else source.stored_as(name)
             lost.setdefault(f"{label} as {kept.kind}", []).append(name)
     lines = [
-        f"{names[0]} and {len(names) - 1} others, {what}, are off by up to "
+        f"{len(names)} weights ({names[0]}, ...), {what}, are off by up to "
         f"{max(found[name].error for name in names):.1e} of their largest value"
         for what, names in lost.items()
     ]

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Callable, Collection, List
 
-from llama.checkpoint.schemes import open_scheme
+from llama.checkpoint.config import check_config
 
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -26,14 +26,14 @@ def checkpoint_files(
 
     Raises:
         FileNotFoundError: a checkpoint that lacks files.
-        ValueError: several checkpoints, or a broken index.
+        ValueError: several checkpoints, a broken index, or a config.json that can't be read.
     """
     shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
     single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
     if has("params.json") and (files := [*shards] or [*single]):
         return ["params.json", *files, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
-        _check_readable(f"{where}: config.json", read("config.json"))
+        check_config(f"{where}: config.json", read("config.json"))
         for weights in ("model.safetensors", "pytorch_model.bin"):
             if has(index := f"{weights}.index.json"):
                 files = _indexed(f"{where}: {index}", read(index))
@@ -55,19 +55,6 @@ def checkpoint_files(
     if len(ggufs) > 1:
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
     return ggufs
-
-
-def _check_readable(config: str, content: bytes) -> None:
-    """Refuse what can't be read before its weights are downloaded."""
-    try:
-        about = json.loads(content)
-    except ValueError as problem:
-        raise ValueError(f"{config} isn't JSON: {problem}") from None
-    if isinstance(about, dict) and about.get("quantization_config") is not None:
-        try:
-            open_scheme(about["quantization_config"])
-        except ValueError as problem:
-            raise ValueError(f"{config}: {problem}") from None
 
 
 def _indexed(index: str, content: bytes) -> List[str]:

@@ -95,7 +95,7 @@ class Family:
         architectures: transformers' classes, as config.json names them.
         claims: whether a config.json, of one of these architectures or not, is of this family.
         read_config: fields of args, from what it takes out of a config.json; it may also put there
-            what the reader of Llama's keys is to find (`huggingface.FIELDS`).
+            what the reader of Llama's keys is to find (`checkpoint.config.FIELDS`).
         write_config: keys of config.json that take the place of Llama's, or add to them.
         nest_config: config.json of all these keys, where some are in others.
         read_params, write_params: the same for params.json.

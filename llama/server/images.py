@@ -23,6 +23,7 @@ class Held:
 
     def release(self) -> None:
         self._images.held -= self.n
+        self._images.room.set()
         self.n = 0
 
 
@@ -30,10 +31,12 @@ class Images:
     """Loads the images of requests for a model.
 
     Args:
-        local: paths are read, too: requests come from whoever started this program.
+        local: paths are read, too: requests come from whoever started this program. They wait until
+            there is room.
 
     Attributes:
         held: images of requests that wait or run.
+        room: set when there are fewer.
     """
 
     def __init__(self, model: Transformer, settings: Settings, local: bool):
@@ -43,7 +46,7 @@ class Images:
         self._fetcher = Fetcher(allowed=allowed)
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
         self._tiling = ThreadPoolExecutor(DECODERS, "tile")
-        self.held = 0
+        self.held, self.room = 0, asyncio.Event()
 
     async def load(self, sources: Sequence[Any]) -> Held:
         """Raises ApiError: 400 for what can't be loaded, 429 for too many at once."""
@@ -53,8 +56,11 @@ class Images:
                 raise _invalid("an image is an http(s) address or a data URI")
         if len(sources) > self._most:
             raise _invalid(f"{len(sources)} images: this server takes {self._most} at once")
-        if self.held + len(sources) > self._most:
-            raise busy(f"{self.held} images wait or run, and the server takes {self._most}")
+        while self.held + len(sources) > self._most:
+            if not self._local:
+                raise busy(f"{self.held} images wait or run, and the server takes {self._most}")
+            self.room.clear()
+            await self.room.wait()
         self.held += len(sources)
         held = Held(self, len(sources))
         try:

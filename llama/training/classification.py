@@ -19,7 +19,8 @@ from torch import nn
 from llama import checkpoint
 from llama.backends.build import open_tokenizer
 from llama.checkpoint import Checkpoint, InMemory, remote, weight_shapes
-from llama.checkpoint.huggingface import CLASSIFIER, HFCheckpoint, write
+from llama.checkpoint.config import CLASSIFIER
+from llama.checkpoint.huggingface import HFCheckpoint, write
 from llama.engine.embeddings import batches
 from llama.layers import parallel
 from llama.layers.ids import check_token_tensor

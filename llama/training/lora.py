@@ -169,21 +169,23 @@ def fresh(
     """A new adapter to train, initialized as by PEFT: A uniform, B zeros, so it adds nothing yet.
 
     Args:
-        matrices: those of a block to add it to, by Meta's or Hugging Face's names.
+        matrices: those of a block to add it to, by Meta's or Hugging Face's names; not of experts.
 
     Raises:
-        ValueError: a rank below 1, or unknown matrices.
+        ValueError: a rank below 1, or matrices that are unknown or only in experts.
     """
     matrices = matrix_names(matrices)
     if rank < 1:
         raise ValueError(f"lora rank {rank} must be at least 1")
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(model.params).items():
-        if name.split(".")[-2] in matrices and len(shape) == 2:
+        if name.split(".")[-2] in matrices and len(shape) == 2 and "expert" not in name:
             out, inner = shape
             bound = 1 / math.sqrt(inner)  # kaiming_uniform with a = sqrt(5)
             A = (2 * torch.rand(rank, inner, generator=generator) - 1) * bound
             pairs[name] = Pair(A, torch.zeros(out, rank), alpha / rank)
+    if not pairs:
+        raise ValueError(f"this model has no {', '.join(matrices)} outside of its experts")
     return Adapter(pairs)
 
 

@@ -58,7 +58,7 @@ class Fetcher:
                 raise ValueError(f"the image {url[:200]} {said}") from None
             if status == 200:
                 return found
-            url = urljoin(url, found.decode("latin-1"))
+            url = urljoin(url, found.decode("utf-8", "replace"))
         raise ValueError(f"the image {url[:200]} comes after more than {self.redirects} redirects")
 
     def _get(self, url: str, max_bytes: int, deadline: float) -> Tuple[int, bytes]:
@@ -77,7 +77,7 @@ class Fetcher:
             timer = threading.Timer(left, lambda: _end(plain))
             timer.start()
             try:
-                return _request(plain, url, host, path, max_bytes, deadline)
+                return _request(plain, url, host, port, path, max_bytes, deadline)
             finally:
                 timer.cancel()
 
@@ -147,19 +147,23 @@ def _end(connection: socket.socket) -> None:
 
 
 def _request(
-    plain: socket.socket, url: str, host: str, path: str, max_bytes: int, deadline: float
+    plain: socket.socket,
+    url: str,
+    host: str,
+    port: int,
+    path: str,
+    max_bytes: int,
+    deadline: float,
 ) -> Tuple[int, bytes]:
-    secure = url[:6].lower() == "https:"
-    connection = http.client.HTTPConnection(host)
-    if secure:
-        # A copy of the descriptor, so that the timer's keeps its meaning.
+    used = plain.dup()  # so that the timer's own descriptor keeps its meaning
+    connection = http.client.HTTPConnection(host, port)
+    if url[:6].lower() == "https:":
         context = ssl.create_default_context()
-        connection.sock = context.wrap_socket(plain.dup(), server_hostname=host)
-    else:
-        connection.sock = plain.dup()
+        used = context.wrap_socket(used, server_hostname=host)
+        connection = http.client.HTTPSConnection(host, port, context=context)
+    connection.sock = used
     try:
-        headers = {"Host": urlsplit(url).netloc, "Accept": "image/*", "Connection": "close"}
-        connection.request("GET", path, headers=headers)
+        connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
         answer = connection.getresponse()
         if answer.status in _REDIRECTS and answer.headers.get("Location"):
             return answer.status, answer.headers["Location"].encode("latin-1")

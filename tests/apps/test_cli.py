@@ -26,6 +26,7 @@ from llama import checkpoint
 from llama.apps import cli
 from llama.backends.options import ModelOptions
 from llama.engine.params import SamplingParams
+from llama.families.variants import VariantArgs
 
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
 
@@ -439,6 +440,7 @@ def test_inspect_of_the_demo_model(smollm2_path):
         "stored as: Q8_0 30.08 MB, F32 0.14 MB, Q4_1 66.36 MB",
         f"tokenizer: {DEMO}/{smollm2_path.name}",
     ]
+    assert lines[3] == "network: llama, computed by the CPU kernels"
     for field in ("dim = 576", "n_heads = 9", "n_kv_heads = 3", "norm_eps = 1e-05",
                   "rope_theta = 100000.0", "tied_embeddings = True"):  # fmt: skip
         assert f"  {field}" in lines
@@ -447,6 +449,14 @@ def test_inspect_of_the_demo_model(smollm2_path):
         (ranks, dtype) for ranks in ("1", "3", "9") for dtype in ("bf16", "fp32")
     ]
     assert table[1] == "    1 rank  fp32: weights 0.54 GB + cache 0.75 GB"
+
+
+def test_inspect_names_what_differs_from_llama(tmp_path):
+    args = VariantArgs(**vars(TINY) | {"no_rope_layers": (1,), "attention_bias": True})
+    lines = ok("inspect", write_checkpoint(tmp_path / "meta", args)).splitlines()
+    assert lines[3].startswith("network: variant of Llama, computed on a CPU by plain layers")
+    assert "head_dim is 8" in lines[3]
+    assert {"  no_rope_layers = (1,)", "  attention_bias = True"} <= {*lines}
 
 
 def test_inspect_of_metas_directory(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -728,6 +729,30 @@ def test_hub_with_metas_files(hub, out):
     hub.repo = {**LLAMA, **SUPERFLUOUS}
     download("o/n/original")
     assert set(contents(out / "n")) == {"original/consolidated.00.pth", "original/params.json"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*read here: "),
+        ({"architectures": ["DebertaV2ForSequenceClassification"]}, "Prompt Guard is no Llama"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq'.*--quantize int4"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', which this model doesn't compute"),
+        ({"architectures": ["LlamaForTokenClassification"]}, None),
+        ({}, None),
+    ],
+)
+def test_hub_with_what_cannot_be_read(hub, out, config, message):
+    """It is refused by its config.json, before the weights are fetched."""
+    usual = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64,
+        intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
+    )  # fmt: skip
+    hub.repo = {**LLAMA, "config.json": json.dumps(usual | config).encode()}
+    if message is None:
+        return download("o/n")
+    fails(ValueError, f"o/n: config.json: .*{message}", "o/n")
+    assert not list(out.rglob("*.safetensors"))
 
 
 def test_hub_without_weights(hub, out):

@@ -20,8 +20,9 @@ from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.backends import cpu as native
 from llama.backends import quantized as quantize
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import FLOATS, NativeTransformer, Workspace
+from llama.backends.cpu.layers import NativeTransformer
 from llama.backends.cpu.packing import Arena, packed_bytes
+from llama.backends.cpu.workspace import FLOATS, Workspace
 from llama.backends.quantized import Blocks
 from llama.checkpoint import InMemory, floats, ggml, integers
 from llama.layers import parallel
@@ -471,12 +472,12 @@ def own_floats(shape: torch.Size, kind: str) -> tuple:
 
 
 def own_integers(shape: torch.Size, kind: str) -> tuple:
-    bits, values = integers.BITS_VALUES[kind]
-    codes = torch.randint(1 << bits, shape)
-    blocks = shape[0], shape[1] // values
-    scale, zero = torch.rand(blocks) + 0.5, torch.randint(1 << bits, blocks)
-    scales, zeros = (one.double().repeat_interleave(values, 1) for one in (scale, zero))
-    return Blocks(integers.pack(codes, scale, zero, kind), kind), scales * (codes - zeros)
+    """Random integers, scales and zero points; and what they mean, in fp64."""
+    (rows, cols), (bits, values) = shape, integers.BITS_VALUES[kind]
+    q, zero = (torch.randint(1 << bits, (rows, n)) for n in (cols, cols // values))
+    scale = torch.rand(rows, cols // values) + 0.5
+    dense = (q.view(rows, -1, values) - zero[..., None]).double() * scale.double()[..., None]
+    return Blocks(integers.pack(q, scale, zero, kind), kind), dense.view(shape)
 
 
 def stored_as(weight: torch.Tensor, kind: str) -> tuple:

@@ -418,7 +418,7 @@ def test_verifying_finds_a_changed_byte(tmp_path, monkeypatch, name):
     some = weights["layers.0.feed_forward.w1.weight"][0, :8].numpy().tobytes()
     to(InMemory(THREE, random_weights(THREE, seed=1)), path, "meta")
 
-    def damaged(source, written, quiet):
+    def damaged(source, written, quiet, kept):
         file = written.path
         if file.is_dir():
             files = [p for p in file.iterdir() if p.suffix in (".pth", ".safetensors")]
@@ -426,7 +426,7 @@ def test_verifying_finds_a_changed_byte(tmp_path, monkeypatch, name):
         data = bytearray(file.read_bytes())
         data[data.index(some) + 5] ^= 1
         file.write_bytes(data)
-        check_equal(source, written, quiet)
+        check_equal(source, written, quiet, kept)
 
     monkeypatch.setattr(conversion, "check_equal", damaged)
     with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.w1\.weight differs"):

@@ -8,16 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_ranks, write_byte_tokenizer
+from conftest import ROOT, run_ranks, write_byte_tokenizer
 from published import ARGS, INTEGERS, publish, publish_meta
 from published_floats import FLOATS
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 
 from llama import Transformer, checkpoint
+from llama.apps.inspect import inspect
 from llama.backends import build, memory, quantized
 from llama.checkpoint import ggml, weight_shapes
 from llama.checkpoint.convert import describe
+from llama.checkpoint.listing import checkpoint_files
+from llama.checkpoint.schemes import SCHEMES
+from llama.checkpoint.schemes.compressed import FORMATS
 from llama.families.names import HF
 from llama.layers import parallel
 
@@ -83,6 +87,39 @@ def test_what_is_stored_in_files_is_named_and_stays_compressed(tmp_path, case):
     dense = memory.estimate(args, 1, torch.float32, None, source=source).weights
     stored = memory.estimate(args, 1, torch.float32, "stored", source=source).weights
     assert (stored < dense) == (case.kind in quantized.ALL)
+
+
+@pytest.mark.parametrize("name", ["AWQ, groups of 128", "GPTQ, activation order", "w8a8"])
+def test_inspect_names_the_scheme_and_what_becomes_of_it(tmp_path, capsys, name):
+    publish(tmp_path, INTEGERS[name])
+    inspect(str(tmp_path))
+    said, source = capsys.readouterr().out, checkpoint.open(tmp_path)
+    kind = INTEGERS[name].kind
+    becomes = f"in memory blocks of {kind}" if kind in quantized.ALL else "in memory always dense"
+    assert f"{source.quantized['layers.0.attention.wq.weight'].label}: {becomes}" in said
+    need = memory.estimate(source.args, 1, torch.bfloat16, "stored", source=source)
+    assert f"as stored, bf16: {memory.size(need.weights)[:4]}" in said.replace("weights ", "")
+
+
+def test_every_scheme_is_in_the_documentation():
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    for name in (*SCHEMES, *FORMATS):
+        assert f"`{name}`" in text, name
+
+
+def test_a_scheme_that_is_not_read_is_not_downloaded(tmp_path):
+    publish(tmp_path, INTEGERS["GPTQ"])
+    file = tmp_path / "config.json"
+
+    def files():
+        has = {path.name for path in tmp_path.iterdir()}.__contains__
+        return checkpoint_files("there", has, lambda name: (tmp_path / name).read_bytes())
+
+    assert files() == ["config.json", "model.safetensors"]
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "hqq"}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"there: config.json: .*quant_method='hqq'"):
+        files()
 
 
 @pytest.mark.parametrize("world", [2, 4])

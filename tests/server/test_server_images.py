@@ -274,7 +274,7 @@ def test_batches_read_the_images_of_this_machine(path, llama, tmp_path):
     named[0]["content"][0] = {"type": "image_url", "image_url": str(tmp_path / "none.png")}
     bodies.append({"messages": named})
     options = dict(ckpt_dir=str(path), device="cpu", dtype="fp32", max_seq_len=512)
-    with Offline(options, Settings()) as model:
+    with Offline(options, Settings(max_images=1)) as model:  # others wait
         requests = [
             Request(i, "/v1/chat/completions", json.dumps({**body, "temperature": 0}).encode(), 1)
             for i, body in enumerate(bodies)

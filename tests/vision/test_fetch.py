@@ -34,6 +34,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path[4:])
             self.end_headers()
+        elif name == "utf-8":
+            self.wfile.write("HTTP/1.1 302 Found\r\nLocation: /é\r\n\r\n".encode())
         elif name == "none":
             self.send_error(404)
         elif name == "nowhere":
@@ -115,6 +117,9 @@ def test_an_image_is_fetched(server):
     assert image.size == (3, 2) and image.getpixel((0, 0)) == (255, 0, 0)
     host, path = server.asked[-1]
     assert host == f"public.example:{server.server_port}" and path == "/a%20b?size=3&x=%C3%A9"
+    idn = fetcher({"xn--bcher-kva.example": [LOOPBACK]})
+    assert load(at(server, "x", "bücher.example"), fetcher=idn).size == (3, 2)
+    assert server.asked[-1][0] == f"xn--bcher-kva.example:{server.server_port}"
     assert load(at(server, "x").replace("http", "HTTP"), fetcher=fetcher()).size == (3, 2)
     assert load(PNG.getvalue(), fetcher=fetcher()).size == (3, 2)
 
@@ -123,6 +128,8 @@ def test_redirects_are_followed_as_far_as_allowed(server):
     once, twice = at(server, "to//x"), at(server, "to//to//to//to//x")
     assert fetcher().fetch(once, 1000) == PNG.getvalue()
     assert fetcher(redirects=4).fetch(twice, 1000) == PNG.getvalue()
+    assert fetcher().fetch(at(server, "utf-8"), 1000) == PNG.getvalue()
+    assert server.asked[-1][1] == "/%C3%A9"
     with pytest.raises(ValueError, match="more than 3 redirects"):
         fetcher().fetch(twice, 1000)
 

@@ -223,25 +223,25 @@ template <> struct Type<MXFP4> : Quantized<Type<MXFP4>, 32, 128> {
 // Integers with a zero point and an fp32 scale (checkpoint/integers.py).
 template <int KIND, int VALUES>
 struct Int4 : Quantized<Type<KIND>, VALUES, 16> {
-    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 8}};
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {5, 4, VALUES / 8}, {4, 1, 1}};
     uvec shift;  // makes each byte q - zero + OFFSET, which is from 1 to 31
     void open() {
         this->d = load((const float *)this->template at<0>(0));
-        shift = __builtin_convertvector(16 - read<bytes>(this->template at<1>(0)), uvec) * 0x01010101;
+        shift = __builtin_convertvector(16 - read<bytes>(this->template at<2>(0)), uvec) * 0x01010101;
     }
     uvec quants(unsigned s, int j) const {
-        return this->nibbles(this->template word<2>(4 * s + j % 4), j / 4) + shift;
+        return this->nibbles(this->template word<1>(4 * s + j % 4), j / 4) + shift;
     }
 };
 template <int KIND, int VALUES>
 struct Int8 : Quantized<Type<KIND>, VALUES, 128, 1, true> {
-    static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 1}, {5, 4, VALUES / 4}};
+    static constexpr Field FIELDS[] = {{0, 4, 1}, {5, 4, VALUES / 4}, {4, 1, 1}};
     void open() {
         this->d = load((const float *)this->template at<0>(0));
-        uvec zero = __builtin_convertvector(read<bytes>(this->template at<1>(0)), uvec);
+        uvec zero = __builtin_convertvector(read<bytes>(this->template at<2>(0)), uvec);
         this->m = this->d * (128.0f - __builtin_convertvector(zero, vec));
     }
-    uvec quants(unsigned s, int j) const { return this->template word<2>(8 * s + j); }
+    uvec quants(unsigned s, int j) const { return this->template word<1>(8 * s + j); }
 };
 template <> struct Type<I4_32> : Int4<I4_32, 32> {};
 template <> struct Type<I4_64> : Int4<I4_64, 64> {};
@@ -252,17 +252,17 @@ template <> struct Type<I8_128> : Int8<I8_128, 128> {};
 // --- not ggml's: 64 values, an fp32 scale first (checkpoint/floats.py) ----------------------------
 
 // Bytes of FP8 (e4m3) in the upper half of each, as fp16 of which every value is 2^-8 times as large.
-inline vec fp8(shorts bytes) {
-    typedef int16_t signed_shorts __attribute__((vector_size(32)));
-    shorts bits = (shorts)((signed_shorts)bytes >> 1) & 0xbf80;
-    return halves(&bits);
+template <class Shorts> inline Shorts fp8_as_fp16(Shorts bytes) {
+    typedef int16_t of_16 __attribute__((vector_size(sizeof(Shorts))));
+    return (Shorts)((of_16)bytes >> 1) & 0xbf80;
 }
 
 template <> struct Type<E2M1> : Quantized<Type<E2M1>, 64, 128, 2> {
     static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 1, 4}, {8, 4, 8}};  // a scale for each 16
     void open() { d = read<vec>(at<0>(0)) * 128.0f; }  // half of 2^8, for twice the values
     vec scale(unsigned s, int part) const {
-        return d * fp8(__builtin_convertvector(read<bytes>(at<1>(2 * s + part)), shorts) << 8);
+        shorts wide = __builtin_convertvector(read<bytes>(at<1>(2 * s + part)), shorts) << 8;
+        return d * halves(fp8_as_fp16(wide));
     }
     uvec quants(unsigned s, int j) const {
         return lookup(TWICE_FP4, nibbles(word<2>(4 * s + j % 4), j / 4)) ^ every(128);
@@ -279,9 +279,10 @@ template <class T, int VALUES_, int CHAIN_> struct Floats : Block<T> {
 template <> struct Type<FP8> : Floats<Type<FP8>, 64, 16> {
     static constexpr Field FIELDS[] = {{0, 4, 1}, {4, 2, 32}};
     vec scale() const { return read<vec>(at<0>(0)) * 256.0f; }
-    vec value(int i) const {
-        shorts pair = read<shorts>(at<1>(i / 2));
-        return fp8(i % 2 ? pair : pair << 8);
+    vec value(int i) const {  // of 64 bytes, which are two units, the first or second half
+        two_shorts two = read<two_shorts>(at<1>(i / 4 * 2));
+        two = fp8_as_fp16(i % 2 ? two : two << 8);
+        return halves(i / 2 % 2 ? upper(two) : lower(two));
     }
 };
 

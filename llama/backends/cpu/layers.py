@@ -4,10 +4,9 @@ They have the same weights, cache and meaning as `model.py`'s. A token's result 
 bit, whatever is computed with it: other rows, other tokens of its row, on any number of threads.
 """
 
-import threading
 from ctypes import byref, c_float
 from itertools import accumulate
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.networks import Mixture, attending, bias_of, check, linears_of, mixture_of
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.backends.cpu.workspace import Workspace
 from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
@@ -29,8 +29,6 @@ from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
 TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK = 512  # as in attention.h
 MANY = 8  # tokens of a row whose queries share what they read of the cache
-
-FLOATS = {"F32", "F16", "BF16", "FP8", "NF4", "FP4"}  # block types whose products are of floats
 
 
 def swap(model: Transformer) -> Transformer:
@@ -53,7 +51,7 @@ def swap(model: Transformer) -> Transformer:
     return model
 
 
-def swap_ends(model: Transformer, work: "Workspace", arena: Arena) -> None:
+def swap_ends(model: Transformer, work: Workspace, arena: Arena) -> None:
     """Replace what comes before and after the layers."""
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     output = arena.pack(weight_of(model.output))
@@ -107,44 +105,6 @@ class NativeTransformer(Transformer):
 
 class NativeVariant(NativeTransformer, VariantTransformer):
     """The same for the variants, what differs in them computed by the kernels."""
-
-
-class Workspace:
-    """Temporary buffers that all layers share.
-
-    Args:
-        dtype: of the model.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._buffers: Dict[str, torch.Tensor] = {}
-        self.lock = threading.Lock()  # threads may share a model, but not the buffers
-
-    def take(self, name: str, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """n values, uninitialized."""
-        found = self._buffers.get(name)
-        if found is None or found.numel() < n or found.dtype != dtype:
-            self._buffers[name] = found = torch.empty(n, dtype=dtype)
-        return found[:n]
-
-    def inputs(
-        self, name: str, tokens: int, cols: int, kinds: set[str], floats: bool = False
-    ) -> kernels.Inputs:
-        """Buffers for the inputs of products with weights of these block types; floats: as fp32,
-        too."""
-        pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
-        dense = kinds & FLOATS
-        height = kernels.library().group_height(tokens)
-        n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
-        if floats or dense - ({"BF16"} if pairs else set()):
-            found.floats = self.take(f"{name} floats", n).data_ptr()
-        if pairs and "BF16" in kinds:
-            found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
-        if kinds - dense:
-            words = n // 32 * 20  # struct Fixed, of 32 values
-            found.fixed = self.take(f"{name} fixed", words, torch.int32).data_ptr()
-        return found
 
 
 class NativeEmbedding(nn.Module):

@@ -24,7 +24,17 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
 
     Raises:
-        ValueError: an unsupported device, dtype or shape; no compiler.
+        ValueError: what `check_shape` raises; no compiler.
+    """
+    check_shape(args, device, dtype, parallel.world_size())
+    kernels.library()
+
+
+def check_shape(args: ModelArgs, device: torch.device, dtype: torch.dtype, world: int) -> None:
+    """Check that the kernels compute such a model on each of `world` ranks.
+
+    Raises:
+        ValueError: an unsupported device, dtype or shape.
     """
     if type(args) not in (ModelArgs, VisionArgs, Llama4Args, VariantArgs):
         raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
@@ -35,7 +45,6 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
         if value not in known:
             choices = " or ".join(map(str, known))
             raise ValueError(f"compile=True supports {what} {choices}, not {value}")
-    world = parallel.world_size()
     widths = {
         "dim": args.dim,
         "head_dim": args.head_dim,
@@ -58,7 +67,6 @@ def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
                 f"compile=True takes a {name} of at most {most}, and this is {size}: "
                 "build with compile=False"
             )
-    kernels.library()
 
 
 def linears_of(block: TransformerBlock) -> List[nn.Module]:

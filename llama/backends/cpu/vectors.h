@@ -74,6 +74,7 @@ inline vec halves(const void *p) {  // 16 fp16 values
     return v;
 #endif
 }
+inline vec halves(shorts v) { return halves(&v); }
 inline uvec rotate_right(uvec v, int n) {  // by n modulo 32 bits
 #ifdef __AVX512F__
     return (uvec)_mm512_rorv_epi32((__m512i)v, _mm512_set1_epi32(n));
@@ -112,6 +113,13 @@ template <class V> inline auto lower(V v) {
 }
 template <class V> inline auto upper(V v) {
     return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+typedef uint16_t two_shorts __attribute__((vector_size(64)));
+inline shorts lower(two_shorts v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+inline shorts upper(two_shorts v) {
+    return __builtin_shufflevector(v, v, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 typedef int32_t ints __attribute__((vector_size(32)));
 inline ivec both(ints a, ints b) {

@@ -11,8 +11,9 @@ from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_regi
 from torch import nn
 
 from llama.backends.cpu import kernels, layers, networks
-from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput, Workspace
+from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
 from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.backends.cpu.workspace import Workspace
 from llama.families.vision import VisionTransformer
 from llama.model import Transformer
 

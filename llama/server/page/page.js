@@ -201,7 +201,11 @@ function show() {
   $("model").value = current.model;
   if ($("model").selectedIndex < 0) $("model").selectedIndex = 0;
   document.title = current.title || "Llama";
-  if (pinned) turns.scrollTop = turns.scrollHeight;
+  toEnd();
+}
+
+function toEnd() {
+  if (pinned) $("turns").scrollTop = $("turns").scrollHeight;
 }
 
 function redraw(chat) { // the last turn, at most once a frame
@@ -209,7 +213,7 @@ function redraw(chat) { // the last turn, at most once a frame
   frame ??= requestAnimationFrame(() => {
     frame = undefined;
     $("turns").querySelector("article:last-of-type")?.fill();
-    if (pinned) $("turns").scrollTop = $("turns").scrollHeight;
+    toEnd();
   });
 }
 
@@ -242,7 +246,7 @@ function turn(message, index, { length }) {
 }
 
 const pictures = (images = []) => images.map((src, i) =>
-  el("img", { src, alt: `Image ${i + 1}` }));
+  el("img", { src, alt: `Image ${i + 1}`, onload: toEnd }));
 
 /** Files of a drop or a paste: images, no larger than the model's tiles and storage allow. */
 async function attach(event) {
