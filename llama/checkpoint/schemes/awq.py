@@ -15,8 +15,6 @@ from llama.checkpoint.schemes.integers import Codes, IntegerWeight, columns, unp
 from llama.checkpoint.schemes.weight import FLOATS, QuantizedWeight, drop_zero_bias, need, only
 from llama.checkpoint.source import Stored
 
-PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 to 7 in a word
-
 
 class AwqWeight(IntegerWeight):
     def __init__(self, parts: Mapping[str, Stored], group: int):
@@ -32,8 +30,10 @@ class AwqWeight(IntegerWeight):
     def codes(self, start: int, stop: int) -> Codes:
         def outputs(name: str) -> torch.Tensor:
             words = columns(self._parts[name], start // 8, -(-stop // 8))
-            found = unpacked(words, 4).unflatten(-1, (-1, 8))[..., PLACES].flatten(-2)
-            return found[:, start % 8 :][:, : stop - start].T
+            # Four bits are at (which two bytes, which of these, which half) in a word.
+            places = unpacked(words, 4).view(len(words), -1, 2, 2, 2)
+            found = places.permute(1, 3, 4, 2, 0).reshape(-1, len(words))
+            return found[start % 8 :][: stop - start]
 
         scale = columns(self._parts["scales"], start, stop).T
         return Codes(outputs("qweight"), scale, outputs("qzeros"))
