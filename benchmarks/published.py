@@ -21,7 +21,6 @@ import fire
 import gguf
 import psutil
 import torch
-from llama.checkpoint.names import HF
 from safetensors.torch import save_file
 
 from benchmarks import shapes
