@@ -47,7 +47,7 @@ from llama.text.chat import (
     warn_of_base_model,
 )
 from llama.text.context import encode_dialogs, without
-from llama.text.messages import image_sources
+from llama.text.messages import Answer, image_sources
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
@@ -230,7 +230,7 @@ class Llama:
         )
         predictions: List[ChatPrediction] = []
         for row, found in zip(request.rows, self._calls.collect(request), strict=True):
-            message: Message = {"role": "assistant", "content": found.text}
+            message: Answer = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
             details = prediction(found, self.tokenizer, request)
             predictions.append({"generation": message, **details})

@@ -13,7 +13,7 @@ from typing import (
     TypedDict,
 )
 
-from llama.text.chat import Message
+from llama.text.messages import Answer, Message
 from llama.text.tool_stream import Delta, ToolCallStream
 from llama.text.tools import Tool
 
@@ -49,7 +49,7 @@ class BeamPrediction(Prediction):
 
 
 class ChatPrediction(Prediction, total=False):
-    generation: Required[Message]
+    generation: Required[Answer]
     truncated: List[Message]  # with truncate only: the messages dropped from the dialog
     tool_call_error: str  # with tools only: why a call in the generation is left as text
 

@@ -1,7 +1,7 @@
 """Messages of dialogs, checked, with the images and tool calls in them."""
 
 import json
-from typing import Any, List, Literal, NamedTuple, Optional, Sequence, TypedDict, Union
+from typing import Any, List, Literal, NamedTuple, Optional, Required, Sequence, TypedDict, Union
 
 from llama.text.tool_stream import parse_tool_calls
 from llama.text.tools import BUILTINS, Tool, ToolCall, plain_json
@@ -10,12 +10,15 @@ Role = Literal["system", "user", "assistant", "ipython", "tool"]
 ROLES = ("system", "user", "assistant", "ipython", "tool")
 
 
-class _Message(TypedDict):
-    role: Role
-    content: Any  # a str, or a list of parts
+class _Message(TypedDict, total=False):
+    role: Required[Role]
+    tool_calls: List[ToolCall]  # of the assistant
+    end_of_message: bool  # of the assistant: it waits for a tool's result (Llama 3.1's <|eom_id|>)
+    name: str  # of the tool whose result this is, for templates
+    tool_call_id: str  # of the call whose result this is, for templates
 
 
-class Message(_Message, total=False):
+class Message(_Message):
     """A message of a dialog, with the assistant's tool calls or a tool's result.
 
     content is a string, or a list of parts: {"type": "text", "text": ...} and, for models that see,
@@ -27,10 +30,13 @@ class Message(_Message, total=False):
     OpenAI's format, {"type": "function", "function": {...}}, is accepted too.
     """
 
-    tool_calls: List[ToolCall]  # of the assistant
-    end_of_message: bool  # of the assistant: it waits for a tool's result (Llama 3.1's <|eom_id|>)
-    name: str  # of the tool whose result this is, for templates
-    tool_call_id: str  # of the call whose result this is, for templates
+    content: Any  # a str, or a list of parts
+
+
+class Answer(_Message):
+    """A message that a model has generated."""
+
+    content: str
 
 
 Dialog = Sequence[Message]
