@@ -102,10 +102,12 @@ def check_config(path: str, content: bytes) -> None:
         config = json.loads(content)
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}") from None
-    named = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return
+    _scheme(path, config)
+    named = config.get("architectures")
     if named and isinstance(named, list):  # else it says nothing of what it is
         known = {str(named[0])} if str(named[0]) in HEADS else None
-        _scheme(path, config)
         parse_config(path, config, known)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_native import stored_as
 
 from llama.backends.cpu import kernels
-from llama.backends.cpu.layers import FLOATS
+from llama.backends.cpu.workspace import FLOATS
 from llama.backends.quantized import Blocks
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

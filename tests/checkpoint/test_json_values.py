@@ -18,7 +18,7 @@ from llama.checkpoint.adapter import IGNORED, REQUIRED, Adapter, Pair, read_adap
 from llama.text.templates import chat_format
 
 # Of values that are fine, but don't go with what other files hold.
-OF_BOTH = ("its configuration asks for", "the checkpoint's chat template")
+OF_BOTH = ("its configuration asks for", "lacks layers.0.", "the checkpoint's chat template")
 VALUES = [None, -1, 1e308, "x", [], {}, [1, 2], True]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 CONFIG = {  # beside what a tiny config.json has

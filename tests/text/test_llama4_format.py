@@ -12,6 +12,7 @@ from conftest import DATA
 from llama_models.datatypes import RawMessage, StopReason, ToolPromptFormat
 from llama_models.datatypes import ToolCall as MetaToolCall
 from llama_models.llama4.tokenizer import Tokenizer as MetaTokenizer
+from PIL import ImageFile
 
 from llama import Tokenizer, parse_tool_calls
 from llama.text.llama4 import Llama4Format
@@ -21,6 +22,7 @@ from llama.text.vocabulary.writing import write_tokenizer
 absent = {name: mock.MagicMock() for name in ("torchvision", "torchvision.transforms")}
 with mock.patch.dict(sys.modules, absent):  # which only images need
     from llama_models.llama4.chat_format import ChatFormat as MetaChatFormat
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # which that import sets, for the whole process
 
 FILE = Path(find_spec("llama_models.llama4").origin).with_name("tokenizer.model")
 CASES = [case["text"] for case in json.loads((DATA / "tokenizer_cases.json").read_text())]
