@@ -1,30 +1,22 @@
 """Tensors of files that hold several weights: cut apart, and put together (`families.Fused`)."""
 
 import math
-from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping
 
 import torch
 
 from llama.checkpoint.schemes.weight import QuantizedWeight
-from llama.checkpoint.source import Derived, Shape, Stored, dtype_name
+from llama.checkpoint.source import Converted, Derived, Shape, Stored, dtype_name
 from llama.families.family import Fused
 
 
-class Transposed(NamedTuple):
+@dataclass(frozen=True)
+class Transposed(Converted):
     """Columns of a stored matrix, as the rows of another."""
 
-    stored: Stored
     first: int
     last: int
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.dtype
 
     @property
     def shape(self) -> Shape:

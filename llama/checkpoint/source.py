@@ -39,12 +39,11 @@ class Stored(NamedTuple):
         return read_slice(*self, axis, start, stop)
 
 
-class Derived(NamedTuple):
-    """A weight that is computed from a tensor in a file, the whole of it."""
+@dataclass(frozen=True)
+class Converted:
+    """A weight that is made from a tensor in a file."""
 
     stored: Stored
-    compute: Callable[[torch.Tensor], torch.Tensor]
-    shape: Shape
 
     @property
     def file(self) -> Path:
@@ -53,6 +52,14 @@ class Derived(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.stored.dtype
+
+
+@dataclass(frozen=True)
+class Derived(Converted):
+    """One that is computed from the whole tensor."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    shape: Shape
 
     def read(self, axis: int, start: int, stop: int) -> torch.Tensor:
         whole = self.compute(self.stored.read(0, 0, self.stored.shape[0]))
