@@ -54,9 +54,10 @@ class GptqWeight(IntegerWeight):
 
 class Gptq:
     def __init__(self, config: Mapping[str, Any]):
-        self.bits, self.group = config.get("bits"), group_size(config)
-        if type(self.bits) is not int or self.bits not in ONES:
-            raise ValueError(f"bits={self.bits!r}; read here are 4 and 8")
+        bits = config.get("bits")
+        if type(bits) is not int or bits not in ONES:
+            raise ValueError(f"bits={bits!r}; read here are 4 and 8")
+        self.bits, self.group = bits, group_size(config)
         format = config.get("checkpoint_format", config.get("format")) or "gptq"
         if format not in ("gptq", "gptq_v2"):
             raise ValueError(f"checkpoint_format={format!r}; read here are gptq and gptq_v2")
@@ -69,5 +70,4 @@ class Gptq:
             return None
         drop_zero_bias(parts)
         only(parts, "qweight", "qzeros", "scales", "g_idx")
-        assert self.bits is not None
         return GptqWeight(parts, self.bits, self.group, self.less_one)
