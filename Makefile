@@ -24,7 +24,7 @@ demo: $(VENV)/installed  ## install, fetch a small real model, let it answer the
 
 test: $(VENV)/installed-test  ## run all tests, with what they need; TORCH=cpu or cuda chooses a torch
 	$(BIN)/llama download smollm2 tokenizer
-	-$(BIN)/python -c 'from llama.backends.cpu import kernels; kernels.library()'  # so that no test waits for it
+	-$(BIN)/python -c 'from llama.backends.cpu import kernels; kernels.add_types()'  # so that no test waits
 	$(BIN)/python -m pytest
 
 check: lint  ## style, types, and the quick tests of what has changed since upstream (a minute)

@@ -8,9 +8,15 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
+template <int... ALL> void add_types(std::integer_sequence<int, ALL...>) {
+    (add_type(ALL, &FUNCTIONS<ALL>), ...);
+}
+
 int main(int, char **given) {
+    add_types(std::make_integer_sequence<int, KINDS>());
     const int kind = atoi(given[1]), rows = atoi(given[2]), cols = atoi(given[3]);
     const int tokens = atoi(given[4]), size = atoi(given[5]), all = (rows + 15) / 16 * 16;
     std::vector<uint8_t> stored(size), packed(size_t(size) / rows * all + 8192);

@@ -22,7 +22,7 @@ namespace {
 
 enum Kind : int32_t {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
-    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, E2M1
+    I4_32, I4_64, I4_128, I8_32, I8_128, FP8, NF4, FP4, E2M1, KINDS
 };
 
 struct Field {
@@ -326,36 +326,5 @@ template <> struct Type<BF16> : Dense<Type<BF16>> {
         return read<vec>(&bits);
     }
 };
-
-// Calls f with a Type of a kind.
-template <class F> auto with_type(int kind, F f) {
-    switch (kind) {
-    case F32: return f(Type<F32>());
-    case F16: return f(Type<F16>());
-    case BF16: return f(Type<BF16>());
-    case Q4_0: return f(Type<Q4_0>());
-    case Q4_1: return f(Type<Q4_1>());
-    case Q5_0: return f(Type<Q5_0>());
-    case Q5_1: return f(Type<Q5_1>());
-    case Q8_0: return f(Type<Q8_0>());
-    case Q2_K: return f(Type<Q2_K>());
-    case Q3_K: return f(Type<Q3_K>());
-    case Q4_K: return f(Type<Q4_K>());
-    case Q5_K: return f(Type<Q5_K>());
-    case Q6_K: return f(Type<Q6_K>());
-    case IQ4_NL: return f(Type<IQ4_NL>());
-    case IQ4_XS: return f(Type<IQ4_XS>());
-    case MXFP4: return f(Type<MXFP4>());
-    case I4_32: return f(Type<I4_32>());
-    case I4_64: return f(Type<I4_64>());
-    case I4_128: return f(Type<I4_128>());
-    case I8_32: return f(Type<I8_32>());
-    case I8_128: return f(Type<I8_128>());
-    case FP8: return f(Type<FP8>());
-    case NF4: return f(Type<NF4>());
-    case FP4: return f(Type<FP4>());
-    default: return f(Type<E2M1>());
-    }
-}
 
 }  // namespace

@@ -165,6 +165,9 @@ int32_t multiplies_bf16() {
 #endif
 }
 
+// Before a weight of this kind is packed: its functions, from products.cpp.
+void add_type(int32_t kind, const Functions *functions) { types[kind] = functions; }
+
 int32_t group_height(int32_t tokens) { return height_of(tokens); }
 
 void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, int32_t n,
@@ -199,7 +202,7 @@ void rows(int32_t is_bf16, const Weight *w, const int64_t *which, int32_t n, voi
 
 void pack_rows(int32_t kind, const void *in, int32_t rows, int32_t cols, void *out, int32_t threads) {
 #pragma omp parallel num_threads(threads)
-    pack(kind, (const uint8_t *)in, rows, cols, (uint8_t *)out);
+    types[kind]->pack((const uint8_t *)in, rows, cols, (uint8_t *)out);
 }
 
 }  // extern "C"

@@ -1,7 +1,8 @@
 """The CPU kernels: C++ compiled on first use for this machine, called through ctypes.
 
 They exist because a decoding step on a CPU should take no longer than reading the weights, and the
-libraries measured take about twice that or more.
+libraries measured take about twice that or more. The products of each block type are a library of
+their own, since a model has one to three of the types, and to compile all takes a minute.
 """
 
 import ctypes
@@ -12,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import List
+from typing import Iterable, List
 
 import torch
 
@@ -22,6 +24,7 @@ from llama.checkpoint.shapes import MATRICES
 from llama.text.cache_dir import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+PRODUCTS = SOURCE.with_name("products.cpp")  # of one block type
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 Pointer = ctypes.c_void_p
@@ -157,22 +160,37 @@ def _processor() -> str:
 
 
 @lru_cache
+def _command() -> List[str]:
+    """The compiler and its options."""
+    flags = ["-std=c++17", "-O3", _instructions(), "-fopenmp", "-shared", "-fPIC"]
+    return [_compiler(), *flags, *os.environ.get("CXXFLAGS", "").split()]
+
+
+@lru_cache
+def _key() -> str:
+    """What compiled code depends on."""
+    command = _command()
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    text = "".join(file.read_text() for file in (SOURCE, PRODUCTS, *HEADERS))
+    key = "\n".join([text, version, *command, _processor()])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _library(name: str) -> Path:
+    return cache_dir() / f"kernels-{_key()}{name}.so"
+
+
+@lru_cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled on first use, which takes some seconds once per machine.
+    """The kernels, without block types (`add_types`). Compiled on first use, once per machine.
 
     Raises:
         ValueError: no compiler, or one that can't compile them; a cache that can't be written to.
     """
-    compiler = _compiler()
-    flags = ["-std=c++17", "-O3", _instructions(), "-fopenmp", "-shared", "-fPIC"]
-    flags += os.environ.get("CXXFLAGS", "").split()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    text = "".join(file.read_text() for file in (SOURCE, *HEADERS))
-    key = "\n".join([text, compiler, version, *flags, _processor()])
-    path = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = _library("")
     if not path.exists():
-        print(f"compiling {SOURCE.name} for this processor (once)", file=sys.stderr, flush=True)
-        _compile([compiler, *flags], path)
+        print("compiling the CPU kernels (once)", file=sys.stderr, flush=True)
+        _compile([*_command(), str(SOURCE)], path)
     found = ctypes.CDLL(str(path))
     ptr, f32 = Pointer, ctypes.c_float
     for name, types in {
@@ -181,6 +199,7 @@ def library() -> ctypes.CDLL:
         "norm": [Int, ptr, ptr, ptr, Int, Int, f32, Int],
         "rows": [Int, ptr, ptr, Int, ptr, Int],
         "pack_rows": [Int, ptr, Int, Int, ptr, Int],
+        "add_type": [Int, ptr],
         "multiplies_bf16": [],
         "group_height": [Int],
     }.items():
@@ -188,6 +207,33 @@ def library() -> ctypes.CDLL:
         returns = name in ("multiplies_bf16", "group_height")
         function.restype, function.argtypes = (Int if returns else None), types
     return found
+
+
+_added: set[str] = set()
+
+
+def add_types(kinds: Iterable[str] = KINDS) -> None:
+    """Load the products of these block types. Compiled on first use, side by side.
+
+    Raises:
+        ValueError: as `library` does.
+    """
+    add, wanted = library().add_type, sorted(set(kinds) - _added)
+    missing = [kind for kind in wanted if not _library(f"-{kind}").exists()]
+    if missing:
+        what = f"the CPU kernels for {', '.join(missing)} (once)"
+        print(f"compiling {what}", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_compile_type, missing))
+    for kind in wanted:
+        products = ctypes.CDLL(str(_library(f"-{kind}")))
+        products.functions.restype = Pointer
+        add(KINDS.index(kind), products.functions())
+        _added.add(kind)
+
+
+def _compile_type(kind: str) -> None:
+    _compile([*_command(), f"-DKIND={kind}", str(PRODUCTS)], _library(f"-{kind}"))
 
 
 def _compile(command: List[str], path: Path) -> None:
@@ -202,9 +248,7 @@ def _compile(command: List[str], path: Path) -> None:
         ) from None
     os.close(handle)
     try:
-        done = subprocess.run(
-            [*command, str(SOURCE), "-o", partial], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(
                 f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "

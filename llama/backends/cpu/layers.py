@@ -18,7 +18,7 @@ from llama.backends.cpu import kernels
 from llama.backends.cpu.kernels import ADD, ATTENTION, FEED_FORWARD, address
 from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.networks import Mixture, attending, bias_of, check, linears_of, mixture_of
-from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.backends.cpu.packing import Arena, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
 from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
@@ -42,7 +42,7 @@ def swap(model: Transformer) -> Transformer:
     model.requires_grad_(False)
     work = Workspace(weight.dtype)
     linears = [linear for block in model.layers for linear in linears_of(block)]  # type: ignore[arg-type]
-    arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
+    arena = arena_for([weight_of(linear) for linear in (*linears, model.output)])
     del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
     swap_ends(model, work, arena)

@@ -33,6 +33,7 @@ class Packed:
         raw = raw.contiguous()
         self.rows, self.cols = weight.shape
         self.data = data
+        kernels.add_types([self.kind])
         number = kernels.KINDS.index(self.kind)
         kernels.library().pack_rows(
             number, address(raw), self.rows, self.cols, address(data), torch.get_num_threads()
@@ -51,6 +52,7 @@ class Packed:
 
 
 def _raw(weight: torch.Tensor | Blocks) -> Tuple[torch.Tensor, str]:
+    """Its bytes and its block type."""
     if isinstance(weight, Blocks):
         return weight.data, weight.kind
     return weight.detach(), dtype_name(weight.dtype)
@@ -64,12 +66,6 @@ def interleave(weight: torch.Tensor) -> torch.Tensor:
     return units.transpose(1, 2).contiguous()
 
 
-def packed_bytes(weight: torch.Tensor | Blocks) -> int:
-    """Bytes that a weight takes once it is packed: those of the file, in whole groups of rows."""
-    raw, _ = _raw(weight)
-    return raw.nbytes // len(raw) * (math.ceil(len(raw) / LANES) * LANES)
-
-
 class Arena:
     """Memory for all packed weights of a model, in huge pages where the system gives them.
 
@@ -77,7 +73,7 @@ class Arena:
     are taken as they are written to.
 
     Args:
-        sizes: `packed_bytes` of each weight, in the order in which they will be packed.
+        sizes: bytes of each weight once it is packed, in the order in which they will be packed.
     """
 
     def __init__(self, sizes: Sequence[int]):
@@ -100,3 +96,11 @@ class Arena:
     def pack(self, weight: torch.Tensor | Blocks) -> Packed:
         """Pack the next of the weights that the arena was made for."""
         return Packed(weight, self.take())
+
+
+def arena_for(weights: Sequence[torch.Tensor | Blocks]) -> Arena:
+    """An arena for these weights; the kernels are compiled for all of their types at once."""
+    raws = [_raw(weight) for weight in weights]
+    kernels.add_types({kind for _, kind in raws})
+    groups = ((raw, math.ceil(len(raw) / LANES)) for raw, _ in raws)
+    return Arena([raw.nbytes // len(raw) * (n * LANES) for raw, n in groups])

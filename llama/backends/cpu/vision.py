@@ -12,7 +12,7 @@ from torch import nn
 
 from llama.backends.cpu import kernels, layers, networks
 from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
-from llama.backends.cpu.packing import Arena, Packed, packed_bytes, weight_of
+from llama.backends.cpu.packing import Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
 from llama.families.vision import VisionTransformer
 from llama.model import Transformer
@@ -50,7 +50,7 @@ def swap(model: Transformer) -> Transformer:
     linears = [
         linear for block in (*blocks, *reading) for linear in networks.linears_of(cast(Any, block))
     ]
-    arena = Arena([packed_bytes(weight_of(linear)) for linear in (*linears, model.output)])
+    arena = arena_for([weight_of(linear) for linear in (*linears, model.output)])
     del linears  # each weight is freed once it is packed
     begins = sorted({0, *model.before})
     model.before = {begins.index(layer): i for layer, i in model.before.items()}
