@@ -33,7 +33,7 @@ from llama.engine.requests import Request
 from llama.engine.rows import ChatOptions, Options, check
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
-from llama.engine.seeing import tiles_of
+from llama.engine.seeing import tiles_of_dialogs
 from llama.engine.structured import call_format
 from llama.layers import low_rank, parallel
 from llama.model import Transformer
@@ -47,10 +47,11 @@ from llama.text.chat import (
     warn_of_base_model,
 )
 from llama.text.context import encode_dialogs, without
-from llama.text.messages import Answer, image_sources
+from llama.text.messages import Answer
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
+from llama.vision.images import Tiles
 
 Prompt = str | Sequence[Any]  # a text, or parts as those of a message
 
@@ -363,20 +364,19 @@ class Llama:
             raise ValueError("prefixes take memory: build with prefix_cache_mb, 1000 for example")
         return self.prefixes
 
+    def tiles_of(self, dialogs: Sequence[Sequence[Any]]) -> Optional[List[List[Tiles]]]:
+        """The images of dialogs, for `generate`; see `llama.engine.seeing.tiles_of_dialogs`."""
+        return tiles_of_dialogs(self.model, dialogs)
+
+    def _see(self, dialogs: Sequence[Sequence[Any]], options: Any) -> None:
+        """Put the images of dialogs, if there are any, into the options of the call."""
+        options["images"] = self.tiles_of(dialogs) or options.get("images")
+
     def _encode(self, prompts: Sequence[Prompt]) -> List[List[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: pass a list of texts")
         start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
         return [start + encode_parts(self.tokenizer, {"content": prompt}) for prompt in prompts]
-
-    def _see(self, dialogs: Sequence[Sequence[Any]], options: Any) -> None:
-        """Put the images of dialogs, if there are any, into the options of the call. Rank 0 reads
-        and fetches them, for all."""
-        sources = [image_sources(dialog) for dialog in dialogs]
-        if any(sources):
-            options["images"] = parallel.on_rank_zero(
-                lambda: [tiles_of(self.model, one) for one in sources]
-            )
 
     def _encode_dialogs(
         self,

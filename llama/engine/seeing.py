@@ -3,7 +3,9 @@
 from typing import Any, List, Optional, Sequence
 
 from llama.engine.rows import model_image_id
+from llama.layers import parallel
 from llama.model import Transformer
+from llama.text.messages import image_sources
 from llama.vision.fetch import Fetcher, load
 from llama.vision.images import DEFAULTS, Limits, Tiles, tile
 
@@ -33,3 +35,17 @@ def tiles_of(
     size, most = (getattr(args, f"vision_{n}", 0) for n in ("chunk_size", "max_num_chunks"))
     images = (load(source, limits, fetcher) for source in sources)
     return [tile(image, size=size, max_tiles=most) for image in images]
+
+
+def tiles_of_dialogs(
+    model: Transformer, dialogs: Sequence[Sequence[Any]]
+) -> Optional[List[List[Tiles]]]:
+    """The images of each dialog; None: there are none. Rank 0 reads and fetches them, for all.
+
+    Raises:
+        FileNotFoundError, ValueError: what `tiles_of` raises.
+    """
+    sources = [image_sources(dialog) for dialog in dialogs]
+    if not any(sources):
+        return None
+    return parallel.on_rank_zero(lambda: [tiles_of(model, one) for one in sources])

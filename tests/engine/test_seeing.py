@@ -10,6 +10,7 @@ from PIL import Image
 from vision import TINY_VISION
 
 from llama import Llama
+from llama.text import guard
 from llama.vision.images import tile
 
 OPTIONS = dict(temperature=0, max_gen_len=6, logprobs=True, stop_tokens=set())
@@ -98,6 +99,24 @@ def test_a_text_to_be_completed_may_have_images(llama):
     assert [p["generation"] for p in found] == [llama.tokenizer.decode(row) for row in tokens]
     streamed = "".join(e.text for e in llama.stream_text([prompt], **OPTIONS))
     assert streamed == found[0]["generation"]
+
+
+def test_a_guard_judges_what_it_is_shown(path, monkeypatch):
+    """Llama Guard 3 Vision: the task's ids and the image's tiles reach the model."""
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=4096)
+    asked, generate = [], llama.generate
+
+    def spy(prompts, *given, images, **options):
+        asked.append((prompts, images, generate(prompts, *given, images=images, **options)))
+        return [llama.tokenizer.encode("unsafe\nS2", bos=False, eos=False)] * len(prompts), None
+
+    monkeypatch.setattr(llama, "generate", spy)
+    dialogs = [[user(part(picture(1)), "How do I open it?")], [user("How do I open a lock?")]]
+    assert guard.classify(llama, dialogs) == [guard.Verdict(False, ("S2",))] * 2
+    [(prompts, images, (_, _))] = asked
+    assert prompts == [guard.prompt(llama.tokenizer, guard.task(dialog)) for dialog in dialogs]
+    assert [row.count(512) for row in prompts] == [1, 0] == [len(row) for row in images]
+    assert images[0][0].digest == tile(picture(1), size=56).digest
 
 
 def test_images_of_turns_that_are_dropped_are_dropped(llama):

@@ -1,7 +1,10 @@
 """Llama Guard's task, its tokens as Meta's own code has them, and what answers mean."""
 
+import io
+
 import pytest
 from conftest import TINY, write_checkpoint
+from PIL import Image
 
 from llama import Llama, Tokenizer
 from llama.text.guard import CATEGORIES, Verdict, classify, parse, prompt, task
@@ -45,6 +48,26 @@ def test_tokens_are_those_of_metas_code(llama3_tokenizer_path):
     found = prompt(ours, text)
     assert found == expected.tokens
     assert found.count(ours.special_tokens["<|eot_id|>"]) == 1
+
+
+def test_an_image_stands_where_the_user_put_it(llama3_tokenizer_path):
+    """As in the format of Llama Guard 3 Vision: "User: <|image|>", and the message's text."""
+    from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    picture = {"type": "image", "image": file.getvalue()}
+    asked = [{"role": "user", "content": [picture, "How do I pick this lock?"]}, ANSWERED[1]]
+    before, image, after = task(asked)
+    assert image == picture
+    assert before + after == task([{"role": "user", "content": asked[0]["content"][1]}, asked[1]])
+    assert before.endswith("<BEGIN CONVERSATION>\n\nUser: ") and after.startswith("How do I pick")
+    parts = [RawTextItem(text=before), RawMediaItem(data=picture["image"]), RawTextItem(text=after)]
+    theirs = ChatFormat(MetaTokenizer(llama3_tokenizer_path))
+    expected = theirs.encode_dialog_prompt([RawMessage(role="user", content=parts)])
+    assert prompt(Tokenizer(llama3_tokenizer_path), task(asked)) == expected.tokens
 
 
 def test_tokens_are_those_of_llama_4s_format():
@@ -96,7 +119,8 @@ def test_a_model_is_asked(tmp_path, monkeypatch):
         classify(llama, [ASKED])
     asked = []
 
-    def generate(prompts, max_gen_len, *, temperature):
+    def generate(prompts, max_gen_len, *, temperature, images):
+        assert images is None
         asked.extend(llama.tokenizer.decode(ids) for ids in prompts)
         answers = ["safe", "unsafe\nS2,S9"]
         return [llama.tokenizer.encode(one, bos=False, eos=False) for one in answers], None
