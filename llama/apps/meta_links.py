@@ -47,6 +47,10 @@ Llama-3.2-90B-Vision Llama-3.2-90B-Vision 8 177
 Llama-3.2-90B-Vision-Instruct Llama-3.2-90B-Vision-Instruct 8 177
 Llama-Guard-3-11B-Vision Llama-Guard-3-11B-Vision 1 21.3
 Llama-3.3-70B-Instruct Llama-3.3-70B-Instruct 8 141
+Llama-4-Scout-17B-16E Llama-4-Scout-17B-16E 8 218
+Llama-4-Scout-17B-16E-Instruct Llama-4-Scout-17B-16E-Instruct 8 218
+Llama-4-Maverick-17B-128E Llama-4-Maverick-17B-128E 8 804
+Llama-4-Maverick-17B-128E-Instruct Llama-4-Maverick-17B-128E-Instruct 8 803
 """
 
 
@@ -75,8 +79,8 @@ MODELS = [Model(*line.split()) for line in CATALOG.splitlines()]
 
 
 def table() -> str:
-    lines = [f"{'FAMILY':16} {'MODEL':29} {'SIZE':>8}  WEIGHT FILES"]
-    lines += [f"{m.family:16} {m.name:29} {m.size:>5} GB  {m.shards}" for m in MODELS]
+    lines = [f"{'FAMILY':16} {'MODEL':34} {'SIZE':>8}  WEIGHT FILES"]
+    lines += [f"{m.family:16} {m.name:34} {m.size:>5} GB  {m.shards}" for m in MODELS]
     lines += ["", "With them come 5 small files (Llama 2: 6): parameters, tokenizer, checksums,"]
     lines += ["licence, use policy. They need a link from Meta."]
     return "\n".join([*lines, "No link needed: smollm2 (98 MB), tokenizer (2 MB), OWNER/NAME"])
@@ -162,6 +166,8 @@ def _family(host: str) -> str:
     """What a server has: each family has its own."""
     if host == "download.llamameta.net":
         return "Llama 2"
+    if host.startswith("llama4"):
+        return "Llama 4"
     match = re.match(r"llama3-([123])(-multimodal)?", host)
     return f"Llama 3.{match[1]}{' Vision' * bool(match[2])}" if match else "Llama 3"
 

@@ -135,7 +135,8 @@ PLACES = {
             "3.2-11B-Vision", "3.2-11B-Vision-Instruct", "Guard-3-11B-Vision"],
         8: ["3.2-90B-Vision", "3.2-90B-Vision-Instruct",
             "3.1-70B", "3.1-70B-Instruct", "3.1-405B-MP8", "3.1-405B-Instruct-MP8",
-            "3.3-70B-Instruct"],
+            "3.3-70B-Instruct", "4-Scout-17B-16E", "4-Scout-17B-16E-Instruct",
+            "4-Maverick-17B-128E", "4-Maverick-17B-128E-Instruct"],
         16: ["3.1-405B-MP16", "3.1-405B-Instruct-MP16"],
     }.items()
     for name in names
@@ -186,6 +187,8 @@ def test_list(out, capfd):
         named = name.startswith(family.removesuffix(" Vision").replace(" ", "-"))
         assert named or family == "Llama 3" or name == "Llama-Guard-3-11B-Vision"
         billions = float(re.search(r"([\d.]+)b", name, re.I)[1])
+        mixed = re.search("Scout|Maverick", name)
+        billions = {"Scout": 109, "Maverick": 400}[mixed[0]] if mixed else billions  # all experts
         assert 1.8 * billions < float(size) < 2.6 * billions  # two bytes a weight, roughly
 
 
@@ -202,6 +205,8 @@ def test_list(out, capfd):
         ("llama3-2-multimodal.llamameta.net", "Llama-3.2-11B-Vision,Llama-3.2-11B-Vision-Instruct,"
          "Llama-3.2-90B-Vision,Llama-3.2-90B-Vision-Instruct,Llama-Guard-3-11B-Vision"),
         ("llama3-3.llamameta.net", "Llama-3.3-70B-Instruct"),
+        ("llama4.llamameta.net", "Llama-4-Scout-17B-16E,Llama-4-Scout-17B-16E-Instruct,"
+         "Llama-4-Maverick-17B-128E,Llama-4-Maverick-17B-128E-Instruct"),
     ],
 )  # fmt: skip
 def test_enter_means_all_that_the_links_server_has(recorded, out, monkeypatch, host, models):
