@@ -130,13 +130,18 @@ def test_metas_own_script_runs_unchanged(smollm2_path):
         ("tools", "2100000 people live in Paris", 0),
         ("server", "The capital of France is Paris", 0),
         ("attention", "30 layers of (1, 9, ", 2),
+        ("images", "2 layers of (8, ", 2),
     ],
 )
-def test_notebooks_run_from_top_to_bottom(smollm2_path, name, says, images):
+def test_notebooks_run_from_top_to_bottom(smollm2_path, tmp_path, name, says, images):
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    if name == "images":  # a tiny model in the place of one of 11 billion parameters
+        path = str(write_checkpoint(tmp_path / "vision", TINY_VISION))
+        for cell in notebook.cells:
+            cell.source = cell.source.replace("checkpoints/Llama-3.2-11B-Vision-Instruct", path)
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     ).execute()

@@ -33,12 +33,16 @@ class Trace:
         queries: (B, T, n_heads, head_dim) of each layer, after RoPE, in Meta's order of pairs.
         keys: the same of the new tokens, (B, T, n_kv_heads, head_dim). If ranks hold replicas of
             key/value heads, these occur more than once.
+        cross_attentions: attention to images, for each layer of cross-attention a list: of each run
+            of tokens that see the same images, (n_heads, tokens, S). S are these images' tiles, row
+            by row, of each tile its class and then its patches, row by row.
     """
 
     hidden_states: List[torch.Tensor] = field(default_factory=list)
     attentions: List[torch.Tensor] = field(default_factory=list)
     queries: List[torch.Tensor] = field(default_factory=list)
     keys: List[torch.Tensor] = field(default_factory=list)
+    cross_attentions: List[List[torch.Tensor]] = field(default_factory=list)
 
 
 @contextmanager
@@ -53,6 +57,8 @@ def trace(model: Transformer) -> Iterator[Trace]:
     blocks = [block for block in model.layers if isinstance(block, TransformerBlock)]
     if len(blocks) < len(model.layers):
         raise ValueError("compiled layers can't be traced: build with compile=False")
+    readers = [block.attention for block in getattr(model, "cross_attention_layers", ())]
+    reading: List[List[torch.Tensor]] = [[] for _ in readers]  # of this pass
     seen, hooks = Trace(), []
 
     def begin(module: nn.Module, inputs: Any) -> None:
@@ -65,6 +71,9 @@ def trace(model: Transformer) -> Iterator[Trace]:
 
     def end(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         seen.hidden_states[-1] = output
+        seen.cross_attentions = [[*found] for found in reading]
+        for found in reading:
+            found.clear()
 
     attentions = [block.attention for block in blocks]
     try:
@@ -73,12 +82,15 @@ def trace(model: Transformer) -> Iterator[Trace]:
         hooks.append(model.norm.register_forward_hook(end))
         for attention in attentions:
             setattr(attention, "attend", partial(_attend, attention, seen))  # noqa: B010
+        for reader, found in zip(readers, reading, strict=True):
+            setattr(reader, "look", partial(_look, found))  # noqa: B010
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
-        for attention in attentions:
+        for attention in (*attentions, *readers):
             attention.__dict__.pop("attend", None)
+            attention.__dict__.pop("look", None)
 
 
 def _attend(
@@ -108,6 +120,18 @@ def _attend(
     seen.queries.append(_whole(xq, 2))
     seen.keys.append(_whole(xk, 2))
     return (probs @ values).transpose(1, 2).reshape(B, T, -1)
+
+
+def _look(
+    found: List[torch.Tensor], q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """`CrossAttention.look`, by the formula."""
+    group = q.shape[1] // len(keys)
+    keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))
+    scores = q.transpose(0, 1) @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])  # (heads, n, S)
+    probs = scores.softmax(-1, dtype=torch.float32).type_as(q)
+    found.append(_whole(probs, 0))
+    return (probs @ values).transpose(0, 1).reshape(len(q), -1)
 
 
 def _whole(of_rank: torch.Tensor, axis: int) -> torch.Tensor:

@@ -103,18 +103,21 @@ class CrossAttention(Attention):
     def read(self, x: torch.Tensor, seen: Seeing) -> torch.Tensor:
         """(tokens, dim) -> (tokens, dim)"""
         q = self.q_norm(self.wq(x).view(len(x), self.n_local_heads, self.head_dim))
-        out, at = [], 0
-        for n, keys, values in seen.runs:
-            # The queries that share a key/value head form one matrix.
-            of_run = q[at : at + n].view(n, self.n_local_kv_heads, -1, self.head_dim)
-            found = F.scaled_dot_product_attention(
-                of_run.transpose(0, 1).flatten(1, 2)[None],
-                keys[self.layer_id][None],
-                values[self.layer_id][None],
-            )[0].unflatten(1, (n, -1))  # (n_local_kv_heads, n, queries of a head, head_dim)
-            out.append(found.transpose(0, 1).reshape(n, -1))
-            at += n
+        queries = q.split([n for n, _, _ in seen.runs])
+        out = [
+            self.look(of_run, keys[self.layer_id], values[self.layer_id])
+            for of_run, (_, keys, values) in zip(queries, seen.runs, strict=True)
+        ]
         return self.wo(torch.cat(out))
+
+    def look(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Tokens that see the same images: (n, n_local_heads, head_dim) -> (n, all of these)."""
+        # The queries that share a key/value head form one matrix.
+        of_heads = q.view(len(q), self.n_local_kv_heads, -1, self.head_dim).transpose(0, 1)
+        found = F.scaled_dot_product_attention(
+            of_heads.flatten(1, 2)[None], keys[None], values[None]
+        )[0].unflatten(1, (len(q), -1))  # (n_local_kv_heads, n, queries of a head, head_dim)
+        return found.transpose(0, 1).reshape(len(q), -1)
 
 
 class CrossAttentionBlock(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY, random_model, random_weights, run_ranks, write_checkpoint
 from test_model import TOLERANCE, gap, ids, to_hugging_face
+from vision import ROWS, TINY_VISION, images_of
 
 from llama.backends import cpu as native
 from llama.families.trace import trace
@@ -92,3 +93,37 @@ def test_compiled_layers_are_refused():
     model = native.swap(random_model(replace(TINY, dim=128, n_heads=2, n_kv_heads=1, head_dim=64)))
     with pytest.raises(ValueError, match="compile=False"), trace(model):
         pass
+
+
+def test_attention_to_images():
+    """What is recorded is what the output is made of; hidden states stay those of the layers."""
+    model = random_model(TINY_VISION)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "gate" in name:  # of which zeros would hide what they let pass
+                weight.fill_(0.7)
+    tokens, images = torch.tensor(ROWS), images_of(ROWS)
+    with torch.inference_mode():
+        encoded = [[model.encode(*one) for one in row] for row in images]
+        expected = model(tokens, images=encoded)
+        with trace(model) as seen:
+            assert gap(model(tokens, images=encoded), expected) < 1e-5
+            again = model(tokens[:1], images=encoded[:1])
+        assert gap(again, expected[:1]) < 1e-5
+        assert torch.equal(model(tokens, images=encoded), expected)  # nothing is left
+    layers = seen.cross_attentions
+    assert len(layers) == len(model.cross_attention_layers) == 2
+    [run] = layers[0]  # of the first row: one image, from its token on
+    positions = encoded[0][0][0].shape[2]
+    assert run.shape == (TINY_VISION.n_heads, len(ROWS[0]) - 1, positions)
+    assert gap(run.sum(-1), torch.ones(run.shape[:2])) < 1e-5
+    assert len(seen.hidden_states) == TINY_VISION.n_layers + 1
+    # Of the values, so weighted, the first layer's output is made.
+    block = model.cross_attention_layers[0].attention
+    found: dict = {}
+    hook = block.wo.register_forward_pre_hook(lambda _, given: found.update(x=given[0]))
+    with torch.inference_mode():
+        model(tokens[:1], images=encoded[:1])
+    hook.remove()
+    values = encoded[0][0][1][0].repeat_interleave(TINY_VISION.n_heads // TINY_VISION.n_kv_heads, 0)
+    assert gap((run @ values).transpose(0, 1).flatten(1), found["x"]) < 1e-5
