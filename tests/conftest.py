@@ -29,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import forked
+import hypothesis
 import psutil
 import pytest
 import setuptools  # noqa: F401  # torch.compile needs it to come before the standard distutils
@@ -41,6 +42,9 @@ from llama.checkpoint import InMemory, meta, weight_shapes
 from llama.checkpoint.convert import convert
 from llama.families.registry import build
 from llama.layers import parallel
+
+hypothesis.settings.register_profile("suite", deadline=None)  # machines differ, and are busy
+hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -86,7 +90,7 @@ def pytest_collection_modifyitems(items):
     Those come first, and of them the files with the longest tests, so that at the end no worker
     waits long for another's last test.
     """
-    longest = ("test_docs", "test_benchmarks", "test_compiled", "test_finetune", "test_convert")
+    longest = ("test_bulk", "test_docs", "test_benchmarks", "test_native", "test_convert")
     for item in items:
         if {"smollm2_path", "either"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)

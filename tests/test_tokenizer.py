@@ -597,19 +597,19 @@ def test_a_run_short_of_the_cut_takes_no_longer_than_words(either):
 # --- there and back ------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text())
 def test_llama3_gives_any_text_back(llama3, text):
     assert llama3.decode(plain(llama3)(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text().map(without_absent))
 def test_smollm2_gives_any_text_back_whose_bytes_it_has(smollm, text):
     assert smollm.decode(plain(smollm)(text)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_decoding_in_pieces_gives_the_bytes_of_the_whole(either, data):
     ids = data.draw(st.lists(st.integers(0, either.n_words - 1), max_size=20))

@@ -66,7 +66,7 @@ numbers = st.floats(-1e4, 1e4, width=32).map(lambda value: value if abs(value) >
 
 
 @KINDS
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values=st.lists(numbers, min_size=32, max_size=32))
 def test_to_the_bit_as_gguf_whatever_the_values(kind, values):
     same_as_gguf(torch.tensor([values]), kind)

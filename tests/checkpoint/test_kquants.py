@@ -80,7 +80,7 @@ numbers = st.floats(-1e4, 1e4, width=32).map(lambda value: value if abs(value) >
 
 @same_arithmetic
 @KINDS
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(values=st.lists(numbers, min_size=1, max_size=256), fill=numbers)
 def test_to_the_bit_as_llama_cpp_whatever_the_values(kind, values, fill):
     x = torch.full((1, 256), fill)

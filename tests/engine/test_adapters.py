@@ -99,7 +99,7 @@ requests = st.lists(
 
 
 @pytest.mark.parametrize("pair", [kind for kind in BUILDS if kind != "plain"], indirect=True)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(requests, st.sampled_from([16, 512]))
 def test_answers_depend_on_the_requests_own_adapter(pair, drawn, budget):
     """Alone or together, in whatever chunks, and without one as if there were none: to the bit."""

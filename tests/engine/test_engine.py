@@ -82,14 +82,14 @@ limits = (st.sampled_from([256, 320, 1024]), st.integers(1, 64), st.integers(1, 
 
 
 @pytest.mark.parametrize("llama", ["kernels", "kernels-bf16-int8"], indirect=True)
-@settings(max_examples=SCHEDULES, deadline=None)
+@settings(max_examples=SCHEDULES)
 @given(schedules, *limits)
 def test_any_schedule_gives_each_request_its_own_answer(llama, plan, cache, chunk, rows):
     follow(llama, plan, cache, chunk, rows)
 
 
 @pytest.mark.parametrize("llama", ["plain"], indirect=True)
-@settings(max_examples=SCHEDULES // 8, deadline=None)
+@settings(max_examples=SCHEDULES // 8)
 @given(schedules, *limits)
 def test_any_schedule_on_the_plain_layers(llama, plan, cache, chunk, rows):
     follow(llama, plan, cache, chunk, rows)

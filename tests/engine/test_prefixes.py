@@ -188,7 +188,7 @@ def test_common_prefixes():
     assert list(common_prefixes([[*a, 5], [*a, 6, *b], [*a, 6, *b, 1]])) == [a, [*a, 6, *b][:-1]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS, st.integers(1, 4))
 def test_common_prefixes_are_prefixes_of_several_prompts(texts, least):
     with pytest.MonkeyPatch.context() as patch:

@@ -74,7 +74,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(requests, st.integers(8, 20), st.integers(1, 64), st.integers(1, 6))
 def test_any_schedule_ends_with_each_row_as_alone(requests, blocks, max_tokens, max_rows):
     scheduler = Scheduler(Blocks(blocks + 1, SIZE), max_tokens=max_tokens, max_rows=max_rows)

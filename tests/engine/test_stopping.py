@@ -49,7 +49,7 @@ def test_a_thousand_texts_and_stop_sets():
     assert 300 < stopped < 950
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab<|>", max_size=4), max_size=12),
     stops=st.lists(st.text(alphabet="ab<|>", min_size=1, max_size=4), max_size=3),

@@ -1000,7 +1000,7 @@ def test_hostile_contents_are_still_read_as_what_they_say(formats, hostile_strin
         assert ours.tokenizer.decode(ours.encode_dialog_prompt(dialog)) == rendered
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.text(st.sampled_from("<|>_/seotidhamrn:0{}%'\u200b ")) | st.sampled_from(NAMES),

@@ -74,7 +74,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(st.sampled_from(PARTS) | st.text(max_size=3), min_size=1, max_size=5).map("".join),
     st.lists(st.integers(0, 10_000), max_size=12),

@@ -430,7 +430,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map("".join))
 @example("[f(a=" + "9" * 5000 + ")]")
 @example('{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}")

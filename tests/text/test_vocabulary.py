@@ -387,7 +387,7 @@ def all_kinds(spm, llama3_tokenizer_path, smollm2_path, theirs, texts, tmp_path_
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_stream_adds_up_to_the_whole(all_kinds, data):
     """For any ids, sensible or not; and no piece ever takes back what came before."""
@@ -397,7 +397,7 @@ def test_a_stream_adds_up_to_the_whole(all_kinds, data):
     assert "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60))
 def test_a_stream_of_a_text_has_no_replacement_characters(all_kinds, text):
     for tokenizer in all_kinds:

@@ -109,7 +109,7 @@ def test_an_answer_without_an_end_of_its_own_is_refused(tokenizer):
 
 
 @given(text=st.text(min_size=1, max_size=300), length=st.integers(2, 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_token_of_a_text_is_asked_for_once(tokenizer, text, length):
     ids = tokenizer.encode(text, bos=True, eos=True)
     rows = text_examples(text, tokenizer, length)

@@ -79,7 +79,7 @@ SIDES = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIDES, SIDES, st.sampled_from([448, 560]), st.integers(1, 4))
 @example(1, 1, 560, 4)
 @example(3000, 200, 448, 4)
