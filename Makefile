@@ -47,6 +47,7 @@ bench: $(VENV)/installed-test  ## measure against transformers and llama.cpp, si
 
 soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's traffic, servers under load, machines that fail
 	$(BIN)/llama download smollm2
+	LLAMA_THOROUGH=1 $(BIN)/python -m pytest
 	LLAMA_SIMULATED_REQUESTS=100000 $(BIN)/python -m pytest -n 0 -s tests/engine/test_simulation.py
 	LLAMA_LOAD_SECONDS=150 LLAMA_MUTATIONS=1000 LLAMA_CONNECTIONS=10000 \
 		$(BIN)/python -m pytest -n 0 -s tests/server/test_hostile_clients.py

@@ -48,6 +48,7 @@ hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
+THOROUGH = bool(os.environ.get("LLAMA_THOROUGH"))  # `make soak`: more texts, seeds and shapes
 
 # Grouped-query attention, heads that 1, 2, 4 and 8 ranks can share, a width that isn't Meta's rule.
 TINY = ModelArgs(
