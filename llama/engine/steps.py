@@ -1,6 +1,6 @@
 """A step: what a plan says, computed, to the logits of those that are ready for a token."""
 
-from typing import Any, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 
@@ -76,7 +76,7 @@ def _logits(model: Transformer, ends: List[Tuple[Part, Scheduled]], h: torch.Ten
         logits = model.logits(h) if len(h) else h
         return [part for part, _ in ends], logits, logits
     plain: List[Part] = []
-    guided: List[Part] = []
+    guided: Dict[Part, None] = {}  # in order
     states: List[torch.Tensor] = []  # of plain parts
     at = 0
     for part, sequence in ends:
@@ -86,7 +86,8 @@ def _logits(model: Transformer, ends: List[Tuple[Part, Scheduled]], h: torch.Ten
             states.append(h[at:stop])
         else:  # ready once both sequences are
             part.ready[sequence.extra] = h[at:stop]
-            guided += [part] if len(part.ready) == 2 else []
+            if len(part.ready) == 2:  # also where one was ready before both were preempted
+                guided[part] = None
         at = stop
     if not plain and not guided:
         return [], h, h
@@ -99,7 +100,7 @@ def _logits(model: Transformer, ends: List[Tuple[Part, Scheduled]], h: torch.Ten
         part.ready = {}
     scales = [part.row.params.guidance_scale for part in guided]
     logits = torch.cat([own[:n], guide(own[n:], negative, scales)])
-    return plain + guided, own, logits
+    return [*plain, *guided], own, logits
 
 
 def _score(model: Transformer, part: Part, begin: int, h: torch.Tensor) -> None:

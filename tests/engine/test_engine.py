@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from conftest import TINY, random_weights, write_byte_tokenizer, write_checkpoint
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
@@ -81,8 +81,17 @@ SCHEDULES = int(os.environ.get("LLAMA_SCHEDULES", 100))  # `make soak` takes mor
 limits = (st.sampled_from([256, 320, 1024]), st.integers(1, 64), st.integers(1, 8))
 
 
+# Of a guided request one sequence is ready, and then both are preempted.
+PREEMPTED = [
+    (2, 59, 1, False, 1, "plain", 1, 40), (0, 64, 2, False, 3, "plain", 0, 40),
+    (2, 60, 6, False, 2, "guided", 0, 40), (0, 32, 3, False, 2, "plain", 0, 40),
+    (0, 33, 1, False, 1, "guided", 0, 40),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("llama", ["kernels", "kernels-bf16-int8"], indirect=True)
 @settings(max_examples=SCHEDULES)
+@example(PREEMPTED, 256, 43, 3)
 @given(schedules, *limits)
 def test_any_schedule_gives_each_request_its_own_answer(llama, plan, cache, chunk, rows):
     follow(llama, plan, cache, chunk, rows)
