@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import THOROUGH
 
 from llama import Llama, SamplingParams
 from llama.engine.beam import beam_search
@@ -51,7 +52,7 @@ def test_beams_are_transformers(smollm2, peer, prompts, options):
     """All of them, in their order, with their scores; a full stop ends an answer here."""
     n = options["num_beams"]
     ends = {*smollm2.tokenizer.stop_tokens, *smollm2.tokenizer.encode(".", bos=False, eos=False)}
-    for prompt in prompts if n == 4 else prompts[:3]:
+    for prompt in prompts[: len(prompts) if THOROUGH else 2]:
         expected, found = theirs(
             peer, prompt, ends, max_new_tokens=10, num_return_sequences=n, **options
         )
@@ -88,7 +89,7 @@ def test_beam_search_of_texts(tiny):
             tiny.beam_search(["ab"], **options)
 
 
-@pytest.mark.parametrize("negative, count", [(None, 4), ("A boring text:", 2)])
+@pytest.mark.parametrize("negative, count", [(None, 4 if THOROUGH else 2), ("A boring text:", 2)])
 def test_guidance_is_transformers(smollm2, peer, prompts, negative, count):
     prompts = prompts[:count]
     ids = negative and smollm2.tokenizer.encode(negative, bos=False, eos=False)

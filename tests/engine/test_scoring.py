@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 import pytest
 import torch
 import xllamacpp
-from conftest import ROOT, TINY, random_weights
+from conftest import ROOT, THOROUGH, TINY, random_weights
 from test_model import to_hugging_face
 
 from llama import Llama
@@ -266,7 +266,9 @@ def llama_cpp_logprobs(path, ids, start):
     return logprobs
 
 
-@pytest.mark.parametrize("weights, context, bound", [("F32", 128, 2e-3), ("Q4_1", 512, 1e-2)])
+@pytest.mark.parametrize(
+    "weights, context, bound", [("F32", 128, 2e-3), ("Q4_1", 512 if THOROUGH else 256, 1e-2)]
+)
 def test_perplexity_is_llama_cpps(smollm2, smollm2_path, tmp_path, parity, weights, context, bound):
     """With its convention, on the same file. On quantized weights it rounds activations, too."""
     path = smollm2_path
