@@ -1,4 +1,5 @@
-// A product of kernels.cpp as a program, which an emulator of another processor can run.
+// The kernels and all block types, compiled at once: a library for other instructions that this
+// processor has; a product as a program, which an emulator of another processor can run.
 //
 //     other_processor KIND ROWS COLS TOKENS BYTES
 //
@@ -15,8 +16,10 @@ template <int... ALL> void add_types(std::integer_sequence<int, ALL...>) {
     (add_type(ALL, &FUNCTIONS<ALL>), ...);
 }
 
+extern "C" void add_all_types() { add_types(std::make_integer_sequence<int, KINDS>()); }
+
 int main(int, char **given) {
-    add_types(std::make_integer_sequence<int, KINDS>());
+    add_all_types();
     const int kind = atoi(given[1]), rows = atoi(given[2]), cols = atoi(given[3]);
     const int tokens = atoi(given[4]), size = atoi(given[5]), all = (rows + 15) / 16 * 16;
     std::vector<uint8_t> stored(size), packed(size_t(size) / rows * all + 8192);
