@@ -67,7 +67,9 @@ class Transformers:
 
         torch.set_num_threads(threads)
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
+        how: Any
+        where, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+        model = LlamaForCausalLM.from_pretrained(where, dtype=kind, **how)
         self._model: Any = model.eval()
         self._model.generation_config.eos_token_id = None  # nothing ends a row early
 

@@ -107,6 +107,7 @@ def free_port() -> int:
 
 def add_node(cluster, **options: object) -> None:
     """With one processor. Ray's own limit of 30 s may be too short for a busy machine."""
+    options |= {"include_log_monitor": False, "no_monitor": True}  # a Python less each
     for left in (2, 1, 0):
         try:
             cluster.add_node(num_cpus=1, object_store_memory=200_000_000, **options)
