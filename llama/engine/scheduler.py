@@ -245,13 +245,14 @@ class Scheduler:
     def _is_about_to_be_known(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing what this one begins with."""
         tokens = sequence.tokens[: sequence.reusable]
+        last = len(sequence.tokens) - 1  # whose hidden state is needed
         for other in self.running if tokens else ():
             if (
-                other.remaining
+                other.computed < last
+                and other.remaining
                 and other.adapter == sequence.adapter
                 and other.tokens[:HELD] == tokens[:HELD]
             ):
-                last = len(sequence.tokens) - 1  # whose hidden state is needed
                 shared = common_length(tokens[:last], other.tokens)
                 match = self.blocks.match(tokens, sequence.adapter)
                 known = min(match.positions, last)
