@@ -52,6 +52,7 @@ soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's t
 	LLAMA_LOAD_SECONDS=150 LLAMA_MUTATIONS=1000 LLAMA_CONNECTIONS=10000 \
 		$(BIN)/python -m pytest -n 0 -s tests/server/test_hostile_clients.py
 	LLAMA_OTHER_PROCESSORS=-O3 $(BIN)/python -m pytest -n 0 tests/backends/test_native.py -k processors
+	LLAMA_LAYERS=30 $(BIN)/python -m pytest -n 0 tests/checkpoint/test_convert.py
 	LLAMA_MUTATIONS=200 $(BIN)/python -m pytest tests/checkpoint/test_schemes.py
 	LLAMA_SCHEDULES=2000 LLAMA_REQUESTS=10000 $(BIN)/python -m pytest tests/engine/test_engine.py tests/engine/test_scheduler.py
 	LLAMA_IMAGES=5000 $(BIN)/python -m pytest -n 0 tests/vision/test_vision_images.py
