@@ -105,7 +105,7 @@ VISION = "checkpoints/Llama-3.2-11B-Vision-Instruct"
 SEEN = [command for command in COMMANDS.values() if VISION in command]
 ELSEWHERE |= dict.fromkeys(SEEN, "test_vision, on a tiny model")
 TUNED = [command for command in COMMANDS.values() if "runs/lighthouse" in command]
-ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for two steps")
+ELSEWHERE |= dict.fromkeys(TUNED, "test_finetuning, for a step")
 ELSEWHERE = {spelled(command): how for command, how in ELSEWHERE.items()}
 QUIET = (" > checkpoints/", " --output ", " plot ")  # what these print goes into a file
 
@@ -159,11 +159,11 @@ def test_finetuning(smollm2_path, tmp_path):
     learn, *then = TUNED
     data = "datasets/lighthouse.jsonl"
     few = tmp_path / "few.jsonl"
-    few.write_text("".join((ROOT / data).read_text().splitlines(keepends=True)[:10]))
+    few.write_text("".join((ROOT / data).read_text().splitlines(keepends=True)[:5]))
     learn = learn.replace("runs/lighthouse", str(tmp_path)).replace(data, str(few))
-    done = run(learn + " --held_out 2 --epochs 1")
+    done = run(learn + " --held_out 1 --epochs 1")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 examples to learn from, 2 held out, 2 steps" in done.stderr
+    assert "4 examples to learn from, 1 held out, 1 steps" in done.stderr
     assert then
     for command in then:
         done = run(command.replace("runs/lighthouse", str(tmp_path)))
