@@ -60,7 +60,7 @@ soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's t
 	LLAMA_BATCH_LINES=2000 $(BIN)/python -m pytest -n 0 tests/apps/test_batch.py tests/ray/test_bulk.py
 	LLAMA_RAY_NODES=2 $(BIN)/python -m pytest -n 0 tests/server/test_replicas.py tests/server/test_openai_sdk.py
 	LLAMA_KILLS=200 $(BIN)/python -m pytest -n 0 -k random_moments tests/apps/test_complete.py
-	LLAMA_ALL_LAYERS=1 $(BIN)/python -m pytest -n 0 -k test_python tests/test_docs.py
+	LLAMA_ALL_LAYERS=1 $(BIN)/python -m pytest -n 0 tests/test_docs.py tests/apps/test_evaluation.py
 	LLAMA_PEER_DECODES=1 $(BIN)/python -m pytest -n 0 tests/test_benchmarks.py
 	LLAMA_TRAINING=1 $(BIN)/python -m pytest -n 0 tests/training/test_devices.py
 

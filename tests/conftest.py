@@ -37,8 +37,8 @@ import torch
 from filelock import FileLock
 from namespaces import INTERFACE, Node
 
-from llama import Llama, ModelArgs, Transformer, checkpoint
-from llama.checkpoint import InMemory, meta, weight_shapes
+from llama import Llama, ModelArgs, Tokenizer, Transformer, checkpoint
+from llama.checkpoint import InMemory, gguf, meta, weight_shapes
 from llama.checkpoint.convert import convert
 from llama.families.registry import build
 from llama.layers import parallel
@@ -262,6 +262,22 @@ def smollm2_plain(smollm2_path) -> Llama:
 def smollm2_hf(smollm2_path) -> Path:
     """The real model in Hugging Face's format, fp32."""
     return shared("hf", lambda path: convert(smollm2_path, path, "hf", quiet=True))
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2_path) -> Path:
+    """A directory with the real model's first two layers, or with `LLAMA_ALL_LAYERS` all."""
+    if os.environ.get("LLAMA_ALL_LAYERS"):
+        return smollm2_path.parent
+
+    def make(path: Path) -> None:
+        whole, tokenizer = checkpoint.open(smollm2_path), Tokenizer(str(smollm2_path))
+        args = replace(whole.args, n_layers=2)
+        weights = {n: whole.read(n, 0, 0, shape[0]) for n, shape in weight_shapes(args).items()}
+        path.mkdir()
+        gguf.write(InMemory(args, weights), path / smollm2_path.name, tokenizer=tokenizer)
+
+    return shared("shallow", make)
 
 
 @pytest.fixture(scope="session")

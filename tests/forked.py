@@ -76,7 +76,10 @@ def be_program(job: dict, streams: list) -> int:
 
 def serve(address: str, owner: int) -> None:
     """Fork a process for each client, until the owner's process has ended."""
-    for name in ("llama.apps.completion", "llama.server.main", "torch.distributed.run"):
+    for name in (
+        "llama.apps.completion", "llama.server.main", "llama.training.run", "torch._dynamo",
+        "torch.distributed.run", "gguf", "matplotlib.figure",
+    ):  # fmt: skip
         importlib.import_module(name)
     import psutil
 

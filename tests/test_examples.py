@@ -4,7 +4,6 @@ import inspect
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, forked_python, torchrun, write_checkpoint
@@ -24,7 +23,7 @@ def run(*command, timeout=300):
 
 def test_chat_under_torchrun_says_paris(smollm2_path):
     done = run(
-        Path(sys.executable).parent / "torchrun", "--nproc_per_node", "1",
+        *torchrun(), "--nproc_per_node", "1",
         "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
         "--max_gen_len", "24", "--temperature", "0.6", "--max_seq_len", "512",
     )  # fmt: skip
@@ -135,6 +134,7 @@ def test_metas_own_script_runs_unchanged(smollm2_path):
 )
 def test_notebooks_run_from_top_to_bottom(smollm2_path, tmp_path, name, says, images):
     import nbformat
+    from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -142,8 +142,10 @@ def test_notebooks_run_from_top_to_bottom(smollm2_path, tmp_path, name, says, im
         path = str(write_checkpoint(tmp_path / "vision", TINY_VISION))
         for cell in notebook.cells:
             cell.source = cell.source.replace("checkpoints/Llama-3.2-11B-Vision-Instruct", path)
+    kernel = AsyncKernelManager(kernel_name="python3")
+    kernel.kernel_spec.argv[:1] = forked_python()
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+        notebook, kernel, timeout=300, resources={"metadata": {"path": str(ROOT)}}
     ).execute()
     outputs = [
         output

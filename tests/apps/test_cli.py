@@ -15,6 +15,7 @@ import torch
 from conftest import (
     ROOT,
     TINY,
+    forked_python,
     llama_command,
     random_weights,
     torchrun,
@@ -483,15 +484,18 @@ def test_inspect_says_what_is_wrong(tmp_path):
     assert "n_layers = 3" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir):
+def test_what_is_optional_is_missed_only_where_it_is_used(tiny_dir, tmp_path):
     """Without an editor and the extra [eval], help and a chat in a pipe work; eval names it."""
-    code = (
-        "import sys; sys.modules.update(lm_eval=None, prompt_toolkit=None)\n"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; lacking = {'lm_eval': None, 'prompt_toolkit': None}\n"
+        "assert not sys.modules.keys() & lacking\n"
+        "sys.modules.update(lacking)\n"
         "from llama.apps.cli import main; sys.exit(main())"
     )
 
     def run(*arguments):
-        command = [sys.executable, "-c", code, *map(str, arguments)]
+        command = [*forked_python(), *map(str, (script, *arguments))]
         return subprocess.run(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
         )

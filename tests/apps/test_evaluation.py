@@ -10,14 +10,16 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import lm_eval
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama import Llama
 from llama.apps import cli
 from llama.apps.evaluation import HarnessModel
+from llama.checkpoint.convert import convert
 from llama.engine.scoring import Span, score_spans
 
 DOCS = [
@@ -157,14 +159,15 @@ def test_sampling_is_passed_on(tiny, monkeypatch):
     assert given == {"stop": ["\n"], "max_gen_len": 5, "temperature": 0.7, "top_p": 0.5}
 
 
-def test_the_harness_own_model_gives_the_same(smollm2_path, smollm2_hf, smollm2_transformers):
-    """Ours from GGUF, transformers through HFLM from the same weights; the demo model, fp32."""
+def test_the_harness_own_model_gives_the_same(shallow, tmp_path):
+    """Ours from GGUF, transformers through HFLM from the same weights; two layers, fp32."""
+    hf = convert(shallow, tmp_path / "hf", "hf", quiet=True)
     theirs = HFLM(
-        pretrained=smollm2_transformers, tokenizer=AutoTokenizer.from_pretrained(smollm2_hf),
-        max_length=48, batch_size=2,
+        pretrained=LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(hf), max_length=48, batch_size=2,
     )  # fmt: skip
     llama = Llama.build(
-        smollm2_path, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32", quantize="dense"
+        shallow, max_seq_len=48, max_batch_size=2, device="cpu", dtype="fp32", quantize="dense"
     )
     ours = HarnessModel(llama)
     assert (ours.prefix_token_id, ours.eot_token_id) == (

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pexpect
 import pytest
-from conftest import ROOT, llama_command
+from conftest import ROOT, forked_python, llama_command, torchrun
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -401,15 +401,17 @@ def test_answers_are_rendered_whole(keys):
     assert printable("\x1b[2J\x9b2J\r\n\ta\x07") == "�[2J�2J\n\ta�"
 
 
-def test_pipes_get_plain_text():
-    code = (
+def test_pipes_get_plain_text(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path += {PATHS.split(':')}\n"
         "from test_repl import FakeLlama; from llama.apps import repl, terminal\n"
         "repl.talk(repl.Session(FakeLlama()), terminal.pick_terminal())"
     )
     lines = "Hi\nof two \\\nlines\n/nope\n/undo\n\nlast"
     done = subprocess.run(
-        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=60,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": PATHS},
+        [*forked_python(), str(script)], input=lines, capture_output=True, text=True, timeout=60,
+        cwd=ROOT,
     )  # fmt: skip
     assert done.stdout == "one two \none two \ntaken back: of two \nlines\none two \n"
     assert done.stderr.startswith("no command /nope") and done.returncode == 0
@@ -528,7 +530,7 @@ DEMO = str(ROOT / "checkpoints" / "SmolLM2-135M-Instruct")
 PROMPT = r"\?2004h"  # prompt_toolkit asks for pasted text to be marked
 
 
-def start(tmp_path, *launcher, max_gen_len=200):
+def start(tmp_path, command=(sys.executable,), max_gen_len=200):
     script = tmp_path / "script.py"
     script.write_text(
         "from llama.apps.cli import parse\n"
@@ -539,7 +541,7 @@ def start(tmp_path, *launcher, max_gen_len=200):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
     child = pexpect.spawn(
-        sys.executable, [*launcher, str(script)], env=environment, cwd=str(tmp_path), timeout=60,
+        command[0], [*command[1:], str(script)], env=environment, cwd=str(tmp_path), timeout=60,
         encoding="utf-8", dimensions=(24, 200),
     )  # fmt: skip
     child.expect(PROMPT)
@@ -608,9 +610,7 @@ def test_a_second_turn_is_the_same_with_what_the_first_left(smollm2_path):
 @pytest.mark.slow
 def test_a_conversation_on_three_ranks(tmp_path):
     """torchrun is in the foreground: as a signal, Ctrl-C would end it and all ranks."""
-    child = start(
-        tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"
-    )  # fmt: skip
+    child = start(tmp_path, torchrun(3, [sys.executable]))
     tell(child, "word " * 300, "max_seq_len is 256")
     child.send("Tell me a very long story about a lighthouse.\r")
     child.expect("The story of")

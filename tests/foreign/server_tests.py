@@ -91,7 +91,7 @@ def run(options: List[str]) -> int:
         command = f"-m pytest -p serving -p no:cacheprovider --rootdir {tests} -q --tb short"
         return subprocess.run(
             [sys.executable, *command.split(), *options], cwd=tests,
-            env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [HERE, *HERE.parents[:2]]))},
         ).returncode  # fmt: skip
 
 

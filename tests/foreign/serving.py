@@ -5,6 +5,7 @@ A server is kept for as long as the tests ask for the same options; starting one
 
 import atexit
 import fnmatch
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, List, Optional
 
+import forked
 import pytest
 
 from llama import Tokenizer
@@ -59,7 +61,8 @@ class Serving:
         server.server_port = self.port
 
     def launch(self, options: List[str]) -> None:
-        command = [sys.executable, "-m", "llama", "serve", str(MODEL), "--port=0", *options]
+        python = forked.PYTHON if forked.ADDRESS in os.environ else [sys.executable]
+        command = [*python, "-m", "llama", "serve", str(MODEL), "--port=0", *options]
         log = Path(self.folder.name) / "log"
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)

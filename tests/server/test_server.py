@@ -64,7 +64,7 @@ def test_an_answer_under_load_is_that_of_chat_completion(server, smollm2):
             others = [
                 client.post(
                     "/v1/completions",
-                    json={"prompt": f"{i} " + "word " * (2 * i), "max_tokens": 8 + i, "seed": i},
+                    json={"prompt": f"{i} " + "word " * i, "max_tokens": 8 + i // 2, "seed": i},
                 )
                 for i in range(31)
             ]
