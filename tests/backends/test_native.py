@@ -342,7 +342,7 @@ def in_a_process(tmp_path, code: str, **environment: str) -> subprocess.Complete
     (tmp_path / "code.py").write_text(code)
     return subprocess.run(
         [*forked_python(), str(tmp_path / "code.py")], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}, timeout=300,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}, timeout=600,
     )  # fmt: skip
 
 
