@@ -51,17 +51,12 @@ soak: $(VENV)/installed-test  ## hours: thousands of random schedules, a day's t
 	LLAMA_SIMULATED_REQUESTS=100000 $(BIN)/python -m pytest -n 0 -s tests/engine/test_simulation.py
 	LLAMA_LOAD_SECONDS=150 LLAMA_MUTATIONS=1000 LLAMA_CONNECTIONS=10000 \
 		$(BIN)/python -m pytest -n 0 -s tests/server/test_hostile_clients.py
-	LLAMA_OTHER_PROCESSORS=-O3 $(BIN)/python -m pytest -n 0 tests/backends/test_native.py -k processors
-	LLAMA_LAYERS=30 $(BIN)/python -m pytest -n 0 tests/checkpoint/test_convert.py
 	LLAMA_MUTATIONS=200 $(BIN)/python -m pytest tests/checkpoint/test_schemes.py
 	LLAMA_SCHEDULES=2000 LLAMA_REQUESTS=10000 $(BIN)/python -m pytest tests/engine/test_engine.py tests/engine/test_scheduler.py
 	LLAMA_IMAGES=5000 $(BIN)/python -m pytest -n 0 tests/vision/test_vision_images.py
 	LLAMA_NODE_STARTS=10 $(BIN)/python -m pytest -n 0 -s tests/test_nodes.py
 	LLAMA_BATCH_LINES=2000 $(BIN)/python -m pytest -n 0 tests/apps/test_batch.py tests/ray/test_bulk.py
 	LLAMA_RAY_NODES=2 $(BIN)/python -m pytest -n 0 tests/server/test_replicas.py tests/server/test_openai_sdk.py
-	LLAMA_KILLS=200 $(BIN)/python -m pytest -n 0 -k random_moments tests/apps/test_complete.py
-	LLAMA_ALL_LAYERS=1 $(BIN)/python -m pytest -n 0 tests/test_docs.py tests/apps/test_evaluation.py
-	LLAMA_PEER_DECODES=1 $(BIN)/python -m pytest -n 0 tests/test_benchmarks.py
 	LLAMA_TRAINING=1 $(BIN)/python -m pytest -n 0 tests/training/test_devices.py
 
 foreign: $(VENV)/installed-test  ## llama.cpp's tests of its server and other projects' clients, against ours

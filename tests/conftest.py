@@ -85,22 +85,22 @@ def shared(name: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def pytest_collection_modifyitems(items):
-    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model.
+# Files that take longest. A worker takes a file at a time, these first, so that at the end none
+# waits long for another's.
+LONGEST = (
+    "test_docs", "test_bulk", "test_native", "test_compiled", "test_convert", "test_flax_model",
+    "test_nodes", "test_server", "test_page", "test_examples", "test_benchmarks", "test_package",
+    "test_openai_sdk", "test_hostile_clients", "test_finetune", "test_repl", "test_devices",
+)  # fmt: skip
 
-    Those come first, and of them the files with the longest tests, so that at the end no worker
-    waits long for another's last test.
-    """
-    longest = ("test_bulk", "test_docs", "test_benchmarks", "test_native", "test_convert")
+
+def pytest_collection_modifyitems(items):
+    """`slow` is what `make check` leaves out: what is marked so, and what needs the real model."""
     for item in items:
         if {"smollm2_path", "either"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
-    items.sort(
-        key=lambda item: (
-            item.get_closest_marker("slow") is None,
-            item.path.stem not in longest,
-        )
-    )
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def forked_python() -> List[str]:
@@ -266,8 +266,8 @@ def smollm2_hf(smollm2_path) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow(smollm2_path) -> Path:
-    """A directory with the real model's first two layers, or with `LLAMA_ALL_LAYERS` all."""
-    if os.environ.get("LLAMA_ALL_LAYERS"):
+    """A directory with the real model's first two layers; in `make soak`, all of them."""
+    if THOROUGH:
         return smollm2_path.parent
 
     def make(path: Path) -> None:

@@ -1,17 +1,16 @@
 """The benchmark's parts work and compare equal work; figures are for people, not for tests.
 
-transformers takes half a minute to decode a GGUF file: it does with `LLAMA_PEER_DECODES`, which
-`make soak` sets, and else reads the same weights in Hugging Face's format.
+transformers takes half a minute to decode a GGUF file: it does in `make soak`, and else
+reads the same weights in Hugging Face's format.
 """
 
 import json
 import math
-import os
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, TINY, write_checkpoint
+from conftest import ROOT, THOROUGH, TINY, write_checkpoint
 
 from benchmarks import adapters, flax_speed, loading, peers, planning, savings
 from benchmarks.sides import Side
@@ -58,7 +57,7 @@ def test_sides_take_turns_in_new_processes():
 @pytest.fixture(scope="module")
 def answers(smollm2_path, smollm2_hf):
     """What each side makes of three prompts: (label, seconds and tokens)."""
-    theirs = smollm2_path if os.environ.get("LLAMA_PEER_DECODES") else smollm2_hf
+    theirs = smollm2_path if THOROUGH else smollm2_hf
     found = {}
     for kind, dtype, path in (
         ("llama", "fp32", smollm2_path),

@@ -1,7 +1,6 @@
 """Every command in the README and the docs is run, and their Python too; the site builds.
 
-XLA takes long to compile a model: it gets two layers of the demo model, or all of them with
-`LLAMA_ALL_LAYERS`, which `make soak` sets.
+XLA takes long to compile a model: it gets two layers of the demo model, or all in `make soak`.
 """
 
 import os

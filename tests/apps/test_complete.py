@@ -1,7 +1,4 @@
-"""`llama complete`: prompts from anywhere, shots, and files of prompts that survive any kill.
-
-`LLAMA_KILLS` is how many; `make soak` sets more.
-"""
+"""`llama complete`: prompts from anywhere, shots, and files of prompts that survive any kill."""
 
 import io
 import json
@@ -13,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, forked_python, torchrun, write_checkpoint
+from conftest import ROOT, THOROUGH, TINY, forked_python, torchrun, write_checkpoint
 from cyclopts import CycloptsError
 
 from llama import Llama, Transformer
@@ -21,7 +18,7 @@ from llama.apps import cli
 from llama.text.few_shot import TEMPLATE, FewShot, read_shots
 from llama.text.files import Results
 
-KILLS = int(os.environ.get("LLAMA_KILLS", 6))
+KILLS = 100 if THOROUGH else 6
 CPU = {"device": "cpu", "dtype": "fp32", "max_seq_len": 128}
 
 

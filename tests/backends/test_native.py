@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
+    THOROUGH,
     TINY,
     forked_python,
     random_model,
@@ -377,7 +378,7 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
 
 # How it is compiled, and what is multiplied: whole products are the native ones'. `make soak` does
 # what users' processors do.
-OTHERS = os.environ.get("LLAMA_OTHER_PROCESSORS", "-O0")
+OTHERS = "-O3" if THOROUGH else "-O0"
 
 
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "plain"])

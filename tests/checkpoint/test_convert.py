@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 import xllamacpp
-from conftest import ROOT, TINY, random_weights, shared, write_byte_tokenizer
+from conftest import ROOT, THOROUGH, TINY, random_weights, shared, write_byte_tokenizer
 from test_tokenizer import glued_tokens, random_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
@@ -229,7 +228,7 @@ def test_tied_weights_have_both_names_and_one_place_in_metas_files(tmp_path):
 
 
 RING = ("meta of 3", "hf", "gguf", "meta")
-LAYERS = int(os.environ.get("LLAMA_LAYERS", 6))  # of its 30, which `make soak` takes
+LAYERS = 30 if THOROUGH else 6  # of its 30
 
 
 @pytest.fixture(scope="module")
