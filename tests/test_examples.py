@@ -4,6 +4,7 @@ import inspect
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, forked_python, torchrun, write_checkpoint
@@ -22,8 +23,9 @@ def run(*command, timeout=300):
 
 
 def test_chat_under_torchrun_says_paris(smollm2_path):
+    """As users start it: torchrun itself."""
     done = run(
-        *torchrun(), "--nproc_per_node", "1",
+        Path(sys.executable).parent / "torchrun", "--nproc_per_node", "1",
         "example_chat_completion.py", "--ckpt_dir", "checkpoints/SmolLM2-135M-Instruct",
         "--max_gen_len", "24", "--temperature", "0.6", "--max_seq_len", "512",
     )  # fmt: skip
