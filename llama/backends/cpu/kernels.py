@@ -209,16 +209,14 @@ def library() -> ctypes.CDLL:
     return found
 
 
-_added: set[str] = set()
-
-
 def add_types(kinds: Iterable[str] = KINDS) -> None:
     """Load the products of these block types. Compiled on first use, side by side.
 
     Raises:
         ValueError: as `library` does.
     """
-    add, wanted = library().add_type, sorted(set(kinds) - _added)
+    wanted = sorted(set(kinds))
+    library()
     missing = [kind for kind in wanted if not _library(f"-{kind}").exists()]
     if missing:
         what = f"the CPU kernels for {', '.join(missing)} (once)"
@@ -226,10 +224,14 @@ def add_types(kinds: Iterable[str] = KINDS) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_compile_type, missing))
     for kind in wanted:
-        products = ctypes.CDLL(str(_library(f"-{kind}")))
-        products.functions.restype = Pointer
-        add(KINDS.index(kind), products.functions())
-        _added.add(kind)
+        _add_type(kind)
+
+
+@lru_cache
+def _add_type(kind: str) -> None:
+    products = ctypes.CDLL(str(_library(f"-{kind}")))
+    products.functions.restype = Pointer
+    library().add_type(KINDS.index(kind), products.functions())
 
 
 def _compile_type(kind: str) -> None:
