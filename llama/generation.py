@@ -1,18 +1,7 @@
 """Llama: a model with its tokenizer and chat format. Meta's API, and additions to it."""
 
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Iterator,
-    List,
-    Literal,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Unpack,
-)  # fmt: skip
+from typing import Any, Callable, Iterator, Literal, Mapping, Optional, Sequence, Unpack
 
 import torch
 
@@ -24,7 +13,7 @@ from llama.checkpoint.adapter import read_adapter
 from llama.engine import embeddings, scoring
 from llama.engine.async_engine import AsyncEngine
 from llama.engine.beam import BeamPrediction, beam_predictions
-from llama.engine.calls import Calls
+from llama.engine.calls import Calls, check_trained
 from llama.engine.engine import Engine
 from llama.engine.events import prediction
 from llama.engine.predictions import ChatPrediction, CompletionPrediction, Event, with_calls
@@ -35,16 +24,14 @@ from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.seeing import tiles_of_dialogs
 from llama.engine.structured import call_format
-from llama.layers import low_rank, parallel
+from llama.layers import low_rank
 from llama.model import Transformer
 from llama.text.chat import (
     PLAIN,
-    ChatFormat,
     Format,
     PromptOptions,
     encode_parts,
     read_calls,
-    warn_of_base_model,
 )
 from llama.text.context import encode_dialogs, without
 from llama.text.messages import Answer
@@ -127,7 +114,7 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         **options: Unpack[Options],
-    ) -> Tuple[List[List[int]], Optional[List[List[float]]]]:
+    ) -> tuple[list[list[int]], Optional[list[list[float]]]]:
         """Continue prompts of token ids, which may differ in length.
 
         Args:
@@ -161,7 +148,7 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         **options: Unpack[Options],
-    ) -> List[CompletionPrediction]:
+    ) -> list[CompletionPrediction]:
         """Continue texts. See `generate` for the arguments and errors, and `Options`.
 
         Args:
@@ -207,7 +194,7 @@ class Llama:
         max_gen_len: Optional[int] = None,
         logprobs: bool = False,
         **options: Unpack[ChatOptions],
-    ) -> List[ChatPrediction]:
+    ) -> list[ChatPrediction]:
         """Answer dialogs, each a list of {"role": ..., "content": ...}; see `Message` for images
         and calls.
 
@@ -229,7 +216,7 @@ class Llama:
         request, left_out = self._make_chat(
             dialogs, temperature, top_p, max_gen_len, logprobs, **options
         )
-        predictions: List[ChatPrediction] = []
+        predictions: list[ChatPrediction] = []
         for row, found in zip(request.rows, self._calls.collect(request), strict=True):
             message: Answer = {"role": "assistant", "content": found.text}
             error = read_calls(message, tools) if tools else None
@@ -301,7 +288,7 @@ class Llama:
         adapters.add(self.model, name, read_adapter(remote.local_path(path), self.model.params))
 
     @property
-    def adapters(self) -> List[str]:
+    def adapters(self) -> list[str]:
         """The names of the adapters that were added."""
         return list(low_rank.names(self.model))
 
@@ -312,14 +299,14 @@ class Llama:
         max_gen_len: int,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
-    ) -> List[List[BeamPrediction]]:
+    ) -> list[list[BeamPrediction]]:
         """Per prompt up to num_beams continuations, the best first; see `llama.engine.beam`."""
         return beam_predictions(
             self._calls.plain, self._encode(prompts), max_gen_len, num_beams,
             length_penalty=length_penalty, early_stopping=early_stopping,
         )  # fmt: skip
 
-    def score(self, texts: Sequence[str], batch_size: int = 8) -> List[TextScore]:
+    def score(self, texts: Sequence[str], batch_size: int = 8) -> list[TextScore]:
         """The log-probability of each token of some texts; see `llama.engine.scoring.score`."""
         return scoring.score(self._calls.plain, texts, batch_size)
 
@@ -364,7 +351,7 @@ class Llama:
             raise ValueError("prefixes take memory: build with prefix_cache_mb, 1000 for example")
         return self.prefixes
 
-    def tiles_of(self, dialogs: Sequence[Sequence[Any]]) -> Optional[List[List[Tiles]]]:
+    def tiles_of(self, dialogs: Sequence[Sequence[Any]]) -> Optional[list[list[Tiles]]]:
         """The images of dialogs, for `generate`; see `llama.engine.seeing.tiles_of_dialogs`."""
         return tiles_of_dialogs(self.model, dialogs)
 
@@ -372,7 +359,7 @@ class Llama:
         """Put the images of dialogs, if there are any, into the options of the call."""
         options["images"] = self.tiles_of(dialogs) or options.get("images")
 
-    def _encode(self, prompts: Sequence[Prompt]) -> List[List[int]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: pass a list of texts")
         start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
@@ -385,7 +372,7 @@ class Llama:
         truncate: Optional[str],
         max_gen_len: Optional[int],
         options: PromptOptions = PLAIN,
-    ) -> Tuple[List[List[int]], List[List[Message]]]:
+    ) -> tuple[list[list[int]], list[list[Message]]]:
         """The ids of each dialog, and the messages dropped from it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
@@ -393,18 +380,8 @@ class Llama:
             self.formatter, dialogs, tools, truncate, max_gen_len, self.model.params.max_seq_len,
             options,
         )  # fmt: skip
-        self._check_trained()
+        check_trained(self.model, self.formatter)
         return found
-
-    def _check_trained(self) -> None:
-        """Warn of a base model; on all ranks, since each holds some of the embeddings."""
-        if isinstance(self.formatter, ChatFormat):
-            turns = self.formatter.turn_ids()
-            ids = torch.tensor([[*turns, *range(256)]], device=self.device)
-            with torch.inference_mode():
-                rows = self.model.tok_embeddings(ids)[0]
-            if parallel.is_rank_zero():
-                warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
 
     def _make_chat(
         self,
@@ -421,7 +398,7 @@ class Llama:
         continue_final_message: bool = False,
         template_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Unpack[Options],
-    ) -> Tuple[Request, List[List[Message]]]:
+    ) -> tuple[Request, list[list[Message]]]:
         """The request for dialogs, and the messages that truncation dropped from each."""
         options["response_format"] = call_format(tools, tool_choice, options, parallel_tool_calls)
         prompt = PromptOptions(None, continue_final_message, template_kwargs or {})

@@ -10,9 +10,11 @@ from llama.engine.events import Collected, collect
 from llama.engine.predictions import Event
 from llama.engine.requests import Request
 from llama.engine.rows import check_batch
+from llama.layers import parallel
 from llama.layers.cache import PASS
 from llama.layers.paged import PAGE, blocks_for
 from llama.model import Transformer
+from llama.text.chat import ChatFormat, Format, warn_of_base_model
 from llama.tokenizer import Tokenizer
 
 
@@ -83,3 +85,15 @@ class Calls:
             self._model, self._tokenizer, max_tokens_per_step=PASS, max_rows=args.max_batch_size,
             cache_tokens=blocks * PAGE, generator=self._generator, draft=self._draft,
         )  # fmt: skip
+
+
+def check_trained(model: Transformer, formatter: Format) -> None:
+    """Warn of a base model; on all ranks, since each holds some of the embeddings."""
+    if not isinstance(formatter, ChatFormat):
+        return
+    turns = formatter.turn_ids()
+    ids = torch.tensor([[*turns, *range(256)]], device=model.norm.weight.device)
+    with torch.inference_mode():
+        rows = model.tok_embeddings(ids)[0]
+    if parallel.is_rank_zero():
+        warn_of_base_model(rows[: len(turns)], rows[len(turns) :])
