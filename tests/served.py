@@ -33,6 +33,7 @@ class Served:
         self._thread.start()
         wait_for(lambda: self.find(r" at (http://\S+)/v1;") or process.poll() is not None)
         if process.poll() is not None:
+            self._thread.join(PATIENCE)  # it may not have read what was printed last
             raise RuntimeError("".join(self.lines))
         self.url = self.find(r" at (http://\S+)/v1;")[1]
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
