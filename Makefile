@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 ifeq ($(TORCH),cpu)
 INSTALL_TORCH := $(PIP) --index-url https://download.pytorch.org/whl/cpu torch
 else ifeq ($(TORCH),cuda)
-INSTALL_TORCH := $(PIP) --isolated torch  # whatever pip is configured to prefer
+# Whatever pip is configured to prefer. Certificates and proxies in the environment stay.
+INSTALL_TORCH := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null $(PIP) torch
 else ifneq ($(TORCH),)
 $(error TORCH=$(TORCH): choose cpu or cuda)
 endif
