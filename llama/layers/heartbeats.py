@@ -55,12 +55,14 @@ class Heartbeats:
         """Whom a collective waited for that failed; None for an error of this rank's own.
 
         A peer that was killed stands still only from then on: it takes a few heartbeats to see it.
+        Rank 0 waits for some more, since the store, in which the others look, ends with it.
         """
         waited_for = _collective(traceback.walk_tb(error.__traceback__))
         if waited_for is None or not isinstance(error, RuntimeError):
             return None
-        few, deadline = 2 * self._interval, time.monotonic() + self._timeout
-        while not (self._lost(2 * few, ended=True) or self._closed or time.monotonic() > deadline):
+        few, deadline = 4 * self._interval, time.monotonic() + self._timeout
+        wait = few if self._rank else 1.5 * few
+        while not (self._lost(wait, ended=True) or self._closed or time.monotonic() > deadline):
             time.sleep(self._interval)
         alive = "" if self._closed else "all ranks are alive, but one hasn't come in time"
         return self._message(self._lost(few, ended=True) or alive, waited_for)
