@@ -33,7 +33,6 @@ class Packed:
         raw = raw.contiguous()
         self.rows, self.cols = weight.shape
         self.data = data
-        kernels.add_types([self.kind])
         number = kernels.KINDS.index(self.kind)
         kernels.library().pack_rows(
             number, address(raw), self.rows, self.cols, address(data), torch.get_num_threads()
@@ -94,7 +93,7 @@ class Arena:
         return self._parts.pop(0)
 
     def pack(self, weight: torch.Tensor | Blocks) -> Packed:
-        """Pack the next of the weights that the arena was made for."""
+        """Pack the next of the weights that `arena_for` has made it for."""
         return Packed(weight, self.take())
 
 
