@@ -97,6 +97,12 @@ def llama4_ids(grid):
 def write_llama4_checkpoint(path: Path, args: Llama4Args = TINY_LLAMA4, mp: int = 1) -> Path:
     """A random checkpoint in Meta's format, with bytes and Llama 4's special tokens."""
     meta.write(InMemory(args, random_weights(args)), path, mp)
+    write_llama4_tokenizer(path)
+    return path
+
+
+def write_llama4_tokenizer(path: Path) -> Path:
+    """A tokenizer.json of bytes and Llama 4's special tokens in a directory; returns the file."""
     found = Tokenizer(write_byte_tokenizer(path / "tokenizer.model")).vocabulary
     (path / "tokenizer.model").unlink()
     names = {"bos_id": "begin_of_text", "eos_id": "end_of_text", "pad_id": "finetune_right_pad"}
@@ -104,8 +110,7 @@ def write_llama4_checkpoint(path: Path, args: Llama4Args = TINY_LLAMA4, mp: int 
     stops = {LLAMA4_TOKENS[f"<|{name}|>"] for name in ("end_of_text", "eot", "eom")}
     own = dict(special_tokens=LLAMA4_TOKENS, n_words=256 + len(LLAMA4_TOKENS), stop_tokens=stops)
     vocabulary = found._replace(pre="llama4", cuts=(None, 0), **own, **ids)
-    write_for_hugging_face(vocabulary, path)
-    return path
+    return write_for_hugging_face(vocabulary, path)
 
 
 def without_images(args: Llama4Args) -> Llama4Args:

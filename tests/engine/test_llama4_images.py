@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import run_ranks
 from PIL import Image
-from vision import LLAMA4_TOKENS, llama4_ids, llama4_tiles, write_llama4_checkpoint
+from vision import LLAMA4_TOKENS, PER_TILE, llama4_ids, llama4_tiles, write_llama4_checkpoint
 
 from llama import Llama
 from llama.engine.seeing import laid_out
+from llama.text import guard
 from llama.text.encoder import image_id
 from llama.vision.images import tile
 
@@ -161,6 +162,26 @@ def test_a_dialog_with_images_is_its_ids_and_its_tiles(llama):
     assert streamed == texts
     others = [[user(picture(9), "What?")], *DIALOGS[1:]]
     assert llama.chat_completion(others, **how)[0]["logprobs"] != logprobs[0]
+
+
+def test_speculation_reads_text_with_images_as_well(llama):
+    how = dict(OPTIONS, images=IMAGES, logprobs=False)
+    expected = llama.generate(ROWS, 24, **how)
+    assert llama.generate(ROWS, 24, speculate="lookup", **how) == expected
+
+
+def test_a_guard_judges_what_it_is_shown(path, monkeypatch):
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=4096)
+    asked, make = [], llama._calls.make
+    monkeypatch.setattr(
+        llama._calls, "make", lambda *a, **k: asked.append(made := make(*a, **k)) or made
+    )
+    monkeypatch.setattr(llama.tokenizer, "decode", lambda ids: "safe")
+    assert guard.classify(llama, [[user(picture(1), "How?")]]) == [guard.Verdict(True)]
+    [row] = asked[0].rows
+    assert len(row.image_places) == 5 * PER_TILE
+    with pytest.raises(ValueError, match="prompt 0 has 0 images, and 1 tokens for them"):
+        llama.generate([guard.prompt(llama.tokenizer, [{"type": "image", "image": b""}])], 1)
 
 
 @pytest.mark.slow

@@ -6,15 +6,26 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model, random_weights
-from vision import LLAMA4_TOKENS, TINY_LLAMA4, llama4_ids, llama4_tiles, without_images
+from safetensors.torch import load_file
+from vision import (
+    LLAMA4_TOKENS,
+    TINY_LLAMA4,
+    llama4_ids,
+    llama4_tiles,
+    without_images,
+    write_llama4_tokenizer,
+)
 
-from llama import checkpoint
+from llama import Tokenizer, checkpoint
 from llama.backends import cpu
 from llama.checkpoint import InMemory, gguf, huggingface, meta
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4_fusion import views
 from llama.families.llama4_vision import ImageArgs
 from llama.layers.paged import PAGE, PagedRows
+from llama.text.encoder import image_id
+from llama.text.llama4 import Llama4Format
+from llama.text.templates import TemplateFormat
 
 ARGS = TINY_LLAMA4
 GRIDS = [(1, 1), (1, 2), (3, 1), (4, 4)]
@@ -97,6 +108,28 @@ def test_features_are_metas_and_transformers(grid, model, metas, peer):
 
 
 @torch.inference_mode()
+def test_features_of_the_released_widths_are_transformers(tmp_path):
+    """A layer of them; head_dim is 88, of which RoPE turns 22 pairs by each direction."""
+    from transformers import Llama4VisionConfig, Llama4VisionModel
+
+    args = replace(
+        ARGS, vision_layers=1, vision_width=1408, vision_heads=16, vision_output=256,
+        vision_chunk_size=336,
+    )  # fmt: skip
+    path = huggingface.write(InMemory(args, random_weights(args)), tmp_path / "hf")
+    config = json.loads((path / "config.json").read_text())["vision_config"]
+    peer = Llama4VisionModel(Llama4VisionConfig(**config)).eval()
+    stored = load_file(path / "model.safetensors")
+    begin = "vision_model."
+    peer.load_state_dict({n[len(begin) :]: w for n, w in stored.items() if n.startswith(begin)})
+    pixels = torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(1))
+    theirs = peer(pixels).last_hidden_state @ stored["multi_modal_projector.linear_1.weight"].T
+    assert theirs.shape == (2, 144, ARGS.dim) and theirs.std() > 0.1
+    found = random_model(args).encode(pixels, (1, 1))
+    torch.testing.assert_close(found, theirs.flatten(0, 1), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_logits_are_transformers(model, peer):
     pixels = torch.cat([one.pixels for one in IMAGES])
     ours, theirs = reads(model, ROW, IMAGES), peer(torch.tensor([ROW]), pixels).logits[0]
@@ -138,6 +171,19 @@ def test_the_ids_of_an_image_are_transformers(grid):
     names = {i: name for name, i in LLAMA4_TOKENS.items()}
     found = "".join(names[i] for i in llama4_ids(grid))
     assert found == Llama4Processor._prompt_split_image(None, grid, 4)
+
+
+def test_a_template_has_its_images_where_the_chat_format_has_them(tmp_path):
+    from transformers.models.llama4.processing_llama4 import chat_template
+
+    tokenizer = Tokenizer(write_llama4_tokenizer(tmp_path))
+    image = {"type": "image", "image": b""}
+    for content in ([image, "What?"], ["a", image, "b", image], "No <|image|>."):
+        dialog = [{"role": "user", "content": content}, {"role": "assistant", "content": "c"}]
+        expected = Llama4Format(tokenizer).encode_dialog_prompt(dialog)
+        assert TemplateFormat(tokenizer, chat_template).encode_dialog_prompt(dialog) == expected
+        images = len(content) // 2 if isinstance(content, list) else 0
+        assert expected.count(image_id(tokenizer)) == images
 
 
 # --- however it is run ---------------------------------------------------------------------------
