@@ -145,7 +145,8 @@ def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[
         if len(shape) == 1:
             weights[name] = (1 + 0.1 * noise).to(dtype)
         else:
-            weights[name] = (noise * (1.0 if "embed" in name else shape[1] ** -0.5)).to(dtype)
+            embeds = "embed" in name.removeprefix("vision_embeddings.")
+            weights[name] = (noise * (1.0 if embeds else shape[1] ** -0.5)).to(dtype)
     return weights
 
 

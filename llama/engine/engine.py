@@ -18,6 +18,7 @@ from llama.engine.requests import Part, Reading, Request, Stats
 from llama.engine.rows import Options, constrain, make_rows
 from llama.engine.scheduler import Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
+from llama.engine.seeing import laid_out
 from llama.engine.speculative import Speculators
 from llama.engine.steps import compute
 from llama.engine.structured import GrammarCompiler
@@ -124,6 +125,7 @@ class Engine:
         params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops
+        prompts = laid_out(self.model, self.tokenizer, prompts, options.get("images"))
         rows = make_rows(self.model, prompts, max_gen_len, params, self._generator, options)
         images = any(row.images for row in rows)
         speculator = self.speculators(options.get("speculate"), images)
