@@ -14,8 +14,8 @@ the mask hides padding from padding alone, attends to the padding too: it is par
 Padding is alike in all tiles that aren't there, and so are the last tokens of a tile: each is
 computed once, and attended to as often as there are such tokens.
 
-Shapes: n tiles of an image, T tokens of a tile, N of an image and of what padding is computed, W the
-encoder's width.
+Shapes: n tiles of an image, T tokens of a tile, N of an image with the padding that is computed, W
+the encoder's width.
 Paper: The Llama 3 Herd of Models, arXiv 2407.21783, section 7; code: Meta's llama-models, 0.3.0.
 """
 
@@ -34,6 +34,9 @@ from llama.model import ModelArgs
 
 KEPT = 4  # images, at least
 EXTRA_IDS = 8  # embeddings after the vocabulary's; the first stands for an image
+# Tokens of a feed-forward network's pass. A hidden layer of 32 MB or more would be new memory each
+# time, which Linux clears page by page.
+TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,13 @@ class Tokens(NamedTuple):
     """The tokens of a pass."""
 
     real: int  # these come first, and then what is padding
-    seen: torch.Tensor  # places of tokens, each as often as what isn't padding attends to it
+    times: torch.Tensor  # how often each of them is there, (N,)
 
     @classmethod
     def counted(cls, *groups: Tuple[int, int]) -> "Tokens":
         """Of numbers of tokens, and how often each of them is there."""
         lengths, times = (torch.tensor(numbers) for numbers in zip(*groups, strict=True))
-        times = times.repeat_interleave(lengths)
-        return cls(groups[0][0], torch.arange(len(times)).repeat_interleave(times))
+        return cls(groups[0][0], times.repeat_interleave(lengths))
 
 
 class ImageAttention(nn.Module):
@@ -126,19 +128,25 @@ class ImageAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """(1, N, W) -> (1, N, W)"""
+        return self.wo(self.attend(self.wq(x), self.wk(x), self.wv(x), tokens))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens
+    ) -> torch.Tensor:
+        """Each (1, N, width of this rank's heads), and so is the result."""
         q, k, v = (
-            linear(x).unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2)
-            for linear in (self.wq, self.wk, self.wv)
+            part.unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2) for part in (q, k, v)
         )  # (1, n_local_heads, N, head_dim)
-        real, seen, d = tokens.real, tokens.seen.to(x.device), q.shape[-1]
-        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, twice as slow
+        real, d = tokens.real, q.shape[-1]
+        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, slower
             q, k, v = (F.pad(part, (0, -d % 32)) for part in (q, k, v))
         attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
+        seen = torch.arange(q.shape[2]).repeat_interleave(tokens.times).to(q.device)
         out = [
             attend(q[:, :, :real], k.index_select(2, seen), v.index_select(2, seen)),
             attend(q[:, :, real:], k[:, :, :real], v[:, :, :real]),
         ]
-        return self.wo(torch.cat([part.transpose(1, 2)[..., :d] for part in out], 1).flatten(2))
+        return torch.cat([part.transpose(1, 2)[..., :d] for part in out], 1).flatten(2)
 
 
 class ImageFeedForward(nn.Module):
@@ -148,7 +156,9 @@ class ImageFeedForward(nn.Module):
         self.c_proj = _Row(4 * width, width, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        """(1, N, W) -> (1, N, W)"""
+        parts = [self.c_proj(F.gelu(self.c_fc(part))) for part in x.split(TOGETHER, 1)]
+        return torch.cat(parts, 1)
 
 
 class ImageBlock(nn.Module):
