@@ -1,6 +1,7 @@
 """What the tests share: a tiny random model, a byte-level tokenizer, the two real assets, ranks."""
 
 import base64
+import gc
 import json
 import os
 import shlex
@@ -14,6 +15,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
+
+gc.disable()  # until all is collected: see pytest_collection
 
 # Workers take turns on the cores (`pytest_xdist_auto_num_workers`); more threads would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +75,16 @@ def pytest_configure(config):
         os.environ[OWNER] = str(os.getpid())
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop(SHARED, None))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Looking for garbage in all that is imported, millions of objects, would take seconds."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def shared(name: str, make: Callable[[Path], object]) -> Path:
