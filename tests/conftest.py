@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
-gc.disable()  # until all is collected: see pytest_collection
-
 # Workers take turns on the cores (`pytest_xdist_auto_num_workers`); more threads would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test has two threads after all, one that waits for the other leaves the core to others.
@@ -80,6 +78,7 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Looking for garbage in all that is imported, millions of objects, would take seconds."""
+    gc.disable()
     try:
         return (yield)
     finally:
