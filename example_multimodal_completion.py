@@ -26,13 +26,13 @@ def main(
     """Answer questions about an image, and continue a text that begins with one.
 
     Args:
-        ckpt_dir: a checkpoint of Llama 3.2 Vision, Meta's or Hugging Face's; for any number of
-            ranks, regardless of how the checkpoint is sharded.
+        ckpt_dir: a checkpoint of Llama 3.2 Vision or Llama 4, Meta's or Hugging Face's; for any
+            number of ranks, regardless of how the checkpoint is sharded.
         image: a path, or an http(s) address.
         tokenizer_path: by default the one found with the checkpoint.
         temperature: logits are divided by it; 0 is greedy decoding.
         top_p: sample from the most probable tokens that together have this probability.
-        max_seq_len: tokens of dialog and answer together; an image is one.
+        max_seq_len: tokens of dialog and answer together; an image is one, in Llama 4 up to 2467.
         max_batch_size: dialogs answered at once.
         max_gen_len: tokens of an answer at most; by default up to max_seq_len.
     """

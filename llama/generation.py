@@ -23,7 +23,7 @@ from llama.engine.rows import ChatOptions, Options, check
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
 from llama.engine.seeing import tiles_of_dialogs
-from llama.engine.structured import call_format
+from llama.engine.tool_formats import call_format
 from llama.layers import low_rank
 from llama.model import Transformer
 from llama.text.chat import (

@@ -1,6 +1,7 @@
 """What the tests share: a tiny random model, a byte-level tokenizer, the two real assets, ranks."""
 
 import base64
+import gc
 import json
 import os
 import shlex
@@ -74,6 +75,17 @@ def pytest_configure(config):
         config.add_cleanup(lambda: os.environ.pop(SHARED, None))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Looking for garbage in all that is imported, millions of objects, would take seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def shared(name: str, make: Callable[[Path], object]) -> Path:
     """Files that only the first worker to need them makes, for as long as the tests run."""
     path = Path(os.environ[SHARED]) / name
@@ -145,7 +157,8 @@ def random_weights(args: ModelArgs, seed: int = 0, dtype=torch.float32) -> Dict[
         if len(shape) == 1:
             weights[name] = (1 + 0.1 * noise).to(dtype)
         else:
-            weights[name] = (noise * (1.0 if "embed" in name else shape[1] ** -0.5)).to(dtype)
+            embeds = "embed" in name.removeprefix("vision_embeddings.")
+            weights[name] = (noise * (1.0 if embeds else shape[1] ** -0.5)).to(dtype)
     return weights
 
 

@@ -7,6 +7,7 @@ the example scripts start torchrun itself.
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -519,6 +520,7 @@ def wait(ranks: list, until_all: bool) -> list:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in forked.py
     for line in sys.stdin:
         job, ranks = json.loads(line), []
         for rank in range(job["world"]):

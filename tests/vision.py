@@ -1,12 +1,20 @@
-"""A tiny model that sees, and rows of ids with images."""
+"""Tiny models that see, and rows of ids with images."""
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, Tuple
 
 import torch
+from conftest import random_weights, write_byte_tokenizer
 
+from llama.checkpoint import InMemory, meta
+from llama.families.llama4 import Llama4Args
 from llama.families.vision_encoder import VisionArgs
+from llama.text.llama4 import image_ids
+from llama.text.vocabulary.byte_level import llama4_special_tokens
+from llama.text.vocabulary.writing import write_for_hugging_face
+from llama.tokenizer import Tokenizer
 
 # The features aren't evenly spread, and 17 tokens of a tile are no multiple of 8.
 TINY_VISION = VisionArgs(
@@ -61,6 +69,53 @@ def tiled(rows, seed=0):
         [Tiles(*one, hashlib.sha256(one[0].numpy()).digest()) for one in row]
         for row in images_of(rows, seed)
     ]
+
+
+# Llama 4's special tokens after the bytes.
+LLAMA4_TOKENS = llama4_special_tokens(256)
+TINY_LLAMA4 = Llama4Args(
+    dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=2304, hidden_dim=128, max_seq_len=512,
+    num_experts=4, expert_dim=64, nope_layer_interval=4, attention_chunk_size=16, use_qk_norm=True,
+    attn_temperature_tuning=True, floor_scale=4.0, attn_scale=0.3, vision_layers=2,
+    vision_width=32, vision_heads=2, vision_output=48, vision_chunk_size=56,
+    vision_token=LLAMA4_TOKENS["<|patch|>"],
+)  # fmt: skip
+PER_TILE = 4  # tokens
+
+
+def llama4_tiles(grid, seed=0):
+    """An image's tiles, noise, for Llama 4, and one of all of it where they are several."""
+    n = grid[0] * grid[1]
+    pixels = torch.randn(n + (n > 1), 3, 56, 56, generator=torch.Generator().manual_seed(seed))
+    return Tiles(pixels, grid, hashlib.sha256(pixels.numpy()).digest())
+
+
+def llama4_ids(grid):
+    """The ids that stand for it."""
+    return image_ids(LLAMA4_TOKENS, grid, PER_TILE)
+
+
+def write_llama4_checkpoint(path: Path, args: Llama4Args = TINY_LLAMA4, mp: int = 1) -> Path:
+    """A random checkpoint in Meta's format, with bytes and Llama 4's special tokens."""
+    meta.write(InMemory(args, random_weights(args)), path, mp)
+    write_llama4_tokenizer(path)
+    return path
+
+
+def write_llama4_tokenizer(path: Path) -> Path:
+    """A tokenizer.json of bytes and Llama 4's special tokens in a directory; returns the file."""
+    found = Tokenizer(write_byte_tokenizer(path / "tokenizer.model")).vocabulary
+    (path / "tokenizer.model").unlink()
+    names = {"bos_id": "begin_of_text", "eos_id": "end_of_text", "pad_id": "finetune_right_pad"}
+    ids = {field: LLAMA4_TOKENS[f"<|{name}|>"] for field, name in names.items()}
+    stops = {LLAMA4_TOKENS[f"<|{name}|>"] for name in ("end_of_text", "eot", "eom")}
+    own = dict(special_tokens=LLAMA4_TOKENS, n_words=256 + len(LLAMA4_TOKENS), stop_tokens=stops)
+    vocabulary = found._replace(pre="llama4", cuts=(None, 0), **own, **ids)
+    return write_for_hugging_face(vocabulary, path)
+
+
+def without_images(args: Llama4Args) -> Llama4Args:
+    return replace(args, vision_layers=None)
 
 
 def logits(model, rows, images):

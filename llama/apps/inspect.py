@@ -38,12 +38,14 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     except ValueError as obstacle:
         way = f"on a CPU by plain layers, several times slower: {obstacle}"
     print(f"network: {family_of(args).name}, computed {way}")
+    sees = getattr(args, "vision_layers", None)
     for field, value in vars(args).items():
-        if field not in ("max_seq_len", "max_batch_size"):
+        hidden = field.startswith("vision_") and not sees
+        if field not in ("max_seq_len", "max_batch_size") and not hidden:
             print(f"  {field} = {value}")
     checkpoint.check_shapes(source)
     print(f"memory per rank with a cache of {max_batch_size} rows of {max_seq_len} tokens:")
-    heads = math.gcd(args.n_heads, getattr(args, "vision_heads", args.n_heads))
+    heads = math.gcd(args.n_heads, args.vision_heads if sees else args.n_heads)  # type: ignore[attr-defined]
     for world in (w for w in range(1, heads + 1) if heads % w == 0):
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))

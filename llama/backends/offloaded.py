@@ -156,7 +156,8 @@ def load(
     if args.tied_embeddings and output is not None:
         model.output = output  # type: ignore[assignment]
     for index, i in enumerate(streamed):
-        model.layers[i] = StreamedBlock(model.layers[i], ring, index)  # type: ignore[arg-type]
+        names = [name.split(".", 2)[2] for name in _block_names(args, i)]
+        model.layers[i] = StreamedBlock(model.layers[i], ring, index, names)  # type: ignore[arg-type]
     model.placement = _report(ring, args, plan, n_blocks)  # type: ignore[assignment]
     return model.requires_grad_(False)
 
@@ -261,16 +262,20 @@ class _CudaLoader(_Loader):
 
 
 class StreamedBlock(TransformerBlock):
-    """A TransformerBlock whose weights are in memory only while it computes; otherwise "meta"."""
+    """A TransformerBlock whose weights are in memory only while it computes; otherwise "meta".
 
-    def __init__(self, block: TransformerBlock, ring: Ring, index: int):
+    Args:
+        names: of its weights, in the order of the ring's.
+    """
+
+    def __init__(self, block: TransformerBlock, ring: Ring, index: int, names: Sequence[str]):
         nn.Module.__init__(self)
         self.attention, self.feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
         self._ring, self._index = ring, index
-        names = [name.rpartition(".")[::2] for name, _ in self.named_parameters()]
-        self._owners = [(self.get_submodule(owner), attribute) for owner, attribute in names]
-        self._empty = list(self.parameters())
+        places = [name.rpartition(".")[::2] for name in names]
+        self._owners = [(self.get_submodule(owner), attribute) for owner, attribute in places]
+        self._empty = [self.get_parameter(name) for name in names]
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         with self._ring.lock:
@@ -352,12 +357,13 @@ def _output_name(args: ModelArgs) -> str:
 
 
 def _nbytes(args: ModelArgs, world: int, dtype: torch.dtype) -> Tuple[int, int]:
-    """Bytes of a block and of the output layer, on one rank."""
+    """Bytes of a block, the largest, and of the output layer, on one rank."""
 
     def total(names: List[str]) -> int:
         return sum(math.prod(local_shape(args, name, 0, world)) for name in names) * dtype.itemsize
 
-    return total(_block_names(args, 0)), total([_output_name(args)])
+    largest = max(total(_block_names(args, layer)) for layer in range(args.n_layers))
+    return largest, total([_output_name(args)])
 
 
 def _rows_of_rank(args: ModelArgs, name: str) -> Tuple[int, int]:

@@ -154,7 +154,7 @@ def load(
 def is_quantizable(name: str) -> bool:
     """Whether a weight is a matrix that may be quantized: not norms, routers of experts, biases,
     nor what reads images."""
-    apart = name.startswith(("vision_model.", "learnable_embedding.")) or ".router." in name
+    apart = name.startswith(("vision_", "learnable_embedding.")) or ".router." in name
     return name.endswith(".weight") and "norm" not in name and not apart
 
 

@@ -1,6 +1,8 @@
 """Conversion of any format to any other, a few rows of a tensor at a time; what a checkpoint is."""
 
+import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Mapping, NamedTuple, Optional
 
@@ -65,6 +67,13 @@ def convert(
         raise ValueError(f"quant={quant!r} is for GGUF only, and takes the place of dtype")
     opened = open_checkpoint(source) if isinstance(source, (str, Path)) else source
     check_shapes(opened)
+    text = family_of(opened.args).text_args(opened.args)
+    if to == "gguf" and text != opened.args:
+        warnings.warn(
+            f"{path}: GGUF holds the text model; what reads images is left out", stacklevel=2
+        )
+        opened = copy.copy(opened)
+        opened.args = text
     tokenizer_path = tokenizer_path or opened.tokenizer_path
     tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
     path = Path(path)

@@ -53,7 +53,7 @@ class HFCheckpoint:
             for name, stored in index_tensors(file, codes=scheme is not None).items():
                 if name.startswith("transformer."):  # in LlamaForQuestionAnswering
                     name = name.replace("transformer.", "model.", 1)
-                if name.startswith(family.left_out):
+                if name.startswith(family.left_out(fields)):
                     self.left_out += 1
                     continue
                 if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):

@@ -136,8 +136,9 @@ class MetaCheckpoint:
         args = checked_args(self.path / "params.json", params, len(self._shards[0]), family)
         self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
         fused = family.fused(args, "meta") | family.fused(args, "released")
+        unused = family.left_out(params)
         used = [
-            {name: stored for name, stored in shard.items() if not name.startswith(family.left_out)}
+            {name: stored for name, stored in shard.items() if not name.startswith(unused)}
             for shard in self._shards
         ]
         self.left_out = len(self._shards[0]) - len(used[0])  # weights the network doesn't use

@@ -1,6 +1,7 @@
 """Rows, which are the sequences that a call generates, and the options of a call."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict, cast
 
 import torch
@@ -40,7 +41,8 @@ class Options(TypedDict, total=False):
         {...}}, or another of `llama.engine.structured`'s types. One for all prompts, or one or None
         for each. A row that ends with finish_reason "length" holds the beginning of such a text.
     images: for models that see, a list for each prompt, of what `llama.vision.images.tile` returns,
-        in the order of the images' tokens, which are the first id after the vocabulary.
+        in the order in which they stand in the prompt: for each the first id after the tokenizer's,
+        or, for Llama 4, all the ids that it is to read there.
     adapter: the name of a LoRA adapter that `Llama.add_adapter` loaded, one for all prompts, or one
         or None for each.
     """
@@ -92,7 +94,7 @@ class Row:
         max_len: tokens of prompt and answer together.
         seed: of its random numbers.
         adapter: its number (`llama.layers.low_rank`); 0: none.
-        images: in its prompt, and the id of their tokens.
+        images: in its prompt, how many tokens stand for each, and the id of these tokens.
 
     Attributes:
         views: what its tokens see of them, while it runs.
@@ -107,13 +109,14 @@ class Row:
     stop: Sequence[str]
     adapter: int = 0
     images: Sequence[Any] = ()
+    image_tokens: Sequence[int] = ()
     image_id: int = -1
     constraint: Optional[Constraint] = None  # on its text; advanced by rank 0 alone
     answer: List[int] = field(default_factory=list)
     speculation: Optional[Speculation] = None  # with speculative decoding
     echo: bool = False  # whether the events of its prompt are still to come
 
-    @property
+    @cached_property
     def image_places(self) -> List[int]:
         return [i for i, token in enumerate(self.prompt) if token == self.image_id]
 
@@ -159,7 +162,7 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
                 f"prompt {row} has {len(prompt)} tokens, and max_seq_len is "
                 f"{params.max_seq_len}: shorten it, or build with a larger max_seq_len"
             )
-    check_ids(prompts, params.vocab_size + (model_image_id(model) >= 0))
+    check_ids(prompts, max(params.vocab_size, model_image_id(model) + 1))
 
 
 def model_image_id(model: Transformer) -> int:
@@ -182,17 +185,23 @@ def check_images(
     if len(found) != len(prompts):
         raise ValueError(f"images for {len(found)} of {len(prompts)} prompts: pass a list for each")
     for row, (prompt, of_row) in enumerate(zip(prompts, found, strict=True)):
-        places = sum(token == image_id for token in prompt)
-        if len(of_row) != places:
-            raise ValueError(f"prompt {row} has {len(of_row)} images, and {places} tokens for them")
         for tiles in of_row:
             n, size = tiles.pixels.shape[0], tiles.pixels.shape[-1]
-            if size != args.vision_chunk_size or n > args.vision_max_num_chunks:
+            if size != args.vision_chunk_size or n > args.most_tiles:
                 raise ValueError(
                     f"an image of {n} tiles of {size} pixels, and this model takes up to "
-                    f"{args.vision_max_num_chunks} of {args.vision_chunk_size}: tile it for these"
+                    f"{args.most_tiles} of {args.vision_chunk_size}: tile it for these"
                 )
+        places = sum(token == image_id for token in prompt)
+        if sum(tokens_of(model, of_row)) != places:
+            raise ValueError(f"prompt {row} has {len(of_row)} images, and {places} tokens for them")
     return found
+
+
+def tokens_of(model: Transformer, images: Sequence[Any]) -> List[int]:
+    """How many tokens stand for each of some images."""
+    args: Any = model.params
+    return [args.image_tokens(len(tiles.pixels)) for tiles in images]
 
 
 def make_rows(
@@ -229,7 +238,7 @@ def make_rows(
         Row(
             index, sample, prompt, min(model.params.max_seq_len, len(prompt) + max_gen_len), params,
             (seeds[index] + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
-            adapters[index], images[index], model_image_id(model),
+            adapters[index], images[index], tokens_of(model, images[index]), model_image_id(model),
         )
         for index, prompt in enumerate(prompts)
         for sample in range(n)

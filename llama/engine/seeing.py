@@ -5,7 +5,9 @@ from typing import Any, List, Optional, Sequence
 from llama.engine.rows import model_image_id
 from llama.layers import parallel
 from llama.model import Transformer
+from llama.text.encoder import IMAGE, image_id
 from llama.text.messages import image_sources
+from llama.tokenizer import Tokenizer
 from llama.vision.fetch import Fetcher, load
 from llama.vision.images import DEFAULTS, Limits, Tiles, tile
 
@@ -13,6 +15,11 @@ from llama.vision.images import DEFAULTS, Limits, Tiles, tile
 def sees(model: Transformer) -> bool:
     """Whether it can be given images."""
     return model_image_id(model) >= 0
+
+
+def takes_several(model: Transformer) -> bool:
+    """Whether several tokens of the text stand for an image, as many as its tiles ask for."""
+    return sees(model) and hasattr(model, "image_layout")
 
 
 def tiles_of(
@@ -30,11 +37,38 @@ def tiles_of(
     if sources and not sees(model):
         raise ValueError(
             "this model reads only text, and it is given an image: use a checkpoint of Llama 3.2 "
-            "Vision, or leave images out"
+            "Vision or Llama 4, or leave images out"
         )
-    size, most = (getattr(args, f"vision_{n}", 0) for n in ("chunk_size", "max_num_chunks"))
-    images = (load(source, limits, fetcher) for source in sources)
-    return [tile(image, size=size, max_tiles=most) for image in images]
+    return [tile(load(source, limits, fetcher), **args.tiling) for source in sources]
+
+
+def laid_out(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    images: Optional[Sequence[Sequence[Tiles]]],
+) -> Sequence[Sequence[int]]:
+    """Prompts in which the token of each image (`text.encoder.image_id`) is replaced by those that
+    stand for it, where a model takes several. Those that have such already stay as they are.
+
+    Raises:
+        ValueError: an image's token, and no image for it.
+    """
+    if not takes_several(model) or IMAGE not in tokenizer.special_tokens:
+        return prompts
+    layout: Any = model.image_layout
+    token, found = image_id(tokenizer), []
+    for row, prompt in enumerate(prompts):
+        of_row = images[row] if images and row < len(images) else ()
+        if (places := list(prompt).count(token)) not in (0, len(of_row)):
+            raise ValueError(f"prompt {row} has {len(of_row)} images, and {places} tokens for them")
+        rest = iter(of_row)
+        ids: List[int] = []
+        for one in prompt:
+            own = layout(next(rest).aspect_ratio, tokenizer.special_tokens) if one == token else ()
+            ids += own or (one,)
+        found.append(ids)
+    return found
 
 
 def tiles_of_dialogs(

@@ -41,7 +41,7 @@ def compute(
         part, known, draft = parts[sequence], sequence.computed, sequence.draft
         seen = part.row.images if sequence is part.sequence else ()
         new.append(plain(part.row, sequence.tokens[known : known + n]) + draft)
-        views.append(images.of(part.row) if seen else ())
+        views.append(images.of(part.row, known) if seen else ())
         if part.request.scored and part.row.echo and sequence is part.sequence:
             scored.append((part, known + 1, end, end + n))
         reading = part.request.reading

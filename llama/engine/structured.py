@@ -25,15 +25,15 @@ import numpy as np
 import torch
 
 from llama.engine.grammar_limits import check_cost, check_size
-from llama.engine.json_schema import LISTS, closed_schema, plain_schema
-from llama.text.tools import Tool, plain_json, split_tools
+from llama.engine.json_schema import closed_schema, plain_schema
+from llama.text.tools import plain_json
 from llama.tokenizer import Tokenizer
 
 ResponseFormat = Mapping[str, Any]
 
 _KEYS = {"json_object": "", "json_schema": "schema", "regex": "regex", "choice": "choice",
          "grammar": "grammar"}  # fmt: skip
-_JSON = {
+JSON_STYLE = {  # llguidance's options
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -244,66 +244,6 @@ class _Vocabulary:
         return ids[before:]
 
 
-def call_format(
-    tools: Optional[Sequence[Tool]],
-    tool_choice: str,
-    options: Mapping[str, Any],
-    parallel: bool = False,
-) -> Any:
-    """The response format for tool_choice: a call of any tool ("required") or of the named one; for
-    "auto" that of the options, if any.
-
-    Args:
-        parallel: several calls are allowed too.
-
-    Raises:
-        ValueError: no such tool, or one without a schema; the options have a response format too.
-    """
-    given = options.get("response_format")
-    if tool_choice == "auto":
-        return given
-    if given is not None:
-        raise ValueError(f"tool_choice={tool_choice!r} and response_format: choose one")
-    schemas, _ = split_tools(tools or [])
-    names = [schema["function"]["name"] for schema in schemas]
-    if tool_choice != "required":
-        schemas = [schema for schema in schemas if schema["function"]["name"] == tool_choice]
-    if not schemas:
-        known = ", ".join(names) or "none"
-        raise ValueError(
-            f"tool_choice={tool_choice!r}: 'auto', 'required' or one of the tools ({known}); "
-            "built-in ones have no schema"
-        )
-    return tool_call_format(schemas, parallel)
-
-
-def tool_call_format(schemas: Sequence[Dict[str, Any]], parallel: bool = False) -> ResponseFormat:
-    """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
-
-    Unless its schema says otherwise, a call has no parameters but those that the tool names.
-
-    Args:
-        schemas: as `llama.text.tools.split_tools` returns them.
-        parallel: or a list of at least two calls.
-    """
-    if not schemas:
-        raise ValueError("tool_call_format takes at least one tool")
-    calls = []
-    for i, schema in enumerate(schemas):
-        tool = schema["function"]
-        taken = {"type": "object", **plain_json(tool.get("parameters") or {}, tool["name"])}
-        if not taken.keys() & (LISTS | {"$ref", "patternProperties"}):
-            taken.setdefault("additionalProperties", False)
-        taken = plain_schema(taken, tool["name"], f"#/$defs/call/anyOf/{i}/properties/parameters")
-        keys = {"name": {"const": tool["name"]}, "parameters": taken}
-        calls.append({"type": "object", "properties": keys, "required": [*keys],
-                      "additionalProperties": False})  # fmt: skip
-    call: Dict[str, Any] = {"$ref": "#/$defs/call"}
-    several = {"type": "array", "items": call, "minItems": 2, "maxItems": 128}
-    top = {"anyOf": [call, several]} if parallel else call
-    return {"type": "json_schema", "schema": {"$defs": {"call": {"anyOf": calls}}, **top}}
-
-
 def _check(format_: Dict[str, Any]) -> None:
     """Check a response format, except its schema or grammar; OpenAI's spelling becomes ours."""
     kind = format_.get("type")
@@ -346,7 +286,7 @@ def _grammar(library: Any, format_: Dict[str, Any]) -> str:
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in format_["choice"])
         return library.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     schema = plain_schema(format_.get("schema", {"type": "object"}), f"response_format {kind}")
-    return library.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+    return library.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE)
 
 
 def _reason(error: str) -> str:

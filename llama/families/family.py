@@ -115,7 +115,9 @@ class Family:
         fused: weights that the files of a format, "meta", "hf" or "gguf", hold as one tensor or
             converted, or whose names depend on the shape, by the tensor's name there (as hf_names
             leaves it); and "released", what is read in Meta's format in addition.
-        left_out: how names of weights begin that files may hold and this network doesn't use.
+        text_args: the shape of what GGUF files hold of a model: text.
+        left_out: how names of weights begin that files may hold and this network doesn't use, by
+            its fields of args.
     """
 
     name: str
@@ -143,7 +145,8 @@ class Family:
     gguf_architecture: Optional[Callable[[Any], str]] = None
     write_gguf: Callable[[Any], Dict[str, Any]] = lambda args: {}
     fused: Callable[[Any, str], Dict[str, Fused]] = lambda args, form: {}
-    left_out: Tuple[str, ...] = ()
+    text_args: Callable[[Any], Any] = lambda args: args
+    left_out: Callable[[Mapping[str, Any]], Tuple[str, ...]] = lambda fields: ()
 
     def is_rotated(self, name: str) -> bool:
         """Whether transformers has a weight's rows in another order."""

@@ -1,4 +1,4 @@
-"""Llama 4's network, its text part: mixtures of experts, and attention in chunks.
+"""Llama 4's network: mixtures of experts, attention in chunks, images among the text.
 
 What differs from `model.py`:
 
@@ -10,6 +10,7 @@ What differs from `model.py`:
                    Queries and keys are RMS-normalized after the rotation, without a weight.
     NoPE layers    Every `nope_layer_interval`-th has no RoPE, and attends to the whole context.
                    Queries grow with the logarithm of their position (arXiv 2501.19399).
+    images         Their features take the place of embeddings; see `llama4_fusion`.
 
 Source: meta-llama/llama-models, llama4/model.py and moe.py.
 """
@@ -23,24 +24,24 @@ from fairscale.nn.model_parallel.layers import RowParallelLinear
 from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 from torch import nn
 
+from llama.families.llama4_fusion import EarlyFusion
+from llama.families.llama4_vision import ImageArgs
 from llama.model import (
     Attention,
     FeedForward,
-    ModelArgs,
     RMSNorm,
     Step,
-    Transformer,
     TransformerBlock,
     apply_rotary_emb,
 )
 
 
 @dataclass(frozen=True)
-class Llama4Args(ModelArgs):
+class Llama4Args(ImageArgs):
     """The shape of a Llama 4. `hidden_dim` is the width of the layers without experts.
 
     Raises:
-        ValueError: what `ModelArgs` raises; experts without a width, or fewer than `top_k`.
+        ValueError: what `ImageArgs` raises; experts without a width, or fewer than `top_k`.
     """
 
     rope_scaling_factor: float = 16.0
@@ -161,7 +162,7 @@ class Llama4Block(TransformerBlock):
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
 
-class Llama4Transformer(Transformer):
+class Llama4Transformer(EarlyFusion):
     """The whole network. Chunks go by the position in a row: it takes no other `positions`."""
 
     block = Llama4Block  # type: ignore[assignment]
@@ -173,6 +174,7 @@ class Llama4Transformer(Transformer):
         return super().hidden(tokens, *args, **options)
 
     def run_layers(self, h: torch.Tensor, step: Step) -> torch.Tensor:
+        h = self.with_images(h, step)
         local = step._replace(mask=self.chunk_bias(step, h))
         for i, layer in enumerate(self.layers):
             h = layer(h, local if self.params.has_rope(i) else step)

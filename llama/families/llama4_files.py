@@ -1,9 +1,11 @@
 """Llama 4 in files: names, shapes and settings of each format."""
 
 import re
+from dataclasses import replace
 from math import gcd
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from llama.families import llama4_vision_files as vision
 from llama.families.family import Family, Fused, Shape, llama_shapes
 from llama.families.llama4 import Llama4Args, Llama4Transformer
 from llama.families.names import GGUF, HF, Names
@@ -24,7 +26,7 @@ def shapes(args: Llama4Args) -> Dict[str, Shape]:
         inner = (args.expert_dim, args.dim)
         for expert in ("shared_expert", *(f"experts.{e}" for e in range(args.num_experts))):
             found[f"{layer}{network}{expert}.{matrix}"] = inner[:: -1 if matrix[1] == "2" else 1]
-    return found
+    return found | vision.shapes(args)
 
 
 # What each format calls the tensors of all experts, and whose matrices one of them holds.
@@ -75,7 +77,16 @@ def fused(args: Llama4Args, form: str) -> Dict[str, Fused]:
             if form == "meta":
                 router = Fused(((f"{network}.router.weight",),), transposed=True)
                 found[f"{network}.router_DE"] = router
-    return found
+    if form != "hf" or args.vision_layers is None:
+        return found
+    names = HFNames(HF.layers, HF_STEMS)
+    alone = {one for how in found.values() for group in how.groups for one in group}
+    text = {one: Fused(((one,),)) for one in shapes(args) if not one.startswith(vision.PREFIXES)}
+    found |= {f"language_model.{name}": how for name, how in found.items()}  # as it is written
+    found |= {
+        f"language_model.{names.theirs(one)}": how for one, how in text.items() if one not in alone
+    }
+    return found | vision.hf_fused(args)
 
 
 class HFNames(Names):
@@ -145,7 +156,7 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
     text = config.get("text_config") or {}
     if not isinstance(text, dict):
         raise ValueError(f"text_config={text!r:.80} isn't an object")
-    given = {**config, **text}
+    given, sight = {**config, **text}, vision.read_config(config)
     config.clear()
     config |= DEFAULTS | {key: given[key] for key in given.keys() - LEFT_OUT}
     n_layers, take = config["num_hidden_layers"], config.pop
@@ -188,7 +199,7 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
             for i in range(len(kinds))
         ]:
             raise ValueError("layer_types: chunks of attention aren't those of layers with RoPE")
-    return fields
+    return fields | sight
 
 
 def write_config(args: Llama4Args) -> Dict[str, Any]:
@@ -229,7 +240,7 @@ def expert_dim(params: Dict[str, Any], moe: Dict[str, Any]) -> int:
 def read_params(params: Dict[str, Any]) -> Dict[str, Any]:
     """See `Family.read_params`."""
     ours = {key: value for key, value in params.items() if value is not None}
-    ours.pop("vision_args", None)
+    ours |= vision.read_params(ours.pop("vision_args", None))
     moe = ours.pop("moe_args", {})
     if ours.get("use_scaled_rope"):  # released with Llama 4 Scout's own values left out
         ours = {"rope_scaling_factor": 16.0, "rope_high_freq_factor": 1.0} | ours
@@ -255,7 +266,7 @@ def write_params(args: Llama4Args) -> Dict[str, Any]:
         "nope_layer_interval", "attention_chunk_size", "use_qk_norm", "attn_temperature_tuning",
         "floor_scale", "attn_scale",
     )  # fmt: skip
-    params = {key: getattr(args, key) for key in own}
+    params = {key: getattr(args, key) for key in own} | vision.write_params(args)
     if args.num_experts is None or args.expert_dim is None:
         return params
     unit, base = gcd(args.hidden_dim, args.expert_dim), int(8 * args.dim / 3)
@@ -301,8 +312,10 @@ def write_gguf(args: Llama4Args) -> Dict[str, Any]:
     """See `Family.write_gguf`.
 
     Raises:
-        ValueError: a shape with which llama.cpp would compute something else.
+        ValueError: a shape with which llama.cpp would compute something else; images.
     """
+    if args.vision_layers is not None:
+        raise ValueError("a GGUF file holds the text model alone: write `text_args` of the shape")
     told = {key: getattr(args, field) for key, field in GGUF_KEYS.items()}
     if None in told.values():
         raise ValueError("llama.cpp reads no Llama 4 without experts")
@@ -324,6 +337,7 @@ LLAMA4 = Family(
     claims=lambda config: config.get("model_type") in ("llama4", "llama4_text"),
     read_config=read_config,
     write_config=write_config,
+    nest_config=vision.nest_config,
     read_params=read_params,
     write_params=write_params,
     hf_names=HFNames(HF.layers, HF_STEMS),
@@ -333,7 +347,10 @@ LLAMA4 = Family(
     read_gguf=read_gguf,
     write_gguf=write_gguf,
     fused=fused,
-    left_out=(
-        "vision_model.", "multi_modal_projector.", "vision_embeddings.", "vision_projection.",
-    ),
+    text_args=lambda args: replace(args, vision_layers=None),
+    left_out=lambda fields: () if fields.get("vision_layers") else vision.PREFIXES,
+    # Of images that are kept, and of a pass: a feed-forward network's hidden layer twice, and more.
+    encoder_values=lambda args: 0 if args.vision_layers is None
+    else args.image_cache * args.dim + args.most_tiles * args.vision_width * 12
+    * (args.vision_chunk_size // args.vision_patch_size) ** 2,
 )  # fmt: skip

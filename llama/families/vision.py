@@ -159,6 +159,9 @@ class VisionTransformer(Transformer):
         ValueError: the number of ranks doesn't divide the heads of text or of the image encoder.
     """
 
+    early_fusion = False
+    views = staticmethod(views)
+
     def __init__(
         self,
         params: VisionArgs,

@@ -22,7 +22,7 @@ Paper: The Llama 3 Herd of Models, arXiv 2407.21783, section 7; code: Meta's lla
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,20 @@ class VisionArgs(ModelArgs):
         """Tokens of the images whose keys and values are kept: KEPT large ones, or one per row."""
         tokens = self.vision_max_num_chunks * self.tokens_per_tile
         return max(KEPT, self.max_batch_size) * tokens
+
+    @property
+    def tiling(self) -> Dict[str, Any]:
+        """How `vision.images.tile` cuts an image."""
+        return {"size": self.vision_chunk_size, "max_tiles": self.vision_max_num_chunks}
+
+    @property
+    def most_tiles(self) -> int:
+        """Of an image."""
+        return self.vision_max_num_chunks
+
+    def image_tokens(self, tiles: int) -> int:
+        """Tokens of the text that stand for an image."""
+        return 1
 
     @property
     def tokens_per_tile(self) -> int:

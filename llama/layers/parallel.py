@@ -278,6 +278,14 @@ SHARD_AXIS = {
     "vision_model.vision_encoder.conv1._linear.weight": 0,
     "vision_model.vision_projection.weight": 0,
     "vision_model.vision_projection.bias": 0,
+    # Of Llama 4's image encoder; the biases of wo and c_proj are added after the sum over ranks:
+    "attn.wq.bias": 0,
+    "attn.wk.bias": 0,
+    "attn.wv.bias": 0,
+    "vision_embeddings.vision_encoder.conv1._linear.weight": 0,
+    "vision_embeddings.vision_adapter.mlp.c_fc.weight": 0,
+    "vision_embeddings.vision_adapter.mlp.c_proj.weight": 1,
+    "vision_projection.weight": 0,
     # of some families; wo's and w2's are added after the sum over ranks
     "attention.wq.bias": 0,
     "attention.wk.bias": 0,

@@ -7,10 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.engine.predictions import Event
-from llama.engine.structured import tool_call_format
+from llama.engine.tool_formats import strict_format, tool_call_format
 from llama.server.bodies import AllowedTools, Chat, NamedTool
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
+from llama.server.sampling import constraint
 from llama.server.service import Running, Service, received
 from llama.server.streams import EventStream, whole
 from llama.server.texts import MOST_TOP_LOGPROBS, chat_logprob
@@ -106,22 +107,32 @@ async def start(
     more: Dict[str, Any] = {"logprobs": bool(body.logprobs), "top_logprobs": top}
     choice: Any = body.tool_choice or "auto"
     choice = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
-    if choice not in ("auto", "none"):
-        if body.response_format not in (None, {"type": "text"}):
-            raise invalid("tool_choice and response_format: choose one", "tool_choice")
-        name = choice.function.name if isinstance(choice, NamedTool) else None
-        wanted = [tool for tool in tools if name in (None, tool["function"]["name"])]
-        if not wanted:
-            known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
-            raise invalid(f"tool_choice: no such tool; there are: {known}", "tool_choice")
-        try:
-            more["response_format"] = tool_call_format(wanted, body.parallel_tool_calls is True)
-        except ValueError as error:
-            raise invalid(str(error), "tools") from None
+    try:
+        if choice == "auto" and constraint(body) is None:
+            form = strict_format(tools)
+        elif choice not in ("auto", "none"):
+            form = tool_call_format(_wanted(body, tools, choice), body.parallel_tool_calls is True)
+        else:
+            form = None
+    except ValueError as error:
+        raise invalid(str(error), "tools") from None
+    more |= {"response_format": form} if form else {}
     ids, images = await encode(service.llama, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     running = await service.submit(request, [ids], body, most, images, **more)
     return ChatAnswer(service, running, body)
+
+
+def _wanted(body: Chat, tools: List[Dict[str, Any]], choice: Any) -> List[Dict[str, Any]]:
+    """The tools of which one must be called."""
+    if body.response_format not in (None, {"type": "text"}):
+        raise invalid("tool_choice and response_format: choose one", "tool_choice")
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    wanted = [tool for tool in tools if name in (None, tool["function"]["name"])]
+    if not wanted:
+        known = ", ".join(tool["function"]["name"] for tool in tools) or "none"
+        raise invalid(f"tool_choice: no such tool; there are: {known}", "tool_choice")
+    return wanted
 
 
 def shown_tools(body: Chat) -> List[Dict[str, Any]]:

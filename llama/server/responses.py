@@ -184,7 +184,8 @@ async def input_tokens(request: Request) -> Response:
     service, body, headers = await received(request, Responses)
     _, _, chat = _read(body, request.app.state.store)
     try:
-        ids, _ = await encode(service.llama, chat, shown_tools(chat) or None)
+        asked = await encode(service.llama, chat, shown_tools(chat) or None)
+        ids = await service.computed(*asked)
     except (ApiError, ValueError) as error:
         raise _renamed(error) from None
     return json({"object": "response.input_tokens", "input_tokens": len(ids)}, headers)

@@ -49,11 +49,11 @@ def options_of(body: Generation, tokenizer: Tokenizer) -> Dict[str, Any]:
     if body.stop_token_ids or body.ignore_eos:
         usual = set() if body.ignore_eos else tokenizer.stop_tokens
         options["stop_tokens"] = usual | set(body.stop_token_ids or ())
-    constraint = _constraint(body)
-    if constraint is not None:
+    form = constraint(body)
+    if form is not None:
         if body.ignore_eos:
             raise invalid("ignore_eos: a constrained answer has an end", "ignore_eos")
-        options["response_format"] = constraint
+        options["response_format"] = form
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: only for stream: true", "stream_options")
     return options
@@ -71,7 +71,12 @@ def constraint_name(body: Generation) -> str:
     return next((name for name in names if getattr(body, name) is not None), "tools")
 
 
-def _constraint(body: Generation) -> Optional[Dict[str, Any]]:
+def constraint(body: Generation) -> Optional[Dict[str, Any]]:
+    """The response format that a body asks for, tools aside.
+
+    Raises:
+        ApiError: it asks for several.
+    """
     found = {
         name: make(getattr(body, name))
         for name, make in _GUIDED.items()

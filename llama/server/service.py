@@ -12,6 +12,7 @@ from llama._version import __version__
 from llama.engine.async_engine import Answer, AsyncEngine
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event
+from llama.engine.seeing import laid_out, takes_several
 from llama.generation import Llama
 from llama.server.bodies import B, Generation, read
 from llama.server.errors import ApiError, busy, invalid
@@ -110,6 +111,21 @@ class Service:
                 "answer takes at least one: shorten it", param, "context_length_exceeded",
             )  # fmt: skip
 
+    async def computed(self, ids: List[int], sources: Sequence[Any]) -> Sequence[int]:
+        """A prompt as it is computed, from its ids and the sources of its images.
+
+        Raises:
+            ApiError: 400 for an image that can't be loaded, 429 for too many at once.
+        """
+        if not sources or not takes_several(self.llama.model):
+            return ids
+        held = await self.images.load(sources)
+        try:
+            [found] = laid_out(self.llama.model, self.llama.tokenizer, [ids], [held.tiles])
+        finally:
+            held.release()
+        return found
+
     async def submit(
         self,
         request: Request,
@@ -149,6 +165,9 @@ class Service:
             if sources:
                 running.images = await self.images.load(sources)
                 options["images"] = [running.images.tiles]
+                model, tokenizer = self.llama.model, self.llama.tokenizer
+                prompts = laid_out(model, tokenizer, prompts, options["images"])
+                self.check_length(prompts[0], "messages")
             for ids in prompts:
                 limit = self.context if max_tokens is None else max_tokens
                 running.answers.append(await self.engine.submit(ids, limit, **options))

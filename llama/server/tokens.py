@@ -25,7 +25,8 @@ async def tokenize(request: Request) -> Response:
         raise invalid("give one of prompt, content and messages", "prompt")
     if body.messages is not None:
         dialog = Chat(messages=body.messages, tools=body.tools)
-        ids, _ = await encode(service.llama, dialog, shown_tools(dialog) or None)
+        asked = await encode(service.llama, dialog, shown_tools(dialog) or None)
+        ids = await service.computed(*asked)
     else:
         bos = tokenizer.add_bos and body.add_special_tokens
         ids = await asyncio.to_thread(tokenizer.encode, given[0], bos=bos, eos=False)  # type: ignore[arg-type]
@@ -61,7 +62,7 @@ async def detokenize(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text of a chat request as the model sees it, and its token ids."""
     service, body, headers = await received(request, Chat)
-    ids, _ = await encode(service.llama, body, shown_tools(body) or None)
+    ids = await service.computed(*await encode(service.llama, body, shown_tools(body) or None))
     pieces = (_bytes(service.llama.tokenizer, i) for i in ids)
     text = b"".join(pieces).decode("utf-8", "replace")
     return json({"prompt": text, "tokens": ids, "count": len(ids)}, headers)

@@ -1,6 +1,6 @@
 """Llama 4's chat format, with its tools."""
 
-from typing import List, Sequence
+from typing import List, Mapping, Sequence, Tuple
 
 from llama.text.chat import Dialog, Message, tool_calls
 from llama.text.llama31 import Llama31Format, with_tools
@@ -37,3 +37,21 @@ class Llama4Format(Llama31Format):
         found = with_tools(dialog, tools, in_system=self.tools_in_system, dated=False)
         own_system = self.tools_in_system or dialog[0]["role"] == "system"
         return found if own_system else found[1:]
+
+
+def image_ids(special: Mapping[str, int], grid: Tuple[int, int], patches: int) -> List[int]:
+    """The ids that stand for an image: <|patch|> for each feature, of the tiles row by row and then
+    of the one that shows all of it, which is the only one if there is one tile.
+
+    Args:
+        special: the vocabulary's special tokens.
+        grid: rows and columns of tiles.
+        patches: features of a tile.
+    """
+    rows, columns = grid
+    tile = [special["<|patch|>"]] * patches
+    ids = [special["<|image_start|>"]]
+    for _ in range(rows if rows * columns > 1 else 0):
+        ids += [*tile, special["<|tile_x_separator|>"]] * (columns - 1)
+        ids += [*tile, special["<|tile_y_separator|>"]]
+    return [*ids, special["<|image|>"], *tile, special["<|image_end|>"]]

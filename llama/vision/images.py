@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+Channels = float | Tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Tiles(NamedTuple):
     """An image as an encoder takes it.
 
     Attributes:
-        pixels: (n_tiles, 3, size, size), fp32, normalized; row by row from the top left.
-        aspect_ratio: rows and columns of tiles, Meta's (height, width).
+        pixels: (n_tiles, 3, size, size), fp32, normalized; row by row from the top left, and then,
+            of an overview, one more.
+        aspect_ratio: rows and columns of tiles, Meta's (height, width), without an overview.
         digest: SHA-256 of all that determines the pixels.
     """
 
@@ -44,13 +46,22 @@ class Tiles(NamedTuple):
     digest: bytes
 
 
-def tile(image: Image.Image, *, size: int = 560, max_tiles: int = 4) -> Tiles:
+def tile(
+    image: Image.Image,
+    *,
+    size: int = 560,
+    max_tiles: int = 4,
+    mean: Channels = _MEAN,
+    std: Channels = _STD,
+    overview: bool = False,
+) -> Tiles:
     """Fit an image into a rectangle of at most max_tiles squares, and cut it into these.
 
     The rectangle is the one in which the image is enlarged least, or else reduced least. The image
     keeps its proportions, black fills the rest, and it isn't enlarged beyond `size`.
 
-    Source: Meta's `VariableSizeImageTransform` (meta-llama/llama-models, llama3/multimodal).
+    Source: Meta's `VariableSizeImageTransform` (meta-llama/llama-models, llama3/multimodal), and
+    that of llama4/preprocess.py.
     Pixels are bit-identical; only where that one leaves a narrow image no pixels, it keeps one, as
     in transformers.
 
@@ -58,6 +69,8 @@ def tile(image: Image.Image, *, size: int = 560, max_tiles: int = 4) -> Tiles:
         image: RGB, as `open_image` returns it.
         size: the side of a tile, in pixels; `vision_chunk_size`.
         max_tiles: `vision_max_num_chunks`.
+        mean, std: of the channels of pixels from 0 to 1, by which they are normalized.
+        overview: where there are several tiles, one more follows: all of the image in a square.
     """
     columns, rows = _grid(image.size, size, max_tiles)
     width, height = columns * size, rows * size
@@ -65,13 +78,17 @@ def tile(image: Image.Image, *, size: int = 560, max_tiles: int = 4) -> Tiles:
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize(_fitted(image.size, *most), Image.Resampling.BILINEAR))
     array = np.array(canvas)  # (height, width, 3)
-    pixels = torch.from_numpy(array).permute(2, 0, 1).float().div_(255)
-    pixels.sub_(torch.tensor(_MEAN)[:, None, None]).div_(torch.tensor(_STD)[:, None, None])
-    pixels = pixels.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
+    tiles = array.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     digest = hashlib.sha256(f"{rows} {columns} {size} ".encode())
     digest.update(array.tobytes())
-    pixels = pixels.reshape(rows * columns, 3, size, size).contiguous()
-    return Tiles(pixels, (rows, columns), digest.digest())
+    if overview and rows * columns > 1:
+        whole = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+        digest.update(whole.tobytes())
+        tiles = np.concatenate([tiles, whole[None]])
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float().div_(255)
+    for of_channels, apply in ((mean, pixels.sub_), (std, pixels.div_)):
+        apply(torch.tensor(of_channels).expand(3)[:, None, None])
+    return Tiles(pixels.contiguous(), (rows, columns), digest.digest())
 
 
 def _grid(image: Tuple[int, int], size: int, max_tiles: int) -> Tuple[int, int]:

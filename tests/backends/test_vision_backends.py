@@ -1,11 +1,19 @@
-"""Llama 3.2 Vision quantized, in memory as announced, on the CPU kernels."""
+"""Models that see quantized, in memory as announced, offloaded."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_weights, write_checkpoint
-from vision import ROWS, TINY_VISION, tiled
+from vision import (
+    ROWS,
+    TINY_LLAMA4,
+    TINY_VISION,
+    llama4_ids,
+    llama4_tiles,
+    tiled,
+    write_llama4_checkpoint,
+)
 
 from llama import Llama, checkpoint
 from llama.backends import cpu as native
@@ -20,15 +28,18 @@ from llama.layers import parallel
 WIDE = replace(TINY_VISION, head_dim=32)  # as the kernels take it
 
 
-def dequantized(kind):
+LLAMA4_ROWS, LLAMA4_IMAGES = [[3, *llama4_ids((2, 2)), 5, 6]], [[llama4_tiles((2, 2))]]
+
+
+def dequantized(kind, args=WIDE):
     """Weights that have been quantized and dequantized, so that dense layers compute the same."""
     parallel.initialize(device="cpu")
-    source = InMemory(WIDE, random_weights(WIDE))
+    source = InMemory(args, random_weights(args))
     weights = dict(source.weights)
     for name in filter(quantized.is_quantizable, weights):
         blocks = quantized.read(source, name, kind)
         weights[name] = blocks.dense(torch.float32)[: len(weights[name])]
-    return source, InMemory(WIDE, weights)
+    return source, InMemory(args, weights)
 
 
 @torch.inference_mode()
@@ -47,6 +58,20 @@ def test_text_is_quantized_and_the_encoder_is_not(kind):
         for m in (model, whole)
     ]
     assert (of_each[0] - of_each[1]).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+def test_llama4s_text_is_quantized_and_its_encoder_is_not():
+    source, dense = dequantized("int8", TINY_LLAMA4)
+    model = build(TINY_LLAMA4, device="meta")
+    quantized.load(source, model, "int8", dtype=torch.float32)
+    whole = checkpoint.load(dense, build(TINY_LLAMA4, device="meta"))
+    found = {name for name, m in model.named_modules() if isinstance(m, quantized.QuantizedLinear)}
+    assert len(found) == TINY_LLAMA4.n_layers * (4 + 3 * (1 + TINY_LLAMA4.num_experts)) + 1
+    assert not any("vision" in name for name in found)
+    tokens, [[one]] = torch.tensor(LLAMA4_ROWS), LLAMA4_IMAGES
+    ours, theirs = (m(tokens, images=[[m.encode(*one[:2])]]) for m in (model, whole))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 @pytest.fixture
@@ -127,3 +152,22 @@ def test_text_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
     kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
     assert sum(kinds) == WIDE.n_layers - 1
     assert llama.generate(ROWS, 6, **options) == expected
+
+
+def test_llama4s_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
+    path = write_llama4_checkpoint(tmp_path / "model")
+    build_ = dict(device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
+    options = dict(images=LLAMA4_IMAGES, temperature=0, stop_tokens=set(), logprobs=True)
+    expected = Llama.build(path, compile=False, **build_).generate(LLAMA4_ROWS, 6, **options)
+    args = replace(TINY_LLAMA4, max_seq_len=128, max_batch_size=4)
+    held = sum(weight.nbytes for weight in random_weights(args).values())
+    assert memory.estimate(args, 1, torch.float32).weights == held
+    block, output = offloaded._nbytes(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "working", lambda *_: 0)  # more than all of this model
+    rest = memory.estimate(args, 1, torch.float32).cache
+    rest += offloaded._rest(args, 1, torch.float32)
+    monkeypatch.setattr(memory, "available", lambda _: rest + output + 3 * block)
+    llama = Llama.build(path, offload="auto", **build_)
+    kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
+    assert sum(kinds) == args.n_layers - 1
+    assert llama.generate(LLAMA4_ROWS, 6, **options) == expected

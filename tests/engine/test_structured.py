@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT, TINY, run_ranks, write_byte_tokenizer, write_checkpoint
 
 from llama import Llama, SamplingParams
-from llama.engine.structured import GrammarCompiler, tool_call_format
+from llama.engine.structured import GrammarCompiler
+from llama.engine.tool_formats import tool_call_format
 from llama.text.llama31 import Llama31Format
 from llama.text.tool_stream import parse_tool_calls
 from llama.text.tools import split_tools

@@ -190,6 +190,22 @@ def named(value):
     return json.dumps(value)[:70] if isinstance(value, dict) else None
 
 
+def test_strict_tools_while_the_model_decides(ask):
+    """Text stays possible; a schema that couldn't be kept is refused, for strict tools only."""
+    body = dict(model=MODEL, messages=PARIS, temperature=0, max_tokens=12)
+    odd = {**function("odd"), "parameters": {**SCHEMA, "dependentRequired": {}}}
+    texts = []
+    for tool in ({**function("get_time"), "strict": True}, {**odd, "strict": False}):
+        tools = [{"type": "function", "function": tool}]
+        [answer] = in_whole(ask("chat.completions.create", tools=tools, **body))
+        texts.append(answer["text"])
+    assert all(texts)
+    tools[0]["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match="dependentRequired") as caught:
+        ask("chat.completions.create", tools=tools, **body)
+    assert caught.value.param == "tools"
+
+
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=named)
 def test_chat_whole_and_streamed(ask, parameters):
     limit = {} if "max_completion_tokens" in parameters else {"max_tokens": 8}

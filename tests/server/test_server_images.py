@@ -14,7 +14,7 @@ import pytest
 from conftest import write_checkpoint
 from openai import APIStatusError, AsyncOpenAI
 from PIL import Image
-from vision import TINY_VISION
+from vision import PER_TILE, TINY_LLAMA4, TINY_VISION, write_llama4_checkpoint
 
 from llama import Llama
 from llama.server.app import make_app
@@ -286,3 +286,37 @@ def test_batches_read_the_images_of_this_machine(path, llama, tmp_path):
     }  # fmt: skip
     assert texts[0] == texts[2] != texts[1]
     assert replies[3].status == 400 and b"no such image file" in replies[3].body
+
+
+def test_llama4s_images_are_counted_by_their_tokens(tmp_path):
+    """Whole and streamed, beside others, and in what tells tokens without an answer."""
+    path = write_llama4_checkpoint(tmp_path / "model")
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_batch_size=8, max_seq_len=512)
+    large = asked(png(1), "What?")  # of 2 x 2 tiles, and one of all of it
+    tall = asked(png(1, 20, 900), *[png(2, 20, 900)] * 7, "What?")
+
+    async def test(client, http):
+        alone = [await chat(client, dialog) for dialog in DIALOGS]
+        users = [chat(client, dialog) for dialog in DIALOGS]
+        users += [streamed(client, dialog) for dialog in DIALOGS]
+        assert await asyncio.gather(*users) == alone * 2
+        told = (await http.post("/tokenize", json={"messages": large})).json()
+        assert told["tokens"].count(TINY_LLAMA4.vision_token) == 5 * PER_TILE
+        found = await client.chat.completions.create(messages=large, **OPTIONS)
+        assert found.usage.prompt_tokens == told["count"]
+        parts = [{"type": "input_image", "image_url": uri(png(1)), "detail": "auto"},
+                 {"type": "input_text", "text": "What?"}]  # fmt: skip
+        counted = await client.responses.input_tokens.count(
+            model="tiny", input=[{"role": "user", "content": parts}]
+        )
+        assert counted.input_tokens == told["count"]
+        with pytest.raises(APIStatusError, match="the prompt has .* tokens, and the context") as e:
+            await chat(client, tall)
+        assert (e.value.status_code, e.value.code) == (400, "context_length_exceeded")
+        return alone
+
+    found = serving(llama, test)
+    options = dict(temperature=0, max_gen_len=6, stop_tokens=set())
+    by_python = [llama.chat_completion([dialog], **options)[0] for dialog in DIALOGS]
+    assert found == [one["generation"]["content"] for one in by_python]
+    assert len(set(found)) > 2

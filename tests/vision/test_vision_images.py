@@ -9,6 +9,9 @@ import subprocess
 import sys
 import types
 import zlib
+from dataclasses import replace
+from functools import partial, reduce
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
+from vision import LLAMA4_TOKENS, TINY_LLAMA4
 
+from llama.text.llama4 import image_ids
 from llama.vision.images import Limits, open_image, tile
 
 
@@ -36,10 +41,10 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def meta_transform():
-    """Meta's transform. What it takes of torchvision, which need not be installed, is here in the
-    words of torchvision's documentation: to_tensor divides by 255 and puts channels first,
-    normalize subtracts the mean and divides by the deviation, resize is Pillow's."""
+def metas():
+    """Imports of Meta's modules. What they take of torchvision, which need not be installed, is
+    here in the words of torchvision's documentation: to_tensor divides by 255 and puts channels
+    first, normalize subtracts the mean and divides by the deviation, resize is Pillow's."""
 
     class ToTensor:
         def __call__(self, image):
@@ -53,25 +58,62 @@ def meta_transform():
         def __call__(self, tensor):
             return tensor.sub_(self.mean).div_(self.std)
 
+    def resize(image, size, interpolation=Image.Resampling.BILINEAR):
+        return image.resize(size[::-1], interpolation)
+
+    def compose(steps):
+        return lambda image: reduce(lambda value, step: step(value), steps, image)
+
     modules = {
         "torchvision": types.ModuleType("torchvision"),
         "torchvision.transforms": types.ModuleType("torchvision.transforms"),
     }
-    functional = types.SimpleNamespace(
-        resize=lambda image, size, interpolation: image.resize(size[::-1], interpolation)
-    )
     modes = types.SimpleNamespace(BILINEAR=Image.Resampling.BILINEAR)
     modules["torchvision.transforms"].__dict__.update(
-        ToTensor=ToTensor, Normalize=Normalize, InterpolationMode=modes, functional=functional
-    )
+        ToTensor=ToTensor, Normalize=Normalize, InterpolationMode=modes, Compose=compose,
+        Resize=lambda size: partial(resize, size=size),
+        functional=types.SimpleNamespace(resize=resize),
+    )  # fmt: skip
     modules["torchvision"].transforms = modules["torchvision.transforms"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        patch.delitem(sys.modules, "llama_models.llama3.multimodal.image_transform", raising=False)
-        from llama_models.llama3.multimodal.image_transform import VariableSizeImageTransform
-    yield VariableSizeImageTransform
-    sys.modules.pop("llama_models.llama3.multimodal.image_transform")
+    names = [
+        "llama_models.llama3.multimodal.image_transform", "llama_models.llama4.preprocess",
+        "llama_models.llama4.chat_format",
+    ]  # fmt: skip
+
+    def load(name):
+        with pytest.MonkeyPatch.context() as patch:
+            for one, module in modules.items():
+                patch.setitem(sys.modules, one, module)
+            for one in names:  # others may have imported them without, and will
+                patch.delitem(sys.modules, one, raising=False)
+            found = import_module(name)
+            for one in names:
+                sys.modules.pop(one, None)
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # which Llama 4's set, for the whole process
+        return found
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def meta_transform(metas):
+    found = metas("llama_models.llama3.multimodal.image_transform")
+    return found.VariableSizeImageTransform
+
+
+@pytest.fixture(scope="module")
+def meta_llama4(metas):
+    """Llama 4's way of images into prompts, with bytes as tokens, and tiles of 64 pixels."""
+    form, args = metas("llama_models.llama4.chat_format"), metas("llama_models.llama4.args")
+    side = args.Size(height=64, width=64)
+    vision = args.VisionArgs(
+        image_size=side, patch_size=args.Size(height=16, width=16), dim=8, n_layers=1, n_heads=1,
+        mlp_ratio=4.0, output_dim=8, pixel_shuffle_ratio=0.5,
+    )  # fmt: skip
+    words = types.SimpleNamespace(
+        special_tokens=LLAMA4_TOKENS, encode=lambda s, bos, eos: list(s.encode())
+    )
+    return form.ChatFormat(words, vision)
 
 
 SIDES = st.one_of(
@@ -106,6 +148,26 @@ def test_aspect_ratios_are_metas_for_all_proportions(meta_transform):
                 best = theirs.get_best_fit((width, height), grids)
                 found = tile(Image.new("RGB", (width, height)), size=64, max_tiles=max_tiles)
                 assert found.aspect_ratio == (best[1] // 64, best[0] // 64), (width, height)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 400), st.integers(1, 400))
+@example(64, 64)
+@example(65, 64)
+@example(1024, 64)
+@example(256, 256)
+@example(1000, 900)
+def test_llama4s_tiles_and_ids_are_metas_to_the_bit(meta_llama4, width, height):
+    from llama_models.datatypes import RawMediaItem, RawTextItem
+
+    image = noise(width, height, width)
+    content = [RawMediaItem(data=io.BytesIO(saved(image))), RawTextItem(text="What?")]
+    theirs = meta_llama4.encode_content(content)
+    ours = tile(image, **replace(TINY_LLAMA4, vision_chunk_size=64, vision_patch_size=16).tiling)
+    assert torch.equal(ours.pixels, theirs.images[0])
+    ids = image_ids(LLAMA4_TOKENS, ours.aspect_ratio, 4)
+    assert [LLAMA4_TOKENS["<|begin_of_text|>"], *ids, *b"What?"] == theirs.tokens
+    assert len(ours.pixels) * 4 == ids.count(LLAMA4_TOKENS["<|patch|>"])
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Llama 3.2 Vision on the CPU kernels: its text model, and the image encoder's attention.
+"""Models that see on the CPU kernels: their text models, and the attention of Llama 3.2's encoder.
 
-The layers between two of cross-attention are one module. Those compute with packed weights, too,
-and attend by torch, to keys and values that aren't in the cache's blocks.
+In Llama 3.2 Vision, the layers between two of cross-attention are one module. Those compute with
+packed weights, too, and attend by torch, to keys and values that aren't in the cache's blocks.
 """
 
 from ctypes import byref
@@ -16,13 +16,19 @@ from llama.backends.cpu.kernels import address
 from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
 from llama.backends.cpu.packing import LANES, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
+from llama.families.llama4_fusion import EarlyFusion
 from llama.families.vision import VisionTransformer
 from llama.families.vision_encoder import ImageAttention, Tokens, VisionEncoder
-from llama.model import Transformer
+from llama.model import Step, Transformer
 
 
 class NativeVisionTransformer(layers.NativeTransformer, VisionTransformer):
     embed = VisionTransformer.embed
+
+
+class NativeEarlyFusion(layers.NativeTransformer, EarlyFusion):
+    def run_layers(self, h: torch.Tensor, step: Step) -> torch.Tensor:
+        return super().run_layers(self.with_images(h, step), step)
 
 
 class NativeLinear(NativeOutput):
@@ -71,7 +77,10 @@ def swap(model: Transformer) -> Transformer:
         ValueError: what `check` raises.
     """
     if not isinstance(model, VisionTransformer):
-        return layers.swap(model)
+        reads = isinstance(model, EarlyFusion) and model.params.vision_layers is not None
+        layers.swap(model)
+        model.__class__ = NativeEarlyFusion if reads else model.__class__
+        return model
     args, weight = model.params, model.norm.weight
     networks.check(args, weight.device, weight.dtype)
     model.requires_grad_(False)

@@ -1,0 +1,123 @@
+"""Structured outputs for calls of tools: which replies `tool_choice` and "strict" tools allow."""
+
+import json
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+from llama.engine.json_schema import LISTS, plain_schema
+from llama.engine.structured import JSON_STYLE, ResponseFormat
+from llama.text.tools import Tool, plain_json, split_tools
+
+
+def call_format(
+    tools: Optional[Sequence[Tool]],
+    tool_choice: str,
+    options: Mapping[str, Any],
+    parallel: bool = False,
+) -> Any:
+    """The response format for tool_choice: a call of any tool ("required") or of the named one; for
+    "auto" that of the options, or else `strict_format`, if any.
+
+    Args:
+        parallel: several calls are allowed too.
+
+    Raises:
+        ValueError: no such tool, or one without a schema; the options have a response format too.
+    """
+    given = options.get("response_format")
+    schemas, _ = split_tools(tools or [])
+    if tool_choice == "auto":
+        return strict_format(schemas) if given is None else given
+    if given is not None:
+        raise ValueError(f"tool_choice={tool_choice!r} and response_format: choose one")
+    names = [schema["function"]["name"] for schema in schemas]
+    if tool_choice != "required":
+        schemas = [schema for schema in schemas if schema["function"]["name"] == tool_choice]
+    if not schemas:
+        known = ", ".join(names) or "none"
+        raise ValueError(
+            f"tool_choice={tool_choice!r}: 'auto', 'required' or one of the tools ({known}); "
+            "built-in ones have no schema"
+        )
+    return tool_call_format(schemas, parallel)
+
+
+def tool_call_format(schemas: Sequence[Dict[str, Any]], parallel: bool = False) -> ResponseFormat:
+    """The format of one call of one of these tools: {"name": ..., "parameters": {...}}.
+
+    Unless its schema says otherwise, a call has no parameters but those that the tool names.
+
+    Args:
+        schemas: as `llama.text.tools.split_tools` returns them.
+        parallel: or a list of at least two calls.
+    """
+    if not schemas:
+        raise ValueError("tool_call_format takes at least one tool")
+    calls = []
+    for i, schema in enumerate(schemas):
+        tool = schema["function"]
+        at = f"#/$defs/call/anyOf/{i}/properties/parameters"
+        taken = plain_schema(_parameters(tool), tool["name"], at)
+        keys = {"name": {"const": tool["name"]}, "parameters": taken}
+        calls.append({"type": "object", "properties": keys, "required": [*keys],
+                      "additionalProperties": False})  # fmt: skip
+    call: Dict[str, Any] = {"$ref": "#/$defs/call"}
+    several = {"type": "array", "items": call, "minItems": 2, "maxItems": 128}
+    top = {"anyOf": [call, several]} if parallel else call
+    return {"type": "json_schema", "schema": {"$defs": {"call": {"anyOf": calls}}, **top}}
+
+
+# How replies begin in which `ToolCallStream` looks for calls without tags, and the tags within
+# text. An escaped key may be any.
+_KEY = r'"(name|parameters|arguments|function|type|id|[^"]*\\)'
+_OBJECT = rf"\{{\s*{_KEY}"
+_BEGIN = rf"\s*({_OBJECT}|\[\s*({_OBJECT}|\w+\()|\w+\.call\(|<\|python_(tag|start)\|>)"
+_TAGS = r"<function=|\[TOOL_CALLS\]"
+
+
+def strict_format(schemas: Sequence[Dict[str, Any]]) -> Optional[ResponseFormat]:
+    """The format of replies that may call a tool, when a tool has "strict": true.
+
+    Such a reply is text, or one or several calls as `tool_call_format` has them, or text with calls
+    in <tool_call>. Calls of strict tools fit their schemas; arguments for others are any object.
+    What would be read as a call in another spelling isn't allowed. None without a strict tool.
+    """
+    if not any(schema["function"].get("strict") is True for schema in schemas):
+        return None
+    rules, calls, lists, more, tagged = [], [], [], [], []
+    for i, schema in enumerate(schemas):
+        tool = schema["function"]
+        taken = _parameters(tool) if tool.get("strict") is True else {"type": "object"}
+        taken = {**plain_schema(taken, tool["name"]), "x-guidance": JSON_STYLE}
+        head = f'{{"name": {json.dumps(tool["name"], ensure_ascii=False)}, '
+        call, spelled = json.dumps(f'{head}"parameters": '), json.dumps(f'\n{head}"arguments": ')
+        # What competes with text is lazy: the lexer would prefer the longest, which is text.
+        rules += [f"call_{i}[lazy]: {call}", f"list_{i}[lazy]: {call[0]}[{call[1:]}",
+                  f"arguments_{i}: %json {json.dumps(taken)}"]  # fmt: skip
+        calls.append(f'call_{i} arguments_{i} "}}"')
+        lists.append(f'list_{i} arguments_{i} "}}" more+ "]"')
+        more.append(f'{call[0]}, {call[1:]} arguments_{i} "}}"')
+        tagged.append(f'{spelled} arguments_{i} "}}\\n</tool_call>"')
+    grammar = f"""
+start: {" | ".join(calls + lists)} | PLAIN | first tagged (following tagged)* REST
+more: {" | ".join(more)}
+tagged: {" | ".join(tagged)}
+first[lazy]: FIRST
+following[lazy]: FOLLOWING
+PLAIN: REST & ~BEGIN
+REST: ANY & ~TAGS & ~TAG
+FIRST: FOLLOWING & ~BEGIN
+FOLLOWING: TAG & ~TAGS
+TAG: /(?s:.)*<tool_call>/
+BEGIN: /{_BEGIN}(?s:.)*/
+TAGS: /(?s:.)*({_TAGS})(?s:.)*/
+ANY: /(?s:.)*/
+"""
+    return {"type": "grammar", "grammar": "\n".join([grammar, *rules])}
+
+
+def _parameters(tool: Dict[str, Any]) -> Dict[str, Any]:
+    """The schema of a call's arguments."""
+    taken = {"type": "object", **plain_json(tool.get("parameters") or {}, tool["name"])}
+    if not taken.keys() & (LISTS | {"$ref", "patternProperties"}):
+        taken.setdefault("additionalProperties", False)
+    return taken
