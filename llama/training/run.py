@@ -18,6 +18,7 @@ from llama.backends.build import prepare
 from llama.checkpoint import Checkpoint, convert
 from llama.checkpoint.adapter import Adapter, Merged, write_adapter
 from llama.checkpoint.shapes import check_shapes
+from llama.families import llama4_vision_files
 from llama.families.registry import build
 from llama.families.vision import OF_IMAGES
 from llama.layers import parallel
@@ -146,7 +147,8 @@ def load_model(
         lora.attach(model, new)
     else:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(OF_IMAGES))  # examples are texts
+            of_images = name.startswith((*OF_IMAGES, *llama4_vision_files.PREFIXES))
+            parameter.requires_grad_(not of_images)  # examples are texts
     if recompute:
         recompute_blocks(model)
     if shard:
