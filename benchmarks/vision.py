@@ -5,8 +5,8 @@
 
 `decode` compares tokens per second after an image of four tiles with those of the same model
 without one, which is the text model of 8B, in turns, with 4-bit weights. `encode` compares the time
-that the processor works on the encoder's first blocks for four tiles with transformers', in the
-same dtype. The last line is JSON.
+that the processor works on the encoder's first blocks for an image, by default of four tiles, with
+transformers', in the same dtype. The last line is JSON.
 """
 
 import json
@@ -23,10 +23,12 @@ import torch
 
 from benchmarks.shapes import random_rows
 from llama.backends import build, memory
+from llama.backends.cpu.vision import swap_encoder
 from llama.backends.quantized import is_quantizable
 from llama.checkpoint import weight_shapes
 from llama.families.vision import views
-from llama.families.vision_encoder import VisionArgs
+from llama.families.vision_encoder import VisionArgs, VisionEncoder
+from llama.families.vision_files import grids
 from llama.layers import parallel
 from llama.layers.paged import PAGE, PagedRows, blocks_for
 
@@ -98,37 +100,50 @@ def decode(steps: int = 16, rounds: int = 4, dtype: str = "bf16") -> None:
     print(json.dumps(report))
 
 
-def encode(layers: int = 4, dtype: str = "bf16", rounds: int = 2) -> None:
-    """Seconds for four tiles, in turns with transformers, of encoders with as few blocks."""
-    from transformers import MllamaVisionConfig, MllamaVisionModel
+def encode(
+    layers: int = 4,
+    dtype: str = "bf16",
+    rounds: int = 2,
+    rows: int = 2,
+    columns: int = 2,
+    compile: bool = True,
+) -> None:
+    """Seconds for an image, in turns with transformers, of encoders with as few blocks.
 
-    from llama.families.vision_encoder import VisionEncoder
+    Args:
+        rows, columns: of the image's tiles.
+        compile: attend with the CPU kernels.
+    """
+    from transformers import MllamaVisionConfig, MllamaVisionModel
 
     args = replace(SHAPE, vision_layers=layers, vision_global_layers=1, vision_features=(1,))
     kind = parallel.pick_dtype(dtype, parallel.initialize(device="cpu"))
     ours: Any = VisionEncoder(args, lambda module: module.to(kind)).to(kind)
     for weight in ours.parameters():
         torch.nn.init.normal_(weight, std=0.02)
+    if compile:
+        swap_encoder(ours)
     config = MllamaVisionConfig(
         image_size=args.vision_chunk_size, num_hidden_layers=layers, num_global_layers=1,
         intermediate_layers_indices=[0], vision_output_dim=2 * args.vision_width,
     )  # fmt: skip
     theirs: Any = MllamaVisionModel(config)
     theirs = theirs.to(kind).eval()
-    tiles = torch.randn(4, 3, args.vision_chunk_size, args.vision_chunk_size).to(kind)
-    of_tiles = torch.ones(1, 1, 4, dtype=torch.long)
+    n, size = rows * columns, args.vision_chunk_size
+    tiles = torch.zeros(4, 3, size, size, dtype=kind)
+    tiles[:n].normal_()
     seconds: Dict[str, List[float]] = {"ours": [], "transformers": []}
     with torch.inference_mode():
         for _ in range(rounds):
             for what, found in seconds.items():
                 begin = time.process_time()
                 if what == "ours":
-                    ours(tiles, (2, 2))
+                    ours(tiles[:n], (rows, columns))
                 else:
                     theirs(
                         pixel_values=tiles[None, None],
-                        aspect_ratio_ids=torch.tensor([[6]]),
-                        aspect_ratio_mask=of_tiles,
+                        aspect_ratio_ids=torch.tensor([[1 + grids(args).index((rows, columns))]]),
+                        aspect_ratio_mask=(torch.arange(4) < n).long()[None, None],
                     )
                 found.append(time.process_time() - begin)
     best = {what: min(found) for what, found in seconds.items()}

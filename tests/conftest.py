@@ -1,6 +1,7 @@
 """What the tests share: a tiny random model, a byte-level tokenizer, the two real assets, ranks."""
 
 import base64
+import gc
 import json
 import os
 import shlex
@@ -72,6 +73,17 @@ def pytest_configure(config):
         os.environ[OWNER] = str(os.getpid())
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop(SHARED, None))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Looking for garbage in all that is imported, millions of objects, would take seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def shared(name: str, make: Callable[[Path], object]) -> Path:

@@ -6,6 +6,7 @@ importing, of terminals and of memory start Python itself.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -82,6 +83,8 @@ def serve(address: str, owner: int) -> None:
     ):  # fmt: skip
         importlib.import_module(name)
     import psutil
+
+    gc.freeze()  # or each process would look through all that is imported, and so copy it
 
     def tell(client: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError):  # it has gone

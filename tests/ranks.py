@@ -7,6 +7,7 @@ the example scripts start torchrun itself.
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -288,18 +289,25 @@ def classified(ckpt, rows, labels):
     return {"all_ranks": gathered}
 
 
-def adapted(ckpt, adapter, copy, tokens):
+def adapted(ckpt, adapter, copy, tokens, sees=False):
     """Logits with an adapter: attached, merged, built in; and the adapter given back."""
+
+    def logits(model):
+        options = {}
+        if sees:
+            options["images"] = [[model.encode(*one[:2]) for one in row] for row in tiled(tokens)]
+        return model(torch.tensor(tokens), **options).tolist()
+
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
     model, found = llama.model, {}
     lora.attach(model, read_adapter(adapter, model.params))
     with torch.inference_mode():
-        found["attached"] = model(torch.tensor(tokens)).tolist()
+        found["attached"] = logits(model)
         again = lora.adapter_of(model, "default")
         lora.merge(model, "default")
-        found["merged"] = model(torch.tensor(tokens)).tolist()
+        found["merged"] = logits(model)
         built = Llama.build(ckpt, device="cpu", dtype="fp32", adapter_dir=adapter).model
-        found["built"] = built(torch.tensor(tokens)).tolist()
+        found["built"] = logits(built)
     if parallel.is_rank_zero():
         write_adapter(again, copy, model.params)
     return found
@@ -512,6 +520,7 @@ def wait(ranks: list, until_all: bool) -> list:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in forked.py
     for line in sys.stdin:
         job, ranks = json.loads(line), []
         for rank in range(job["world"]):

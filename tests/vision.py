@@ -23,6 +23,7 @@ TINY_VISION = VisionArgs(
     vision_num_cross_attention_layers=2, vision_width=32, vision_heads=4, vision_layers=5,
     vision_global_layers=2, vision_features=(1, 3),
 )  # fmt: skip
+ARGS = replace(TINY_VISION, max_seq_len=131072)  # as files say
 IMAGE = TINY_VISION.vocab_size
 GRIDS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
 
@@ -115,3 +116,44 @@ def write_llama4_tokenizer(path: Path) -> Path:
 
 def without_images(args: Llama4Args) -> Llama4Args:
     return replace(args, vision_layers=None)
+
+
+def logits(model, rows, images):
+    return model(torch.tensor(rows), images=[[model.encode(*one) for one in r] for r in images])
+
+
+def transformers_model(path):
+    """What transformers makes of a directory with a model of this shape."""
+    from transformers import MllamaForConditionalGeneration
+
+    model, info = MllamaForConditionalGeneration.from_pretrained(
+        path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    # transformers 5.23 takes what a block returns where Meta (and transformers 4) takes what goes
+    # into it, one earlier.
+    features = [i - 1 for i in TINY_VISION.vision_features]
+    model.model.vision_model.intermediate_layers_indices = features
+    return model.eval()
+
+
+def inputs(rows, images):
+    """Of transformers' model: tiles, padded to the most images and tiles, and who sees which."""
+    size, tiles = TINY_VISION.vision_chunk_size, TINY_VISION.vision_max_num_chunks
+    most = max(map(len, images))
+    pixels = torch.zeros(len(rows), most, tiles, 3, size, size)
+    ids = torch.zeros(len(rows), most, dtype=torch.long)
+    of_tiles = torch.zeros(len(rows), most, tiles, dtype=torch.long)
+    seen = torch.zeros(len(rows), len(rows[0]), most, tiles, dtype=torch.long)
+    for b, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+        places = [i for i, token in enumerate(row) if token == IMAGE]
+        for i, (place, (one, grid)) in enumerate(zip(places, of_row, strict=True)):
+            pixels[b, i, : len(one)], ids[b, i] = one, GRIDS.index(grid) + 1
+            of_tiles[b, i, : len(one)] = 1
+            # up to the next image that doesn't follow directly
+            later = [p for j, p in enumerate(places) if p > place and p - place != j - i]
+            seen[b, place : min(later, default=len(row)), i, : len(one)] = 1
+    return dict(
+        input_ids=torch.tensor(rows), pixel_values=pixels, aspect_ratio_ids=ids,
+        aspect_ratio_mask=of_tiles, cross_attention_mask=seen,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Dict
 
 from llama.backends.cpu.layers import NativeLayers
 from llama.checkpoint.adapter import Adapter, Pair, shards
+from llama.families.vision import VisionTransformer
 from llama.layers import parallel
 from llama.layers.low_rank import LowRankLinear, chosen, names
 from llama.model import Transformer, TransformerBlock
@@ -18,6 +19,11 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
     """
     if not name or name in names(model):
         raise ValueError(f"an adapter {name!r}: give it a name that none of the others has")
+    if isinstance(model, VisionTransformer):
+        raise ValueError(
+            "Llama 3.2 Vision takes no adapters beside its weights, for some requests alone: build "
+            "with adapter_dir, for one adapter of all rows"
+        )
     pairs, first = shards(adapter, model.params), model.layers[0]
     if isinstance(first, NativeLayers):
         first.adapters.add(pairs)

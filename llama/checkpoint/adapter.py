@@ -19,13 +19,13 @@ from llama.checkpoint.safetensors import interleave, split_halves, write_safeten
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, InMemory, Shape
 from llama.checkpoint.writing import no_progress
-from llama.families.names import HF
 from llama.families.registry import family_of
 from llama.layers import parallel
 from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 
 PREFIX = "base_model.model."
+TAKE = r"(layers|resblocks)\.\d+\.|vision_projection"  # names of matrices that take an adapter
 HEAD, HEADS = f"{PREFIX}score.weight", ["classifier", "score"]  # PEFT's names for SEQ_CLS
 
 # Settings that say how an adapter was trained, or that are read below.
@@ -91,13 +91,17 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
                 f"{config_file}: {key}={value!r}, which isn't computed here: plain LoRA is"
             )
     stored, shapes = index_tensors(file), weight_shapes(args)
+    family, ours = family_of(args), {theirs: name for name, theirs in _stored(args).items()}
     halves: Dict[str, Dict[str, torch.Tensor]] = {}
+    modules: Dict[str, str] = {}
     head = stored.pop(HEAD, None) if classifier else None
     for key, where in stored.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        name = family_of(args).hf_names.meta(match[1] + ".weight") if match else key
-        if match is None or len(shapes.get(name, ())) != 2 or "layers." not in name:
+        name = family.hf_names.meta(match[1] + ".weight") if match else key
+        name = ours.get(name, name)
+        if match is None or len(shapes.get(name, ())) != 2 or not re.search(TAKE, name):
             raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
+        modules[name] = match[1]
         halves.setdefault(name, {})[match[2]] = where.read(0, 0, where.shape[0]).float()
     if not halves:
         raise ValueError(f"{file} holds no weights")
@@ -111,12 +115,9 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
                 f"{file}: {name} of shape {(out, inner)} can't have a LoRA of the shapes {found}: "
                 "an adapter of another model?"
             )
-        B = (
-            interleave(half["B"], args.head_dim)
-            if name.endswith(family_of(args).rotated)
-            else half["B"]
-        )
-        pairs[name] = Pair(half["A"], B.contiguous(), _scale(config_file, config, name, rank))
+        B = interleave(half["B"], args.head_dim) if family.is_rotated(name) else half["B"]
+        scale = _scale(config_file, config, modules[name], rank)
+        pairs[name] = Pair(half["A"], B.contiguous(), scale)
     return Adapter(pairs, path, None if head is None else head.read(0, 0, head.shape[0]).float())
 
 
@@ -141,11 +142,17 @@ def shards(adapter: Adapter, args: ModelArgs) -> Dict[str, Pair]:
     return found
 
 
-def _scale(path: Path, config: Dict[str, Any], name: str, rank: int) -> float:
+def _stored(args: ModelArgs) -> Dict[str, str]:
+    """Meta's names to those in Hugging Face's files, where these depend on the shape."""
+    fused = family_of(args).fused(args, "hf")
+    return {of.groups[0][0]: name for name, of in fused.items() if len(sum(of.groups, ())) == 1}
+
+
+def _scale(path: Path, config: Dict[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732), by the patterns that a name matches."""
 
     def setting(key: str, pattern: str) -> Any:
-        module, values = HF.theirs(name).removesuffix(".weight"), config.get(pattern) or {}
+        values = config.get(pattern) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {pattern}={values!r} isn't an object of values by name")
         for name_pattern, value in values.items():
@@ -159,7 +166,7 @@ def _scale(path: Path, config: Dict[str, Any], name: str, rank: int) -> float:
     r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
     if r != rank or type(alpha) not in (int, float) or not abs(alpha) < 1 << 31:
         raise ValueError(
-            f"{path}: r={r!r} and lora_alpha={alpha!r} for {name} (by rank_pattern and "
+            f"{path}: r={r!r} and lora_alpha={alpha!r} for {module} (by rank_pattern and "
             f"alpha_pattern, where they name it), whose rank is {rank}"
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -178,18 +185,15 @@ def write_adapter(
     """
     ranks = {name: len(pair.A) for name, pair in adapter.pairs.items()}
     alphas = {name: pair.scale * ranks[name] for name, pair in adapter.pairs.items()}
+    family, stored = family_of(args), _stored(args)
     modules = {
-        name: family_of(args).hf_names.theirs(name).removesuffix(".weight")
+        name: family.hf_names.theirs(stored.get(name, name)).removesuffix(".weight")
         for name in adapter.pairs
     }
     r, alpha = max(ranks.values()), max(alphas.values())
     tensors = {}
     for name, (A, B, _) in adapter.pairs.items():
-        B = (
-            split_halves(B.contiguous(), args.head_dim)
-            if name.endswith(family_of(args).rotated)
-            else B
-        )
+        B = split_halves(B.contiguous(), args.head_dim) if family.is_rotated(name) else B
         tensors[f"{PREFIX}{modules[name]}.lora_A.weight"] = A.detach()
         tensors[f"{PREFIX}{modules[name]}.lora_B.weight"] = B.detach()
 
@@ -202,7 +206,7 @@ def write_adapter(
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": _targets(list(modules.values()), args.n_layers),
+        "target_modules": _targets(list(modules.values()), 0 if stored else args.n_layers),
         "rank_pattern": others(ranks, r),
         "alpha_pattern": others(alphas, alpha),
         "lora_dropout": 0.0,
@@ -222,7 +226,8 @@ def write_adapter(
 
 
 def _targets(modules: List[str], n_layers: int) -> List[str]:
-    """What PEFT calls the modules: by their last name where all layers have the same ones."""
+    """What PEFT calls the modules: by their last name where all layers have the same ones, and
+    nothing else has; n_layers is 0 if something may."""
     stems = sorted({module.rpartition(".")[2] for module in modules})
     return stems if len(modules) == len(stems) * n_layers else sorted(modules)
 

@@ -5,22 +5,12 @@ bit-identical whatever else is computed with it, in whatever chunks, after howev
 """
 
 import threading
-from itertools import accumulate
-from math import isfinite
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Unpack
 
 import torch
 
 from llama.engine.blocks import Blocks
-from llama.engine.events import (
-    FAILS,
-    STOPS,
-    advance,
-    asks_to_stop,
-    details_of_all,
-    sample,
-    stopped,
-)
+from llama.engine.events import advance, details_of_all, stopped
 from llama.engine.images import Images
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event, Speculation
@@ -29,10 +19,10 @@ from llama.engine.rows import Options, constrain, make_rows
 from llama.engine.scheduler import Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.seeing import laid_out
-from llama.engine.speculative import MAX_DRAFT, Speculator, Speculators
+from llama.engine.speculative import Speculators
 from llama.engine.steps import compute
 from llama.engine.structured import GrammarCompiler
-from llama.layers import parallel
+from llama.engine.tokens import FAILS, STOPS, draw, propose
 from llama.layers.paged import PAGE, blocks_for
 from llama.layers.revision import revision
 from llama.model import Transformer
@@ -63,11 +53,8 @@ class Engine:
         generator: torch.Generator,
         draft: Optional[Transformer] = None,
     ):
-        for name, value in (
-            ("max_tokens_per_step", max_tokens_per_step),
-            ("max_rows", max_rows),
-            ("cache_tokens", cache_tokens),
-        ):
+        sizes = dict(max_tokens_per_step=max_tokens_per_step, max_rows=max_rows)
+        for name, value in {**sizes, "cache_tokens": cache_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model, self.tokenizer = model, tokenizer
@@ -140,12 +127,8 @@ class Engine:
         stops = self.tokenizer.stop_tokens if stops is None else stops
         prompts = laid_out(self.model, self.tokenizer, prompts, options.get("images"))
         rows = make_rows(self.model, prompts, max_gen_len, params, self._generator, options)
-        speculate = options.get("speculate")
-        if speculate in (None, "draft") and any(row.images for row in rows):
-            if speculate is not None:
-                raise ValueError("a draft model sees no images: speculate='lookup' or 'off'")
-            speculate = "off"
-        speculator = self.speculators(speculate)
+        images = any(row.images for row in rows)
+        speculator = self.speculators(options.get("speculate"), images)
         request = Request(
             rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
             echo=echo, priority=priority, cache_prompt=cache_prompt,
@@ -198,7 +181,7 @@ class Engine:
         """
         with self.lock:
             self.sync()
-            proposed = self._propose()
+            proposed = propose([self._parts[sequence] for sequence in self.scheduler.running])
             plan = self.scheduler.plan()
             if not plan.counts:
                 return []
@@ -279,25 +262,6 @@ class Engine:
                 for values in self.pool.parts.values():
                     values[:, block] = 0  # a mask hides a value, but not that it isn't a number
 
-    def _propose(self) -> Dict[Speculator, Tuple[List[Part], int]]:
-        """Give drafts to the sequences that decode: the parts that each speculator saw, and the
-        tokens of a pass with nothing but these."""
-        seen: Dict[Speculator, List[Part]] = {}
-        for sequence in self.scheduler.running:
-            part = self._parts[sequence]
-            speculator, sequence.draft = part.request.speculator, []
-            if speculator is None or part.negative is not None:
-                continue
-            if part.row.answer and sequence.remaining == 1:
-                seen.setdefault(speculator, []).append(part)
-        found: Dict[Speculator, Tuple[List[Part], int]] = {}
-        for speculator, parts in seen.items():
-            drafts = speculator.propose([part.row for part in parts])
-            for part, draft in zip(parts, drafts, strict=True):
-                part.sequence.draft = draft
-            found[speculator] = parts, len(parts) + sum(map(len, drafts))
-        return found
-
     def _sample(
         self, parts: List[Part], own: torch.Tensor, logits: torch.Tensor
     ) -> Tuple[List[Tuple[Request, Event]], Dict[Part, List[int]]]:
@@ -305,37 +269,20 @@ class Engine:
         if not parts:
             return [], {}
         drafts = [part.sequence.draft for part in parts]
-        largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
-        asking = list({p.request: None for p in parts if p.request.should_stop and not p.row.full})
-        sampled: List[List[int]] = [[] for _ in (*parts, *asking)]
-        ends = accumulate(part.asked for part in parts)
-        spans = [slice(end - part.asked, end) for end, part in zip(ends, parts, strict=True)]
-        broken = {
-            part
-            for part, span in zip(parts, spans, strict=True)
-            if not part.row.full and not all(map(isfinite, largest[span]))
-        }
-        if parallel.rank() == 0:
-            for i, (part, span) in enumerate(zip(parts, spans, strict=True)):
-                if not part.row.full:
-                    sampled[i] = sample(part, logits[span], likeliest[span], part not in broken)
-            for i, request in enumerate(asking, len(parts)):
-                sampled[i] = [asks_to_stop(request)]
-        sampled = parallel.share_lists(sampled, MAX_DRAFT + 2)
-        answers = {r: answer[0] for r, answer in zip(asking, sampled[len(parts) :], strict=True)}
-        stopping = [request for request, answer in answers.items() if answer == STOPS]
+        sampled, asked, broken = draw(parts, logits)
+        stopping = [request for request, answer in asked.items() if answer == STOPS]
         for part in broken:
             self._end(part, broken=True)
         failed: Set[Request] = set()
         found: List[Tuple[Request, Event]] = []
         details = details_of_all(parts, sampled, own)
-        for part, draft, tokens, of_tokens in zip(parts, drafts, sampled, details, strict=False):
+        for part, draft, tokens, of_tokens in zip(parts, drafts, sampled, details, strict=True):
             request = part.request
             if request in failed:  # with another of its parts
                 continue
             if request.scored and part.row.echo and not part.row.sample:
                 part.sequence.reusable = None if request.cache_prompt else 0
-            if answers.get(request) == FAILS:
+            if asked.get(request) == FAILS:
                 tokens = []
             events = advance(part, tokens, of_tokens, request in stopping)
             found += [(request, event) for event in events]
@@ -353,4 +300,4 @@ class Engine:
                 if id(part.row) in request.unfinished:  # it wasn't in this pass
                     found.append((request, stopped(part)))
                     self._end(part)
-        return found, dict(zip(parts, sampled, strict=False))
+        return found, dict(zip(parts, sampled, strict=True))

@@ -1,4 +1,4 @@
-"""Logits to the tokens of a row, and those to its events."""
+"""Sampled tokens to the events of a row."""
 
 from dataclasses import dataclass, field
 from typing import Dict, Iterator, List, Optional, Set, Tuple
@@ -8,36 +8,7 @@ import torch
 from llama.engine.predictions import Event, FinishReason, Prediction, Speculation
 from llama.engine.requests import Details, Part, Request
 from llama.engine.rows import Row
-from llama.engine.sampling import sample_token
 from llama.tokenizer import Tokenizer
-
-
-def sample_row(
-    row: Row,
-    draft: List[int],
-    logits: torch.Tensor,
-    likeliest: List[int],
-    stop_tokens: Set[int],
-    tokens: List[int],
-) -> None:
-    """Sample a row's tokens one by one, up to the first that isn't the draft's."""
-    constraint = row.constraint
-    for i, proposed in enumerate([*draft, None]):
-        if row.is_argmax and (constraint is None or constraint.allows(likeliest[i])):
-            token = likeliest[i]
-        else:
-            allow = None if constraint is None else constraint.mask
-            answer = [*row.answer, *tokens]
-            token = sample_token(
-                logits[i], row.params, row.prompt, answer, row.numbers, allow, stop_tokens
-            )
-        tokens.append(token)
-        if constraint is not None:
-            constraint.accept(token)
-        if token != proposed or token in stop_tokens:
-            break
-    if constraint is not None and constraint.finished and token not in stop_tokens:
-        tokens.append(min(stop_tokens))  # only a stop token can follow: no pass is needed
 
 
 def details_of(
@@ -96,37 +67,6 @@ def events_of(
         if reason is not None:
             break
     return events
-
-
-def sample(part: Part, logits: torch.Tensor, likeliest: List[int], finite: bool) -> List[int]:
-    """The next tokens of a part, and the stop token that a finished grammar implies; none if that
-    fails. logits: of its last token and of its draft's, (positions, vocab_size)."""
-    tokens: List[int] = []
-    row, request = part.row, part.request
-    try:
-        if not finite:
-            raise ValueError(
-                f"the model's logits for prompt {row.index} aren't finite at its token "
-                f"{len(row.prompt) + len(row.answer)}: broken weights, or a dtype too narrow for "
-                "them; try dtype=torch.float32"
-            )
-        sample_row(row, part.sequence.draft, logits, likeliest, request.stop_tokens, tokens)
-    except Exception as error:  # of the caller's own code, too: other requests go on
-        request.error = error
-        return []
-    return tokens
-
-
-GOES_ON, STOPS, FAILS = range(3)
-
-
-def asks_to_stop(request: Request) -> int:
-    """Ask `should_stop`; if it raises, the request fails with that."""
-    try:
-        return STOPS if request.should_stop is not None and request.should_stop() else GOES_ON
-    except Exception as error:
-        request.error = error
-        return FAILS
 
 
 def advance(part: Part, tokens: List[int], details: List[Details], stops: bool) -> List[Event]:

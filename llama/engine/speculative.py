@@ -353,20 +353,25 @@ class Speculators:
         self._draft, self._blocks = draft, blocks
         self._made: Dict[str, Speculator] = {}
 
-    def __call__(self, speculate: Optional[str]) -> Optional[Speculator]:
+    def __call__(self, speculate: Optional[str], images: bool = False) -> Optional[Speculator]:
         """The speculator of that name; by default "draft" if there is a draft model.
 
+        Args:
+            images: whether a prompt has some, of which draft models see nothing.
+
         Raises:
-            ValueError: another name, or "draft" without a draft model.
+            ValueError: another name, or "draft" without a draft model or with images.
         """
         if speculate is None:
-            speculate = "off" if self._draft is None else "draft"
+            speculate = "off" if self._draft is None or images else "draft"
         if speculate == "off":
             return None
         if speculate not in ("lookup", "draft"):
             raise ValueError(f"speculate={speculate!r}: choose 'lookup', 'draft' or 'off'")
         if speculate == "lookup":
             return self._made.setdefault(speculate, PromptLookup(DraftLength()))
+        if images:
+            raise ValueError("a draft model sees no images: speculate='lookup' or 'off'")
         if self._draft is None:
             raise ValueError("speculate='draft' needs a draft model: build with draft_ckpt_dir")
         return self._made.setdefault(

@@ -11,15 +11,18 @@ A vision transformer. The picture is cut into up to four square tiles, and each 
 In both transformers every token attends to those of all tiles. Meta trained with padding: to four
 tiles, and in each tile to a multiple of 8 tokens. What is padding attends to what isn't, which, as
 the mask hides padding from padding alone, attends to the padding too: it is part of the result.
+Padding is alike in all tiles that aren't there, and so are the last tokens of a tile: each is
+computed once, and attended to as often as there are such tokens.
 
-Shapes: n tiles of an image, T tokens of a tile, N of an image with padding, W the encoder's width.
+Shapes: n tiles of an image, T tokens of a tile, N of an image with the padding that is computed, W
+the encoder's width.
 Paper: The Llama 3 Herd of Models, arXiv 2407.21783, section 7; code: Meta's llama-models, 0.3.0.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,9 @@ from llama.model import ModelArgs
 
 KEPT = 4  # images, at least
 EXTRA_IDS = 8  # embeddings after the vocabulary's; the first stands for an image
+# Tokens of a feed-forward network's pass. A hidden layer of 32 MB or more would be new memory each
+# time, which Linux clears page by page.
+TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,19 @@ _Column = partial(ColumnParallelLinear, gather_output=False, init_method=lambda 
 _Row = partial(RowParallelLinear, input_is_parallel=True, init_method=lambda w: w)
 
 
+class Tokens(NamedTuple):
+    """The tokens of a pass."""
+
+    real: int  # these come first, and then what is padding
+    times: torch.Tensor  # how often each of them is there, (N,)
+
+    @classmethod
+    def counted(cls, *groups: Tuple[int, int]) -> "Tokens":
+        """Of numbers of tokens, and how often each of them is there."""
+        lengths, times = (torch.tensor(numbers) for numbers in zip(*groups, strict=True))
+        return cls(groups[0][0], times.repeat_interleave(lengths))
+
+
 class ImageAttention(nn.Module):
     """Attention of all tokens to all, but of padding to what isn't padding only."""
 
@@ -121,19 +140,27 @@ class ImageAttention(nn.Module):
         self.wq, self.wk, self.wv = (_Column(width, width, bias=False) for _ in range(3))
         self.wo = _Row(width, width, bias=False)
 
-    def forward(self, x: torch.Tensor, real: int) -> torch.Tensor:
-        """x: (1, N, W), of whose tokens all after the first `real` are padding."""
+    def forward(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """(1, N, W) -> (1, N, W)"""
+        return self.wo(self.attend(self.wq(x), self.wk(x), self.wv(x), tokens))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens
+    ) -> torch.Tensor:
+        """Each (1, N, width of this rank's heads), and so is the result."""
         q, k, v = (
-            linear(x).unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2)
-            for linear in (self.wq, self.wk, self.wv)
+            part.unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2) for part in (q, k, v)
         )  # (1, n_local_heads, N, head_dim)
-        d = q.shape[-1]
-        attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
-        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, twice as slow
+        real, d = tokens.real, q.shape[-1]
+        if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, slower
             q, k, v = (F.pad(part, (0, -d % 32)) for part in (q, k, v))
-        of_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
-        out = torch.cat([attend(q[:, :, :real], k, v), of_padding], 2)[..., :d]
-        return self.wo(out.transpose(1, 2).flatten(2))
+        attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
+        seen = torch.arange(q.shape[2]).repeat_interleave(tokens.times).to(q.device)
+        out = [
+            attend(q[:, :, :real], k.index_select(2, seen), v.index_select(2, seen)),
+            attend(q[:, :, real:], k[:, :, :real], v[:, :, :real]),
+        ]
+        return torch.cat([part.transpose(1, 2)[..., :d] for part in out], 1).flatten(2)
 
 
 class ImageFeedForward(nn.Module):
@@ -143,7 +170,9 @@ class ImageFeedForward(nn.Module):
         self.c_proj = _Row(4 * width, width, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        """(1, N, W) -> (1, N, W)"""
+        parts = [self.c_proj(F.gelu(self.c_fc(part))) for part in x.split(TOGETHER, 1)]
+        return torch.cat(parts, 1)
 
 
 class ImageBlock(nn.Module):
@@ -153,8 +182,8 @@ class ImageBlock(nn.Module):
         self.mlp = ImageFeedForward(width)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, x: torch.Tensor, real: int) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), real)
+    def forward(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), tokens)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -163,8 +192,8 @@ class GatedImageBlock(ImageBlock):
         super().__init__(width, n_heads)
         self.gate_attn, self.gate_ffn = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
-    def forward(self, x: torch.Tensor, real: int) -> torch.Tensor:
-        x = x + self.gate_attn.tanh() * self.attn(self.ln_1(x), real)
+    def forward(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        x = x + self.gate_attn.tanh() * self.attn(self.ln_1(x), tokens)
         return x + self.gate_ffn.tanh() * self.mlp(self.ln_2(x))
 
 
@@ -228,25 +257,27 @@ class VisionEncoder(nn.Module):
         x, gate = self.conv1(pixels), self.gated_positional_embedding_gate.tanh()
         x = x + self.pre_tile_pos_embed(*aspect_ratio)
         n, T = len(x), x.shape[1] + 1
-        x = F.pad(x, (0, 0, 0, 0, 0, self.max_tiles - n))  # tiles of zeros
+        missing, padding = self.max_tiles - n, 8 - T % 8  # a whole 8 if it is a multiple already
+        x = F.pad(x, (0, 0, 0, 0, 0, min(missing, 1)))  # a tile of zeros stands for all of these
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = x + self.positional_embedding * (1 - gate)
         rows, columns = aspect_ratio
         of_tiles = self.gated_positional_embedding[:rows, :columns].flatten(0, 1)
         x = torch.cat([x[:n] + of_tiles * gate, x[n:]])
-        x = F.pad(self.ln_pre(x), (0, 0, 0, 8 - T % 8))  # a whole 8 if it is a multiple already
-        # What isn't padding first, then the padding of the image's tiles, then padded tiles.
-        x = torch.cat([x[:n, :T].flatten(0, 1), x[:n, T:].flatten(0, 1), x[n:].flatten(0, 1)])[None]
-        real, seen = n * T, []
+        x = F.pad(self.ln_pre(x).flatten(0, 1), (0, 0, 0, 1))[None]  # zeros: the padding of tiles
+        real, blank, seen = n * T, x.shape[1] - n * T - 1, []
+        tokens = Tokens.counted((real, 1), (blank, missing), (1, self.max_tiles * padding))
         for i, block in enumerate(self.transformer.resblocks):
             if i in self.features:
                 seen.append(x[0, :real])
-            x = block(x, real)
-        position = self.post_tile_pos_embed(*aspect_ratio)  # (n, 1, W)
-        added = [position.expand(-1, count, -1).flatten(0, 1) for count in (T, 8 - T % 8)]
-        x = self.ln_post(x) + F.pad(torch.cat(added), (0, 0, 0, x.shape[1] - n * (T + 8 - T % 8)))
+            x = block(x, tokens)
+        x, position = self.ln_post(x[0]), self.post_tile_pos_embed(*aspect_ratio)[:, 0]  # (n, W)
+        # From here on, the last tokens of a tile aren't those of another.
+        of_tiles = x[:real] + position.repeat_interleave(T, 0)
+        x = torch.cat([of_tiles, x[real:-1], x[-1:] + position, x[-1:]])[None]
+        tokens = Tokens.counted((real, 1), (blank, missing), (n, padding), (1, missing * padding))
         for block in self.global_transformer.resblocks:
-            x = block(x, real)
+            x = block(x, tokens)
         features = torch.stack(seen, -1).flatten(1)  # those of each of W beside each other
         return torch.cat([x[0, :real], features], -1).unflatten(0, (n, T))
 

@@ -209,7 +209,8 @@ def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class OnDisk(NamedTuple):
-    """Names as transformers 4 writes them, from those of either version; see `names.Names`."""
+    """Names in files, those of transformers 4, and those of its modules since; see `names.Names`.
+    Which of our weights these are is in `fused`."""
 
     def meta(self, name: str) -> str:
         name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
@@ -217,7 +218,9 @@ class OnDisk(NamedTuple):
         return re.sub(r"^model\.(vision_model|multi_modal_projector)\.", r"\1.", name)
 
     def theirs(self, name: str) -> str:
-        return name
+        name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+        name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+        return re.sub(r"^(vision_model|multi_modal_projector)\.", r"model.\1.", name)
 
 
 RENAMED = {

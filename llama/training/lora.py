@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import (
     copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
 )
 from torch import nn
@@ -73,7 +74,10 @@ class LoRALinear(nn.Module):
             z = copy_to_model_parallel_region(z)
         else:
             z = reduce_from_model_parallel_region(z)
-        return y + F.linear(self.scale[self.active] * z, B.type_as(x))
+        added = F.linear(self.scale[self.active] * z, B.type_as(x))
+        if getattr(self.base, "gather_output", False):
+            added = gather_from_model_parallel_region(added)
+        return y + added
 
 
 def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:
@@ -169,7 +173,8 @@ def fresh(
     """A new adapter to train, initialized as by PEFT: A uniform, B zeros, so it adds nothing yet.
 
     Args:
-        matrices: those of a block to add it to, by Meta's or Hugging Face's names; not of experts.
+        matrices: those of a block to add it to, by Meta's or Hugging Face's names; not of experts,
+            nor what only images need.
 
     Raises:
         ValueError: a rank below 1, or matrices that are unknown or only in experts.
@@ -179,7 +184,8 @@ def fresh(
         raise ValueError(f"lora rank {rank} must be at least 1")
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(model.params).items():
-        if name.split(".")[-2] in matrices and len(shape) == 2 and "expert" not in name:
+        of_block = name.startswith("layers.") and "expert" not in name
+        if of_block and name.split(".")[-2] in matrices and len(shape) == 2:
             out, inner = shape
             bound = 1 / math.sqrt(inner)  # kaiming_uniform with a = sqrt(5)
             A = (2 * torch.rand(rank, inner, generator=generator) - 1) * bound

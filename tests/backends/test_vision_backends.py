@@ -16,9 +16,13 @@ from vision import (
 )
 
 from llama import Llama, checkpoint
+from llama.backends import cpu as native
 from llama.backends import memory, offloaded, quantized
+from llama.backends.cpu import kernels
+from llama.backends.cpu.vision import NativeImageAttention
 from llama.checkpoint import InMemory
 from llama.families.registry import build
+from llama.families.vision_encoder import ImageAttention, Tokens
 from llama.layers import parallel
 
 WIDE = replace(TINY_VISION, head_dim=32)  # as the kernels take it
@@ -68,6 +72,56 @@ def test_llama4s_text_is_quantized_and_its_encoder_is_not():
     tokens, [[one]] = torch.tensor(LLAMA4_ROWS), LLAMA4_IMAGES
     ours, theirs = (m(tokens, images=[[m.encode(*one[:2])]]) for m in (model, whole))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def amx():
+    if not kernels.library().attends_to_all():
+        pytest.skip("a processor without AMX")
+
+
+# Fewer and more queries and keys than tiles, caches and tasks hold, and no multiples of 32.
+GROUPS = [[(1, 1), (1, 28)], [(100, 1), (30, 3), (1, 28)], [(600, 1), (0, 0), (4, 7), (1, 0)]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("heads, head_dim", [(3, 80), (2, 16), (1, 64), (2, 96)])
+def test_the_encoders_attention_with_amx(amx, groups, heads, head_dim):
+    """As exact as torch's in bf16; the same on any number of threads."""
+    tokens, before = Tokens.counted(*groups), torch.get_num_threads()
+    attention = ImageAttention(heads * head_dim, heads)
+    generator = torch.Generator().manual_seed(head_dim)
+    shape = (3, 1, len(tokens.times), heads * head_dim)
+    given = (2 * torch.randn(shape, generator=generator)).bfloat16()
+    exact, torchs = attention.attend(*given.float(), tokens), attention.attend(*given, tokens)
+    attention.__class__ = NativeImageAttention
+    ours = attention.attend(*given, tokens)
+    error, torchs_error = ((one - exact).square().mean().sqrt() for one in (ours, torchs))
+    assert error < 1.1 * torchs_error < 0.02 * exact.square().mean().sqrt()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(attention.attend(*given, tokens), ours)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_the_encoder_on_the_kernels(amx):
+    args = replace(WIDE, vision_width=64)  # heads of 16
+    model = build(args, device="cpu", dtype=torch.bfloat16)
+    model.load_state_dict(random_weights(args, dtype=torch.bfloat16))
+    [images] = tiled([[WIDE.vocab_size] * 8])
+    before = [model.vision_model(*one[:2]) for one in images]
+    exact = build(args, device="cpu", dtype=torch.float32)
+    exact.load_state_dict(random_weights(args, dtype=torch.bfloat16))
+    native.swap(model)
+    kinds = {type(m) for m in model.modules() if isinstance(m, ImageAttention)}
+    assert kinds == {NativeImageAttention}
+    for one, torchs in zip(images, before, strict=True):
+        ours, expected = model.vision_model(*one[:2]), exact.vision_model(*one[:2])
+        assert not torch.equal(ours, torchs)
+        assert (ours - expected).square().mean() < 1.2 * (torchs - expected).square().mean()
 
 
 def test_memory_is_that_of_weights_and_images():

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model, random_weights, run_ranks, write_checkpoint
-from vision import GRIDS, IMAGE, ROWS, TINY_VISION, images_of, tiled
+from vision import ARGS, IMAGE, ROWS, images_of, inputs, logits, tiled, transformers_model
 
 from llama import Llama, checkpoint
 from llama.checkpoint import InMemory, convert, huggingface, meta
 from llama.families.registry import build, family_of
-
-ARGS = replace(TINY_VISION, max_seq_len=131072)  # as files say
 
 
 @pytest.fixture(scope="module")
@@ -23,43 +21,8 @@ def source():
 @pytest.fixture(scope="module")
 def theirs(source, tmp_path_factory):
     """A directory that we wrote, and what transformers makes of it."""
-    from transformers import MllamaForConditionalGeneration
-
     path = huggingface.write(source, tmp_path_factory.mktemp("theirs") / "model")
-    model, info = MllamaForConditionalGeneration.from_pretrained(
-        path, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info.values()), info
-    # transformers 5.23 takes what a block returns where Meta (and transformers 4) takes what goes
-    # into it, one earlier.
-    features = [i - 1 for i in ARGS.vision_features]
-    model.model.vision_model.intermediate_layers_indices = features
-    return path, model.eval()
-
-
-def inputs(rows, images):
-    """Of transformers' model: tiles, padded to the most images and tiles, and who sees which."""
-    size, most, tiles = ARGS.vision_chunk_size, max(map(len, images)), ARGS.vision_max_num_chunks
-    pixels = torch.zeros(len(rows), most, tiles, 3, size, size)
-    ids = torch.zeros(len(rows), most, dtype=torch.long)
-    of_tiles = torch.zeros(len(rows), most, tiles, dtype=torch.long)
-    seen = torch.zeros(len(rows), len(rows[0]), most, tiles, dtype=torch.long)
-    for b, (row, of_row) in enumerate(zip(rows, images, strict=True)):
-        places = [i for i, token in enumerate(row) if token == IMAGE]
-        for i, (place, (one, grid)) in enumerate(zip(places, of_row, strict=True)):
-            pixels[b, i, : len(one)], ids[b, i] = one, GRIDS.index(grid) + 1
-            of_tiles[b, i, : len(one)] = 1
-            # up to the next image that doesn't follow directly
-            later = [p for j, p in enumerate(places) if p > place and p - place != j - i]
-            seen[b, place : min(later, default=len(row)), i, : len(one)] = 1
-    return dict(
-        input_ids=torch.tensor(rows), pixel_values=pixels, aspect_ratio_ids=ids,
-        aspect_ratio_mask=of_tiles, cross_attention_mask=seen,
-    )  # fmt: skip
-
-
-def logits(model, rows, images):
-    return model(torch.tensor(rows), images=[[model.encode(*one) for one in r] for r in images])
+    return path, transformers_model(path)
 
 
 @torch.inference_mode()

@@ -129,7 +129,7 @@ def follow(llama, plan, cache, chunk, rows):
     """Add and cancel requests as a schedule says; compare each with itself alone."""
     engine = llama.engine(cache_tokens=cache, max_tokens_per_step=chunk, max_rows=rows)
     guesses = Guesses()
-    engine.speculators = lambda name: guesses if name else None
+    engine.speculators = lambda name, _: guesses if name else None
     todo, requests, step, wait = list(plan), [], 0, 0
     while todo or not engine.idle:
         while todo and wait <= 0:

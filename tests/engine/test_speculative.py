@@ -64,7 +64,7 @@ class Oracle:
 
 def with_oracle(llama, answers, monkeypatch, seed=0):
     oracle = Oracle(answers, seed)
-    monkeypatch.setattr(llama._calls.plain, "speculators", lambda name: oracle if name else None)
+    monkeypatch.setattr(llama._calls.plain, "speculators", lambda name, _: oracle if name else None)
     return oracle
 
 

@@ -7,6 +7,7 @@
 //     step        all layers of a model, or some; null in place of adapters: none is used
 //     linear      one product: the output layer
 //     norm, rows  RMSNorm; some rows of a weight, for the embedding
+//     attend_to_all  attention of all tokens to all
 //     pack        a weight as in a file -> as the products read it
 //
 // Sums are fp32, in an order that depends on the model's shape alone, so that a token's result is
@@ -16,6 +17,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "images.h"
 #include "low_rank.h"
 
 namespace {
@@ -203,6 +205,22 @@ void rows(int32_t is_bf16, const Weight *w, const int64_t *which, int32_t n, voi
 void pack_rows(int32_t kind, const void *in, int32_t rows, int32_t cols, void *out, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     types[kind]->pack((const uint8_t *)in, rows, cols, (uint8_t *)out);
+}
+
+// Whether there is `attend_to_all`.
+int32_t attends_to_all() {
+#ifdef HAS_AMX
+    return may_use_amx();
+#else
+    return 0;
+#endif
+}
+
+void attend_to_all(const All *a, int32_t threads) {
+#ifdef HAS_AMX
+#pragma omp parallel num_threads(threads)
+    attend_to_all(*a);
+#endif
 }
 
 }  // extern "C"

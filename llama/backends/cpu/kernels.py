@@ -92,6 +92,12 @@ class Inputs(ctypes.Structure):
     ]
 
 
+class All(ctypes.Structure):
+    _fields_ = [(name, Pointer) for name in ("q", "k", "v", "times", "out")] + [
+        (name, Int) for name in ("queries", "keys", "heads", "head_dim")
+    ]
+
+
 class Scratch(ctypes.Structure):
     _fields_ = [
         (name, Pointer) for name in ("q", "k", "v", "gate", "up", "sum", "partial", "rotated")
@@ -202,9 +208,11 @@ def library() -> ctypes.CDLL:
         "add_type": [Int, ptr],
         "multiplies_bf16": [],
         "group_height": [Int],
+        "attends_to_all": [],
+        "attend_to_all": [ptr, Int],
     }.items():
         function = getattr(found, name)
-        returns = name in ("multiplies_bf16", "group_height")
+        returns = name in ("multiplies_bf16", "group_height", "attends_to_all")
         function.restype, function.argtypes = (Int if returns else None), types
     return found
 

@@ -1,9 +1,10 @@
-"""Models that see on the CPU kernels: their text models; image encoders stay as they are.
+"""Models that see on the CPU kernels: their text models, and the attention of Llama 3.2's encoder.
 
 In Llama 3.2 Vision, the layers between two of cross-attention are one module. Those compute with
 packed weights, too, and attend by torch, to keys and values that aren't in the cache's blocks.
 """
 
+from ctypes import byref
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,13 @@ from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_regi
 from torch import nn
 
 from llama.backends.cpu import kernels, layers, networks
+from llama.backends.cpu.kernels import address
 from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
-from llama.backends.cpu.packing import Packed, arena_for, weight_of
+from llama.backends.cpu.packing import LANES, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
 from llama.families.llama4_fusion import EarlyFusion
 from llama.families.vision import VisionTransformer
+from llama.families.vision_encoder import ImageAttention, Tokens, VisionEncoder
 from llama.model import Step, Transformer
 
 
@@ -38,6 +41,33 @@ class NativeLinear(NativeOutput):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
         return (reduce_from_model_parallel_region(out) if self._reduce else out).to(x.dtype)
+
+
+class NativeImageAttention(ImageAttention):
+    """The image encoder's attention with AMX, in bf16."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens
+    ) -> torch.Tensor:
+        q, k, v = (part[0].contiguous() for part in (q, k, v))
+        out, times, (N, width) = torch.empty_like(q), tokens.times.float().log2(), q.shape
+        for begin, end, keys in ((0, tokens.real, N), (tokens.real, N, tokens.real)):
+            all_of_them = kernels.All(
+                address(q[begin:]), address(k), address(v), address(times), address(out[begin:]),
+                end - begin, keys, self.n_local_heads, width // self.n_local_heads,
+            )  # fmt: skip
+            kernels.library().attend_to_all(byref(all_of_them), torch.get_num_threads())
+        return out[None]
+
+
+def swap_encoder(encoder: VisionEncoder) -> None:
+    """Let the encoder, whose weights don't learn, attend with AMX, if there is AMX."""
+    for block in (*encoder.transformer.resblocks, *encoder.global_transformer.resblocks):
+        attention: Any = block.attn
+        width, dtype = len(attention.wq.weight), attention.wq.weight.dtype
+        tiles = dtype == torch.bfloat16 and width // attention.n_local_heads % LANES == 0
+        if tiles and kernels.library().attends_to_all():
+            attention.__class__ = NativeImageAttention
 
 
 def swap(model: Transformer) -> Transformer:
@@ -74,5 +104,6 @@ def swap(model: Transformer) -> Transformer:
         block.attention_norm = NativeNorm(block.attention_norm)
         block.ffn_norm = NativeNorm(block.ffn_norm)
     layers.swap_ends(model, work, arena)
+    swap_encoder(cast(Any, model.vision_model.vision_encoder))
     model.__class__ = NativeVisionTransformer
     return model
