@@ -1,6 +1,7 @@
 """Every command in the README and the docs is run, and their Python too; the site builds.
 
-XLA takes long to compile a model: it gets two layers of the demo model, or all in `make soak`.
+What takes long, converting the demo model and compiling it with XLA, gets two of its layers, or all
+in `make soak`.
 """
 
 import os
@@ -139,9 +140,12 @@ def commands_of(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if commands_of(page)])
-def test_commands(smollm2_path, page, request):
+def test_commands(smollm2_path, shallow, tmp_path, page, request):
     """In order, since some use what those before have written."""
     for command in commands_of(page):
+        if " convert " in command:
+            command = command.replace(DEMO, str(shallow))
+            command = command.replace("checkpoints/smollm2", f"{tmp_path}/smollm2")
         if ADDRESS in command:
             command = command.replace(ADDRESS, request.getfixturevalue("address"))
         done = run(command)
