@@ -79,13 +79,13 @@ def fused(args: Llama4Args, form: str) -> Dict[str, Fused]:
                 found[f"{network}.router_DE"] = router
     if form != "hf" or args.vision_layers is None:
         return found
+    # As they are written; those that are read have lost the prefix (see `HFNames`).
     names = HFNames(HF.layers, HF_STEMS)
-    alone = {one for how in found.values() for group in how.groups for one in group}
-    text = {one: Fused(((one,),)) for one in shapes(args) if not one.startswith(vision.PREFIXES)}
-    found |= {f"language_model.{name}": how for name, how in found.items()}  # as it is written
-    found |= {
-        f"language_model.{names.theirs(one)}": how for one, how in text.items() if one not in alone
-    }
+    together = {one for how in found.values() for group in how.groups for one in group}
+    found |= {f"language_model.{name}": how for name, how in found.items()}
+    for one in shapes(args).keys() - together:
+        if not one.startswith(vision.PREFIXES):
+            found[f"language_model.{names.theirs(one)}"] = Fused(((one,),))
     return found | vision.hf_fused(args)
 
 

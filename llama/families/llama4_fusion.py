@@ -58,7 +58,8 @@ class EarlyFusion(Transformer):
     """A network that may have an image encoder.
 
     Raises:
-        ValueError: the number of ranks doesn't divide the heads of text or of the image encoder.
+        ValueError: the number of ranks doesn't divide the heads of text or of the image encoder;
+            the vocabulary lacks the token of images.
     """
 
     early_fusion = True  # tokens see of an image what is cached of its own tokens
@@ -74,6 +75,11 @@ class EarlyFusion(Transformer):
         super().__init__(params, device, dtype)
         if params.vision_layers is None:
             return
+        if params.vision_token >= params.vocab_size:
+            raise ValueError(
+                f"vision_token={params.vision_token}, which stands for images, isn't one of "
+                f"vocab_size={params.vocab_size} tokens"
+            )
 
         def place(module: nn.Module) -> nn.Module:
             return module.to(device=device, dtype=dtype)

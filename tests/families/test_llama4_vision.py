@@ -22,6 +22,7 @@ from llama.checkpoint import InMemory, gguf, huggingface, meta
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4_fusion import views
 from llama.families.llama4_vision import ImageArgs
+from llama.families.registry import build
 from llama.layers.paged import PAGE, PagedRows
 from llama.text.encoder import image_id
 from llama.text.llama4 import Llama4Format
@@ -226,6 +227,8 @@ def test_what_does_not_fit_is_refused(model):
     [one] = encoded(model, [llama4_tiles((1, 1))])
     with pytest.raises(ValueError, match="images of 4 tokens, and 0 for them"):
         model(torch.tensor([[1, 2]]), images=[[one]])
+    with pytest.raises(ValueError, match="vision_token=2304.*isn't one of vocab_size=2304"):
+        build(replace(ARGS, vision_token=2304), device="meta")
     with pytest.raises(ValueError, match="vision_width=34 isn't a multiple of 4 times"):
         replace(ARGS, vision_width=34)
     with pytest.raises(ValueError, match="vision_chunk_size=42 isn't a multiple of 2 times"):
