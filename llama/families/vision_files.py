@@ -333,7 +333,7 @@ LLAMA_VISION = Family(
     module_name=module_name,
     fused=fused,
     cached_per_head=lambda args: 2 * args.vision_num_cross_attention_layers * args.image_cache,
-    # Of 4 tiles: what blocks leave, features, and a feed-forward network's hidden layer twice.
+    # Of 4 tiles: what blocks leave, features, and queries, keys and values as they are and padded.
     encoder_values=lambda args: args.vision_max_num_chunks * args.tokens_per_tile
     * args.vision_width * (12 + 2 * len(args.vision_features)),
 )  # fmt: skip
