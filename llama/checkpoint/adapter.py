@@ -25,7 +25,7 @@ from llama.model import ModelArgs
 from llama.text.files import beside, read_object, write_json
 
 PREFIX = "base_model.model."
-TAKE = r"(layers|resblocks)\.\d+\.|vision_projection"  # names of matrices that take an adapter
+TAKE = r"(layers|resblocks)\.\d+\.|vision_(projection|adapter)"  # what takes an adapter
 HEAD, HEADS = f"{PREFIX}score.weight", ["classifier", "score"]  # PEFT's names for SEQ_CLS
 
 # Settings that say how an adapter was trained, or that are read below.

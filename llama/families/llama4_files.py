@@ -100,6 +100,11 @@ class HFNames(Names):
             return super().meta(name)
         return f"{expert[1]}.{ {'gate': 'w1', 'down': 'w2', 'up': 'w3'}[expert[2]] }.weight"
 
+    def theirs(self, name: str) -> str:
+        """Names of the model with vision, which `fused` has, stay as they are."""
+        theirs = name.startswith(("language_model.", "vision_model.", "multi_modal_projector."))
+        return name if theirs else super().theirs(name)
+
 
 def stems(layer: str, shared: str, router: str) -> Dict[str, str]:
     """Names of networks in another format, with places for gate, down and up, to Meta's."""
@@ -349,8 +354,8 @@ LLAMA4 = Family(
     fused=fused,
     text_args=lambda args: replace(args, vision_layers=None),
     left_out=lambda fields: () if fields.get("vision_layers") else vision.PREFIXES,
-    # Of images that are kept, and of a pass: a feed-forward network's hidden layer twice, and more.
+    # Of images that are kept, and of a pass: what blocks leave, queries, keys and values, and more.
     encoder_values=lambda args: 0 if args.vision_layers is None
-    else args.image_cache * args.dim + args.most_tiles * args.vision_width * 12
+    else args.image_cache * args.dim + args.most_tiles * args.vision_width * 16
     * (args.vision_chunk_size // args.vision_patch_size) ** 2,
 )  # fmt: skip

@@ -127,7 +127,7 @@ class TileBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), freqs_cis)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x).flatten(0, 1)[None]).view_as(x)
 
 
 class TileEncoder(nn.Module):

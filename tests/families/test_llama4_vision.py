@@ -1,5 +1,6 @@
 """Llama 4's images against Meta's code and transformers, in files, and on ranks."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -17,8 +18,9 @@ from vision import (
 )
 
 from llama import Tokenizer, checkpoint
-from llama.backends import cpu
+from llama.backends import adapters, cpu
 from llama.checkpoint import InMemory, gguf, huggingface, meta
+from llama.checkpoint.adapter import Merged, read_adapter, write_adapter
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4_fusion import views
 from llama.families.llama4_vision import ImageArgs
@@ -313,3 +315,29 @@ def test_a_config_of_text_alone_leaves_the_encoder_out(hf, weights, tmp_path):
     assert found.args == replace(without_images(ARGS), vision_width=1408, vision_heads=16,
         vision_output=4096, vision_chunk_size=336, vision_token=200092,
         **{f: getattr(found.args, f) for f in ("max_seq_len", "max_batch_size")})  # fmt: skip
+
+
+@torch.inference_mode()
+def test_adapters_of_text_and_encoder_are_pefts(peer, weights, tmp_path):
+    """Read with its names, merged, and written with the same."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "v_proj", "o_proj", "fc1"]
+    adapted = get_peft_model(copy.deepcopy(peer), LoraConfig(target_modules=targets)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(tmp_path / "theirs")
+    theirs = adapted(torch.tensor([ROW]), torch.cat([one.pixels for one in IMAGES])).logits[0]
+    adapter = read_adapter(tmp_path / "theirs", ARGS)
+    merged = checkpoint.load(Merged(InMemory(ARGS, weights), adapter), build(ARGS, device="meta"))
+    torch.testing.assert_close(reads(merged, ROW, IMAGES), theirs, atol=1e-4, rtol=0)
+    write_adapter(adapter, tmp_path / "ours", ARGS)
+    ours, expected = (
+        load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs")
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    with pytest.raises(ValueError, match="vision_.*: only layers of text take adapters"):
+        adapters.add(cpu.swap(random_model(ARGS)), "a", adapter)
