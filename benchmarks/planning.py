@@ -88,7 +88,9 @@ def check(name: str, seconds: float, **build: Any) -> Dict[str, Any]:
         n = max(8, round(min(share, 1) * capacity * seconds))
         arrivals = [
             # Tokens that the vocabulary has; prompts differ after those that they share.
-            come._replace(prompt=[1 + token % (engine.vocab_size - 1) for token in come.prompt])
+            come._replace(
+                prompt=[1 + token % (engine.model.vocab_size - 1) for token in come.prompt]
+            )
             for come in planning.arrivals(options, share * capacity, n, random.Random(2))
         ]
         gc.collect()

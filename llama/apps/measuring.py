@@ -51,7 +51,7 @@ def passes(engine: Engine, of: Sequence[Tuple[int, int, int]], rng: random.Rando
         for _ in range(3 if 1 < n <= CHEAP else 1):
             engine.scheduler.blocks.clear()
             for _ in range(rows):
-                prompt = [rng.randrange(engine.vocab_size) for _ in range(context + n)]
+                prompt = [rng.randrange(engine.model.vocab_size) for _ in range(context + n)]
                 _claim(engine.scheduler.blocks, prompt[:context])
                 engine.add(prompt, DECODED if decodes else 1, temperature=0, stop_tokens=set())
             while not engine.idle:

@@ -19,15 +19,11 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
     """
     if not name or name in names(model):
         raise ValueError(f"an adapter {name!r}: give it a name that none of the others has")
-    if isinstance(model, VisionTransformer):
+    of_text = all(weight.startswith("layers.") for weight in adapter.pairs)
+    if isinstance(model, VisionTransformer) or not of_text:
         raise ValueError(
-            "Llama 3.2 Vision takes no adapters beside its weights, for some requests alone: build "
-            "with adapter_dir, for one adapter of all rows"
-        )
-    if apart := [name for name in adapter.pairs if not name.startswith("layers.")]:
-        raise ValueError(
-            f"{apart[0]}: only layers of text take adapters beside their weights; build with "
-            "adapter_dir, for one adapter of all rows"
+            "what reads images takes no adapters beside its weights, for some requests alone: "
+            "build with adapter_dir, for one adapter of all rows"
         )
     pairs, first = shards(adapter, model.params), model.layers[0]
     if isinstance(first, NativeLayers):

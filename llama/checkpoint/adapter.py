@@ -145,7 +145,8 @@ def shards(adapter: Adapter, args: ModelArgs) -> Dict[str, Pair]:
 def _stored(args: ModelArgs) -> Dict[str, str]:
     """Meta's names to those in Hugging Face's files, where these depend on the shape."""
     fused = family_of(args).fused(args, "hf")
-    return {of.groups[0][0]: name for name, of in fused.items() if len(sum(of.groups, ())) == 1}
+    alone = {name: how for name, how in fused.items() if how.as_rows and len(how.groups) == 1}
+    return {how.groups[0][0]: name for name, how in alone.items() if len(how.groups[0]) == 1}
 
 
 def _scale(path: Path, config: Dict[str, Any], module: str, rank: int) -> float:
@@ -186,9 +187,10 @@ def write_adapter(
     ranks = {name: len(pair.A) for name, pair in adapter.pairs.items()}
     alphas = {name: pair.scale * ranks[name] for name, pair in adapter.pairs.items()}
     family, stored = family_of(args), _stored(args)
+    in_files = {name: stored.get(name) or family.hf_names.theirs(name) for name in adapter.pairs}
     modules = {
-        name: family.hf_names.theirs(stored.get(name, name)).removesuffix(".weight")
-        for name in adapter.pairs
+        name: family.module_name(theirs).removesuffix(".weight")
+        for name, theirs in in_files.items()
     }
     r, alpha = max(ranks.values()), max(alphas.values())
     tensors = {}

@@ -113,7 +113,7 @@ def _likeliest(
 
     All but the last token of each is in the cache, whose blocks the beams share.
     """
-    n = min(n, engine.vocab_size)
+    n = min(n, engine.model.vocab_size)
     options = dict(temperature=0, top_logprobs=n, stop_tokens=set(), speculate="off")
     requests = [engine.add(text, 1, **options) for text in texts]
     found = []

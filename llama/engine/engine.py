@@ -76,10 +76,6 @@ class Engine:
         return not self._parts
 
     @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
     def stats(self) -> Stats:
         """Counts; during a step, of its beginning or its end."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks

@@ -100,6 +100,7 @@ class Family:
         nest_config: config.json of all these keys, where some are in others.
         read_params, write_params: the same for params.json.
         meta_names: of weights in Meta's files, where they are others than in the model.
+        module_name: transformers' name of a weight in its model, of the one in its files.
         rotated: the last parts of names of weights whose rows transformers has in another order.
         cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
             of tokens.
@@ -134,6 +135,7 @@ class Family:
     write_params: Callable[[Any], Dict[str, Any]] = lambda args: {}
     meta_names: Naming = SAME
     hf_names: Naming = HF
+    module_name: Callable[[str], str] = lambda name: name
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     cached_per_head: Callable[[Any], int] = lambda args: 0
     encoder_values: Callable[[Any], int] = lambda args: 0

@@ -30,6 +30,8 @@ from llama.layers.cache import KVCache
 from llama.layers.ids import check_token_tensor
 from llama.model import Attention, FeedForward, RMSNorm, Step, Transformer
 
+# How names of weights begin that only images need.
+OF_IMAGES = ("cross_attention_layers.", "learnable_embedding.", "vision_model.")
 Encoded = Tuple[torch.Tensor, torch.Tensor]  # keys and values, (C, n_local_kv_heads, S, head_dim)
 
 

@@ -148,16 +148,17 @@ class ImageAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens
     ) -> torch.Tensor:
         """Each (1, N, width of this rank's heads), and so is the result."""
+        seen = torch.arange(k.shape[1]).repeat_interleave(tokens.times).to(k.device)
+        k, v = (part.index_select(1, seen) for part in (k, v))
         q, k, v = (
             part.unflatten(-1, (self.n_local_heads, -1)).transpose(1, 2) for part in (q, k, v)
-        )  # (1, n_local_heads, N, head_dim)
+        )  # (1, n_local_heads, tokens, head_dim)
         real, d = tokens.real, q.shape[-1]
         if q.dtype == torch.bfloat16:  # the matrix units of CPUs take 32: with 80, slower
             q, k, v = (F.pad(part, (0, -d % 32)) for part in (q, k, v))
         attend = partial(F.scaled_dot_product_attention, scale=d**-0.5)
-        seen = torch.arange(q.shape[2]).repeat_interleave(tokens.times).to(q.device)
         out = [
-            attend(q[:, :, :real], k.index_select(2, seen), v.index_select(2, seen)),
+            attend(q[:, :, :real], k, v),
             attend(q[:, :, real:], k[:, :, :real], v[:, :, :real]),
         ]
         return torch.cat([part.transpose(1, 2)[..., :d] for part in out], 1).flatten(2)

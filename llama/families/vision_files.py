@@ -209,8 +209,7 @@ def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class OnDisk(NamedTuple):
-    """Names in files, those of transformers 4, and those of its modules since; see `names.Names`.
-    Which of our weights these are is in `fused`."""
+    """Names as transformers 4 writes them, from those of either version; see `names.Names`."""
 
     def meta(self, name: str) -> str:
         name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
@@ -218,9 +217,13 @@ class OnDisk(NamedTuple):
         return re.sub(r"^model\.(vision_model|multi_modal_projector)\.", r"\1.", name)
 
     def theirs(self, name: str) -> str:
-        name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
-        name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-        return re.sub(r"^(vision_model|multi_modal_projector)\.", r"model.\1.", name)
+        return name
+
+
+def module_name(name: str) -> str:
+    """The name since transformers 4.52, of one in files."""
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    return re.sub(r"^(vision_model|multi_modal_projector)\.", r"model.\1.", name)
 
 
 RENAMED = {
@@ -327,6 +330,7 @@ LLAMA_VISION = Family(
     write_params=write_params,
     meta_names=MetaNames(),
     hf_names=OnDisk(),
+    module_name=module_name,
     fused=fused,
     cached_per_head=lambda args: 2 * args.vision_num_cross_attention_layers * args.image_cache,
     # Of 4 tiles: what blocks leave, features, and a feed-forward network's hidden layer twice.

@@ -18,7 +18,9 @@ from llama.backends.build import prepare
 from llama.checkpoint import Checkpoint, convert
 from llama.checkpoint.adapter import Adapter, Merged, write_adapter
 from llama.checkpoint.shapes import check_shapes
+from llama.families import llama4_vision_files
 from llama.families.registry import build
+from llama.families.vision import OF_IMAGES
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
 from llama.text.files import beside, check_plain, recovered
@@ -128,7 +130,7 @@ def load_model(
     """The model to be learned: all of it in fp32, or frozen in `low` with a new adapter.
 
     Args:
-        adapter: arguments of `lora.fresh`, or None to learn all weights.
+        adapter: arguments of `lora.fresh`, or None to learn all weights but those of images.
         shard: divide it over its copies, of which no rank ever holds a whole one.
     """
     shard = shard and devices.copies() > 1
@@ -143,6 +145,10 @@ def load_model(
         model.requires_grad_(False)
         new = lora.fresh(model, **adapter)
         lora.attach(model, new)
+    else:
+        for name, parameter in model.named_parameters():
+            of_images = name.startswith((*OF_IMAGES, *llama4_vision_files.PREFIXES))
+            parameter.requires_grad_(not of_images)  # examples are texts
     if recompute:
         recompute_blocks(model)
     if shard:

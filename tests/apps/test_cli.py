@@ -350,6 +350,32 @@ def test_a_full_disk_is_a_line(unbuffered):
     assert re.fullmatch("error: .*No space left.*\n", done.stderr.decode())
 
 
+@pytest.mark.parametrize("argument, code", [("--version", 0), ("--nothing", 2)])
+def test_it_ends_after_threads_and_handlers(argument, code):
+    """With its exit code and all that they print, but modules aren't taken down."""
+    script = """
+import atexit, sys, threading
+from llama.__main__ import main
+
+class Left:
+    def __del__(self):
+        print("taken down")
+
+def late():
+    threading.main_thread().join()
+    print("thread")
+
+left, code = Left(), main()
+atexit.register(print, "handler", end="")
+threading.Thread(target=late).start()
+sys.exit(code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, argument], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code and done.stdout.endswith("thread\nhandler"), done
+
+
 @pytest.mark.slow
 def test_closed_streams(tiny_dir):
     run = f"{sys.executable} -m llama complete {tiny_dir} --device cpu"

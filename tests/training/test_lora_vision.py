@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import random_model, random_weights, run_ranks, write_checkpoint
 from safetensors.torch import load_file, save_file
-from vision import ARGS, IMAGE, images_of, inputs, logits, transformers_model
+from vision import ARGS, IMAGE, TINY_LLAMA4, images_of, inputs, logits, transformers_model
 
 from llama import Llama, checkpoint
 from llama.apps.finetune import finetune
+from llama.backends import adapters
 from llama.checkpoint import InMemory, huggingface, weight_shapes
 from llama.checkpoint.adapter import TAKE, Adapter, Merged, Pair, read_adapter, write_adapter
 from llama.families.registry import build
+from llama.families.vision import OF_IMAGES
 from llama.training import lora
 
 # All tokens see an image: transformers gives those before it the mean of all.
@@ -106,47 +108,69 @@ def test_names_of_older_transformers(adapted, tmp_path):
     same(read_adapter(tmp_path / "old", ARGS), read)
 
 
+def everywhere(args) -> Adapter:
+    """Of all matrices that take an adapter."""
+    generator, pairs = torch.Generator().manual_seed(5), {}
+    for name, shape in weight_shapes(args).items():
+        if len(shape) == 2 and re.search(TAKE, name) and ".experts." not in name:
+            A, B = torch.zeros(4, shape[1]), torch.zeros(shape[0], 4)
+            A, B = (0.2 * torch.randn(half.shape, generator=generator) for half in (A, B))
+            pairs[name] = Pair(A, B, 0.5)
+    return Adapter(pairs)
+
+
+def test_llama_4s_are_written_and_read_again(tmp_path):
+    one = everywhere(TINY_LLAMA4)
+    assert any("resblocks" in name for name in one.pairs)
+    write_adapter(one, tmp_path / "adapter", TINY_LLAMA4)
+    same(read_adapter(tmp_path / "adapter", TINY_LLAMA4), one)
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stems = ("language_model.model.layers.", "vision_model.model.layers.", "multi_modal_projector.")
+    assert all(name.startswith(tuple(f"base_model.model.{s}" for s in stems)) for name in names)
+    with pytest.raises(ValueError, match="what reads images takes no adapters"):
+        adapters.add(build(TINY_LLAMA4, device="meta"), "one", one)
+
+
 @torch.inference_mode()
 def test_ranks(tmp_path):
     """Of all matrices, those whose outputs are gathered among them."""
-    generator = torch.Generator().manual_seed(5)
-    everywhere = Adapter({
-        name: Pair(*(0.2 * torch.randn(s, generator=generator) for s in ((4, inn), (out, 4))), 0.5)
-        for name, (out, inn) in ((n, s) for n, s in weight_shapes(ARGS).items() if len(s) == 2)
-        if re.search(TAKE, name)
-    })  # fmt: skip
-    write_adapter(everywhere, tmp_path / "adapter", ARGS)
+    one = everywhere(ARGS)
+    write_adapter(one, tmp_path / "adapter", ARGS)
     path = write_checkpoint(tmp_path / "model", ARGS)
     report = run_ranks(
         2, "adapted", tmp_path / "out.json", ckpt=str(path), adapter=str(tmp_path / "adapter"),
         copy=str(tmp_path / "copy"), tokens=ROWS, sees=True,
     )  # fmt: skip
     model = random_model(ARGS)
-    lora.attach(model, everywhere)
+    lora.attach(model, one)
     expected = logits(model, ROWS, images_of(ROWS))
     for way in ("attached", "merged", "built"):
         assert (torch.tensor(report[way]) - expected).abs().max() < 1e-4, way
-    same(read_adapter(tmp_path / "copy", ARGS), everywhere)
+    same(read_adapter(tmp_path / "copy", ARGS), one)
 
 
-def test_learned_from_text(tmp_path):
-    """The text's layers learn; the loss of what was written is the one that was shown last."""
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_learned_from_text(tmp_path, method):
+    """The text's layers learn, and what reads images stays as it is."""
     path = write_checkpoint(tmp_path / "model", ARGS)
     lines = [{"text": "The word is lamp. " * (1 + i % 3)} for i in range(12)]
     data, out = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     finetune(
-        str(data), out=str(out), ckpt_dir=str(path), held_out=4, epochs=4, batch_size=4,
-        max_seq_len=128, learning_rate=0.01, dtype="fp32", device="cpu", pack=True,
+        str(data), out=str(out), ckpt_dir=str(path), method=method, held_out=4, epochs=4,
+        batch_size=4, max_seq_len=128, learning_rate=0.01, dtype="fp32", device="cpu", pack=True,
     )  # fmt: skip
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     held_out = [line["held_out_loss"] for line in log if "held_out_loss" in line]
     assert held_out[-1] < held_out[0] - 1
-    read = read_adapter(out / "adapter", ARGS)
-    assert len(read.pairs) == 7 * ARGS.n_layers
-    assert all(name.startswith("layers.") for name in read.pairs)
-    llama = Llama.build(path, adapter_dir=out / "adapter", device="cpu", dtype="fp32")
-    assert torch.isfinite(logits(llama.model, ROWS, images_of(ROWS))).all()
+    source = checkpoint.open(out / "model" if method == "full" else path)
+    if method == "lora":
+        source = Merged(source, read_adapter(out / "adapter", ARGS))
+        assert len(source.adapter.pairs) == 7 * ARGS.n_layers
+    for name, before in random_weights(ARGS).items():
+        learned = not name.startswith(OF_IMAGES)
+        if (name.startswith("layers.") and before.ndim == 2) or (not learned and before.ndim < 4):
+            assert torch.equal(source.read(name, 0, 0, len(before)), before) != learned, name
 
 
 def test_what_takes_none(adapted, tmp_path):
