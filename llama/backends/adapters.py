@@ -25,11 +25,6 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
             "what reads images takes no adapters beside its weights, for some requests alone: "
             "build with adapter_dir, for one adapter of all rows"
         )
-    if apart := [name for name in adapter.pairs if not name.startswith("layers.")]:
-        raise ValueError(
-            f"{apart[0]}: only layers of text take adapters beside their weights; build with "
-            "adapter_dir, for one adapter of all rows"
-        )
     pairs, first = shards(adapter, model.params), model.layers[0]
     if isinstance(first, NativeLayers):
         first.adapters.add(pairs)

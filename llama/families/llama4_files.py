@@ -100,11 +100,6 @@ class HFNames(Names):
             return super().meta(name)
         return f"{expert[1]}.{ {'gate': 'w1', 'down': 'w2', 'up': 'w3'}[expert[2]] }.weight"
 
-    def theirs(self, name: str) -> str:
-        """Names of the model with vision, which `fused` has, stay as they are."""
-        theirs = name.startswith(("language_model.", "vision_model.", "multi_modal_projector."))
-        return name if theirs else super().theirs(name)
-
 
 def stems(layer: str, shared: str, router: str) -> Dict[str, str]:
     """Names of networks in another format, with places for gate, down and up, to Meta's."""
