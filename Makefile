@@ -15,6 +15,8 @@ $(error TORCH=$(TORCH): choose cpu or cuda)
 endif
 
 unexport TORCH MAKEFLAGS  # tests run make, too
+# Where it is set, as in containers, each process of the tests would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE =
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | sort

@@ -19,14 +19,14 @@ def rounded(weight, tall, wide, most=448.0):
 
 def compressed_fp8(strategy, **extra):
     """By compressed-tensors' own compressor, and its decompression."""
-    from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
     settings = {"block_structure": [ROWS, COLS]} if strategy == "block" else {}
-    about = QuantizationArgs(num_bits=8, type="float", strategy=strategy, **settings)
-    scheme = QuantizationScheme(targets=["Linear"], weights=about)
 
     def quantize(weight):
+        from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        about = QuantizationArgs(num_bits=8, type="float", strategy=strategy, **settings)
+        scheme = QuantizationScheme(targets=["Linear"], weights=about)
         rows, cols = weight.shape
         tall, wide = {"tensor": (rows, cols), "channel": (1, cols), "block": (ROWS, COLS)}[strategy]
         tall, wide = min(tall, rows), min(wide, cols)
@@ -64,9 +64,10 @@ def auto_fp8(weight):
 
 def bitsandbytes(code, blocksize=64, nested=True, storage=torch.uint8):
     """By bitsandbytes' own functions."""
-    import bitsandbytes.functional as F
 
     def quantize(weight):
+        import bitsandbytes.functional as F
+
         packed, state = F.quantize_4bit(
             weight.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=code,
             quant_storage=storage,

@@ -1,11 +1,13 @@
-"""Adapters of classifiers, with their heads, against peft: read, trained, written."""
+"""Adapters of classifiers, with their heads, against peft: read, trained, written.
+
+It is imported where it is used: with torch's compiler, that takes seconds.
+"""
 
 import json
 
 import pytest
 import torch
 from conftest import TINY, random_model
-from peft import LoraConfig, PeftModel, get_peft_model
 from test_classification import PAD, ROWS, build, ours_of, peer
 from test_model import TOLERANCE, gap
 
@@ -21,6 +23,8 @@ PADDED = torch.nn.utils.rnn.pad_sequence(
 
 
 def theirs(**settings):
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear")
     model = get_peft_model(peer(), config)
     generator = torch.Generator().manual_seed(1)
@@ -54,6 +58,8 @@ def test_pefts_classifier_gives_its_logits(base, tmp_path):
 
 def test_what_is_trained_here_is_pefts_and_trains_as_there(base, tmp_path):
     """The same steps from the same adapter; then the files, read by peft and by ourselves."""
+    from peft import PeftModel
+
     model = theirs()
     model.save_pretrained(tmp_path / "theirs")
     ours = build(base)
