@@ -8,7 +8,7 @@ instead merges an adapter into the weights on loading, for quantized and compile
 """
 
 import math
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fairscale.nn.model_parallel.mappings import (
     reduce_from_model_parallel_region,
 )
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from llama.checkpoint import weight_shapes
 from llama.checkpoint.adapter import Adapter, Pair, shards
@@ -73,7 +74,25 @@ class LoRALinear(nn.Module):
             z = copy_to_model_parallel_region(z)
         else:
             z = reduce_from_model_parallel_region(z)
-        return y + F.linear(self.scale[self.active] * z, B.type_as(x))
+        return _Added.apply(y, (self.scale[self.active] * z).type_as(y), B.type_as(y))
+
+
+class _Added(torch.autograd.Function):
+    """y (..., out) + z (..., r) Bᵀ, in y's memory: at a small rank, writing to a new tensor of this
+    size takes longer than the product."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(z, B)
+        y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), B.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        z, B = ctx.saved_tensors
+        return grad, grad @ B, grad.flatten(0, -2).T @ z.flatten(0, -2)
 
 
 def attach(model: Transformer, adapter: Adapter, name: str = "default") -> None:

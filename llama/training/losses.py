@@ -106,11 +106,14 @@ class _Projected(torch.autograd.Function):
                 part = slice(begin, begin + POSITIONS)
                 some, wanted = h[part].to(low), targets[part, None]
                 logits = F.linear(some, matrix).float()
-                logits -= logits.logsumexp(-1, keepdim=True)
-                total -= logits.gather(1, wanted).sum()
+                logits -= logits.amax(-1, keepdim=True)
+                chosen = logits.gather(1, wanted)
+                slope = logits.exp_()  # in place, and once: passes over logits are what takes time
+                sums = slope.sum(-1, keepdim=True)
+                total += (sums.log() - chosen).sum()
                 if not (of_h or of_weight):
                     continue
-                slope = logits.exp_()  # softmax - 1 at the target
+                slope /= sums  # softmax - 1 at the target
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
                 slope = slope.to(low)
                 if grad_h is not None:
