@@ -1,14 +1,14 @@
-"""Many requests on a Ray cluster: Ray Data with a pool of actors, one engine in each.
+"""Many requests on a Ray cluster: actors with an engine each, which answer blocks of requests.
 
 What is lost with a worker or a node is computed again, as long as anything comes: the engines that
-are left go on, Ray starts another one for one that died where there is room, and what is missing in
-the end is asked for once more.
+are left go on, and Ray starts another one for one that died where there is room. The driver sleeps
+in `ray.wait` until a block is finished; a pipeline of Ray Data looks for that ten times a second,
+and has three more actors that wake up all the time.
 """
 
-import logging
 import os
 import sys
-import warnings
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -16,34 +16,24 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
-
 from llama.ray.predictor import Predictor
 from llama.server.offline import EngineFailed, Reply, Request, beginning
 from llama.server.settings import Settings
 
 ROWS = 32  # of a block
 CALLS = 6  # blocks that an engine answers at once: more rows than run, so that all of them do
+DEATHS = 3  # of each engine, without a reply in between, before none is started any more
 BEGINNING = 256  # characters of a prompt that requests share which belong together
 
 
 class Worker(Predictor):
     """An engine for blocks of requests."""
 
-    def __call__(self, batch: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        columns = (batch[name] for name in Request._fields)
+    def answer(self, requests: Sequence[Request]) -> List[Reply]:
         try:
-            replies = self.answer([
-                Request(int(number), str(path), bytes(body), int(seed))
-                for number, path, body, seed in zip(*columns, strict=True)
-            ])  # fmt: skip
+            return super().answer(requests)
         except EngineFailed:
-            os._exit(1)  # Ray starts another one
-        found = zip(*replies, strict=True)
-        return {
-            name: np.array([*column], object if name == "body" else None)
-            for name, column in zip(Reply._fields, found, strict=True)
-        }
+            os._exit(1)  # another one is started
 
 
 def answers(
@@ -71,60 +61,85 @@ def answers(
     """
     options = {name: _absolute(value) for name, value in options.items()}
     adapters = [f"{name}={_absolute(path)}" for name, path in settings.adapters.items()]
-    settings = replace(settings, adapter=adapters)
+    options["settings"] = asdict(replace(settings, adapter=adapters))
     with _cluster(address) as ray:
-        left = {request.number: request for request in requests}
-        while left:
-            before, failure = len(left), None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        count, resources = _pool(nodes, engines, cpus)
+        pool = _Pool(ray, options, count, resources)
+        try:
+            size = min(ROWS, ceil(len(requests) / count / CALLS / 2))
+            yield from pool.answers(deque(blocks(requests, size)))
+        finally:
+            pool.close()
+
+
+class _Pool:
+    """Engines, and the blocks that each of them is answering."""
+
+    def __init__(
+        self, ray: Any, options: Mapping[str, Any], count: int, resources: Mapping[str, float]
+    ):
+        self._ray, self._options = ray, options
+        self._actor = ray.remote(Worker).options(
+            max_concurrency=CALLS, scheduling_strategy="SPREAD", **resources
+        )
+        self._engines: List[Any] = []
+        self._blocks: Dict[Any, int] = {}  # how many each engine has that is loaded
+        # By what will be there: the engine, and its block, or none while it is loading.
+        self._running: Dict[Any, Tuple[Any, List[Request]]] = {}
+        for _ in range(count):
+            self._start()
+        self._deaths, self._most = 0, DEATHS * count
+
+    def answers(self, waiting: "deque[List[Request]]") -> Iterator[List[Reply]]:
+        """The replies to all blocks.
+
+        Raises:
+            OSError: engines only die.
+        """
+        while waiting or any(block for _, block in self._running.values()):
+            [found], _ = self._ray.wait([*self._running])
+            engine, block = self._running.pop(found)
             try:
-                for replies in _once(ray, list(left.values()), options, settings, engines, cpus):
-                    fresh = [reply for reply in replies if left.pop(reply.number, None)]
-                    if fresh:
-                        yield fresh
-            except (ray.exceptions.RayError, ray.data.exceptions.SystemException) as error:
-                failure = error
-            if len(left) == before:
-                reason = str(failure or "all have died").strip().splitlines()[-1]
-                raise OSError(f"no engine answers: {reason}") from failure
-            if left:
-                print(f"{len(left)} requests are asked again: an engine was lost", file=sys.stderr)
+                replies = self._ray.get(found)
+            except self._ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                if block:
+                    waiting.appendleft(block)
+                    print(f"{len(block)} requests are asked again: {reason}", file=sys.stderr)
+                if engine in self._engines:  # the first time that this is noticed
+                    self._remove(engine)
+                    self._deaths += 1
+                    if self._deaths == self._most:
+                        raise OSError(f"no engine answers: {reason}") from error
+                    self._start()
+            else:
+                if not block:
+                    self._blocks[engine] = 0
+                else:
+                    self._deaths = 0
+                    if engine in self._blocks:
+                        self._blocks[engine] -= 1
+                    yield replies
+            while waiting and min(self._blocks.values(), default=CALLS + 1) <= CALLS:
+                engine = min(self._blocks, key=self._blocks.__getitem__)
+                block = waiting.popleft()
+                self._blocks[engine] += 1  # one more than it answers at once: that one waits there
+                self._running[engine.answer.remote(block)] = engine, block
 
+    def _start(self) -> None:
+        engine = self._actor.remote(**self._options)
+        self._engines.append(engine)
+        self._running[engine.__ray_ready__.remote()] = engine, []
 
-def _once(
-    ray: Any,
-    requests: List[Request],
-    options: Mapping[str, Any],
-    settings: Settings,
-    engines: Optional[int],
-    cpus: Optional[float],
-) -> Iterator[List[Reply]]:
-    """What comes of an attempt, in which blocks that fail are left out."""
-    import pyarrow
+    def _remove(self, engine: Any) -> None:
+        self._engines.remove(engine)
+        self._blocks.pop(engine, None)
+        self._ray.kill(engine)
 
-    count, resources = _pool([n["Resources"] for n in ray.nodes() if n["Alive"]], engines, cpus)
-    size = min(ROWS, ceil(len(requests) / count / CALLS / 2))
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks, context.max_consecutive_actor_init_deaths = -1, 3
-    tables = [
-        pyarrow.table(dict(zip(Request._fields, zip(*block, strict=True), strict=True)))
-        for block in blocks(requests, size)
-    ]
-    with ray.data.DataContext.current(context), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray 2.64 will name the last two otherwise
-        found = ray.data.from_arrow(tables).map_batches(
-            Worker, batch_size=None,
-            fn_constructor_kwargs={**options, "settings": asdict(settings)},
-            compute=ray.data.ActorPoolStrategy(
-                size=count, max_tasks_in_flight_per_actor=CALLS + 1,
-                max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True,
-            ),
-            # A call waits for its own actor, which needn't come back: it is another attempt's.
-            max_restarts=-1, max_task_retries=0, **resources,
-        )  # fmt: skip
-    for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
-        columns = (batch[name] for name in Reply._fields)
-        yield [Reply(int(n), int(s), bytes(b)) for n, s, b in zip(*columns, strict=True)]
+    def close(self) -> None:
+        for engine in [*self._engines]:
+            self._remove(engine)
 
 
 def blocks(requests: Sequence[Request], size: int) -> Iterator[List[Request]]:
@@ -169,7 +184,6 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
     """Ray, connected."""
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise ValueError(
             f"llama batch --ray needs {error.name}: pip install llama-reference[ray]"
@@ -178,7 +192,6 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
         yield ray
         return
     quiet: Dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it tells of, is dealt with here
     try:
         try:
             if address != "local":

@@ -103,7 +103,7 @@ def test_a_worker_a_node_and_the_driver_are_killed(cluster, model, tmp_path):
         stopped_at(LINES // 8)
         [raylet] = cluster.list_all_nodes()[-2].all_processes["raylet"]
         workers = psutil.Process(raylet.process.pid).children(recursive=True)
-        [engine] = [one for one in workers if "MapWorker" in "".join(one.cmdline())]
+        [engine] = [one for one in workers if "ray::Worker" in "".join(one.cmdline())]
         engine.kill()
         driver.send_signal(signal.SIGCONT)
         stopped_at(LINES // 4)
