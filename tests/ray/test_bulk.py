@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, deque
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,7 +20,7 @@ from served import add_node, wait_for
 import llama
 from llama import Llama
 from llama.apps import cli
-from llama.ray.bulk import BEGINNING, blocks
+from llama.ray.bulk import BEGINNING, CALLS, _Pool, blocks
 from llama.server.offline import Request, beginning
 
 CPU = ["--device=cpu", "--dtype=fp32", "--max-seq-len=128"]
@@ -38,6 +40,69 @@ def test_what_begins_alike_is_in_one_block():
             for name in range(5):
                 wanted = {*range(each * name, each * name + each)}
                 assert sum(bool(wanted & {r.number for r in block}) for block in found) == 1
+
+
+class Engine:
+    """An actor. What its calls return is the engine and their arguments."""
+
+    dead = False
+
+    def __init__(self, placed):
+        self.placed = placed
+        call = SimpleNamespace(remote=lambda *block: (self, *map(tuple, block)))
+        self.answer = self.__ray_ready__ = call
+
+
+class Engines:
+    """Ray, as far as a pool needs it: engines that die at random, and some that never get room."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, seed, living=1, room=0.6, chance=0.05):
+        self.random, self.started, self.killed = random.Random(seed), [], []
+        self.living, self.room, self.chance = living, room, chance
+
+    def remote(self, *_, **options):
+        if not options:
+            return self  # of the class
+        engine = Engine(not self.started or self.random.random() < self.room)
+        self.started.append(engine)
+        return engine
+
+    def options(self, **_):
+        return self
+
+    def wait(self, refs):
+        assert max(Counter(engine for engine, *_ in refs).values()) <= CALLS + 1
+        for engine in self.started[self.living :]:
+            engine.dead |= self.random.random() < self.chance
+        return [self.random.choice([ref for ref in refs if ref[0].placed])], refs
+
+    def get(self, ref):
+        if ref[0].dead:
+            raise self.exceptions.RayError("it died\nof this")
+        return list(ref[-1]) if ref[1:] else True
+
+    def kill(self, engine):
+        self.killed.append(engine)
+
+
+def test_each_block_is_answered_once_whichever_engines_die():
+    for seed in range(200):
+        ray = Engines(seed)
+        asked = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(40)]
+        pool = _Pool(ray, {"ckpt_dir": ""}, 3, {})
+        found = [number for replies in pool.answers(deque(asked)) for number in replies]
+        assert sorted(found) == [*range(120)]
+        pool.close()
+        assert len(ray.killed) == len(ray.started) >= 3
+
+
+def test_engines_that_only_die():
+    ray = Engines(1, living=0, room=1, chance=1)
+    with pytest.raises(OSError, match="no engine answers: of this"):
+        [*_Pool(ray, {"ckpt_dir": ""}, 2, {}).answers(deque([[1]]))]
+    assert len(ray.started) == 2 + 5  # three deaths of each, the last of which has no successor
 
 
 @pytest.fixture(scope="module")
