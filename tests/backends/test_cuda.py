@@ -179,7 +179,7 @@ def test_a_pass_waits_for_its_tokens_alone(
     llama = build(tiny_dir, "cuda", compile=compile, quantize=quantize, kv_cache=kv_cache)
     for options in (GREEDY, GREEDY | {"speculate": "lookup"}):
         _, *passes = waits_by_pass(llama, gpu, prompts, **options)
-        assert len(passes) > 1 and all(waits == ["engine.Engine._sample"] for waits in passes)
+        assert len(passes) > 1 and all(waits == ["tokens.draw"] for waits in passes)
 
 
 EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that samples with top_p
@@ -203,7 +203,7 @@ EACH = Counter(["sampling.keep_top_p", "sampling.sample_from"])  # of a row that
 def test_a_sampled_row_waits_for_its_token(gpu, tiny_dir, options, of_pass, of_row, prompts):
     llama = build(tiny_dir, "cuda")
     _, *passes = waits_by_pass(llama, gpu, prompts, **options)
-    expected = Counter(["engine.Engine._sample", *of_pass, *list(of_row) * len(prompts)])
+    expected = Counter(["tokens.draw", *of_pass, *list(of_row) * len(prompts)])
     for waits in passes:
         assert Counter(waits) == expected
 
@@ -213,7 +213,7 @@ def test_a_constrained_row_waits_at_most_once_more(gpu, tiny_dir):
     llama = build(tiny_dir, "cuda")
     _, *passes = waits_by_pass(llama, gpu, RAGGED, **REGEX | {"temperature": 0})
     for waits in passes:
-        assert Counter(waits).keys() <= {"engine.Engine._sample", "sampling.sample_token"}
+        assert Counter(waits).keys() <= {"tokens.draw", "sampling.sample_token"}
         assert len(waits) <= 1 + len(RAGGED)
 
 
@@ -230,12 +230,12 @@ def test_guidance_waits_no_more_and_a_draft_model_for_its_tokens(gpu, tiny_dir, 
     llama = build(tiny_dir, "cuda")
     guided = SamplingParams(temperature=0, guidance_scale=1.5)
     last = waits_by_pass(llama, gpu, ONE, params=guided, **END)[-1]
-    assert last == ["engine.Engine._sample"]  # both rows of a token are one wait
+    assert last == ["tokens.draw"]  # both rows of a token are one wait
     llama._calls.plain.speculators = Speculators(build(tiny_dir, "cuda", quantize="int4").model, 64)
     passes = waits_by_pass(llama, gpu, ONE, 24, **GREEDY)
     assert len(passes) > 3
     for waits in passes[1:-2]:  # the last token needs no draft
-        assert Counter(waits) == {"engine.Engine._sample": 1, "speculative.DraftModel._sample": 3}
+        assert Counter(waits) == {"tokens.draw": 1, "speculative.DraftModel._sample": 3}
 
 
 def test_all_else_that_computes(gpu, tiny_dir, three_drafts):
