@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model, a byte-level tokenizer, the two real assets, ranks."""
 
+import atexit
 import base64
 import gc
 import json
@@ -186,13 +187,15 @@ def write_checkpoint(path: Path, args: ModelArgs, mp: int = 1, seed: int = 0) ->
 @cache
 def _rank_server() -> subprocess.Popen:
     """What forks the ranks; it ends with this process, whose pipe it reads."""
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "ranks.py")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    atexit.register(server.communicate, timeout=60)  # it ends when its input does
+    return server
 
 
 def run_ranks(
