@@ -5,18 +5,12 @@ from typing import Any, Dict, Mapping
 
 from llama.families.family import Fused, Shape
 from llama.families.llama4_vision import ROPE_THETA, ImageArgs
-from llama.families.vision_files import IGNORED
+from llama.families.vision_files import BLOCKS, IGNORED
 
 ENCODER = "vision_embeddings.vision_encoder."
 # How transformers calls parts of the encoder, and how the rest, where names begin.
-STEMS = {
+STEMS = BLOCKS | {
     "transformer.resblocks": "model.layers",
-    "attn.w([qkvo])": r"self_attn.\1_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "ln_(pre|post)": r"layernorm_\1",
     "conv1._linear": "patch_embedding.linear",
 }
 BEGINNINGS = {

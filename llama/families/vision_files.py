@@ -226,13 +226,16 @@ def module_name(name: str) -> str:
     return re.sub(r"^(vision_model|multi_modal_projector)\.", r"model.\1.", name)
 
 
-RENAMED = {
+# transformers' names in both Llamas' image encoders.
+BLOCKS = {
     "attn.w([qkvo])": r"self_attn.\1_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
     "ln_(pre|post)": r"layernorm_\1",
+}
+RENAMED = BLOCKS | {
     "conv1._linear": "patch_embedding",
     "(pre|post)_tile_pos_embed.gate": r"\1_tile_positional_embedding.gate",
     "gated_positional_embedding_gate": "gated_positional_embedding.gate",

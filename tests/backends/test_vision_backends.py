@@ -21,6 +21,7 @@ from llama.backends import memory, offloaded, quantized
 from llama.backends.cpu import kernels
 from llama.backends.cpu.vision import NativeImageAttention
 from llama.checkpoint import InMemory
+from llama.families.llama4 import Llama4Args
 from llama.families.registry import build
 from llama.families.vision_encoder import ImageAttention, Tokens
 from llama.layers import parallel
@@ -137,31 +138,23 @@ def test_memory_is_that_of_weights_and_images():
     assert found.cache == text.nbytes + 6 * image
 
 
-def test_text_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
-    path, images = write_checkpoint(tmp_path / "model", WIDE), tiled(ROWS)
+@pytest.mark.parametrize(
+    "args, write, rows, images",
+    [
+        (WIDE, write_checkpoint, ROWS, tiled(ROWS)),
+        (TINY_LLAMA4, lambda path, _: write_llama4_checkpoint(path), LLAMA4_ROWS, LLAMA4_IMAGES),
+    ],
+    ids=["Llama 3.2", "Llama 4"],
+)
+def test_text_layers_are_streamed_and_images_read(tmp_path, monkeypatch, args, write, rows, images):
+    path = write(tmp_path / "model", args)
     build_ = dict(device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
     options = dict(images=images, temperature=0, stop_tokens=set(), logprobs=True)
-    expected = Llama.build(path, compile=False, **build_).generate(ROWS, 6, **options)
-    args = replace(WIDE, max_seq_len=128, max_batch_size=4)
-    block, output = offloaded._nbytes(args, 1, torch.float32)
-    monkeypatch.setattr(memory, "working", lambda *_: 0)  # more than all of this model
-    rest = memory.estimate(args, 1, torch.float32).cache
-    rest += offloaded._rest(args, 1, torch.float32)
-    monkeypatch.setattr(memory, "available", lambda _: rest + output + 3 * block)
-    llama = Llama.build(path, offload="auto", **build_)
-    kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
-    assert sum(kinds) == WIDE.n_layers - 1
-    assert llama.generate(ROWS, 6, **options) == expected
-
-
-def test_llama4s_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
-    path = write_llama4_checkpoint(tmp_path / "model")
-    build_ = dict(device="cpu", dtype="fp32", max_seq_len=128, max_batch_size=4)
-    options = dict(images=LLAMA4_IMAGES, temperature=0, stop_tokens=set(), logprobs=True)
-    expected = Llama.build(path, compile=False, **build_).generate(LLAMA4_ROWS, 6, **options)
-    args = replace(TINY_LLAMA4, max_seq_len=128, max_batch_size=4)
-    held = sum(weight.nbytes for weight in random_weights(args).values())
-    assert memory.estimate(args, 1, torch.float32).weights == held
+    expected = Llama.build(path, compile=False, **build_).generate(rows, 6, **options)
+    args = replace(args, max_seq_len=128, max_batch_size=4)
+    if isinstance(args, Llama4Args):  # of experts, too
+        held = sum(weight.nbytes for weight in random_weights(args).values())
+        assert memory.estimate(args, 1, torch.float32).weights == held
     block, output = offloaded._nbytes(args, 1, torch.float32)
     monkeypatch.setattr(memory, "working", lambda *_: 0)  # more than all of this model
     rest = memory.estimate(args, 1, torch.float32).cache
@@ -170,4 +163,4 @@ def test_llama4s_layers_are_streamed_and_images_read(tmp_path, monkeypatch):
     llama = Llama.build(path, offload="auto", **build_)
     kinds = [isinstance(layer, offloaded.StreamedBlock) for layer in llama.model.layers]
     assert sum(kinds) == args.n_layers - 1
-    assert llama.generate(LLAMA4_ROWS, 6, **options) == expected
+    assert llama.generate(rows, 6, **options) == expected
