@@ -157,3 +157,24 @@ def inputs(rows, images):
         input_ids=torch.tensor(rows), pixel_values=pixels, aspect_ratio_ids=ids,
         aspect_ratio_mask=of_tiles, cross_attention_mask=seen,
     )  # fmt: skip
+
+
+def encoded(llama, images):
+    return [[llama.model.encode(one.pixels, one.aspect_ratio) for one in row] for row in images]
+
+
+@torch.inference_mode()
+def greedy(llama, row, images, n):
+    """Without the engine, and without a cache."""
+    seen, ids, logprobs = encoded(llama, [images]), list(row), []
+    for _ in range(n):
+        logits = llama.model(torch.tensor([ids]), images=seen)[0, -1]
+        ids.append(logits.argmax().item())
+        logprobs.append(logits.log_softmax(-1).max().item())
+    return ids[len(row) :], logprobs
+
+
+def check(found, expected):
+    (tokens, logprobs), (of_tokens, of_logprobs) = found, expected
+    assert tokens == of_tokens
+    assert torch.allclose(torch.tensor(logprobs), torch.tensor(of_logprobs), rtol=0, atol=1e-4)

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import write_checkpoint
-from vision import IMAGE, ROWS, TINY_VISION, tiled
+from vision import IMAGE, ROWS, TINY_VISION, check, greedy, tiled
 
 from llama import Llama, SamplingParams
 
@@ -19,27 +18,6 @@ def llama(request, tmp_path_factory) -> Llama:
     path = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model", args)
     how = dict(device="cpu", dtype="fp32", compile=request.param)
     return Llama.build(path, max_batch_size=8, max_seq_len=128, **how)
-
-
-def encoded(llama, images):
-    return [[llama.model.encode(one.pixels, one.aspect_ratio) for one in row] for row in images]
-
-
-@torch.inference_mode()
-def greedy(llama, row, images, n):
-    """Without the engine, and without a cache."""
-    seen, ids, logprobs = encoded(llama, [images]), list(row), []
-    for _ in range(n):
-        logits = llama.model(torch.tensor([ids]), images=seen)[0, -1]
-        ids.append(logits.argmax().item())
-        logprobs.append(logits.log_softmax(-1).max().item())
-    return ids[len(row) :], logprobs
-
-
-def check(found, expected):
-    (tokens, logprobs), (of_tokens, of_logprobs) = found, expected
-    assert tokens == of_tokens
-    assert torch.allclose(torch.tensor(logprobs), torch.tensor(of_logprobs), rtol=0, atol=1e-4)
 
 
 def test_rows_with_no_one_and_several_images_in_a_batch(llama):

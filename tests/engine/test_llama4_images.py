@@ -4,10 +4,17 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_ranks
 from PIL import Image
-from vision import LLAMA4_TOKENS, PER_TILE, llama4_ids, llama4_tiles, write_llama4_checkpoint
+from vision import (
+    LLAMA4_TOKENS,
+    PER_TILE,
+    check,
+    greedy,
+    llama4_ids,
+    llama4_tiles,
+    write_llama4_checkpoint,
+)
 
 from llama import Llama
 from llama.engine.seeing import laid_out
@@ -35,24 +42,6 @@ def llama(request, path) -> Llama:
     """With the CPU kernels, and without."""
     how = dict(device="cpu", dtype="fp32", compile=request.param)
     return Llama.build(path, max_batch_size=8, max_seq_len=512, **how)
-
-
-@torch.inference_mode()
-def greedy(llama, row, images, n):
-    """Without the engine, and without a cache."""
-    seen = [llama.model.encode(one.pixels, one.aspect_ratio) for one in images]
-    ids, logprobs = list(row), []
-    for _ in range(n):
-        logits = llama.model(torch.tensor([ids]), images=[seen])[0, -1]
-        ids.append(logits.argmax().item())
-        logprobs.append(logits.log_softmax(-1).max().item())
-    return ids[len(row) :], logprobs
-
-
-def check(found, expected):
-    (tokens, logprobs), (of_tokens, of_logprobs) = found, expected
-    assert tokens == of_tokens
-    assert torch.allclose(torch.tensor(logprobs), torch.tensor(of_logprobs), rtol=0, atol=1e-4)
 
 
 def test_rows_with_no_one_and_two_images_in_a_batch(llama):
