@@ -15,7 +15,7 @@ import httpx
 import psutil
 from conftest import ROOT, llama_command, torchrun
 
-PATIENCE = 240  # seconds that something may take on a machine with other work
+PATIENCE = 600  # seconds that something may take on a machine with other work
 
 
 class Served:
@@ -107,7 +107,9 @@ def free_port() -> int:
 
 
 def add_node(cluster, **options: object) -> None:
-    """With one processor. Ray's own limit of 30 s may be too short for a busy machine."""
+    """With one processor. Ray's own limits of 30 s for a node and 60 s for a worker to start may be
+    too short for a busy machine."""
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", str(PATIENCE))
     options |= {"include_log_monitor": False, "no_monitor": True}  # a Python less each
     for left in (2, 1, 0):
         try:

@@ -95,7 +95,11 @@ def test_a_worker_a_node_and_the_driver_are_killed(cluster, model, tmp_path):
         def there():  # a line after the header's, each; parsing them would keep a core busy
             return partial.exists() and partial.read_bytes().count(b"\n") > count
 
-        wait_for(lambda: there() or driver.poll() is not None)
+        try:
+            wait_for(lambda: there() or driver.poll() is not None)
+        except AssertionError as late:
+            late.add_note(f"{len(kept())} lines are finished; {said.read_text()}")
+            raise
         driver.send_signal(signal.SIGSTOP)  # so that nothing ends while something is killed
         assert driver.poll() is None and len(kept()) < LINES, said.read_text()
 
