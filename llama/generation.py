@@ -12,7 +12,7 @@ from llama.checkpoint import remote
 from llama.checkpoint.adapter import read_adapter
 from llama.engine import embeddings, scoring
 from llama.engine.async_engine import AsyncEngine
-from llama.engine.beam import BeamPrediction, beam_predictions
+from llama.engine.beam import BeamEvent, BeamPrediction, beam_predictions, stream_beams
 from llama.engine.calls import Calls, check_trained
 from llama.engine.engine import Engine
 from llama.engine.events import prediction
@@ -305,6 +305,12 @@ class Llama:
             self._calls.plain, self._encode(prompts), max_gen_len, num_beams,
             length_penalty=length_penalty, early_stopping=early_stopping,
         )  # fmt: skip
+
+    def stream_beams(
+        self, prompts: Sequence[str], num_beams: int, max_gen_len: int, **how: Any
+    ) -> Iterator[BeamEvent]:
+        """Like `beam_search`, but yields text as soon as all beams of a prompt agree on it."""
+        return stream_beams(self._calls.plain, self._encode(prompts), max_gen_len, num_beams, **how)
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> list[TextScore]:
         """The log-probability of each token of some texts; see `llama.engine.scoring.score`."""

@@ -89,6 +89,68 @@ def test_beam_search_of_texts(tiny):
             tiny.beam_search(["ab"], **options)
 
 
+def test_prompts_are_searched_together_and_streamed(tiny):
+    """Each as alone; texts come before the search is over, and add up to the best answers."""
+    prompts, steps = ["ab", "c", "Hello"], [0]
+    engine, step = tiny._calls.plain, tiny._calls.plain.step
+
+    def counted():
+        steps[0] += 1
+        return step()
+
+    for early_stopping in (False, True, "never"):
+        how = {"num_beams": 3, "max_gen_len": 12, "early_stopping": early_stopping}
+        alone = [tiny.beam_search([prompt], **how)[0] for prompt in prompts]
+        for found, expected in zip(tiny.beam_search(prompts, **how), alone, strict=True):
+            scores = [beam.pop("score") for beam in found]
+            assert scores == pytest.approx([beam["score"] for beam in expected], abs=1e-6)
+            assert found == [
+                {name: beam[name] for name in ("generation", "finish_reason")} for beam in expected
+            ]
+        streamed = [*tiny.stream_beams(prompts, **how)]
+        for index, beams in enumerate(alone):
+            *some, last = [event for event in streamed if event.index == index]
+            assert [beam["generation"] for beam in last.beams] == [b["generation"] for b in beams]
+            assert all(event.text and event.beams is None for event in some)
+            assert "".join(event.text for event in (*some, last)) == beams[0]["generation"]
+    engine.step = counted
+    try:
+        stream = tiny.stream_beams(prompts, 2, 12)
+        next(stream)
+        taken = steps[0]
+        stream.close()
+        assert engine.idle and steps[0] == taken
+        tiny.beam_search(prompts[:1], 2, 12)
+        one, steps[0] = steps[0] - taken, 0
+        tiny.beam_search(prompts, 2, 12)
+        assert steps[0] <= one + 12  # not three times as many
+    finally:
+        del engine.step
+
+
+def test_a_beam_that_cannot_go_on_ends_the_others(tiny):
+    search = tiny.stream_beams(["ab", "c"], 3, 20)
+    next(search)
+    engine, step = tiny._calls.plain, tiny._calls.plain.step
+
+    def failing():
+        step()
+        raise ValueError("no more")
+
+    engine.step = failing
+    try:
+        with pytest.raises(ValueError, match="no more"):
+            next(search)
+    finally:
+        del engine.step
+    assert engine.idle
+
+
+def test_text_comes_as_soon_as_beams_agree(smollm2):
+    events = [*smollm2.stream_beams([TEXTS[0]], 3, 12)]
+    assert events[0].text.startswith(" Paris") and events[0].beams is None and events[-1].beams
+
+
 @pytest.mark.parametrize("negative, count", [(None, 4 if THOROUGH else 2), ("A boring text:", 2)])
 def test_guidance_is_transformers(smollm2, peer, prompts, negative, count):
     prompts = prompts[:count]
