@@ -47,7 +47,7 @@ async def encode(
         try:
             [ids], [dropped] = encode_dialogs(
                 formatter, [dialog], tools, truncate, body.max_tokens,
-                llama.model.params.max_seq_len, options,
+                llama.model.params.max_seq_len, options, assistant_first=True,
             )  # fmt: skip
         except ValueError as error:
             text = str(error).removeprefix("dialog 0: ").replace("dialog 0", "the dialog")

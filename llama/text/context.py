@@ -14,15 +14,17 @@ def encode_dialogs(
     max_gen_len: Optional[int],
     context: int,
     options: PromptOptions = PLAIN,
+    assistant_first: bool = False,
 ) -> Tuple[List[List[int]], List[List[Message]]]:
-    """The ids of each dialog, and the messages dropped from it; see `Llama.chat_completion`.
+    """The ids of each dialog, and the messages dropped from it; see `Llama.chat_completion`
+    and, for assistant_first, `check_dialog`.
 
     Raises:
         ValueError: an unknown truncate, or dialogs that can't be encoded or don't fit.
     """
     if truncate not in (None, "oldest_turns"):
         raise ValueError(f"truncate={truncate!r}: choose 'oldest_turns' or None, an error")
-    check_dialogs(dialogs)
+    check_dialogs(dialogs, assistant_first)
 
     def encode(dialog: Dialog) -> List[int]:
         return formatter.encode_dialog_prompt(dialog, tools, options)

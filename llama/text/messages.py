@@ -42,16 +42,20 @@ class Answer(_Message):
 Dialog = Sequence[Message]
 
 
-def check_dialogs(dialogs: Sequence[Dialog]) -> None:
-    """Raises ValueError unless it is a list of dialogs."""
+def check_dialogs(dialogs: Sequence[Dialog], assistant_first: bool = False) -> None:
+    """Raises ValueError unless it is a list of dialogs; see `check_dialog`."""
     for i, dialog in enumerate(dialogs):
         if not isinstance(dialog, Sequence) or isinstance(dialog, str):
             raise ValueError("dialogs is one dialog: pass a list of dialogs")
-        check_dialog(i, dialog)
+        check_dialog(i, dialog, assistant_first)
 
 
-def check_dialog(i: int, dialog: Dialog) -> None:
-    """Raises ValueError for a malformed dialog, with its index i and what is wrong."""
+def check_dialog(i: int, dialog: Dialog, assistant_first: bool = False) -> None:
+    """Raises ValueError for a malformed dialog, with its index i and what is wrong.
+
+    Args:
+        assistant_first: whether it may begin with the assistant, with a greeting for example.
+    """
     if not dialog:
         raise ValueError(f"dialog {i} is empty: it takes at least one message")
     for message in dialog:
@@ -59,7 +63,7 @@ def check_dialog(i: int, dialog: Dialog) -> None:
             _check_message(message)
         except ValueError as error:
             raise ValueError(f"dialog {i}: {error}") from None
-    if dialog[0]["role"] == "assistant":
+    if dialog[0]["role"] == "assistant" and not assistant_first:
         raise ValueError(
             f"dialog {i} begins with the assistant: begin with a user or a system message"
         )

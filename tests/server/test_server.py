@@ -258,6 +258,15 @@ def test_contents_inject_no_control_tokens(server, smollm2):
     assert control(parts) == control("hi")
 
 
+def test_a_dialog_may_begin_with_a_greeting(server):
+    messages = [{"role": "assistant", "content": "Welcome!"}, *HELLO]
+    text = server.client.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    assert "<|im_start|>assistant\nWelcome!<|im_end|>\n<|im_start|>user" in text
+    body = {"messages": messages, "max_tokens": 4}
+    [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["content"]
+
+
 def test_the_final_message_is_continued(server):
     messages = [*HELLO, {"role": "assistant", "content": "The capital of France is"}]
     body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
