@@ -127,7 +127,8 @@ def parse_config(
             hint = ". Prompt Guard is no Llama: transformers' text-classification pipeline runs it"
         readable = sorted({name for one in FAMILIES for name in one.architectures})
         raise ValueError(
-            f"{path}: architectures={architectures}; read here: {', '.join(readable)}{hint}"
+            f"{path}: architectures={architectures} with model_type="
+            f"{config.get('model_type')!r:.80}; read here: {', '.join(readable)}{hint}"
         )
     try:
         own = family.read_config(config)
@@ -186,7 +187,8 @@ def _read_rope(path: str | Path, rope: Dict[str, Any]) -> Dict[str, Any]:
         args[ours] = int(value) if whole else float(value)
     rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
     if rope:
-        raise ValueError(f"{path}: RoPE has unknown settings: {', '.join(sorted(rope))}")
+        settings = ", ".join(sorted(rope))
+        raise ValueError(f"{path}: rope_type={kind!r} has unknown settings: {settings}")
     return args
 
 

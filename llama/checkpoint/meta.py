@@ -45,7 +45,10 @@ def read_params(path: Path) -> Tuple[Family, dict]:
     """
     params = {key: value for key, value in read_object(path).items() if key not in QUANTIZATION}
     family = of_params(params)
-    params = family.read_params(params)
+    try:
+        params = family.read_params(params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     known = {field.name for field in dataclasses.fields(family.args)}
     unknown = params.keys() - known - IGNORED_PARAMS
     if unknown:

@@ -57,6 +57,17 @@ class Fused(NamedTuple):
         return not self.transposed and self.to_theirs is None
 
 
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A value of a configuration, which must be a whole number.
+
+    Raises:
+        ValueError: it is none, or one below the least.
+    """
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r:.80} isn't a whole number of at least {least}")
+    return value
+
+
 def block_shapes(args: ModelArgs) -> Dict[str, Shape]:
     """Meta's name and whole shape of every weight of one of Llama's blocks."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim

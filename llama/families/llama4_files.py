@@ -6,7 +6,7 @@ from math import gcd
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from llama.families import llama4_vision_files as vision
-from llama.families.family import Family, Fused, Shape, llama_shapes
+from llama.families.family import Family, Fused, Shape, llama_shapes, whole
 from llama.families.llama4 import Llama4Args, Llama4Transformer
 from llama.families.names import GGUF, HF, Names
 
@@ -159,11 +159,14 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
     given, sight = {**config, **text}, vision.read_config(config)
     config.clear()
     config |= DEFAULTS | {key: given[key] for key in given.keys() - LEFT_OUT}
-    n_layers, take = config["num_hidden_layers"], config.pop
-    if type(n_layers) is not int:
-        raise ValueError(f"num_hidden_layers={n_layers!r} isn't a number of layers")
-    expert_dim = take("intermediate_size")
-    config["intermediate_size"] = take("intermediate_size_mlp")
+    take = config.pop
+
+    def number(key: str, least: int = 1) -> int:
+        return whole(key, take(key), least)
+
+    n_layers = config["num_hidden_layers"] = number("num_hidden_layers")
+    expert_dim = number("intermediate_size")
+    config["intermediate_size"] = number("intermediate_size_mlp")
 
     def layers(key: str, kind: type = int) -> List[Any]:
         """A list, by default empty."""
@@ -174,14 +177,16 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
 
     step, interval = take("interleave_moe_layer_step"), take("no_rope_layer_interval")
     none = config.get("moe_layers") == []
-    step = every(layers("moe_layers"), n_layers, "experts") or step
+    step = every(layers("moe_layers"), n_layers, "moe_layers: experts") or step
     if rope := layers("no_rope_layers"):  # 1 where there is RoPE
-        interval = every([i for i, has in enumerate(rope) if not has], len(rope), "no RoPE")
-    experts, chunk = take("num_local_experts") or None, take("attention_chunk_size")
+        interval = every(
+            [i for i, has in enumerate(rope) if not has], len(rope), "no_rope_layers: 0"
+        )
+    experts, chunk = number("num_local_experts", 0) or None, take("attention_chunk_size")
     experts = None if none or not step else experts
     fields = {
         "num_experts": experts,
-        "top_k": take("num_experts_per_tok"),
+        "top_k": number("num_experts_per_tok"),
         "interleave_moe_layer_step": step or 1,
         "expert_dim": expert_dim if experts else None,
         "nope_layer_interval": interval,
@@ -229,12 +234,33 @@ def write_config(args: Llama4Args) -> Dict[str, Any]:
 
 
 def expert_dim(params: Dict[str, Any], moe: Dict[str, Any]) -> int:
-    """An expert's width, by Meta's formula."""
-    width = int(2 * int(params["ffn_exp"] * params["dim"]) / 3)
-    width = int((params.get("ffn_dim_multiplier") or 1.0) * width)
+    """An expert's width, by Meta's formula.
+
+    Raises:
+        ValueError: a number that is none, or a width below 1.
+    """
+    given = {
+        "ffn_dim_multiplier": None,
+        "multiple_of": 256,
+        "capacity_factor": 1.0,
+        **params,
+        **moe,
+    }
+
+    def number(key: str, default: float = 0.0) -> float:
+        value = given.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value < 1 << 31:
+            raise ValueError(f"{key}={value!r:.80} isn't a positive number")
+        return value
+
+    width = int(2 * int(number("ffn_exp") * number("dim")) / 3)
+    width = int(number("ffn_dim_multiplier", 1.0) * width)
     if moe.get("auto_scale_F", True):  # as many weights at work as in a network without experts
-        width = int(width / (moe.get("capacity_factor", 1.0) + 1))
-    return width + -width % params.get("multiple_of", 256)
+        width = int(width / (number("capacity_factor") + 1))
+    if width < 1:
+        raise ValueError(f"ffn_exp={given['ffn_exp']} gives experts without width")
+    return width + -width % int(number("multiple_of"))
 
 
 def read_params(params: Dict[str, Any]) -> Dict[str, Any]:
@@ -245,11 +271,10 @@ def read_params(params: Dict[str, Any]) -> Dict[str, Any]:
     if ours.get("use_scaled_rope"):  # released with Llama 4 Scout's own values left out
         ours = {"rope_scaling_factor": 16.0, "rope_high_freq_factor": 1.0} | ours
     if moe:
-        try:
-            ours["expert_dim"] = expert_dim(params, moe)
-            ours["num_experts"] = moe["num_experts"]
-        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"moe_args={moe!r:.200} don't give a width: {error!r}") from None
+        if not isinstance(moe, dict):
+            raise ValueError(f"moe_args={moe!r:.80} isn't an object")
+        ours["expert_dim"] = expert_dim(params, moe)
+        ours["num_experts"] = moe.get("num_experts")
         for key in ("top_k", "interleave_moe_layer_step"):
             ours[key] = moe.get(key, 1)
     ours.pop("ffn_exp", None)

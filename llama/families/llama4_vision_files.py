@@ -3,7 +3,7 @@
 import re
 from typing import Any, Dict, Mapping
 
-from llama.families.family import Fused, Shape
+from llama.families.family import Fused, Shape, whole
 from llama.families.llama4_vision import ROPE_THETA, ImageArgs
 from llama.families.vision_files import BLOCKS, IGNORED
 
@@ -115,11 +115,10 @@ def read_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     given = {k: v for k, v in vision.items() if k not in IGNORED | TRAINING and v is not None}
     fields = {ours: given.get(theirs, value) for ours, (theirs, value) in VISION.items()}
     for name, value in fields.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"vision_config: {VISION[name][0]}={value!r} isn't a whole number")
+        whole(f"vision_config: {VISION[name][0]}", value)
     for key in ("image_token_index", "image_token_id"):
         if type(token := config.get(key)) is int:
-            fields["vision_token"] = token
+            fields["vision_token"] = whole(key, token)
     known = vision_config(ImageArgs(**fields)) | {"rope_theta": ROPE_THETA}
     known["vision_feature_layer"] = -1
     for key, value in (DEFAULTS | given).items():
@@ -185,6 +184,8 @@ def read_params(vision: Any) -> Dict[str, Any]:
             "vision_output": vision["output_dim"],
             "vision_shuffle": round(1 / vision["pixel_shuffle_ratio"]),
         }
+        for name, value in fields.items():
+            whole(name, value)
         about = ImageArgs(**fields)
         if write_params(about)["vision_args"] != vision:
             raise ValueError(f"computed is {write_params(about)['vision_args']}")

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from llama.families.family import Family, Fused, Shape, block_shapes, llama_shapes
+from llama.families.family import Family, Fused, Shape, block_shapes, llama_shapes, whole
 from llama.families.names import HF
 from llama.families.vision import VisionTransformer
 from llama.families.vision_encoder import EXTRA_IDS, VisionArgs
@@ -155,16 +155,23 @@ def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
     cross = text.pop("cross_attention_layers", None)
     n = text.get("num_hidden_layers")
     if not isinstance(cross, list) or type(n) is not int or not 0 < len(cross) < n <= 1 << 16:
-        raise ValueError(f"cross_attention_layers={cross!r} of num_hidden_layers={n!r}")
+        raise ValueError(
+            f"text_config: cross_attention_layers={cross!r} of num_hidden_layers={n!r}"
+        )
     text["num_hidden_layers"] = n - len(cross)
     own: Dict[str, Any] = {"vision_num_cross_attention_layers": len(cross)}
     own |= {ours: vision[theirs] for ours, theirs in VISION.items() if theirs in vision}
-    for name, value in own.items():
-        if type(value) is not int and name != "vision_features":
-            raise ValueError(f"vision_config: {VISION.get(name)}={value!r} isn't a whole number")
+    for name, theirs in VISION.items():
+        value = own.get(name, 1)
+        if name != "vision_features":
+            whole(f"vision_config: {theirs}", value)
+        elif name in own and not (isinstance(value, list) and value):
+            raise ValueError(f"vision_config: {theirs}={value!r:.80} isn't a list of layers")
     image = config.pop("image_token_index", text.get("vocab_size"))
     if image != text.get("vocab_size"):
-        raise ValueError(f"image_token_index={image!r} isn't the id after the vocabulary")
+        raise ValueError(
+            f"image_token_index={image!r} isn't the id after vocab_size={text.get('vocab_size')!r}"
+        )
     about = VisionArgs(n_layers=text["num_hidden_layers"], **own)
     if cross != cross_layers(about):
         raise ValueError(f"cross_attention_layers={cross}: computed are {cross_layers(about)}")

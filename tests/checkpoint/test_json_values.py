@@ -11,6 +11,8 @@ import tokenizers
 from conftest import TINY, random_weights, write_byte_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers
+from vision import ARGS as VISION
+from vision import TINY_LLAMA4
 
 from llama import Tokenizer, checkpoint
 from llama.checkpoint import InMemory, huggingface, meta
@@ -18,7 +20,10 @@ from llama.checkpoint.adapter import IGNORED, REQUIRED, Adapter, Pair, read_adap
 from llama.text.templates import chat_format
 
 # Of values that are fine, but don't go with what other files hold.
-OF_BOTH = ("its configuration asks for", "lacks layers.0.", "the checkpoint's chat template")
+OF_BOTH = (
+    "its configuration asks for", "lacks layers.", "lacks vision_", "has no place for",
+    "the checkpoint's chat template", "vision_width=32 isn't a multiple of",
+)  # fmt: skip
 VALUES = [None, -1, 1e308, "x", [], {}, [1, 2], True]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 CONFIG = {  # beside what a tiny config.json has
@@ -74,18 +79,18 @@ def open_all(path: Path) -> None:
         formatter.encode_dialog_prompt([{"role": "user", "content": "hi"}])
 
 
-def places(value, depth=3, at=()):
-    """The paths of keys in an object, those of objects in it included."""
+def places(value, most=15, depth=3, at=()):
+    """The paths of keys in an object, those of objects in it with fewer than `most` included."""
     for key, inner in value.items():
         yield (*at, key)
-        if isinstance(inner, dict) and depth > 1 and len(inner) < 15:
-            yield from places(inner, depth - 1, (*at, key))
+        if isinstance(inner, dict) and depth > 1 and len(inner) < most:
+            yield from places(inner, most, depth - 1, (*at, key))
 
 
-def complaints(file: Path, act) -> int:
+def complaints(file: Path, act, most=15) -> int:
     """Put each value at each place; returns how many were refused, each by file and key."""
     whole, refused, wrong = file.read_text(), 0, []
-    for place in [*places(json.loads(whole))]:
+    for place in [*places(json.loads(whole), most)]:
         for value in VALUES:
             changed = target = json.loads(whole)
             for key in place[:-1]:
@@ -140,6 +145,14 @@ def test_values_of_params_json(tmp_path):
         rope_scaling_factor=8.0,
     )  # fmt: skip
     assert complaints(path / "params.json", lambda: open_all(path)) > 60
+
+
+@pytest.mark.parametrize("args", [TINY_LLAMA4, VISION], ids=["llama 4", "llama 3.2 vision"])
+@pytest.mark.parametrize("write, name", [(huggingface, "config.json"), (meta, "params.json")])
+def test_values_of_families_that_see(tmp_path, args, write, name):
+    """What a text model's files don't have: images, experts, attention in chunks."""
+    path = write.write(InMemory(args, random_weights(args)), tmp_path / "model")
+    assert complaints(path / name, lambda: checkpoint.check_shapes(checkpoint.open(path)), 50) > 90
 
 
 def test_values_of_adapter_config_json(tmp_path):

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, run_ranks, write_byte_tokenizer
+from conftest import ROOT, random_weights, run_ranks, write_byte_tokenizer
 from published import ARGS, INTEGERS, publish, publish_meta
 from published_floats import FLOATS
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
+from vision import ARGS as VISION
+from vision import TINY_LLAMA4
 
 from llama import Transformer, checkpoint
 from llama.apps.inspect import inspect
 from llama.backends import build, memory, quantized
-from llama.checkpoint import ggml, weight_shapes
+from llama.checkpoint import InMemory, ggml, gguf, huggingface, meta, weight_shapes
 from llama.checkpoint.convert import describe
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.schemes import SCHEMES
@@ -33,6 +35,7 @@ MUTATIONS = int(os.environ.get("LLAMA_MUTATIONS", 12))  # `make soak` takes more
 def load(path, dtype=torch.float32, **options) -> Transformer:
     device = parallel.initialize(device="cpu")
     source = checkpoint.open(path)
+    checkpoint.check_shapes(source)
     return build.prepare(source, source.args, device=device, dtype=dtype, **options)
 
 
@@ -191,6 +194,28 @@ def mutations(path):
 def test_mutated_files_load_or_are_one_error(tmp_path, case):
     publish(tmp_path, case, SMALL)
     mutations(tmp_path)
+
+
+LLAMA4_TEXT = replace(
+    TINY_LLAMA4, vision_layers=None, expert_dim=128, num_experts=16, attention_chunk_size=8192,
+    floor_scale=8192.0, attn_scale=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "write, args, name",
+    [
+        (huggingface.write, TINY_LLAMA4, "model"),
+        (meta.write, TINY_LLAMA4, "model"),
+        (gguf.write, LLAMA4_TEXT, "model.gguf"),
+        (huggingface.write, VISION, "model"),
+        (meta.write, VISION, "model"),
+    ],
+    ids=["llama 4 hf", "llama 4 meta", "llama 4 gguf", "vision hf", "vision meta"],
+)
+def test_mutated_files_of_families(tmp_path, write, args, name):
+    path = write(InMemory(args, random_weights(args)), tmp_path / name)
+    mutations(path if path.is_dir() else tmp_path)
 
 
 @pytest.mark.parametrize(
