@@ -1,11 +1,12 @@
 """The loop and Meta's API: batch equals single, generated equals re-scored, errors that help."""
 
 import inspect
+from dataclasses import replace
 from itertools import zip_longest
 
 import pytest
 import torch
-from conftest import random_weights
+from conftest import TINY, random_weights, write_checkpoint
 
 from llama import Dialog, Llama
 from llama.engine.passes import similar
@@ -314,6 +315,23 @@ def test_mistakes_are_named_with_value_limit_and_way_out(tiny, case):
     make, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         make(tiny)
+
+
+def test_ids_that_no_tokenizer_knows_are_never_sampled(tmp_path):
+    """A vocabulary is often padded to a multiple of 64 or so."""
+    args = replace(TINY, vocab_size=640)
+    llama = Llama.build(write_checkpoint(tmp_path / "model", args), device="cpu", dtype="fp32")
+    words = llama.tokenizer.n_words
+    assert words < 600
+    for options in ({"temperature": 5.0, "top_p": 1.0, "n": 16}, {"temperature": 0}):
+        rows, _ = llama.generate([[5, 6]], 20, stop_tokens=set(), **options)
+        assert all(token < words for row in rows for token in row)
+    found = llama.text_completion(["a"], max_gen_len=4, logprobs=True, top_logprobs=words)
+    assert len(found[0]["top_logprobs"][0]) == words
+    [beams] = llama.beam_search(["a"], 40, 4)
+    assert len(beams) == 40
+    with pytest.raises(ValueError, match="milder"):
+        llama.generate([[5]], 2, temperature=1e-40)
 
 
 def test_build_refuses_sizes_below_1_and_unknown_dtypes(tiny_dir):

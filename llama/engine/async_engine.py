@@ -3,7 +3,8 @@
 import asyncio
 import threading
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import (
     Any,
@@ -92,6 +93,8 @@ class AsyncEngine:
         self._inbox: Deque[Callable[[], None]] = deque()  # run by the thread between two steps
         self._changed = threading.Condition()
         self._stopping = False
+        # Grammars are compiled one at a time: those that wait leave the threads of others alone.
+        self._compiler = ThreadPoolExecutor(1, "llama grammars")
         self._thread = threading.Thread(target=self._work, name="llama engine", daemon=True)
 
     @property
@@ -113,6 +116,7 @@ class AsyncEngine:
             self._stopping = True
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
+        self._compiler.shutdown(wait=False)
         self._end_all(RuntimeError("the engine has been stopped"))
 
     async def submit(
@@ -125,7 +129,9 @@ class AsyncEngine:
             RuntimeError: the engine has been stopped, or has failed.
         """
         self._check()
-        request = await asyncio.to_thread(self._engine.make, prompt_tokens, max_gen_len, **options)
+        make = partial(self._engine.make, prompt_tokens, max_gen_len, **options)
+        compiles = options.get("response_format") is not None
+        request = await self._loop.run_in_executor(self._compiler if compiles else None, make)
         self._check()
         self._answers[request] = answer = Answer(self, request)
         self._send(lambda: self._engine.submit(request))

@@ -136,7 +136,7 @@ def run(engine: Engine, searches: Sequence[Search]) -> Iterator[None]:
 
 def _likeliest(engine: Engine, tokens: Sequence[int], n: int) -> Request:
     """A request for the n most probable next tokens, with their log-probabilities."""
-    n = min(n, engine.model.vocab_size)
+    n = min(n, engine.model.vocab_size, engine.tokenizer.n_words)
     return engine.add(tokens, 1, temperature=0, top_logprobs=n, stop_tokens=set(), speculate="off")
 
 

@@ -80,8 +80,8 @@ class Engine:
         """Counts; during a step, of its beginning or its end."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
-            len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known,
-            blocks.total, scheduler.computed, scheduler.reused, scheduler.preemptions,
+            len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known, blocks.total,
+            scheduler.computed, scheduler.reused, scheduler.preemptions, scheduler.queried,
         )  # fmt: skip
 
     def make(self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any) -> Request:
@@ -126,9 +126,10 @@ class Engine:
         images = any(row.images for row in rows)
         speculator = self.speculators(options.get("speculate"), images)
         request = Request(
-            rows, stop_tokens=stops, logprobs=logprobs, top_logprobs=options.get("top_logprobs", 0),
-            echo=echo, priority=priority, cache_prompt=cache_prompt,
-            should_stop=options.get("should_stop"), speculator=speculator, reading=reading,
+            rows, stop_tokens=stops, words=self.tokenizer.n_words, logprobs=logprobs,
+            top_logprobs=options.get("top_logprobs", 0), echo=echo, priority=priority,
+            cache_prompt=cache_prompt, should_stop=options.get("should_stop"),
+            speculator=speculator, reading=reading,
         )  # fmt: skip
         for part in request.parts:
             self.scheduler.check(part.sequences)

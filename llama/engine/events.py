@@ -17,8 +17,10 @@ def details_of(
     drafts: List[List[int]],
     logprobs: bool,
     top_logprobs: int,
+    words: int,
 ) -> List[List[Details]]:
-    """For each sampled token its log-probability, and the most probable tokens with theirs."""
+    """For each sampled token its log-probability, and the most probable of the first `words` tokens
+    with theirs."""
     if not logprobs and not top_logprobs:
         return [[(None, None)] * len(tokens) for tokens in sampled]
     # Of all rows together, since each value that is read waits for a GPU.
@@ -31,7 +33,9 @@ def details_of(
     chosen = distribution.gather(-1, ids[:, None])[:, 0]
     best: List[Optional[List[Tuple[int, float]]]] = [None] * len(used)
     if top_logprobs:
-        values, likeliest = (part.tolist() for part in distribution.topk(top_logprobs))
+        values, likeliest = (
+            part.tolist() for part in distribution[:, :words].topk(min(top_logprobs, words))
+        )
         best = [list(zip(*pair, strict=True)) for pair in zip(likeliest, values, strict=True)]
     computed: Iterator[Details] = iter(zip(chosen.tolist(), best, strict=True))
     # A stop token that a constraint adds after the last position has none.
@@ -104,6 +108,7 @@ def echo(part: Part) -> List[Event]:
             token,
             "" if token == row.image_id else row.decoder.feed(token),
             *found.get(i, nothing),
+            echoed=True,
         )
         for i, token in enumerate(tokens)
     ]
@@ -132,12 +137,12 @@ def details_of_all(
     """Log-probabilities of the sampled tokens of each part, where they were asked for."""
     nothing: Details = (None, None)
     found = [[nothing] * len(tokens) for tokens in sampled[: len(parts)]]
-    groups: Dict[Tuple[bool, int], List[Tuple[int, List[int]]]] = {}
+    groups: Dict[Tuple[bool, int, int], List[Tuple[int, List[int]]]] = {}
     at = 0
     for i, part in enumerate(parts):
         n = part.asked
-        wanted = part.request.logprobs, part.request.top_logprobs
-        if sampled[i] and any(wanted):
+        wanted = part.request.logprobs, part.request.top_logprobs, part.request.words
+        if sampled[i] and any(wanted[:2]):
             groups.setdefault(wanted, []).append((i, list(range(at, at + n))))
         at += n
     for wanted, members in groups.items():

@@ -72,6 +72,7 @@ class Event(NamedTuple):
     cached_tokens: Optional[int] = None  # likewise: tokens of the prompt that were in the cache
     # Of chats with tools only: what of the row's text and tool calls is known with this token.
     deltas: Optional[List[Delta]] = None
+    echoed: bool = False  # the token is one of the prompt's, with echo
 
 
 def with_calls(events: Iterator[Event], tools: Sequence[Tool]) -> Iterator[Event]:

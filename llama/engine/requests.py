@@ -26,6 +26,7 @@ class Stats(NamedTuple):
     computed_tokens: int  # of prompts and answers
     cached_tokens: int  # found in the cache
     preemptions: int  # sequences that lost their blocks and are computed again
+    queried_tokens: int  # looked up in the cache
 
 
 class Reading(Protocol):
@@ -45,6 +46,7 @@ class Request:
 
     Attributes:
         scores: of its prompts' tokens, as far as they are computed, with echo and logprobs.
+        words: ids that the tokenizer knows; a model's vocabulary may be padded beyond them.
         error: why it failed, or None.
         events: those that haven't been read.
     """
@@ -54,6 +56,7 @@ class Request:
         rows: List[Row],
         *,
         stop_tokens: Set[int],
+        words: int,
         logprobs: bool,
         top_logprobs: int,
         echo: bool,
@@ -64,7 +67,7 @@ class Request:
         reading: Optional[Reading] = None,
     ):
         self.reading = reading
-        self.rows, self.stop_tokens = rows, stop_tokens
+        self.rows, self.stop_tokens, self.words = rows, stop_tokens, words
         self.logprobs, self.top_logprobs = logprobs, top_logprobs
         self.cache_prompt, self.should_stop = cache_prompt, should_stop
         self.speculator = speculator

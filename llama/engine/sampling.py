@@ -71,10 +71,19 @@ def sample_from(probs: torch.Tensor, number: torch.Tensor) -> int:
     """Sample from a distribution (vocab_size,) by inverting its cumulative sum at a random number.
 
     One number per token, regardless of the size of the vocabulary and of the other rows.
+
+    Raises:
+        ValueError: probabilities that aren't numbers.
     """
     cumulative = probs.double().cumsum(-1)
     # The first strictly greater: never a token of probability 0.
-    return int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+    if token == len(probs):
+        raise ValueError(
+            "no token can be sampled: the temperature, a penalty or logit_bias makes logits "
+            "infinite, or all tokens are banned; use milder values"
+        )
+    return token
 
 
 def constrained(

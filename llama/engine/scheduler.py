@@ -81,15 +81,15 @@ class Scheduler:
         max_rows: sequences that run at once.
 
     Attributes:
-        computed, reused, preemptions: tokens planned, tokens found in the cache, and times that a
-            sequence lost its blocks, so far.
+        computed, queried, reused, preemptions: tokens planned, tokens looked up and found in the
+            cache, and times that a sequence lost its blocks, so far.
     """
 
     def __init__(self, blocks: Blocks, *, max_tokens: int, max_rows: int):
         self.blocks, self.max_tokens, self.max_rows = blocks, max_tokens, max_rows
         self.waiting: List[Sequence] = []
         self.running: List[Sequence] = []
-        self.computed = self.reused = self.preemptions = 0
+        self.computed = self.queried = self.reused = self.preemptions = 0
         self._step = self._arrivals = 0
 
     def check(self, sequences: Iterable[Sequence]) -> None:
@@ -286,6 +286,7 @@ class Scheduler:
             plan.copies.append((tail.block, new[0]))
             self.blocks.release([tail.block])  # copied before anything is written to it
         sequence.table, sequence.nodes, sequence.computed = shared + new, list(nodes), positions
+        self.queried += len(sequence.tokens)
         self.reused += positions
         if sequence.found is None:
             sequence.found = positions

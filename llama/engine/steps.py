@@ -111,7 +111,9 @@ def _score(model: Transformer, part: Part, begin: int, h: torch.Tensor) -> None:
         ids = [[token if token < model.vocab_size else 0] for token in tokens]
         logits = model.logits(h[at : at + len(ids)])
         nothing: List[List[int]] = [[] for _ in ids]
-        found = details_of(logits, ids, nothing, request.logprobs, request.top_logprobs)
+        found = details_of(
+            logits, ids, nothing, request.logprobs, request.top_logprobs, request.words
+        )
         scores = request.scores[part.row.index]
         for i, (token, [one]) in enumerate(zip(tokens, found, strict=True), begin + at):
             scores[i] = one if token < model.vocab_size else (None, None)  # an image has no score

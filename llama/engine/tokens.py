@@ -1,7 +1,7 @@
 """The next tokens of the rows in a pass: drafts proposed before it, tokens sampled after it."""
 
 from itertools import accumulate
-from math import isfinite
+from math import inf, isfinite
 from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
 
 import torch
@@ -49,6 +49,9 @@ def draw(parts: List[Part], logits: torch.Tensor) -> Drawn:
     Args:
         logits: at each part's last known token and its draft's, (positions, vocab_size).
     """
+    if (words := parts[0].request.words) < logits.shape[-1]:  # what nothing can be decoded from
+        logits = logits.clone()
+        logits[:, words:] = -inf
     largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
     asking = list({p.request: None for p in parts if p.request.should_stop and not p.row.full})
     ends = accumulate(part.asked for part in parts)

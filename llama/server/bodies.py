@@ -174,6 +174,11 @@ class Detokenize(Body, kw_only=True):
     tokens: List[int] = field(default_factory=list)
 
 
+# What msgspec says of an unknown key, and the steps of the path that it names.
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)` - at `\$\.([^`]*)`")
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+MOST_IGNORED = 1000
+
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
@@ -219,7 +224,28 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
         )
     for name in ignored:
         del value[name]
+    if lenient:
+        ignored += _drop_unknown(value, kind)
     return convert(value, kind), ignored
+
+
+def _drop_unknown(value: Any, kind: Type[B]) -> List[str]:
+    """Delete the unknown keys of objects within a body, messages and their parts; their names."""
+    found: List[str] = []
+    while len(found) < MOST_IGNORED:
+        try:
+            msgspec.convert(value, kind)
+            break
+        except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+            unknown = _UNKNOWN.fullmatch(str(error))
+            if unknown is None:
+                break  # `convert` says what
+        inner = value
+        for key, index in _STEP.findall(unknown[2]):
+            inner = inner[int(index)] if index else inner[key]
+        del inner[unknown[1]]
+        found.append(f"{unknown[2]}.{unknown[1]}")
+    return found
 
 
 def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:

@@ -11,7 +11,7 @@ from llama.engine.tool_formats import strict_format, tool_call_format
 from llama.server.bodies import AllowedTools, Chat, NamedTool
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
-from llama.server.sampling import constraint
+from llama.server.sampling import constraint, constraint_name
 from llama.server.service import Running, Service, received
 from llama.server.streams import EventStream, whole
 from llama.server.texts import MOST_TOP_LOGPROBS, chat_logprob
@@ -31,7 +31,8 @@ async def chat(request: Request) -> Response:
         return reply
     usage = body.stream_options is not None and body.stream_options.include_usage
     events = _chunks(answer, {**head, "object": "chat.completion.chunk"}, usage)
-    return EventStream(events, service.settings.timeout, headers=headers)
+    timeout, close = service.settings.timeout, answer.running.end
+    return EventStream(events, timeout, headers=headers, close=close)
 
 
 class Piece(NamedTuple):
@@ -75,9 +76,16 @@ class ChatAnswer:
         self.calling[choice] |= any(delta.index is not None for delta in found)
         return found
 
+    def complete(self, choice: int) -> bool:
+        """Whether every call that has begun is whole."""
+        stream = self._streams.get(choice)
+        return stream is None or stream.whole
+
     def finish_reason(self, piece: Piece) -> Optional[str]:
-        reason = piece.event.finish_reason
-        return "tool_calls" if reason == "stop" and self.calling[piece.choice] else reason
+        """A reply that a stop string cut off within a call doesn't end in calls."""
+        reason, choice = piece.event.finish_reason, piece.choice
+        calls = self.calling[choice] and self.complete(choice)
+        return "tool_calls" if reason == "stop" and calls else reason
 
 
 async def start(
@@ -116,6 +124,8 @@ async def start(
             form = None
     except ValueError as error:
         raise invalid(str(error), "tools") from None
+    except RecursionError:
+        raise invalid("tools: a schema is nested too deeply", "tools") from None
     more |= {"response_format": form} if form else {}
     ids, images = await encode(service.llama, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -125,8 +135,9 @@ async def start(
 
 def _wanted(body: Chat, tools: List[Dict[str, Any]], choice: Any) -> List[Dict[str, Any]]:
     """The tools of which one must be called."""
-    if body.response_format not in (None, {"type": "text"}):
-        raise invalid("tool_choice and response_format: choose one", "tool_choice")
+    if constraint(body) is not None:
+        given = constraint_name(body)
+        raise invalid(f"tool_choice and {given}: choose one", "tool_choice")
     name = choice.function.name if isinstance(choice, NamedTool) else None
     wanted = [tool for tool in tools if name in (None, tool["function"]["name"])]
     if not wanted:

@@ -12,7 +12,7 @@ from llama.server.bodies import Completion, Inputs
 from llama.server.errors import invalid
 from llama.server.service import Running, received
 from llama.server.streams import EventStream, whole
-from llama.server.texts import MOST_TOP_LOGPROBS, text_logprobs
+from llama.server.texts import MOST_TOP_LOGPROBS, Offsets, text_logprobs
 from llama.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -43,7 +43,7 @@ async def completions(request: Request) -> Response:
         return reply
     usage = body.stream_options is not None and body.stream_options.include_usage
     events = _chunks(tokenizer, running, head, body.logprobs, usage)
-    return EventStream(events, service.settings.timeout, headers=headers)
+    return EventStream(events, service.settings.timeout, headers=headers, close=running.end)
 
 
 async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[List[int]]:
@@ -90,7 +90,9 @@ async def _collected(
         {
             "index": i,
             "text": "".join(event.text for event in of_choice),
-            "logprobs": None if best is None else text_logprobs(tokenizer, of_choice, best, 0),
+            "logprobs": None
+            if best is None
+            else text_logprobs(tokenizer, of_choice, best, Offsets(tokenizer)),
             "finish_reason": of_choice[-1].finish_reason,
         }
         for i, of_choice in enumerate(events)
@@ -102,14 +104,15 @@ async def _chunks(
     tokenizer: Tokenizer, running: Running, head: Dict[str, Any], best: Optional[int], usage: bool
 ) -> AsyncGenerator[Dict[str, Any], None]:
     nothing = {"usage": None} if usage else {}
-    offsets: Dict[int, int] = {}
+    offsets: Dict[int, Offsets] = {}
     async with aclosing(running.events()) as found:  # type: ignore[type-var]
         async for choice, event in found:
-            offset = offsets.get(choice, 0)
-            offsets[choice] = offset + len(event.text)
             if not (event.text or event.finish_reason or best is not None):
                 continue
-            details = None if best is None else text_logprobs(tokenizer, [event], best, offset)
+            details = None
+            if best is not None:
+                of_choice = offsets.setdefault(choice, Offsets(tokenizer))
+                details = text_logprobs(tokenizer, [event], best, of_choice)
             only = {
                 "index": choice, "text": event.text, "logprobs": details,
                 "finish_reason": event.finish_reason,

@@ -30,7 +30,8 @@ def limited(settings: Settings) -> Type[asyncio.Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._wait()
+            if self.cycle is None or self.cycle.response_complete:  # no further one is under way
+                self._wait()
 
         def _wait(self) -> None:
             self._cancel()

@@ -73,7 +73,7 @@ def _message(i: int, message: ChatMessage, images: bool) -> Message:
     found: Dict[str, Any] = {"role": role, "content": content}
     if message.tool_calls:
         found["tool_calls"] = [
-            {"id": call.id or "", "name": call.function.name, "arguments": _object(where, call)}
+            {"id": call.id or "", "name": call.function.name, "arguments": _object(call)}
             for call in message.tool_calls
         ]
     elif found["content"] is None:
@@ -106,11 +106,11 @@ def _content(
     return "".join(found) if all(isinstance(one, str) for one in found) else found
 
 
-def _object(where: str, call: Any) -> Any:
+def _object(call: Any) -> Any:
+    """A call's arguments. Those that a reply was cut off in, or that aren't an object, are kept as
+    they are under a key of their own, so that the model sees what it wrote."""
     try:
-        return json.loads(call.function.arguments or "{}")
+        value = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
-        raise invalid(
-            f"{where}: the arguments of the call of {call.function.name[:100]!r} aren't JSON",
-            f"{where}.tool_calls",
-        ) from None
+        value = None
+    return value if isinstance(value, dict) else {"arguments": call.function.arguments}

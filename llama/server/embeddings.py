@@ -25,8 +25,14 @@ async def embeddings(request: Request) -> Response:
         raise invalid(f"dimensions={body.dimensions} must lie between 1 and {width}", "dimensions")
     texts = await token_ids(service.llama.tokenizer, body.input, "input")
     for ids in texts:
-        service.check_length(ids, "input")
-    reply = await whole(request, _embedded(service, body, texts, adapter))
+        service.check_length(ids, "input", answer=0)
+    at_once = min(len(texts), service.llama.model.params.max_batch_size)
+    service.admit(at_once)
+    service.rows += at_once
+    try:
+        reply = await whole(request, _embedded(service, body, texts, adapter))
+    finally:
+        service.rows -= at_once
     reply.headers.update(headers)
     return reply
 

@@ -74,7 +74,12 @@ class Guard:
         except ApiError as error:
             await response(error)(scope, receive, send_more)
         else:
-            await self._app(scope, receive_some, send_more)
+            try:
+                await self._app(scope, receive_some, send_more)
+            except Exception as error:
+                if "status" not in notes:  # with the headers that all answers have
+                    await response(error)(scope, receive, send_more)
+                raise
         finally:
             self._log(scope, notes, time.perf_counter() - began)
 

@@ -51,7 +51,9 @@ class Output:
             text = as_api_error(error).body["error"]["message"]
             self.response["error"] = {"code": "server_error", "message": text}
             reason = "error"
-        for event in self._end_item("completed" if reason == "stop" else "incomplete"):
+        is_text = bool(self._items) and self._items[-1]["type"] == "message"
+        whole = reason == "stop" and (is_text or self._answer.complete(0))
+        for event in self._end_item("completed" if whole else "incomplete"):
             yield event
         yield self._end(reason)
 

@@ -80,7 +80,7 @@ class Metrics:
             ),
             (
                 CounterMetricFamily, "prefix_cache_queries", "Tokens looked up in the cache.",
-                stats.computed_tokens + stats.cached_tokens,
+                stats.queried_tokens,
             ),
             (
                 CounterMetricFamily, "prefix_cache_hits", "Tokens found in the cache.",

@@ -173,7 +173,8 @@ async def responses(request: Request) -> Response:
 
     if body.stream:
         timeout = service.settings.timeout
-        return EventStream(events(), timeout, named=True, done=b"", headers=headers)
+        close = answer.running.end
+        return EventStream(events(), timeout, named=True, done=b"", headers=headers, close=close)
     reply = await whole(request, last())
     reply.headers.update(headers)
     return reply
@@ -184,7 +185,8 @@ async def input_tokens(request: Request) -> Response:
     service, body, headers = await received(request, Responses)
     _, _, chat = _read(body, request.app.state.store)
     try:
-        asked = await encode(service.llama, chat, shown_tools(chat) or None)
+        truncate = "oldest_turns" if body.truncation == "auto" else None
+        asked = await encode(service.llama, chat, shown_tools(chat) or None, truncate)
         ids = await service.computed(*asked)
     except (ApiError, ValueError) as error:
         raise _renamed(error) from None
@@ -207,7 +209,10 @@ async def input_items(request: Request) -> Response:
     page = convert(dict(request.query_params), Page, strict=False)
     items = request.app.state.store.get(request.path_params["id"]).items
     items = items if page.order == "asc" else items[::-1]
-    first = next((i for i, item in enumerate(items, 1) if item["id"] == page.after), 0)
+    known = [item["id"] for item in items]
+    if page.after is not None and page.after not in known:
+        raise invalid(f"after={page.after[:100]!r}: there is no such item", "after")
+    first = known.index(page.after) + 1 if page.after else 0
     found = items[first : first + page.limit]
     ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {}
     more = first + len(found) < len(items)

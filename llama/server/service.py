@@ -14,6 +14,7 @@ from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event
 from llama.engine.seeing import laid_out, takes_several
 from llama.generation import Llama
+from llama.layers.paged import PAGE
 from llama.server.bodies import B, Generation, read
 from llama.server.errors import ApiError, busy, invalid
 from llama.server.images import Held, Images
@@ -72,7 +73,8 @@ class Service:
 
     @property
     def context(self) -> int:
-        return self.llama.model.params.max_seq_len
+        """Tokens of a prompt and its answer: what the model, and the cache, can hold."""
+        return min(self.llama.model.params.max_seq_len, self.engine.stats.blocks * PAGE)
 
     @property
     def models(self) -> List[str]:
@@ -104,12 +106,22 @@ class Service:
             "model": model or self.name, "system_fingerprint": FINGERPRINT,
         }  # fmt: skip
 
-    def check_length(self, ids: Sequence[int], param: str) -> None:
-        if len(ids) >= self.context:
+    def check_length(self, ids: Sequence[int], param: str, answer: int = 1) -> None:
+        """Raises ApiError: a prompt that leaves less than `answer` tokens of the context."""
+        if len(ids) + answer > self.context:
+            rest = f", of which the answer takes at least {answer}" if answer else ""
             raise invalid(
-                f"the prompt has {len(ids)} tokens, and the context {self.context}, of which the "
-                "answer takes at least one: shorten it", param, "context_length_exceeded",
+                f"the prompt has {len(ids)} tokens, and the context {self.context}{rest}: shorten "
+                "it", param, "context_length_exceeded",
             )  # fmt: skip
+
+    def admit(self, rows: int) -> None:
+        """Raises ApiError: more than may wait or run, now or ever."""
+        limit = self.settings.max_queue
+        if rows > limit:
+            raise invalid(f"{rows} answers at once, and the server takes {limit}: ask for fewer")
+        if self.rows + rows > limit:
+            raise busy(f"{self.rows} answers wait or run, and the server takes {limit}: come again")
 
     async def computed(self, ids: List[int], sources: Sequence[Any]) -> Sequence[int]:
         """A prompt as it is computed, from its ids and the sources of its images.
@@ -153,11 +165,8 @@ class Service:
             options.setdefault("seed", request.state.seed)
         if max_tokens is not None and max_tokens < 0:
             raise invalid(f"max_tokens={max_tokens} must be 0 or more", "max_tokens")
-        rows, limit = len(prompts) * options["n"], self.settings.max_queue
-        if rows > limit:
-            raise invalid(f"{rows} answers at once, and the server takes {limit}: ask for fewer")
-        if self.rows + rows > limit:
-            raise busy(f"{self.rows} answers wait or run, and the server takes {limit}: come again")
+        rows = len(prompts) * options["n"]
+        self.admit(rows)
         for ids in prompts:
             self.check_length(ids, "messages" if hasattr(body, "messages") else "prompt")
         running = Running(self, rows, request.state.notes)
@@ -169,7 +178,8 @@ class Service:
                 prompts = laid_out(model, tokenizer, prompts, options["images"])
                 self.check_length(prompts[0], "messages")
             for ids in prompts:
-                limit = self.context if max_tokens is None else max_tokens
+                limit = self.context - len(ids)
+                limit = limit if max_tokens is None else min(limit, max_tokens)
                 running.answers.append(await self.engine.submit(ids, limit, **options))
                 running.prompt_tokens += len(ids)
         except BaseException as error:
@@ -194,7 +204,7 @@ class Running:
 
     def __init__(self, service: Service, rows: int, notes: Dict[str, Any]):
         self._service, self._rows, self._notes = service, rows, notes
-        self._began = time.perf_counter()
+        self._began, self._ended = time.perf_counter(), False
         self.answers: List[Answer] = []
         self.each = 1
         self.images: Optional[Held] = None
@@ -211,7 +221,7 @@ class Running:
         try:
             async for prompt, event in _merged(self.answers):
                 choice, now = prompt * self.each + event.sample, time.perf_counter()
-                if event.token is not None:
+                if event.token is not None and not event.echoed:
                     self.completion_tokens += 1
                     histogram = metrics.between if choice in last else metrics.first
                     histogram.observe(now - last.get(choice, self._began))
@@ -225,13 +235,15 @@ class Running:
             self.end()
 
     def end(self) -> None:
-        """Cancel what isn't finished; tell what was computed."""
+        """Cancel what isn't finished; tell what was computed. Once: further calls do nothing."""
+        if self._ended:
+            return
+        self._ended = True
         for answer in self.answers:
             answer.cancel()
         if self.images is not None:
             self.images.release()
         self._service.rows -= self._rows
-        self._rows = 0
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._service.metrics.generation_tokens.inc(self.completion_tokens)
         self._notes.update(prompt=self.prompt_tokens, completion=self.completion_tokens)

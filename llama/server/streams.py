@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import aclosing, suppress
-from typing import Any, AsyncGenerator, Coroutine, Mapping, Optional, TypeVar
+from typing import Any, AsyncGenerator, Callable, Coroutine, Mapping, Optional, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -63,6 +63,7 @@ class EventStream(Response):
     Args:
         events: objects; a dict with a "type" of a "named" stream has that as the event's name.
         done: the last line.
+        close: called in the end, also if the client has left before the first event.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class EventStream(Response):
         named: bool = False,
         done: bytes = b"data: [DONE]\n\n",
         headers: Optional[Mapping[str, str]] = None,
+        close: Callable[[], None],
     ):
         super().__init__(
             media_type="text/event-stream",
@@ -80,6 +82,7 @@ class EventStream(Response):
         )
         del self.headers["content-length"]
         self._events, self._timeout, self._named, self._done = events, timeout, named, done
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
@@ -113,8 +116,11 @@ class EventStream(Response):
                         upcoming.cancel()
                         await asyncio.gather(upcoming, return_exceptions=True)
 
-        with suppress(Left):
-            await until_gone(receive, work())
+        try:
+            with suppress(Left):
+                await until_gone(receive, work())
+        finally:
+            self._close()
 
     def _format(self, value: Any) -> bytes:
         name = b"event: " + value["type"].encode() + b"\n" if self._named else b""

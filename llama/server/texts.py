@@ -30,14 +30,27 @@ def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> Dict[str, Any]:
     return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
 
+class Offsets:
+    """Where the texts of tokens begin, in characters. Events' own texts may be held back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder, self._at = tokenizer.stream(), 0
+
+    def of(self, token: int) -> int:
+        """The next token's."""
+        at = self._at
+        self._at += len(self._decoder.feed(token))
+        return at
+
+
 def text_logprobs(
-    tokenizer: Tokenizer, events: Sequence[Event], best: int, offset: int
+    tokenizer: Tokenizer, events: Sequence[Event], best: int, offsets: Offsets
 ) -> Dict[str, Any]:
     """A text completion's logprobs.
 
     Args:
         best: most probable tokens of each.
-        offset: characters before the first event's text.
+        offsets: of the choice; it is advanced.
     """
     found: Dict[str, Any] = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [] if best else None, "text_offset": [],
@@ -46,11 +59,10 @@ def text_logprobs(
         if event.token is not None:
             found["tokens"].append(token_text(tokenizer, event.token))
             found["token_logprobs"].append(event.logprob)
-            found["text_offset"].append(offset)
+            found["text_offset"].append(offsets.of(event.token))
             if best:
                 pairs = event.top_logprobs
                 found["top_logprobs"].append(
                     pairs and {token_text(tokenizer, t): value for t, value in pairs}
                 )
-        offset += len(event.text)
     return found

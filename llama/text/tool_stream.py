@@ -130,6 +130,11 @@ class ToolCallStream(Scanner):
         self._deltas: List[Delta] = []
         self._reader = self._read()
 
+    @property
+    def whole(self) -> bool:
+        """Whether every call that has begun is complete."""
+        return self._begun == len(self.calls)
+
     def feed(self, text: str) -> List[Delta]:
         """What is known with a further piece of the reply."""
         self.text += text.replace(PYTHON_END, "")

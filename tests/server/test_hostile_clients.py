@@ -70,6 +70,41 @@ def test_a_killed_client_frees_its_request(server):
     server.wait_idle()
 
 
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (CHAT, LONG),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 1900, "stream": True}),
+        ("/v1/responses", {"input": "Hi", "stream": True}),
+        ("/v1/responses", {"input": "Hi", "stream": True, "metadata": {"a": "\ud800"}}),
+    ],
+)
+def test_a_client_that_leaves_at_once_frees_its_place(server, path, body):
+    """It may be gone before its answer begins; or the answer's first event can't be written."""
+    for _ in range(6):
+        with connect(server) as client:
+            client.sendall(post(body, path))
+    server.wait_idle()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 1e-40},
+        {"logit_bias": {"5": 1e308}},
+        {"repetition_penalty": 1e-300},
+        {"presence_penalty": -1e308},
+        {"frequency_penalty": -1e39},
+    ],
+    ids=str,
+)
+def test_extreme_parameters_fail_alone(server, more):
+    body = {"messages": HELLO, "max_tokens": 3, "temperature": 1.0, **more}
+    reply = server.client.post(CHAT, json=body)
+    assert reply.status_code == 400 and "milder" in reply.text
+    assert is_served(server)
+
+
 def test_a_reader_that_stops_reading_holds_up_only_itself(server):
     with connect(server) as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -388,6 +388,13 @@ def test_a_dialog_that_is_too_long_is_refused_or_truncated(llama):
         assert error["param"] == "input"
         found = await post(client, input=dialog, truncation="auto", **BODY)
         assert found["truncation"] == "auto" and found["usage"]["input_tokens"] < 2048
+        count = {
+            "input": dialog,
+            "truncation": "auto",
+            "max_output_tokens": BODY["max_output_tokens"],
+        }
+        counted = await client.post("/v1/responses/input_tokens", json=count)
+        assert counted.json()["input_tokens"] == found["usage"]["input_tokens"]
         short = await post(client, input=dialog[4:], **BODY)
         assert found["usage"]["input_tokens"] >= short["usage"]["input_tokens"]
 
@@ -411,7 +418,13 @@ def test_input_items_have_ids_and_pages(llama):
         assert [item["id"] for item in some["data"]] == ids[2:4] and some["has_more"]
         _, last = await page(after=ids[2])  # the newest first
         assert [item["id"] for item in last["data"]] == [ids[1], ids[0]]
-        for wrong in ({"limit": 0}, {"limit": "x"}, {"order": "up"}, {"before": "x"}):
+        for wrong in (
+            {"limit": 0},
+            {"limit": "x"},
+            {"order": "up"},
+            {"before": "x"},
+            {"after": "x"},
+        ):
             status, error = await page(**wrong)
             assert status == 400 and error["error"]["message"]
 

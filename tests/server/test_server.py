@@ -28,6 +28,14 @@ WEATHER = {
 }
 
 
+def deep(levels):
+    """A tool whose parameters have parameters, and so on."""
+    schema: dict = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return {"type": "function", "function": {"name": "deep", "parameters": schema}}
+
+
 @pytest.fixture(scope="module")
 def server(smollm2_path):
     with serve(
@@ -145,6 +153,25 @@ def test_echo_gives_the_prompt_with_log_probabilities(server, smollm2):
     assert all(len(best) == 2 for best in logprobs["top_logprobs"][1:])
 
 
+def test_usage_counts_an_echoed_prompt_once(server):
+    body = {"prompt": "The capital of France is", "max_tokens": 3, "echo": True}
+    usage = server.client.post("/v1/completions", json=body).json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, 3)
+
+
+def test_offsets_are_those_of_tokens_whose_text_is_held_back(server):
+    """A stop text that may be beginning holds back the text of its tokens."""
+    body = {"prompt": "1 2 3 4 5 6", "max_tokens": 8, "temperature": 0, "logprobs": 0,
+            "stop": [" 9 9", " 10 x"]}  # fmt: skip
+    [found] = server.client.post("/v1/completions", json=body).json()["choices"]
+    streamed = [event["choices"][0] for event in stream(server, "/v1/completions", **body)]
+    for logprobs in [found["logprobs"]], [one["logprobs"] for one in streamed]:
+        tokens = [token for part in logprobs for token in part["tokens"]]
+        offsets = [offset for part in logprobs for offset in part["text_offset"]]
+        assert len(tokens) == 8
+        assert offsets == [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+
+
 def test_nothing_generated(server):
     body = {"prompt": "a b c", "max_tokens": 0, "echo": True, "logprobs": 0}
     [found] = server.client.post("/v1/completions", json=body).json()["choices"]
@@ -238,6 +265,37 @@ def test_a_dialog_with_calls_and_results_goes_on(server):
     body = {"messages": messages, "tools": [WEATHER], "tool_choice": "none", "max_tokens": 8}
     [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
     assert choice["message"]["content"] and "tool_calls" not in choice["message"]
+
+
+def test_a_call_that_was_cut_off_can_be_answered(server):
+    """By the server, too: what it wrote is what clients send back."""
+    body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "max_tokens": 14}
+    [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "length"
+    with pytest.raises(ValueError):
+        json.loads(call["function"]["arguments"])
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "error: no JSON"}
+    more = {"messages": [*HELLO, choice["message"], result], "max_tokens": 4}
+    assert server.client.post("/v1/chat/completions", json=more).status_code == 200
+    first = {"input": "Weather?", "tool_choice": "required", "max_output_tokens": 14,
+             "tools": [{"type": "function", **WEATHER["function"]}]}  # fmt: skip
+    found = server.client.post("/v1/responses", json=first).json()
+    assert found["status"] == "incomplete"
+    second = {"input": "Go on", "previous_response_id": found["id"], "max_output_tokens": 4}
+    assert server.client.post("/v1/responses", json=second).status_code == 200
+
+
+def test_a_stop_text_within_a_call_ends_no_call(server):
+    body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "stop": ["ity"]}
+    [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["tool_calls"] and choice["finish_reason"] == "stop"
+    streamed = stream(server, "/v1/chat/completions", **body)
+    assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
+    body = {"input": "Hi", "tool_choice": "required",
+            "tools": [{"type": "function", **WEATHER["function"]}]}  # fmt: skip
+    [call] = server.client.post("/v1/responses", json=body).json()["output"]
+    assert call["status"] == "completed"
 
 
 # --- dialogs --------------------------------------------------------------------------------------
@@ -345,6 +403,10 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
             400, "messages[0].content", "image_url",
         ),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "none"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required",
+                "guided_choice": ["a"]}, 400, "tool_choice", "guided_choice"),
+        (CHAT, {"messages": HELLO, "tools": [deep(400)], "tool_choice": "required"}, 400, "tools",
+         "nested"),
         (CHAT, {"messages": HELLO, "guided_regex": "(["}, 400, "guided_regex", ""),
         (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format", "x"),
         (CHAT, {"messages": HELLO, "tools": [WEATHER, WEATHER]}, 400, "tools", "get_weather"),
@@ -423,10 +485,11 @@ def test_models_health_and_metrics(server):
         ]
         return float(line.split()[-1])
 
-    before = value("prompt_tokens_total"), value("generation_tokens_total")
+    names = "prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total"
+    before = [*map(value, names)]
     usage = server.chat("Hello!", max_tokens=5, ignore_eos=True).json()["usage"]
-    after = value("prompt_tokens_total"), value("generation_tokens_total")
-    assert after[0] - before[0] == usage["prompt_tokens"]
+    after = [*map(value, names)]
+    assert after[0] - before[0] == after[2] - before[2] == usage["prompt_tokens"]
     assert after[1] - before[1] == usage["completion_tokens"] == 5
     assert value("num_requests_running") == 0
     assert value("time_to_first_token_seconds_count") > 0
@@ -491,6 +554,26 @@ def test_wrong_options_are_one_line(smollm2_path, options, word):
 
 
 # --- several ranks --------------------------------------------------------------------------------
+
+
+def test_limits_of_the_cache_and_the_queue(tiny_dir):
+    """An answer goes as far as the cache does; embeddings wait in the same queue as answers."""
+    with serve(
+        tiny_dir, "--device=cpu", "--dtype=fp32", "--cache_tokens=64", "--max_queue=2"
+    ) as server:
+        [model] = server.client.get("/v1/models").json()["data"]
+        assert model["max_model_len"] == 64
+        body = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
+        for more in ({}, {"max_tokens": 100}):
+            found = server.client.post("/v1/chat/completions", json=body | more).json()
+            assert found["usage"]["total_tokens"] == 64, found
+            assert found["choices"][0]["finish_reason"] == "length"
+        for texts, status in ((["a", "b"], 200), (["a", "b", "c"], 400)):
+            reply = server.client.post("/v1/embeddings", json={"input": texts})
+            assert reply.status_code == status, reply.text
+        whole = server.client.post("/v1/embeddings", json={"input": [[5] * 64]})
+        assert whole.json()["usage"]["prompt_tokens"] == 64
+        server.wait_idle()
 
 
 def test_on_two_ranks(tiny_dir, tiny):
