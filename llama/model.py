@@ -251,6 +251,7 @@ class Transformer(nn.Module):
     # What other families of networks replace, `llama.families`:
     block: Callable[[int, Any], nn.Module] = TransformerBlock
     frequencies = staticmethod(rope_frequencies)
+    takes_positions = True  # other than those of a row, for sequences packed into one
 
     def __init__(
         self,

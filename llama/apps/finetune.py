@@ -97,6 +97,7 @@ def finetune(
     from llama.layers import parallel
     from llama.text.templates import chat_format
     from llama.training import Recipe, Trainer, devices, lora, read_examples, run, trained
+    from llama.training.packing import check_packable
 
     kind = run.check_options(method, to, max_seq_len, save_every, held_out)
     if tensorboard:
@@ -118,6 +119,8 @@ def finetune(
         adapter = dict(rank=lora_rank, alpha=lora_alpha, matrices=matrices, seed=seed)
 
     source, folder = open_checkpoint(ckpt_dir), Path(out)
+    if pack:
+        check_packable(source.args)
     if not force:
         _draw_what_is_missing(folder)
     result = run.check_folder(folder, kind, source.path, force)

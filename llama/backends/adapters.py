@@ -4,6 +4,7 @@ from typing import Dict
 
 from llama.backends.cpu.layers import NativeLayers
 from llama.checkpoint.adapter import Adapter, Pair, shards
+from llama.families.variants import VariantBlock
 from llama.families.vision import VisionTransformer
 from llama.layers import parallel
 from llama.layers.low_rank import LowRankLinear, chosen, names
@@ -28,7 +29,7 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
     pairs, first = shards(adapter, model.params), model.layers[0]
     if isinstance(first, NativeLayers):
         first.adapters.add(pairs)
-    elif all(type(block) is TransformerBlock for block in model.layers):
+    elif all(type(block) in (TransformerBlock, VariantBlock) for block in model.layers):
         _add_to_plain(model, len(names(model)) + 1, pairs)
     else:
         raise ValueError(

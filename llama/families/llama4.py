@@ -121,7 +121,8 @@ class Expert(FeedForward):
 class MixtureOfExperts(nn.Module):
     """A shared expert for all tokens, and for each token the experts that the router chooses.
 
-    Weights of an expert that no token chose aren't read.
+    Weights of an expert that no token chose aren't read, except to learn: then its gradients are
+    zeros, not None, for an optimizer and copies of the model that take those of all weights.
     """
 
     def __init__(self, args: Llama4Args):
@@ -139,7 +140,9 @@ class MixtureOfExperts(nn.Module):
         scores, chosen = self.router(flat).topk(self.top_k)  # (tokens, top_k)
         weights = scores.float().sigmoid().type_as(x)
         out = self.shared_expert(flat)
-        for expert in sorted(set(chosen.flatten().tolist())):
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.experts.parameters())
+        used = range(len(self.experts)) if learns else sorted(set(chosen.flatten().tolist()))
+        for expert in used:
             tokens, nth = (chosen == expert).nonzero(as_tuple=True)
             routed = self.experts[expert](flat[tokens] * weights[tokens, nth, None])
             out = out.index_add(0, tokens, routed)
@@ -166,6 +169,7 @@ class Llama4Transformer(EarlyFusion):
     """The whole network. Chunks go by the position in a row: it takes no other `positions`."""
 
     block = Llama4Block  # type: ignore[assignment]
+    takes_positions = False
     params: Llama4Args
 
     def hidden(self, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

@@ -22,11 +22,19 @@ from llama.checkpoint import Checkpoint, InMemory, remote, weight_shapes
 from llama.checkpoint.config import CLASSIFIER
 from llama.checkpoint.huggingface import HFCheckpoint, write
 from llama.engine.embeddings import batches
+from llama.families.registry import build
 from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.heads import SCORE, Body, config_with_head, default_labels, read_head
+from llama.training.heads import (
+    SCORE,
+    Body,
+    check_writable,
+    config_with_head,
+    default_labels,
+    read_head,
+)
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -148,7 +156,7 @@ class SequenceClassifier(nn.Module):
             tokenizer.pad_id = pad_id
             tokenizer.vocabulary = tokenizer.vocabulary._replace(pad_id=pad_id)
 
-        model = Transformer(body.args, device="meta")
+        model = build(body.args, device="meta")
         checkpoint.load(body, model, dtype=torch_dtype, device=torch_device)
         try:
             classifier = SequenceClassifier(
@@ -290,8 +298,9 @@ class SequenceClassifier(nn.Module):
 
         Raises:
             FileExistsError: the directory exists, without `force`.
-            ValueError: a model whose weights are in blocks, or compiled.
+            ValueError: a model whose weights are in blocks, or compiled, or of another family.
         """
+        check_writable(self.model.params, CLASSIFIER)
         if Path(path).exists() and not force:  # on all ranks alike
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)

@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Sequence, Tuple
 import torch
 
 from llama.checkpoint import Checkpoint, Shape
+from llama.families.registry import family_of
+from llama.model import ModelArgs
 from llama.text.files import read_object
 
 SCORE = "score.weight"
@@ -41,6 +43,20 @@ def config_with_head(path: Path, architecture: str) -> Dict[str, Any]:
         return {}
     config = read_object(path / "config.json")
     return config if config.get("architectures") == [architecture] else {}
+
+
+def check_writable(args: ModelArgs, architecture: str) -> None:
+    """Check that transformers' class computes a model of this shape.
+
+    Raises:
+        ValueError: it is of another model_type, of whose differences the class knows nothing.
+    """
+    kind = family_of(args).write_config(args).get("model_type", "llama")
+    if kind != "llama":
+        raise ValueError(
+            f"model_type={kind!r}: {architecture} would compute such a model as a Llama, and give "
+            "other numbers. Keep what was learned with torch.save(classifier.state_dict(), FILE)"
+        )
 
 
 def default_labels(n: int) -> List[str]:

@@ -67,9 +67,11 @@ def summed_loss(
             f"{model.vocab_size - 1}, or {IGNORED} for a token without a loss"
         )
     h = model.hidden(tokens, **options)[:, :-1][asked]  # (N, dim)
+    if parallel.world_size() == 1 and not isinstance(model.output, ColumnParallelLinear):
+        # Quantized, for instance.
+        return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
+    h = h / getattr(model.params, "logits_scaling", 1.0)  # as `model.logits` does, of Granite
     if parallel.world_size() == 1:
-        if not isinstance(model.output, ColumnParallelLinear):  # quantized, for instance
-            return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
         learns = torch.is_grad_enabled()
         return _Projected.apply(h, model.output.weight, targets, learns), len(targets)
     if not hasattr(model.output, "weight"):

@@ -8,6 +8,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch
 
+from llama.families.registry import family_of
+from llama.model import ModelArgs
 from llama.training.data import Example, batch
 from llama.training.losses import IGNORED
 
@@ -27,6 +29,20 @@ class Pass(NamedTuple):
     labels: torch.Tensor  # (B, T)
     options: Dict[str, Any]  # `positions` and `mask` of the model
     spans: List[Span]  # of the examples, in their order
+
+
+def check_packable(args: ModelArgs) -> None:
+    """Check that a model of this shape takes positions that begin anew within a row.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    network = family_of(args).network
+    if not network.takes_positions:
+        raise ValueError(
+            f"pack: {network.__name__} counts positions from the beginning of a row, so examples "
+            "can't share one. Train it without --pack (pack=False)"
+        )
 
 
 def plain(rows: Sequence[Example], device: torch.device) -> Pass:

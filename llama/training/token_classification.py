@@ -27,7 +27,7 @@ from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.heads import Body, config_with_head, read_head
+from llama.training.heads import Body, check_writable, config_with_head, read_head
 from llama.training.losses import IGNORED
 
 Self = TypeVar("Self", bound="_TokenHead")
@@ -249,8 +249,9 @@ class TokenClassifier(_TokenHead):
 
         Raises:
             FileExistsError: the directory exists, without `force`.
-            ValueError: a model whose weights are in blocks, or compiled.
+            ValueError: a model whose weights are in blocks, or compiled, or of another family.
         """
+        check_writable(self.model.params, self.architecture)
         if Path(path).exists() and not force:  # on all ranks alike
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)

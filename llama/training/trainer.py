@@ -32,7 +32,7 @@ from llama.training.data import Example, order
 from llama.training.dropout import Dropout, number
 from llama.training.gradients import clip_gradients, sum_replicas, trained
 from llama.training.losses import summed_loss
-from llama.training.packing import Pass, packed, plain
+from llama.training.packing import Pass, check_packable, packed, plain
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Trainer:
 
     Raises:
         ValueError: nothing to learn, an example whose labels are all IGNORED, ids outside of the
-            vocabulary, or more copies than examples in a pass.
+            vocabulary, more copies than examples in a pass, or a model that can't `pack`.
     """
 
     model: Transformer
@@ -147,6 +147,8 @@ class Trainer:
                 f"{copies} copies of the model can't share the {in_pass} examples of a pass: a "
                 "larger batch_size, fewer micro_batches, or a larger model_parallel_size"
             )
+        if self.pack:
+            check_packable(self.model.params)
         check_ids([row.tokens for row in self.rows], self.model.vocab_size, "example")
         self._examples = hashlib.sha256(repr(self.rows).encode()).hexdigest()[:16]
         groups: List[Dict[str, Any]] = [{"params": [], "weight_decay": 0.0} for _ in range(2)]

@@ -27,7 +27,9 @@ from llama import Llama, checkpoint
 from llama.apps.finetune import finetune as main
 from llama.apps.plot import plot
 from llama.backends import memory
+from llama.checkpoint import InMemory, meta
 from llama.checkpoint.adapter import Merged, read_adapter
+from llama.families.llama4 import Llama4Args
 from llama.training import Trainer
 
 DIALOG = [
@@ -53,7 +55,8 @@ OPTIONS = {
 
 def here(base, out, **more):
     """The command's function, in this process."""
-    main(str(base / "data.jsonl"), out=str(out), ckpt_dir=str(base / "base"), **(OPTIONS | more))
+    where = {"data": str(base / "data.jsonl"), "ckpt_dir": str(base / "base")}
+    main(out=str(out), **(where | OPTIONS | more))
 
 
 def start(base, out, *more, ranks=1, script=None):
@@ -216,6 +219,14 @@ ERRORS = {
 def test_errors(complaint, base, tmp_path):
     with pytest.raises(ValueError, match=complaint):
         here(base, tmp_path / "run", **ERRORS[complaint])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_packed_is_refused_before_it_is_read(base, tmp_path):
+    args = Llama4Args(**vars(TINY), num_experts=2, expert_dim=64)
+    meta.write(InMemory(args, random_weights(args)), tmp_path / "llama4")
+    with pytest.raises(ValueError, match="Llama4Transformer counts positions .* without --pack"):
+        here(base, tmp_path / "run", ckpt_dir=str(tmp_path / "llama4"), pack=True, data="nowhere")
     assert not (tmp_path / "run").exists()
 
 

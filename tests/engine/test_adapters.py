@@ -15,10 +15,14 @@ from llama.backends import cpu as native
 from llama.checkpoint import InMemory
 from llama.checkpoint.adapter import Adapter, Merged, Pair, write_adapter
 from llama.engine.passes import hidden
+from llama.families.variants import VariantArgs
 from llama.layers.paged import PAGE, PagedRows
 from llama.training import lora
 
 SMALL = replace(TINY, head_dim=32, hidden_dim=320)  # as the kernels take it; wider than a span
+VARIANT = VariantArgs(
+    **vars(SMALL), attention_bias=True, mlp_bias=True, sliding_window=40, residual_multiplier=0.5
+)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95)
 KINDS = {  # rank, matrices, whether bf16 holds all values
     "poet": (4, ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), False),
@@ -129,18 +133,19 @@ def states(model, counts, chosen) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("swap", [native.swap, lambda model: model], ids=["kernels", "plain"])
-def test_as_merged_into_the_weights(swap):
+@pytest.mark.parametrize("args", [SMALL, VARIANT], ids=["llama", "variant"])
+def test_as_merged_into_the_weights(swap, args):
     """In a pass of prompts and single tokens, each row's adapter."""
-    model, counts = swap(random_model(SMALL)), [1, 90, 1, 3, 20, 1, 1, 9, 1, 1, 1, 2]
+    model, counts = swap(random_model(args)), [1, 90, 1, 3, 20, 1, 1, 9, 1, 1, 1, 2]
     for name in KINDS:
-        adapters.add(model, name, adapter(name))
+        adapters.add(model, name, adapter(name, args))
     chosen = [row % 4 for row in range(len(counts))]
     found = states(model, counts, chosen).split(counts)
     base = states(model, counts, [0] * len(counts)).split(counts)
     for number, name in enumerate(NAMES):
-        source = InMemory(SMALL, random_weights(SMALL))
-        whole = source if name is None else Merged(source, adapter(name))
-        merged = swap(checkpoint.load(whole, random_model(SMALL)))
+        source = InMemory(args, random_weights(args))
+        whole = source if name is None else Merged(source, adapter(name, args))
+        merged = swap(checkpoint.load(whole, random_model(args)))
         expected = states(merged, counts, []).split(counts)
         for row in range(number, len(counts), 4):
             assert (found[row] - expected[row]).abs().max() < 3e-5 * expected[row].abs().max()
