@@ -324,6 +324,7 @@ def test_an_int8_cache_is_the_plain_layers_int8_cache(dtype, bound):
 @pytest.mark.parametrize("build", [{}, {"quantize": "int8"}, {"kv_cache": "int8"}])
 def test_ranks_say_what_one_says(tmp_path, build):
     args = replace(SMALL, dim=256, n_heads=8, head_dim=32, hidden_dim=256)
+    args = replace(args, tied_embeddings="kv_cache" not in build)
     path = write_checkpoint(tmp_path / "model", args)
     prompts = [[1, 2, 3], [7] * 50, [250, 0, 13, 99, 5]]
     build = {**build, "compile": True, "max_seq_len": 128}

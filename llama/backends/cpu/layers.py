@@ -11,7 +11,10 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
-from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
 from torch import nn
 
 from llama.backends.cpu import kernels
@@ -55,7 +58,7 @@ def swap_ends(model: Transformer, work: Workspace, arena: Arena) -> None:
     """Replace what comes before and after the layers."""
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     output = arena.pack(weight_of(model.output))
-    if parallel.world_size() == 1 and model.params.tied_embeddings:
+    if model.params.tied_embeddings:
         model.tok_embeddings = NativeEmbedding(output, model.norm.weight.dtype)  # type: ignore[assignment]
     model.output = NativeOutput(output, work)  # type: ignore[assignment]
 
@@ -108,14 +111,19 @@ class NativeVariant(NativeTransformer, VariantTransformer):
 
 
 class NativeEmbedding(nn.Module):
-    """The embedding that is also the output layer's weight, on one rank."""
+    """The embedding that is also the output layer's weight, of which each rank has some rows."""
 
     def __init__(self, weight: Packed, dtype: torch.dtype):
         super().__init__()
         self._weight, self._dtype = weight, dtype
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._weight.take_rows(tokens, self._dtype)
+        if parallel.world_size() == 1:
+            return self._weight.take_rows(tokens, self._dtype)
+        own = tokens - parallel.rank() * self._weight.rows
+        outside = (own < 0) | (own >= self._weight.rows)
+        h = self._weight.take_rows(own.masked_fill(outside, 0), self._dtype)
+        return reduce_from_model_parallel_region(h.masked_fill(outside[..., None], 0))
 
 
 class NativeNorm(nn.Module):
