@@ -72,5 +72,5 @@ def main(
 if __name__ == "__main__":
     try:
         fire.Fire(main)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import replace
 from itertools import zip_longest
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, random_weights, write_checkpoint
@@ -290,6 +291,9 @@ ERRORS = {
     ),
     "top_p": (lambda x: x.generate([[1]], 4, top_p=1.1), "top_p=1.1 must lie between 0 and 1"),
     "max_gen_len": (lambda x: x.generate([[1]], -1), "max_gen_len=-1 must be 0 or more"),
+    "half a token": (lambda x: x.generate([[1]], 2.5), "max_gen_len=2.5 isn't a whole number"),
+    "a word": (lambda x: x.generate([[1]], 4, temperature="hot"), "temperature=hot must be a num"),
+    "a text to embed": (lambda x: x.embed("hello"), "texts is one text: pass a list"),
     "no dialogs": (lambda x: x.chat_completion([]), "no prompts"),
     "an empty dialog": (lambda x: x.chat_completion([[USER], []]), "dialog 1 is empty"),
     "an unknown role": (
@@ -317,13 +321,18 @@ def test_mistakes_are_named_with_value_limit_and_way_out(tiny, case):
         make(tiny)
 
 
+def test_numpys_seeds_are_seeds(tiny):
+    alike = [tiny.generate([[5]], 4, seed=seed)[0] for seed in (3, np.int64(3))]
+    assert alike[0] == alike[1]
+
+
 def test_ids_that_no_tokenizer_knows_are_never_sampled(tmp_path):
     """A vocabulary is often padded to a multiple of 64 or so."""
     args = replace(TINY, vocab_size=640)
     llama = Llama.build(write_checkpoint(tmp_path / "model", args), device="cpu", dtype="fp32")
     words = llama.tokenizer.n_words
     assert words < 600
-    for options in ({"temperature": 5.0, "top_p": 1.0, "n": 16}, {"temperature": 0}):
+    for options in ({"temperature": 5.0, "top_p": 1.0, "n": 8}, {"temperature": 0}):
         rows, _ = llama.generate([[5, 6]], 20, stop_tokens=set(), **options)
         assert all(token < words for row in rows for token in row)
     found = llama.text_completion(["a"], max_gen_len=4, logprobs=True, top_logprobs=words)
@@ -339,6 +348,10 @@ def test_build_refuses_sizes_below_1_and_unknown_dtypes(tiny_dir):
         Llama.build(tiny_dir, max_seq_len=0)
     with pytest.raises(ValueError, match="max_batch_size=-1"):
         Llama.build(tiny_dir, max_batch_size=-1)
+    with pytest.raises(ValueError, match="max_seq_len=64.0 isn't a whole number"):
+        Llama.build(tiny_dir, max_seq_len=64.0)
+    with pytest.raises(ValueError, match="seed=9223372036854775808 must be less than"):
+        Llama.build(tiny_dir, seed=1 << 63)
     with pytest.raises(ValueError, match="dtype 'int3': choose one of bf16"):
         Llama.build(tiny_dir, device="cpu", dtype="int3")
 

@@ -32,7 +32,8 @@ def chat(
         image: a path or an address of an image for the first message; may be given several times.
 
     Raises:
-        ValueError: a checkpoint without a chat format, or what `Llama.build` raises.
+        ValueError: an option out of range, a checkpoint without a chat format, or what
+            `Llama.build` raises.
     """
     import signal
 
@@ -42,6 +43,10 @@ def chat(
     from llama.generation import Llama
     from llama.layers import parallel
 
+    if max_gen_len is not None and max_gen_len < 1:
+        raise ValueError(f"max_gen_len={max_gen_len} must be at least 1")
+    if speculate == "draft" and model.draft_ckpt_dir is None:
+        raise ValueError("speculate='draft' needs a draft model: give --draft-ckpt-dir")
     repl.check_packages()
     known = repl.read_tools(tools) if tools else []
     parallel.initialize(device=model.device, timeout=model.rank_timeout, wait=WEEK)

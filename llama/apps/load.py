@@ -86,9 +86,12 @@ def run(
         ignore_eos: ask for answers of full length; False for servers that don't know this.
 
     Raises:
-        ValueError: the server answers with an error, which is named.
+        ValueError: an address that isn't http's; the server answers with an error, which is named.
         OSError: it can't be reached.
     """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"url={url!r}: give http://HOST:PORT, as `llama serve` prints it")
     began, failed = time.perf_counter(), threading.Event()
 
     def one(job: Job) -> Optional[Timing]:

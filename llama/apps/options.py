@@ -1,5 +1,6 @@
 """Options that sub-commands share: the two dataclasses, as cyclopts takes them."""
 
+import os
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, Callable, Collection, List, Type, TypeVar, get_type_hints
 
@@ -7,11 +8,20 @@ from cyclopts import Parameter
 
 from llama.backends.options import ModelOptions
 from llama.engine.params import SamplingParams
+from llama.text.files import decode
 
 T = TypeVar("T")
 
-Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # --prompt '- a list'
-Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True)]
+
+def is_utf8(hint: Any, value: Any) -> None:
+    """Raises ValueError for texts that the shell gave in another encoding."""
+    for text in [value] if isinstance(value, str) else value or ():
+        decode(os.fsencode(text), "an argument", exact=True)
+
+
+# --prompt '- a list'
+Text = Annotated[str, Parameter(allow_leading_hyphen=True, validator=is_utf8)]
+Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True, validator=is_utf8)]
 
 
 def flat(group: str, hidden: Collection[str] = ()) -> Callable[[Type[T]], Type[T]]:

@@ -186,7 +186,7 @@ class Session:
                 text += event.text
                 reason, stats.speculation = event.finish_reason, event.speculation
                 yield event.text if event.deltas is None else _shown(event.deltas)
-            if not stats.tokens:
+            if not stats.tokens and stats.prompt_tokens >= self._context:
                 raise ValueError(
                     f"the dialog's {stats.prompt_tokens} tokens fill the context: /undo, /reset, "
                     "or start with a larger --max_seq_len"
@@ -199,6 +199,8 @@ class Session:
         self.stats = stats
         if was_interrupted:
             self.note = "interrupted"
+        elif not stats.tokens:
+            self.note = "an empty answer"
         elif reason == "length":
             full = stats.prompt_tokens + stats.tokens >= self._context
             self.note = "cut off: " + ("the context is full" if full else "max_gen_len is reached")

@@ -6,6 +6,7 @@ torch isn't imported, so that `llama --help` needn't wait for it.
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Literal, Optional, ParamSpec, TypeAlias, TypeVar
 
@@ -84,6 +85,11 @@ class ModelOptions:
     rank_timeout: float = 60.0
 
     def __post_init__(self) -> None:
+        for name in ("max_seq_len", "max_batch_size", "seed", "prefix_cache_mb"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"{name}={getattr(self, name)!r} isn't a whole number")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed={self.seed} must be less than 2**63")
         for name, least in (
             ("max_seq_len", 1), ("max_batch_size", 1), ("seed", 0), ("prefix_cache_mb", 0),
             ("rank_timeout", 1),

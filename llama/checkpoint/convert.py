@@ -16,7 +16,7 @@ from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, dtype_name
 from llama.checkpoint.writing import bytes_of, dtype_of
 from llama.families.registry import family_of
-from llama.text.files import beside
+from llama.text.files import beside, check_plain
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
@@ -24,6 +24,17 @@ FORMAT_NAMES: Dict[type, str] = {
     meta.MetaCheckpoint: "Meta", huggingface.HFCheckpoint: "Hugging Face",
     gguf.GGUFCheckpoint: "GGUF",
 }  # fmt: skip
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises FileExistsError for a directory with something in it that is no checkpoint's."""
+    check_plain(path)
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if names and not names & {"params.json", "config.json"}:
+        raise FileExistsError(
+            f"{path} is a directory that holds no checkpoint: not overwritten, even with force; "
+            f"name a new one, or a file in it, such as {path / 'model.gguf'}"
+        )
 
 
 def convert(
@@ -55,7 +66,7 @@ def convert(
         quiet: no progress bar on stderr.
 
     Raises:
-        FileExistsError: `path` exists, without `force`.
+        FileExistsError: `path` exists, without `force`; or it is a directory of other things.
         ValueError: a format, size or option that don't go together; a source that `force` would
             overwrite; a difference on verifying.
     """
@@ -80,6 +91,8 @@ def convert(
     here = opened.path.resolve()
     if path.exists() and path.resolve() in (here, *here.parents):
         raise ValueError(f"{path} holds the source itself: choose another name")
+    if force:
+        _check_replaceable(path)
 
     total = sum(
         math.prod(shape) * ((to != "gguf" and dtype) or dtype_of(opened, name)).itemsize

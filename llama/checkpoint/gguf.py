@@ -74,6 +74,7 @@ class GGUFCheckpoint:
         self.args = self._args(metadata, prefix)
         self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
+        self._check_end()
 
     def _args(self, metadata: Dict[str, Any], prefix: str) -> ModelArgs:
         def require(key: str) -> Any:
@@ -128,6 +129,19 @@ class GGUFCheckpoint:
             if not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
                 raise ValueError(f"{self.path}: {ROPE_BOUNDS[name]}={value!r} isn't positive")
         return self._scaled_rope(args, {name: decimal(value) for name, value in said.items()})
+
+    def _check_end(self) -> None:
+        """Raises ValueError for a file that ends before its tensors do, as of half a download."""
+        size = self.path.stat().st_size
+        for name, info in self._tensors.items():
+            try:
+                end = info.offset + ggml.stored_bytes(info.shape, self.stored_as(name))
+            except ValueError:
+                continue  # of a type or a shape that is named when it is read
+            if end > size:
+                raise ValueError(
+                    f"{self.path} is cut off: it has {size} bytes and a tensor ends at {end}"
+                )
 
     def _cut(self) -> None:
         """Matrices that a tensor holds become weights of their own."""

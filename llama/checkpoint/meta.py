@@ -348,8 +348,11 @@ def _write_shard(
     if source.args.tied_embeddings:  # Meta's own loader wants both names; the bytes are there once
         empty["output.weight"] = empty["tok_embeddings.weight"]
     in_file = family_of(source.args).meta_names.theirs
-    with torch.serialization.skip_data():
-        torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
+    try:
+        with torch.serialization.skip_data():
+            torch.save({in_file(name): tensor for name, tensor in empty.items()}, file)
+    except RuntimeError as error:  # of torch's writer, which doesn't say why
+        raise OSError(f"{file} can't be written: is the disk full? ({error})") from None
     del empty
     checksums = {}
     places = index_pth(file)

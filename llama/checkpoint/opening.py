@@ -7,6 +7,8 @@ from llama.checkpoint.huggingface import HFCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.source import Checkpoint
 
+FILES = (".safetensors", ".pth", ".bin")  # of directories
+
 
 def open(path: str | Path) -> Checkpoint:
     """Open a directory in Meta's or Hugging Face's format, a .gguf file, or one's directory.
@@ -25,6 +27,8 @@ def open(path: str | Path) -> Checkpoint:
         return MetaCheckpoint(path)
     if (path / "config.json").exists():
         return HFCheckpoint(path)
+    if path.is_file() and (path.suffix in FILES or path.name in ("params.json", "config.json")):
+        raise ValueError(f"{path} is a file of a checkpoint: name its directory, {path.parent}")
     if path.is_file():
         return GGUFCheckpoint(path)
     ggufs = sorted(path.glob("*.gguf"))

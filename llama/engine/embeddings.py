@@ -32,6 +32,8 @@ def embed(
         ValueError: another pooling; batch_size below 1; a text without tokens, or longer than
             max_seq_len, by number.
     """
+    if isinstance(texts, str):
+        raise ValueError("texts is one text: pass a list of texts")
     if pooling not in ("last", "mean"):
         raise ValueError(f"pooling={pooling!r}: choose 'last' or 'mean'")
     tokenizer, args = engine.tokenizer, engine.model.params

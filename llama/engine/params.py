@@ -5,6 +5,7 @@ torch isn't imported, so that `llama --help` needn't wait for it.
 
 import math
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Callable, Collection, List, Mapping, Optional, Sequence
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class SamplingParams:
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)} must {range_}")
 
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+            check(name, isinstance(getattr(self, name), Real), "be a number")
         check("temperature", 0 <= self.temperature < math.inf, "be 0 (greedy) or more")
         for name in ("top_p", "min_p"):
             check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")

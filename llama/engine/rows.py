@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict, cast
 
 import torch
@@ -152,6 +153,8 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
     params = model.params
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
+    if not isinstance(max_gen_len, Integral):
+        raise ValueError(f"max_gen_len={max_gen_len!r} isn't a whole number")
     if max_gen_len < 0:
         raise ValueError(f"max_gen_len={max_gen_len} must be 0 or more")
     for row, prompt in enumerate(prompts):
@@ -225,7 +228,8 @@ def make_rows(
     if seed is None:
         seeds = torch.randint(1 << 62, (len(prompts),), generator=generator).tolist()
     else:
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        each = not isinstance(seed, Integral)  # NumPy's numbers are, too
+        seeds = list(cast(Sequence[int], seed)) if each else [cast(int, seed)] * len(prompts)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
     names = options.get("adapter")
@@ -237,7 +241,7 @@ def make_rows(
     return [
         Row(
             index, sample, prompt, min(model.params.max_seq_len, len(prompt) + max_gen_len), params,
-            (seeds[index] + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
+            (int(seeds[index]) + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
             adapters[index], images[index], tokens_of(model, images[index]), model_image_id(model),
         )
         for index, prompt in enumerate(prompts)

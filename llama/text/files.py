@@ -194,6 +194,8 @@ class Results:
     def __init__(self, output: Path, job: str, count: int, force: bool = False):
         import fcntl  # not on Windows
 
+        if output.is_dir():
+            raise FileExistsError(f"{output} is a directory: name a file")
         self.output = output
         self.partial = output.with_name(f".{output.name}.partial")
         exists = FileExistsError(

@@ -12,8 +12,14 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
+# What to do with an image, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -219,10 +225,16 @@ def _opened(data: bytes) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        # Not by ImageOps.exif_transpose, which fails on other tags that it can't write again.
+        clear = image.info.get("transparency")
+        image = image.transpose(turn)
+        image.info |= {} if clear is None else {"transparency": clear}
     if image.mode.startswith("I;16"):  # Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values, clear = np.asarray(image), image.info.get("transparency")
+        narrow = (values >> 8).astype(np.uint8)
+        image = Image.fromarray(narrow if clear is None else np.where(values == clear, 255, narrow))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

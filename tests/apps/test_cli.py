@@ -260,8 +260,20 @@ MISTAKES = {
     "tokenizer": ("convert SRC OUT hf --tokenizer_path nowhere", "no tokenizer file at nowhere"),
     "nothing to inspect": ("inspect nowhere", "no checkpoint at nowhere"),
     "no checkpoint to inspect": ("inspect LICENSE", "LICENSE isn't a GGUF file"),
+    "a file of a checkpoint": ("inspect PARAMS", "a file of a checkpoint: name its directory"),
+    "no answer": ("chat SRC --max_gen_len -3", "max_gen_len=-3 must be at least 1"),
+    "no draft": ("chat SRC --speculate draft", "needs a draft model"),
+    "no address": ("bench load --url 127.0.0.1:1", "url='127.0.0.1:1': give http://HOST:PORT"),
     "no tokens": ("inspect SRC --max_seq_len 0", "max_seq_len=0 must be at least 1"),
 }
+
+
+@pytest.mark.parametrize("command", ["complete --prompt", "chat --system"])
+def test_arguments_that_are_not_utf_8_are_refused(tiny_dir, command):
+    name, option = command.split()
+    done = llama(name, str(tiny_dir), option, os.fsdecode(b"caf\xe9"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "an argument isn't UTF-8: byte 3" in done.stderr
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -269,6 +281,7 @@ def test_mistakes_are_one_line(tiny_dir, tmp_path, monkeypatch, capsys, mistake)
     """In this process, since starting one takes seconds; the next test starts some."""
     text, message = MISTAKES[mistake]
     replaced = {"SRC": str(tiny_dir), "OUT": str(tmp_path / "out")}
+    replaced["PARAMS"] = f"{tiny_dir}/params.json"
     monkeypatch.chdir(ROOT)
     code, out, err = here(capsys, *(replaced.get(word, word) for word in text.split()))
     assert (code, out) == (1, "") and message in err

@@ -364,6 +364,8 @@ def test_interrupted_in_its_last_steps(run, batch, tmp_path, monkeypatch):
 
 def test_torn_at_any_byte(tmp_path):
     partial = tmp_path / ".out.partial"
+    with pytest.raises(FileExistsError, match="is a directory: name a file"):
+        Results(tmp_path, "job", 3, force=True)
     results = Results(tmp_path / "out", "job", 3)
     for number in (1, 3):
         results.add(number, {"generation": "é\n"})

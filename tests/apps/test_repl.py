@@ -64,6 +64,15 @@ def session() -> repl.Session:
     return repl.Session(FakeLlama())
 
 
+def test_an_empty_answer_is_one():
+    """A stop token as the first: the message stays in the dialog."""
+    llama = FakeLlama()
+    llama.stream_chat = lambda *args, **options: iter([Event(0, 0, None, "", finish_reason="stop")])
+    session = repl.Session(llama)
+    assert say(session, "Hi") == "" and session.note == "an empty answer"
+    assert [message["role"] for message in session.dialog] == ["user", "assistant"]
+
+
 def say(session, line, interrupted=lambda: False) -> str:
     assert session.take(line).wants_answer
     return "".join(session.answer(interrupted))

@@ -324,6 +324,7 @@ def test_an_int8_cache_is_the_plain_layers_int8_cache(dtype, bound):
 @pytest.mark.parametrize("build", [{}, {"quantize": "int8"}, {"kv_cache": "int8"}])
 def test_ranks_say_what_one_says(tmp_path, build):
     args = replace(SMALL, dim=256, n_heads=8, head_dim=32, hidden_dim=256)
+    args = replace(args, tied_embeddings="kv_cache" not in build)
     path = write_checkpoint(tmp_path / "model", args)
     prompts = [[1, 2, 3], [7] * 50, [250, 0, 13, 99, 5]]
     build = {**build, "compile": True, "max_seq_len": 128}
@@ -468,6 +469,27 @@ def test_threads_can_share_a_model(smollm2_path):
     assert found == expected
 
 
+def test_buffers_that_grow_leave_those_in_use_alone():
+    """A workspace's buffers are shared; other layers' may be replaced by larger ones."""
+    _, compiled = pair(SMALL)
+    tokens = ids(1, 20)
+    with torch.inference_mode():
+        expected, work = compiled(tokens), compiled.layers[0]._work
+        for name, dtype in (("floats", torch.float32), ("fixed", torch.int32)):
+            size = work._buffers[f"x {name}"].numel() if f"x {name}" in work._buffers else 0
+            work.take(f"x {name}", 2 * size + 1, dtype)
+            others = [torch.full((size,), -1, dtype=dtype) for _ in range(50)]  # where it was
+            assert torch.equal(compiled(tokens), expected)
+            assert all(bool((other == -1).all()) for other in others)
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.bfloat16, 128), (torch.float32, 64)])
+def test_embeddings_of_another_kind_are_refused(dtype, width):
+    _, compiled = pair(SMALL)
+    with pytest.raises(ValueError, match=f"embeddings of {dtype}, {width} wide, for a model of"):
+        compiled(torch.zeros(1, 3, width, dtype=dtype))
+
+
 def test_a_cache_of_another_dtype_is_refused():
     _, compiled = pair(SMALL)
     cache = KVCache(2, 1, 64, 2, 32, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -544,7 +566,7 @@ def check_a_product(kind: str, is_bf16: bool, sizes: tuple):
             x = torch.randn(tokens, cols)
             x = x.bfloat16() if is_bf16 else x
             out = torch.empty(tokens, rows)
-            inputs = work.inputs("x", tokens, cols, {kind})
+            inputs, _ = work.inputs("x", tokens, cols, {kind})
             kernels.library().linear(
                 is_bf16, byref(packed.struct), kernels.address(x), tokens, kernels.address(out),
                 byref(inputs), 2,

@@ -183,9 +183,8 @@ def test_a_file_cut_off_within_the_weights_is_refused(tmp_path):
     parallel.initialize(device="cpu")
     path = write(tmp_path / "model.gguf")
     path.write_bytes(path.read_bytes()[:-1000])
-    source = checkpoint.open(path)
     with pytest.raises(ValueError, match="is cut off: it has"):
-        checkpoint.load(source, Transformer(source.args, device="meta"))
+        checkpoint.open(path)
 
 
 def test_the_demo_model_is_read_as_gguf_itself_reads_it(smollm2_path):

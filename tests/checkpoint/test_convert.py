@@ -442,11 +442,28 @@ def test_verifying_finds_a_changed_byte(tmp_path, monkeypatch, name):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        to(InMemory(THREE, random_weights(THREE)), tmp_path / "meta", "meta")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_force_overwrites_checkpoints_only(tmp_path):
     source = InMemory(THREE, random_weights(THREE))
     path = to(source, tmp_path / "models" / "a", "hf")
     with pytest.raises(FileExistsError, match="has directories in it"):
         to(source, tmp_path / "models", "gguf", force=True)
+    notes = tmp_path / "ggufs" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    for name in FORMATS:
+        with pytest.raises(FileExistsError, match="holds no checkpoint: not overwritten"):
+            to(source, notes.parent, name, force=True)
+    assert notes.read_text() == "precious" and len([*notes.parent.iterdir()]) == 1
     for place in (path, tmp_path / "models"):
         with pytest.raises(ValueError, match="holds the source itself"):
             to(path, place, "meta", force=True)

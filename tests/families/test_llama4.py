@@ -17,10 +17,12 @@ from llama_models.llama4.datatypes import TransformerInput
 from llama_models.llama4.model import Transformer as MetaTransformer
 
 from llama import Llama, checkpoint
-from llama.backends import cpu
+from llama.backends import adapters, cpu
 from llama.checkpoint import InMemory, gguf, huggingface, meta
+from llama.checkpoint.adapter import Adapter, Merged, Pair
 from llama.checkpoint.convert import check_equal, convert
 from llama.families.llama4 import Llama4Args, Llama4Transformer
+from llama.layers.paged import PAGE, PagedRows
 
 SCOUT = Llama4Args(
     dim=64, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=96, max_seq_len=128,
@@ -209,6 +211,36 @@ def test_the_kernels_compute_the_same(native_and_plain):
         cache = native.new_cache(rows.stop - rows.start, 600)
         parts = [native(tokens[rows, a:b], a, cache) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts, 1), found[rows])
+
+
+@torch.inference_mode()
+def test_an_adapter_of_a_shared_expert_beside_the_weights_is_the_merged_one():
+    weights, prefix = random_weights(NATIVE), "layers.1.feed_forward"
+    generator = torch.Generator().manual_seed(5)
+
+    def of(name):
+        rows, cols = weights[name].shape
+        A, B = (torch.randn(shape, generator=generator) / 8 for shape in ((4, cols), (rows, 4)))
+        return Pair(A, B, 1.0)
+
+    names = [f"{prefix}.shared_expert.{matrix}.weight" for matrix in ("w1", "w2", "w3")]
+    adapter = Adapter({name: of(name) for name in (*names, "layers.0.attention.wq.weight")})
+    beside = cpu.swap(random_model(NATIVE))
+    adapters.add(beside, "poet", adapter)
+    merged = Merged(InMemory(NATIVE, weights), adapter)
+    expected = cpu.swap(checkpoint.load(merged, random_model(NATIVE)))
+    tokens = [*range(30)]
+
+    def logits(model, number):
+        cache = PagedRows(model.new_cache(4, PAGE), [[1, 2]], [0], [number])
+        return model.logits(model.hidden_of_rows([tokens], cache))
+
+    found = logits(beside, 1)
+    torch.testing.assert_close(found, logits(expected, 0), atol=1e-4, rtol=0)
+    assert (found - logits(beside, 0)).abs().max() > 0.01
+    expert = f"{prefix}.experts.0.w1.weight"
+    with pytest.raises(ValueError, match="an adapter of experts"):
+        adapters.add(beside, "other", Adapter({expert: of(expert)}))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -242,6 +242,17 @@ def test_exif_rotation_is_applied(orientation):
     assert np.array_equal(np.array(open_image(data))[..., 0], upright)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind, value", [(2, b"wd\0\0"), (9, b"\xff\xff\xff\xfb")])
+def test_exif_rotation_needs_no_other_tag(kind, value):
+    """An ImageWidth that is a text, or negative: Pillow can't write these again."""
+    tags = b"\1\0" + kind.to_bytes(2) + b"\0\0\0\1" + value  # ImageWidth, one value
+    tags += b"\1\x12\0\3\0\0\0\1\0\6\0\0"  # Orientation
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + tags + b"\0\0\0\0"
+    found = open_image(saved(noise(40, 30), "JPEG", exif=exif))
+    assert found.size == (30, 40)
+
+
 def test_kinds_of_pixels_are_read_as_they_are_meant():
     def pixel(data):
         return open_image(data).getpixel((0, 0))
@@ -252,6 +263,9 @@ def test_kinds_of_pixels_are_read_as_they_are_meant():
         assert pixel(data) == (255, 0, 0), kind
     r, g, b = pixel(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert r > 250 and g < 5 and b < 5
+    clear = Image.fromarray(np.array([[0, 65535, 512]], np.uint16))
+    found = np.array(open_image(saved(clear, transparency=0)))[..., 0]
+    assert found.tolist() == [[255, 255, 2]]
     deep = np.array([[0, 255, 256, 32768, 65535]], np.uint16)  # 16 bits
     found = np.array(open_image(saved(Image.fromarray(deep))))[0, :, 0]
     assert found.tolist() == [0, 0, 1, 128, 255]

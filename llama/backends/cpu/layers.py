@@ -11,7 +11,10 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
-from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
 from torch import nn
 
 from llama.backends.cpu import kernels
@@ -55,7 +58,7 @@ def swap_ends(model: Transformer, work: Workspace, arena: Arena) -> None:
     """Replace what comes before and after the layers."""
     model.norm = NativeNorm(model.norm)  # type: ignore[assignment]
     output = arena.pack(weight_of(model.output))
-    if parallel.world_size() == 1 and model.params.tied_embeddings:
+    if model.params.tied_embeddings:
         model.tok_embeddings = NativeEmbedding(output, model.norm.weight.dtype)  # type: ignore[assignment]
     model.output = NativeOutput(output, work)  # type: ignore[assignment]
 
@@ -108,14 +111,19 @@ class NativeVariant(NativeTransformer, VariantTransformer):
 
 
 class NativeEmbedding(nn.Module):
-    """The embedding that is also the output layer's weight, on one rank."""
+    """The embedding that is also the output layer's weight, of which each rank has some rows."""
 
     def __init__(self, weight: Packed, dtype: torch.dtype):
         super().__init__()
         self._weight, self._dtype = weight, dtype
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._weight.take_rows(tokens, self._dtype)
+        if parallel.world_size() == 1:
+            return self._weight.take_rows(tokens, self._dtype)
+        own = tokens - parallel.rank() * self._weight.rows
+        outside = (own < 0) | (own >= self._weight.rows)
+        h = self._weight.take_rows(own.masked_fill(outside, 0), self._dtype)
+        return reduce_from_model_parallel_region(h.masked_fill(outside[..., None], 0))
 
 
 class NativeNorm(nn.Module):
@@ -152,7 +160,7 @@ class NativeOutput(nn.Module):
         flat, into = x.view(-1, x.shape[-1]), out.view(-1, self._weight.rows)
         with self._work.lock:
             for some, result in zip(flat.split(TOKENS), into.split(TOKENS), strict=True):
-                inputs = self._work.inputs("x", len(some), some.shape[1], {self._weight.kind})
+                inputs, _ = self._work.inputs("x", len(some), some.shape[1], {self._weight.kind})
                 kernels.library().linear(
                     x.dtype == torch.bfloat16, byref(self._weight.struct), address(some),
                     len(some), address(result), byref(inputs), torch.get_num_threads(),
@@ -216,8 +224,15 @@ class NativeLayers(nn.Module):
         """All blocks in turn; a query attends to the keys at positions up to its own.
 
         Raises:
-            ValueError: a cache of another dtype.
+            ValueError: embeddings of another shape or dtype than the model's, or a cache of another
+                dtype.
         """
+        dtype = self.norms[0].weight.dtype
+        if x.dtype != dtype or x.shape[-1] != self._dim:
+            raise ValueError(
+                f"embeddings of {x.dtype}, {x.shape[-1]} wide, for a model of {dtype}, "
+                f"{self._dim} wide: convert them"
+            )
         with self._work.lock:
             return self._forward(x, step)
 
@@ -324,12 +339,15 @@ class NativeLayers(nn.Module):
             "chosen": self._work.take("chosen", chosen, torch.int32),
         }
         widths = {"x": self._dim, "heads": heads * head_dim, "y": self._hidden_dim}
+        inputs = [self._work.inputs(name, M, n, self._kinds, floats) for name, n in widths.items()]
         scratch = kernels.Scratch(
             *(tensor.data_ptr() for tensor in tensors.values()),
-            *(self._work.inputs(name, M, n, self._kinds, floats) for name, n in widths.items()),
+            *(struct for struct, _ in inputs),
             *(tensor.data_ptr() for tensor in of_experts.values()),
         )
-        self._scratch_for = (M, chunks, floats), scratch, tensors | of_experts
+        # With all that it points to: others may take larger buffers of these names meanwhile.
+        kept = [tensors, of_experts, *(buffers for _, buffers in inputs)]
+        self._scratch_for = (M, chunks, floats), scratch, kept
         return scratch
 
     def _run(
@@ -356,7 +374,7 @@ class NativeLayers(nn.Module):
         if parallel.world_size() == 1:
             step(first, n, ATTENTION | FEED_FORWARD | ADD)
             return
-        total = self._scratch_for[2]["sum"]
+        total = self._scratch_for[2][0]["sum"]
         for layer in range(first, first + n):
             for part in (ATTENTION, FEED_FORWARD):
                 step(layer, 1, part)

@@ -42,15 +42,21 @@ class NativeAdapters:
         """Pack an adapter: this rank's part, by Meta's names of the weights.
 
         Raises:
-            ValueError: too large a rank.
+            ValueError: too large a rank; an adapter of single experts.
         """
+        if any(".experts." in name for name in pairs):
+            raise ValueError(
+                "an adapter of experts, which the CPU kernels don't take beside the weights: build "
+                "with adapter_dir"
+            )
         most = max(len(pair.A) for pair in pairs.values())
         if most > LARGEST_RANK:
             raise ValueError(
                 f"an adapter of rank {most}, and the CPU kernels take at most {LARGEST_RANK}: "
                 "build with compile=False, or with adapter_dir"
             )
-        places = {name: (int(name.split(".")[1]), name.split(".")[3]) for name in pairs}
+        # A mixture's w1 to w3 are those of its shared expert.
+        places = {name: (int(name.split(".")[1]), name.split(".")[-2]) for name in pairs}
         stored = {place: self._stored(pairs[name]) for name, place in places.items()}
         scales = {place: pairs[name].scale for name, place in places.items()}
         order = [  # that of their use

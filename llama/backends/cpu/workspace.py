@@ -1,7 +1,7 @@
 """Temporary buffers of the CPU kernels."""
 
 import threading
-from typing import Dict
+from typing import Dict, List, Tuple
 
 import torch
 
@@ -31,18 +31,23 @@ class Workspace:
 
     def inputs(
         self, name: str, tokens: int, cols: int, kinds: set[str], floats: bool = False
-    ) -> kernels.Inputs:
-        """Buffers for the inputs of products with weights of these block types; floats: as fp32,
-        too."""
+    ) -> Tuple[kernels.Inputs, List[torch.Tensor]]:
+        """Buffers for the inputs of products with weights of these block types, as the kernels take
+        them, and their tensors: who keeps the first keeps these, too, since a later call may
+        replace a buffer by a larger one. floats: as fp32, too."""
         pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
         dense = kinds & FLOATS
         height = kernels.library().group_height(tokens)
         n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
+        kept: List[torch.Tensor] = []
         if floats or dense - ({"BF16"} if pairs else set()):
-            found.floats = self.take(f"{name} floats", n).data_ptr()
+            kept.append(self.take(f"{name} floats", n))
+            found.floats = kept[-1].data_ptr()
         if pairs and "BF16" in kinds:
-            found.halves = self.take(f"{name} halves", n, torch.bfloat16).data_ptr()
+            kept.append(self.take(f"{name} halves", n, torch.bfloat16))
+            found.halves = kept[-1].data_ptr()
         if kinds - dense:
             words = n // 32 * 20  # struct Fixed, of 32 values
-            found.fixed = self.take(f"{name} fixed", words, torch.int32).data_ptr()
-        return found
+            kept.append(self.take(f"{name} fixed", words, torch.int32))
+            found.fixed = kept[-1].data_ptr()
+        return found, kept
