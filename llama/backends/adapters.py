@@ -33,8 +33,9 @@ def add(model: Transformer, name: str, adapter: Adapter) -> None:
         _add_to_plain(model, len(names(model)) + 1, pairs)
     else:
         raise ValueError(
-            "layers that are compiled for GPUs or offloaded take no adapters: build with "
-            "compile=False and without offload, or with adapter_dir, for one adapter of all rows"
+            "plain layers of Llama 4, and layers compiled for GPUs or offloaded take no adapters: "
+            "build with adapter_dir, for one adapter of all rows, or on a CPU with its kernels; "
+            "other models take them with compile=False and without offload, too"
         )
     model._adapter_names = [*names(model), name]  # type: ignore[assignment]
 

@@ -67,16 +67,16 @@ def summed_loss(
             f"{model.vocab_size - 1}, or {IGNORED} for a token without a loss"
         )
     h = model.hidden(tokens, **options)[:, :-1][asked]  # (N, dim)
-    if parallel.world_size() == 1 and not isinstance(model.output, ColumnParallelLinear):
-        # Quantized, for instance.
+    alone = parallel.world_size() == 1
+    if not alone and not hasattr(model.output, "weight"):
+        raise ValueError("several ranks learn with plain layers: build without quantize, offload")
+    if not isinstance(model.output, ColumnParallelLinear):  # quantized, or with an adapter
         return F.cross_entropy(model.logits(h), targets, reduction="sum"), len(targets)
     h = h / getattr(model.params, "logits_scaling", 1.0)  # as `model.logits` does, of Granite
-    if parallel.world_size() == 1:
+    if alone:
         learns = torch.is_grad_enabled()
         return _Projected.apply(h, model.output.weight, targets, learns), len(targets)
-    if not hasattr(model.output, "weight"):
-        raise ValueError("several ranks learn with plain layers: build without quantize, offload")
-    weight: torch.Tensor = model.output.weight  # type: ignore[assignment]  # this rank's words
+    weight = model.output.weight  # this rank's words
     logits = F.linear(copy_to_model_parallel_region(h), weight).float()
     known = model.vocab_size - parallel.rank() * len(weight)
     if known < len(weight):  # the last rank's part is padded with zeros, which are no tokens

@@ -15,6 +15,7 @@ from llama.backends import cpu as native
 from llama.checkpoint import InMemory
 from llama.checkpoint.adapter import Adapter, Merged, Pair, write_adapter
 from llama.engine.passes import hidden
+from llama.families.llama4 import Llama4Args
 from llama.families.variants import VariantArgs
 from llama.layers.paged import PAGE, PagedRows
 from llama.training import lora
@@ -236,6 +237,9 @@ def test_mistakes(path, tmp_path):
     offloaded.layers[1].__class__ = type("StreamedBlock", (type(offloaded.layers[1]),), {})
     with pytest.raises(ValueError, match="or offloaded take no adapters"):
         adapters.add(offloaded, "poet", adapter("poet"))
+    llama4 = Llama4Args(**vars(SMALL))
+    with pytest.raises(ValueError, match="plain layers of Llama 4"):
+        adapters.add(random_model(llama4), "poet", adapter("poet", llama4))
 
 
 @pytest.mark.parametrize("kind", ["kernels", "plain"])
