@@ -9,6 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -98,8 +99,18 @@ def _spans(weight: str, size: int, args: ModelArgs) -> List[Tuple[int, int, int,
 
 
 def write(path: Path, wholes: Dict[str, Whole]) -> None:
-    """Write tensors into a directory, from all ranks."""
-    dcp.save(dict(wholes), checkpoint_id=path, planner=_Writing(False, False))
+    """Write tensors into a directory, from all ranks.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    try:
+        dcp.save(dict(wholes), checkpoint_id=path, planner=_Writing(False, False))
+    except CheckpointException as found:  # torch's writer doesn't say why
+        [error, *_] = (error for error, _ in found.failures.values())
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
+        raise OSError(f"{path} can't be written: is the disk full? ({error})") from None
 
 
 def read(path: Path, wholes: Dict[str, Whole]) -> None:

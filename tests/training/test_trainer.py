@@ -287,6 +287,20 @@ def test_a_save_that_was_killed_leaves_the_one_before(tmp_path):
     assert trainer.step == 0
 
 
+def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path, monkeypatch):
+    trainer, path = Trainer(random_model(TINY), examples(), RECIPE), tmp_path / "state"
+    trainer.save(path, {})
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        trainer.save(path, {})
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
 def test_nothing_to_learn():
     for model, rows in (
         (random_model(TINY), []),
