@@ -131,7 +131,8 @@ class AsyncEngine:
         self._check()
         make = partial(self._engine.make, prompt_tokens, max_gen_len, **options)
         compiles = options.get("response_format") is not None
-        request = await self._loop.run_in_executor(self._compiler if compiles else None, make)
+        loop = asyncio.get_running_loop()
+        request = await loop.run_in_executor(self._compiler if compiles else None, make)
         self._check()
         self._answers[request] = answer = Answer(self, request)
         self._send(lambda: self._engine.submit(request))

@@ -408,7 +408,7 @@ def test_other_processors_compute_the_same(tmp_path, instructions):
         "        with torch.inference_mode():\n"
         "            found = difference(stepped(compiled, ids(2, 60), 40), eager(ids(2, 60)))\n"
         "        assert found < bound, (kind, dtype, found)\n"
-        "test_adapters.test_as_merged_into_the_weights(test_adapters.native.swap)\n"
+        "test_adapters.test_as_merged_into_the_weights(test_adapters.native.swap, SMALL)\n"
         "test_adapters.test_rows_are_as_alone_on_any_number_of_threads(torch.float32)\n"
     )
     done = in_a_process(tmp_path, code, LLAMA_NATIVE=instructions, CXXFLAGS=OTHERS)

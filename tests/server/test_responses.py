@@ -99,6 +99,7 @@ class Said:
         usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
         usage |= {"prompt_tokens_details": {}, "completion_tokens_details": {}}
         self.running = SimpleNamespace(usage=lambda: usage)
+        self.complete = lambda choice: self.stream.whole
 
     async def pieces(self):
         for i, text in enumerate(self._pieces):
