@@ -7,6 +7,7 @@ q and k into the interleaved rotary layout that Meta's weights have, so they are
 import dataclasses
 import math
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Optional
 
@@ -16,7 +17,7 @@ import torch
 from llama.checkpoint import ggml, keeping
 from llama.checkpoint.fused import fused_shape, plan
 from llama.checkpoint.keeping import KEEP, NEAREST
-from llama.checkpoint.mapped import read_slice
+from llama.checkpoint.mapped import check_length, read_slice
 from llama.checkpoint.mixtures import MIXTURES, kind_of
 from llama.checkpoint.shapes import checked_args, chunks, weight_shapes
 from llama.checkpoint.source import DTYPES, Checkpoint, Shape
@@ -132,16 +133,11 @@ class GGUFCheckpoint:
 
     def _check_end(self) -> None:
         """Raises ValueError for a file that ends before its tensors do, as of half a download."""
-        size = self.path.stat().st_size
+        ends = [0]
         for name, info in self._tensors.items():
-            try:
-                end = info.offset + ggml.stored_bytes(info.shape, self.stored_as(name))
-            except ValueError:
-                continue  # of a type or a shape that is named when it is read
-            if end > size:
-                raise ValueError(
-                    f"{self.path} is cut off: it has {size} bytes and a tensor ends at {end}"
-                )
+            with suppress(ValueError):  # a type or a shape that is named when it is read
+                ends.append(info.offset + ggml.stored_bytes(info.shape, self.stored_as(name)))
+        check_length(self.path, max(ends))
 
     def _cut(self) -> None:
         """Matrices that a tensor holds become weights of their own."""

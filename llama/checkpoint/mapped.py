@@ -16,7 +16,7 @@ def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
     Raises:
         ValueError: the file ends before that.
     """
-    _check_length(path, offset + nbytes)
+    check_length(path, offset + nbytes)
     if nbytes == 0:
         return np.empty(0, dtype=np.uint8)
     begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -67,7 +67,7 @@ def _read_columns(
     path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, start: int, stop: int
 ) -> torch.Tensor:
     width, row = dtype.itemsize * (stop - start), dtype.itemsize * shape[1]
-    _check_length(path, offset + shape[0] * row)
+    check_length(path, offset + shape[0] * row)
     out = torch.empty(shape[0], stop - start, dtype=dtype)
     into = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
     with path.open("rb", buffering=0) as file:
@@ -78,7 +78,8 @@ def _read_columns(
     return out
 
 
-def _check_length(path: Path, end: int) -> None:
+def check_length(path: Path, end: int) -> None:
+    """Raises ValueError for a file that ends before a tensor of it does, at byte `end`."""
     size = path.stat().st_size
     if end > size:
         raise ValueError(

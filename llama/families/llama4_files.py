@@ -239,13 +239,7 @@ def expert_dim(params: Dict[str, Any], moe: Dict[str, Any]) -> int:
     Raises:
         ValueError: a number that is none, or a width below 1.
     """
-    given = {
-        "ffn_dim_multiplier": None,
-        "multiple_of": 256,
-        "capacity_factor": 1.0,
-        **params,
-        **moe,
-    }
+    given = {**params, **moe}
 
     def number(key: str, default: float = 0.0) -> float:
         value = given.get(key)
@@ -257,10 +251,10 @@ def expert_dim(params: Dict[str, Any], moe: Dict[str, Any]) -> int:
     width = int(2 * int(number("ffn_exp") * number("dim")) / 3)
     width = int(number("ffn_dim_multiplier", 1.0) * width)
     if moe.get("auto_scale_F", True):  # as many weights at work as in a network without experts
-        width = int(width / (number("capacity_factor") + 1))
+        width = int(width / (number("capacity_factor", 1.0) + 1))
     if width < 1:
         raise ValueError(f"ffn_exp={given['ffn_exp']} gives experts without width")
-    return width + -width % int(number("multiple_of"))
+    return width + -width % int(number("multiple_of", 256))
 
 
 def read_params(params: Dict[str, Any]) -> Dict[str, Any]:
