@@ -84,8 +84,12 @@ def button(page, name):
 
 
 def test_a_conversation(page, server):
-    server.script = [said("Hel", "lo **you**"), said("Rome")]
+    gate = threading.Event()
+    start, *rest = said("Hel", "lo **you**")
+    server.script = [[start, gate, *rest], said("Rome")]
     send(page, "Hi <b>there</b>")
+    expect(turns(page).last).to_have_text("Hel")  # tokens of one packet have no speed
+    gate.set()
     expect(turns(page)).to_have_text(["Hi <b>there</b>", "Hello you"])
     expect(page.locator("#turns strong")).to_have_text("you")
     expect(page.locator("footer span")).to_contain_text("llama-a · 2 tokens · ")
