@@ -5,21 +5,24 @@ and a pass computes some of them, at most `max_tokens` of all sequences together
 one token, a prompt is many, in chunks; draft tokens are verified as a prompt's are computed.
 
 Running sequences that decode come first, then running ones that are still being prefilled, then
-waiting ones. Otherwise the order is that of arrival, where a level of priority is worth `PATIENCE`
-steps: only requests that come within that time can overtake, so none waits for ever. When the cache
-is full, the last sequence in this order is preempted: it gives its blocks back, and is computed
-again later.
+waiting ones. Beside some that decode, prompts get a quarter of a pass: what it computes for a
+prompt is what the readers of the others wait for. Otherwise the order is that of arrival, where a
+level of priority is worth `PATIENCE` steps: only requests that come within that time can overtake,
+so none waits for ever. When the cache is full, the last sequence in this order is preempted: it
+gives its blocks back, and is computed again later.
 
 Nothing here depends on torch or on the time of day.
 """
 
 import bisect
+import math
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from llama.engine.blocks import Blocks, Node
 from llama.layers.ids import common_length
 
 PATIENCE = 100  # steps
+SHARE = 1 / 4  # of a pass: what prompts get beside sequences that decode
 HELD = 32  # tokens that another sequence is about to compute, worth waiting for
 
 
@@ -142,6 +145,8 @@ class Scheduler:
         """The next pass. `advance` is to be called when it has been computed."""
         self._step += 1
         plan, budget = Plan({}, [], []), self.max_tokens
+        if decoding := sum(sequence.remaining == 1 for sequence in self.running):
+            budget = min(budget, decoding + math.ceil(SHARE * budget))
         self.running.sort(key=lambda s: s.place)
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
             n = min(sequence.remaining, budget)
@@ -153,6 +158,7 @@ class Scheduler:
         while not plan.counts and self.running:  # these wait for others that have no room
             self._preempt(self.running[-1], plan)
             budget = self._admit_all(plan, budget)
+        budget = self.max_tokens - sum(plan.counts.values())
         for sequence in self.running:
             budget -= self._plan_draft(sequence, plan, budget) if sequence.draft else 0
         self.computed += sum(plan.counts.values())

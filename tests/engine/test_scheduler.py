@@ -133,7 +133,7 @@ def test_a_common_prefix_is_computed_once_even_if_all_come_together():
 
 
 def test_a_long_prompt_neither_stops_others_nor_waits_for_them():
-    scheduler, cache = make(blocks=200, max_tokens=8, max_rows=4)
+    scheduler, cache = make(blocks=200, max_tokens=20, max_rows=4)
     short = [Sequence([i], 100) for i in range(3)]
     for sequence in short:
         scheduler.add(sequence)
@@ -146,7 +146,13 @@ def test_a_long_prompt_neither_stops_others_nor_waits_for_them():
         assert all(plan.counts[s] == 1 for s in short)  # each of them gets its token
         cache.generate(plan)
         steps += 1
-    assert steps == 100 // 5  # the rest of each pass
+    assert steps == 100 // 5  # a quarter of each pass
+    other = Sequence(list(range(200, 220)), 21)  # and all of a pass where none decodes
+    for sequence in (*short, long):
+        if sequence in scheduler.running:
+            scheduler.remove(sequence)
+    scheduler.add(other)
+    assert scheduler.plan().counts == {other: 20}
 
 
 def test_higher_priority_overtakes_within_its_patience_only():
