@@ -31,7 +31,8 @@ IGNORED = {
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
-    "_commit_hash", "problem_type", "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
+    "_commit_hash", "max_sequence_length", "problem_type", "unsloth_fixed", "unsloth_version",
+    "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
     "quantization_config",  # see `read_scheme`
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
@@ -181,7 +182,7 @@ def _read_rope(path: str | Path, rope: Dict[str, Any]) -> Dict[str, Any]:
     args: Dict[str, Any] = {"use_scaled_rope": kind == "llama3"}
     for theirs, ours in {"rope_theta": "rope_theta", **ROPE[kind]}.items():
         value = rope.pop(theirs, None)
-        if type(value) not in (int, float) or not 0 < value < 1 << 31:
+        if type(value) not in (int, float) or not 0 < value < 1 << 40:
             raise ValueError(f"{path}: RoPE of the type {kind!r} with {theirs}={value!r}")
         whole = ours == "rope_original_max_seq_len" and value == int(value)
         args[ours] = int(value) if whole else float(value)
@@ -228,4 +229,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: L
         "rope_parameters": {"rope_type": kind, "rope_theta": args.rope_theta, **rope},
         **family_of(args).write_config(args),
     }
+    scaling = dict(config["rope_parameters"])  # transformers before 5 reads these two
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
     return family_of(args).nest_config(args, config)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from llama.checkpoint import ggml, gguf, huggingface, keeping, meta
 from llama.checkpoint.opening import open as open_checkpoint
+from llama.checkpoint.remote import local_path
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, dtype_name
@@ -76,7 +77,7 @@ def convert(
         raise ValueError(f"model_parallel_size={model_parallel_size} is for Meta's format only")
     if quant is not None and (to != "gguf" or dtype is not None):
         raise ValueError(f"quant={quant!r} is for GGUF only, and takes the place of dtype")
-    opened = open_checkpoint(source) if isinstance(source, (str, Path)) else source
+    opened = open_checkpoint(local_path(source)) if isinstance(source, (str, Path)) else source
     check_shapes(opened)
     text = family_of(opened.args).text_args(opened.args)
     if to == "gguf" and text != opened.args:
@@ -86,7 +87,7 @@ def convert(
         opened = copy.copy(opened)
         opened.args = text
     tokenizer_path = tokenizer_path or opened.tokenizer_path
-    tokenizer = None if tokenizer_path is None else Tokenizer(tokenizer_path)
+    tokenizer = None if tokenizer_path is None else Tokenizer(local_path(tokenizer_path))
     path = Path(path)
     here = opened.path.resolve()
     if path.exists() and path.resolve() in (here, *here.parents):

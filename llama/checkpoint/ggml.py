@@ -14,7 +14,7 @@ Layouts: github.com/ggml-org/ggml, ggml-common.h.
 """
 
 import math
-from typing import Dict, Tuple
+from typing import Collection, Dict, Tuple
 
 import torch
 
@@ -36,6 +36,13 @@ def type_name(number: int) -> str:
     import gguf
 
     return gguf.GGMLQuantizationType(number).name
+
+
+def types() -> Collection[str]:
+    """The names of all types that files may have, of which few are computed here."""
+    import gguf
+
+    return gguf.GGMLQuantizationType.__members__
 
 
 def block(kind: str) -> Tuple[int, int]:

@@ -91,7 +91,9 @@ class GGUFCheckpoint:
             raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
         if metadata.get("expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
-        scaling = metadata.get("rope.scaling.type", "none")
+        # Without a type it is linear; the other key is that of older files.
+        linear = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0))
+        scaling = metadata.get("rope.scaling.type", "linear")
         if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path} scales RoPE by the method {scaling!r}, not supported")
         for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
@@ -102,7 +104,6 @@ class GGUFCheckpoint:
             # stored as fp32; the shortest decimal that means the same is what was once typed
             return float(str(np.float32(value))) if isinstance(value, float) else value
 
-        linear = metadata.get("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
         fields = dict(
             dim=require("embedding_length"),
             n_layers=require("block_count"),
@@ -113,7 +114,7 @@ class GGUFCheckpoint:
             vocab_size=(self._tensors["tok_embeddings.weight"].shape or (0,))[0],
             norm_eps=decimal(require("attention.layer_norm_rms_epsilon")),
             rope_theta=decimal(metadata.get("rope.freq_base", 10000.0)),
-            rope_linear_factor=decimal(linear),
+            rope_linear_factor=decimal(linear) if scaling == "linear" else 1.0,
             max_seq_len=metadata.get("context_length", 2048),
             tied_embeddings="output.weight" not in self._tensors,
         )

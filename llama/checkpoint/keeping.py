@@ -89,7 +89,7 @@ def _kept(source: Checkpoint, name: str, wanted: str) -> _Kept:
         kind = "Q4_0" if all(integers.is_symmetric(raw, stored) for raw in raws) else "Q4_1"
     elif own:
         kind = "Q8_0"
-    elif stored in ggml.SCALES:
+    elif stored in ggml.types():
         return _Kept(stored, 0.0)
     else:  # what is dense in memory too
         kind = "Q8_0" if wanted == NEAREST and shape[1] % ggml.VALUES == 0 else "F32"

@@ -37,7 +37,8 @@ def checked_args(
         kind: type = int if default is None else type(default)
         kind = float if name == "ffn_dim_multiplier" else kind
         fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (kind is not bool and not 0 < value < 1 << 31):
+        most = 1 << (40 if kind is float else 31)  # rope_theta reaches 3.6e9
+        if not fits or (kind is not bool and not 0 < value < most):
             what = "true or false" if kind is bool else f"a positive {kind.__name__}"
             raise ValueError(f"{path}: {name}={str(value)[:80]} isn't {what}")
     try:

@@ -106,6 +106,9 @@ def _read_rope(config: Dict[str, Any]) -> Dict[str, Any]:
     rope = {name: value for name, value in rope.items() if value is not None}
     theta = {name: rope.pop(name) for name in ("rope_theta",) if name in rope}
     config[key] = {"rope_type": "default", **theta}
+    both = config.get("rope_scaling") if key == "rope_parameters" else None
+    if isinstance(both, dict) and both.items() <= {**rope, **theta}.items():
+        del config["rope_scaling"]  # the same
     rope.pop("rope_type", None), rope.pop("type", None)
     context = config.get("max_position_embeddings", 2048)
     before = rope.pop("original_max_position_embeddings", context)

@@ -46,7 +46,7 @@ def read_gguf(metadata: Dict[str, Any]) -> Dict[str, Any]:
         layers = int(number("block_count", metadata.get("block_count"), int))
         found["no_rope_layers"] = tuple(range(3, layers, 4))
     if metadata.get("rope.scaling.type") == "yarn":
-        del metadata["rope.scaling.type"]
+        metadata["rope.scaling.type"] = "none"  # besides
         context = metadata.get(CONTEXT, metadata.get("context_length"))
         found |= {ours: decimal(key, getattr(VariantArgs, ours)) for ours, key in YARN_KEYS.items()}
         factor = found["yarn_factor"]
@@ -55,7 +55,8 @@ def read_gguf(metadata: Dict[str, Any]) -> Dict[str, Any]:
             "yarn_attention_factor": scale,
             "rope_original_max_seq_len": int(number(CONTEXT, context, int)),
         }
-        known = {CONTEXT, "rope.scaling.attn_factor", "rope.scaling.finetuned", *YARN_KEYS.values()}
+        known = {CONTEXT, *YARN_KEYS.values()}
+        known |= {f"rope.scaling.{key}" for key in ("type", "attn_factor", "finetuned")}
         unknown = [k for k in metadata if k.startswith("rope.scaling.") and k not in known]
         if unknown:
             raise ValueError(f"YaRN with {unknown[0]}, which isn't computed")

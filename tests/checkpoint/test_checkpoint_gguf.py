@@ -132,6 +132,27 @@ def test_tied_when_there_is_no_output(tmp_path):
     assert not checkpoint.open(write(tmp_path / "not.gguf")).args.tied_embeddings
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"scaling.type": "linear", "scaling.factor": 4.0},
+        {"scaling.factor": 4.0},
+        {"scale_linear": 4.0},
+    ],
+    ids=str,
+)
+def test_linear_scaling_of_rope_in_each_spelling(tmp_path, scaling):
+    metadata = {f"llama.rope.{key}": value for key, value in scaling.items()}
+    assert checkpoint.open(write(tmp_path / "a.gguf", metadata=metadata)).args == replace(
+        checkpoint.open(write(tmp_path / "b.gguf")).args, rope_linear_factor=4.0
+    )
+
+
+def test_a_rope_theta_of_a_context_of_a_million_tokens(tmp_path):
+    path = write(tmp_path / "a.gguf", replace(ARGS, rope_theta=3580165449.0))
+    assert checkpoint.open(path).args.rope_theta == pytest.approx(3580165449.0)
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
     args = replace(ARGS, rope_theta=500000.0, use_scaled_rope=True, rope_scaling_factor=factor)

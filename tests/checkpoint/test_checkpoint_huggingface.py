@@ -170,6 +170,16 @@ def test_older_spellings_of_rope_are_understood_as_transformers_does(tmp_path, o
     assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+def test_keys_and_values_of_published_configs(tmp_path):
+    """unsloth's, decapoda's, Gradient's."""
+    peer().save_pretrained(tmp_path)
+    edit_json(
+        tmp_path / "config.json", drop=["rope_parameters"], rope_theta=3580165449.0,
+        unsloth_fixed=True, unsloth_version="2024.9", max_sequence_length=2048,
+    )  # fmt: skip
+    assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def mistral(path, **config) -> MistralForCausalLM:
     torch.manual_seed(0)
     model = MistralForCausalLM(
@@ -318,6 +328,8 @@ def test_what_is_written_is_what_transformers_loads(tmp_path, shape, max_shard_b
         assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights.values())
     else:
         assert [file.name for file in files] == ["model.safetensors"]
+    edit_json(path / "config.json", drop=["rope_parameters"])  # as transformers before 5 reads it
+    assert checkpoint.open(path).args == args
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

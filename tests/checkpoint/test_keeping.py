@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, random_weights
 from published import INTEGERS, publish, publish_meta
+from test_checkpoint_gguf import Type, write
 
 from llama import checkpoint
 from llama.checkpoint import InMemory, gguf, weight_shapes
@@ -43,6 +44,15 @@ def test_what_gguf_has_a_type_for_is_kept_exactly(tmp_path, name):
         path = convert(source, tmp_path / "m.gguf", "gguf", quant="keep", verify=True, quiet=True)
     written = checkpoint.open(path)
     assert written.stored_as(MATRIX) == EXACT[name]
+    assert largest_error(source, written) == 0
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "Q5_1"])
+def test_types_of_gguf_are_copied_also_where_they_are_not_computed(tmp_path, kind):
+    source = checkpoint.open(write(tmp_path / "a.gguf", quantization=Type[kind]))
+    path = convert(source, tmp_path / "b.gguf", "gguf", quant="keep", verify=True, quiet=True)
+    written = checkpoint.open(path)
+    assert written.stored_as(MATRIX) == source.stored_as(MATRIX) == kind
     assert largest_error(source, written) == 0
 
 

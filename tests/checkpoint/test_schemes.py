@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, random_weights, run_ranks, write_byte_tokenizer
-from published import ARGS, INTEGERS, publish, publish_meta
+from published import ARGS, INTEGERS, meaning, publish, publish_meta, rounded, words
 from published_floats import FLOATS
+from safetensors.torch import save_file
 from test_checkpoint_huggingface import mutate
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 from vision import ARGS as VISION
@@ -22,8 +23,9 @@ from llama.backends import build, memory, quantized
 from llama.checkpoint import InMemory, ggml, gguf, huggingface, meta, weight_shapes
 from llama.checkpoint.convert import describe
 from llama.checkpoint.listing import checkpoint_files
+from llama.checkpoint.safetensors import index_safetensors
 from llama.checkpoint.schemes import SCHEMES
-from llama.checkpoint.schemes.compressed import FORMATS
+from llama.checkpoint.schemes.compressed import FORMATS, CompressedTensors
 from llama.families.names import HF
 from llama.layers import parallel
 
@@ -241,6 +243,58 @@ def test_what_cannot_be_read_is_refused_before_weights_are(tmp_path, config, mes
     with pytest.raises(ValueError, match="quantization_config") as caught:
         checkpoint.open(tmp_path)
     assert message in str(caught.value)
+
+
+def packed(path, zero_points=False, order=None):
+    """An open compressed-tensors file with a module m of w4a16 in groups of 32; what it means."""
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)) + 0.7
+    order = torch.arange(128) if order is None else order
+    q, scale, zero = rounded(weight[:, order], 4, 4, zero_points, torch.float32)
+    back = order.argsort()
+    tensors = {
+        "m.weight_packed": words(q[:, back], 4),
+        "m.weight_scale": scale.contiguous(),
+        "m.weight_shape": torch.tensor([16, 128]),
+        "m.weight_g_idx": (torch.arange(128, dtype=torch.int32) // 32)[back].contiguous(),
+    }
+    if zero_points:
+        tensors["m.weight_zero_point"] = words(zero.T, 4).T.contiguous()
+    save_file(tensors, path)
+    parts = {name[2:]: stored for name, stored in index_safetensors(path, codes=True).items()}
+    return parts, meaning(q, scale, zero)[:, back]
+
+
+def config_of(**targets):
+    """A config of groups in their order, each a list of targets and its settings."""
+    usual = dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True)
+    return {
+        "format": "pack-quantized",
+        "config_groups": {
+            name: {"targets": those, "weights": usual | about}
+            for name, (those, about) in targets.items()
+        },
+        "sparsity_config": {"format": "dense", "ignore": [], "targets": []},
+    }
+
+
+@pytest.mark.parametrize("named", ["group", "dynamic", True])
+def test_activation_order_by_each_of_its_names(tmp_path, named):
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(1))
+    parts, expected = packed(tmp_path / "a.safetensors", order=order)
+    scheme = CompressedTensors(config_of(a=(["Linear"], {"actorder": named})))
+    assert torch.equal(scheme.weight("m", parts).dense(0, 16), expected)
+
+
+@pytest.mark.parametrize("names", [("m", "Linear"), ("re:.*m$", "Linear"), ("m", "re:m")])
+def test_the_most_specific_target_decides_whatever_the_order_of_groups(tmp_path, names):
+    from compressed_tensors.utils.match import match_targets
+
+    assert match_targets("m", torch.nn.Linear(2, 2), list(names))[0] == names[0]
+    right, wrong = ([names[0]], {"symmetric": False}), ([names[1]], {})
+    for groups in ({"a": right, "b": wrong}, {"a": wrong, "b": right}):
+        parts, expected = packed(tmp_path / "a.safetensors", zero_points=True)
+        found = CompressedTensors(config_of(**groups)).weight("m", parts)
+        assert torch.allclose(found.dense(0, 16), expected, rtol=3e-7, atol=0)
 
 
 # --- Meta's own ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import List
 
+import gguf
 import pytest
 import sentencepiece
 import tokenizers
@@ -135,6 +136,12 @@ def test_models_of_other_kinds_are_sentencepieces_too(tmp_path, options):
     if "remove_extra_whitespaces" not in options and options.get("model_type") != "unigram":
         for text in texts:
             assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text)), text
+    if options.keys() & {"model_type", "normalization_rule_name"}:
+        with pytest.raises(ValueError, match="isn't BPE or normalizes"):
+            write_gguf(ours, tmp_path / "v.gguf", ours.n_words)
+    else:
+        again = Tokenizer(write_gguf(ours, tmp_path / "v.gguf", ours.n_words))
+        assert_same_ids(plain(again), theirs.encode, texts)
 
 
 def test_a_gguf_file_holds_the_same_vocabulary(spm, theirs, texts, tmp_path):
@@ -352,6 +359,52 @@ def test_a_vocabulary_that_gguf_has_no_kind_for_is_refused(packaged, tmp_path):
     assert Tokenizer(path).encode("a b <s>", bos=True, eos=True) == ours.encode(
         "a b <s>", bos=True, eos=True
     )
+
+
+def test_stop_tokens_of_any_name_are_kept(smollm2_path, tmp_path):
+    writing.write_for_hugging_face(Tokenizer(smollm2_path).vocabulary, tmp_path)
+    file = tmp_path / "generation_config.json"
+    said = json.loads(file.read_text())
+    said["eos_token_id"] += [5, 9]
+    file.write_text(json.dumps(said))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.stop_tokens == {0, 2, 5, 9}
+    assert Tokenizer(write_gguf(ours, tmp_path / "v.gguf", ours.n_words)).stop_tokens == {
+        0,
+        2,
+        5,
+        9,
+    }
+    said["eos_token_id"].append(7)
+    file.write_text(json.dumps(said))
+    with pytest.warns(UserWarning, match=r"no place for the stop tokens \[9\]"):
+        write_gguf(Tokenizer(tmp_path / "tokenizer.json"), tmp_path / "w.gguf", ours.n_words)
+
+
+@pytest.mark.parametrize(
+    "pre, same, types", [("refact", "smollm", True), ("smaug-bpe", "llama-bpe", False)]
+)
+def test_gguf_files_of_others(smollm2_path, tmp_path, pre, same, types):
+    """Other names of rules; padding with an ordinary token; no types of tokens."""
+    vocabulary = Tokenizer(smollm2_path).vocabulary
+    tokens, special = writing.tokens_of(vocabulary), {*vocabulary.special_tokens.values()}
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    if types:
+        writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in writing.merges_of(vocabulary)])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(500)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours = Tokenizer(tmp_path / "v.gguf")
+    assert ours.vocabulary.pre == same and not ours.add_bos
+    again = Tokenizer(writing.write_for_hugging_face(ours.vocabulary, tmp_path))
+    assert plain(again)("Hello 123 <|im_end|>") == plain(ours)("Hello 123 <|im_end|>")
+    assert again.eos_id == 2
 
 
 @pytest.mark.parametrize("which", ["smollm2_path", "llama3_tokenizer_path"])

@@ -12,7 +12,7 @@ Scales of activations (`input_activations`) and of the cache aren't used: they s
 """
 
 import re
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -32,13 +32,17 @@ class Group(NamedTuple):
     format: str
     weights: Mapping[str, Any]
 
-    def covers(self, module: str) -> bool:
-        """By a class, a name, or what follows "re:" as a pattern for the start of one."""
-        return any(
-            target == "Linear"
-            or (re.match(target[3:], module) if target.startswith("re:") else target == module)
+    def match(self, module: str) -> Optional[Tuple[int, str]]:
+        """The first of its targets that covers a module, None if none does; a lower one of another
+        group precedes. As in the library's `match_targets`: names, then patterns for the start of
+        one ("re:..."), then classes."""
+        found = [
+            (2, target) if target == "Linear" else (int(target.startswith("re:")), target)
             for target in self.targets
-        )
+            if target in ("Linear", module)
+            or (target.startswith("re:") and re.match(target[3:], module))
+        ]
+        return min(found, default=None)
 
 
 class CompressedWeight(IntegerWeight):
@@ -60,7 +64,7 @@ class CompressedWeight(IntegerWeight):
             if len(weight.shape) != 2:
                 raise ValueError(f"has weight of shape {weight.shape}")
             rows, cols = weight.shape
-        if "weight_g_idx" in parts and about.get("actorder") in ("group", True):
+        if "weight_g_idx" in parts and about.get("actorder") in ("group", "dynamic", True):
             order = whole(need(parts, "weight_g_idx", (cols,))).long()
         self._scale = need(parts, "weight_scale", None, *FLOATS)
         strategy, size = about.get("strategy"), about.get("group_size")
@@ -146,7 +150,8 @@ class CompressedTensors:
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
             raise ValueError(f"config_groups={str(groups)[:80]}: not settings by group")
-        if config.get("sparsity_config") or config.get("transform_config"):
+        sparsity = config.get("sparsity_config") or {"format": "dense"}
+        if sparsity != sparsity | {"format": "dense"} or config.get("transform_config"):
             raise ValueError("sparsity_config, transform_config: not read here")
         self.groups = []
         for name, about in groups.items():
@@ -164,7 +169,8 @@ class CompressedTensors:
             del parts[unused]
         if not any(part.startswith("weight_") for part in parts):
             return None
-        for group in self.groups:
-            if group.covers(module):
-                return FORMATS[group.format](parts, group)
-        raise ValueError("is quantized, and no group of config_groups covers it")
+        found = [(match, group) for group in self.groups if (match := group.match(module))]
+        if not found:
+            raise ValueError("is quantized, and no group of config_groups covers it")
+        _, group = min(found, key=lambda one: one[0])
+        return FORMATS[group.format](parts, group)

@@ -30,6 +30,8 @@ PATTERNS = {
     ),
 }
 
+ALIASES = {"refact": "smollm", "smaug-bpe": "llama-bpe"}  # Granite's, SmolLM3's; the same rules
+
 # Longer inputs, and longer runs of space or of anything else, are cut there before tokenizing:
 # (characters, run). For Meta's files as Meta does, whose ids are the reference; otherwise only
 # where tiktoken's regular expressions would give up.
@@ -153,13 +155,19 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
             raise ValueError(f"{path}: {key} isn't a list of strings")
         return values
 
-    pre = metadata.get("tokenizer.ggml.pre", "(none)")
+    named = str(metadata.get("tokenizer.ggml.pre", "(none)"))
+    pre = ALIASES.get(named, named)
     if pre not in PATTERNS:
         raise ValueError(
             f"{path} cuts text into words by the rule {pre!r}; known here: {', '.join(PATTERNS)}"
         )
     tokens = strings("tokenizer.ggml.tokens")
-    types: List[int] = metadata.get("tokenizer.ggml.token_type", [Kind.NORMAL] * len(tokens))
+    special = [
+        metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for key in ("bos", "eos", "eot", "eom", "padding")
+    ]
+    default = [Kind.CONTROL if i in special else Kind.NORMAL for i in range(len(tokens))]
+    types: List[int] = metadata.get("tokenizer.ggml.token_type", default)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{path} doesn't give one type for each of its {len(tokens)} tokens")
     eos_id = require("tokenizer.ggml.eos_token_id")
@@ -174,7 +182,7 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
         eos_id=eos_id,
         pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
         stop={eos_id, *also},
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", named == "llama-bpe"),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 

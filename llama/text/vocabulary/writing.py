@@ -1,12 +1,13 @@
 """A vocabulary written into other files: tokenizer.model, tokenizer.json, metadata of GGUF."""
 
 import base64
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from llama.text.files import write_json
-from llama.text.vocabulary.base import Kind, Vocabulary
+from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary
 from llama.text.vocabulary.byte_level import (
     LLAMA4_WORDS,
     byte_alphabet,
@@ -67,13 +68,16 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
     """Write the tokenizer (SentencePiece's tokenizer.model, if it is one, and tokenizer.json),
     tokenizer_config.json and generation_config.json, as transformers reads them; returns the first.
     """
-    names = {i: name for name, i in vocabulary.special_tokens.items()}
+    names: Dict[Optional[int], str] = {i: name for name, i in vocabulary.special_tokens.items()}
+    for key, i in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id)):
+        if i is not None and i not in names:
+            raise ValueError(f"the {key} id {i} of {vocabulary.name} isn't a special token's")
     config: Dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "bos_token": None if vocabulary.bos_id is None else names[vocabulary.bos_id],
-        "eos_token": names[vocabulary.eos_id],
-        "pad_token": names[vocabulary.pad_id],
+        "bos_token": names.get(vocabulary.bos_id),
+        "eos_token": names.get(vocabulary.eos_id),
+        "pad_token": names.get(vocabulary.pad_id),
         "add_bos_token": vocabulary.add_bos,
     }
     if vocabulary.kind == "spm":
@@ -231,8 +235,17 @@ def write_gguf(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
             getattr(writer, f"add_{key}_token_id")(i)
     writer.add_pad_token_id(vocabulary.pad_id)
     writer.add_add_bos_token(vocabulary.add_bos)
-    if "<|eot_id|>" in vocabulary.special_tokens:
-        writer.add_eot_token_id(vocabulary.special_tokens["<|eot_id|>"])
+    special = vocabulary.special_tokens
+    known = {vocabulary.eos_id, *(special[name] for name in STOP_NAMES if name in special)}
+    others = sorted(vocabulary.stop_tokens - known)  # that readers wouldn't know by their names
+    if "<|eot_id|>" in special:
+        writer.add_eot_token_id(special["<|eot_id|>"])
+    elif others:
+        writer.add_eot_token_id(others.pop(0))
+    if others:
+        writer.add_eom_token_id(others.pop(0))
+    if others:
+        warnings.warn(f"GGUF has no place for the stop tokens {others}", stacklevel=2)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
 
@@ -253,6 +266,12 @@ def _write_byte_level(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> N
 
 def _write_pieces(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
     model = proto.ModelProto.FromString(vocabulary.model)
+    normalizer = model.normalizer_spec
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE or normalizer.precompiled_charsmap:
+        raise ValueError(
+            f"{vocabulary.name} is a SentencePiece model that isn't BPE or normalizes characters, "
+            "and GGUF's kind for Llama does neither: write another format"
+        )
     pieces = [(p.piece, p.score, p.type) for p in model.pieces]
     added = {i: name for name, i in vocabulary.special_tokens.items()}
     for i in range(len(pieces), max(vocab_size, vocabulary.n_words)):
@@ -264,4 +283,5 @@ def _write_pieces(vocabulary: Vocabulary, writer: Any, vocab_size: int) -> None:
     writer.add_token_scores([score for _, score, _ in pieces])
     writer.add_token_types([kind for _, _, kind in pieces])
     writer.add_unk_token_id(model.trainer_spec.unk_id)
-    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+    writer.add_add_space_prefix(normalizer.add_dummy_prefix)
+    writer.add_remove_extra_whitespaces(normalizer.remove_extra_whitespaces)
