@@ -31,7 +31,8 @@ def checkpoint_files(
     shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
     single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
     if has("params.json") and (files := [*shards] or [*single]):
-        return ["params.json", *files, *filter(has, ["tokenizer.model"])]
+        scales = itertools.takewhile(has, (f"fp8_scales_{n}.pt" for n in range(len(files))))
+        return ["params.json", *files, *scales, *filter(has, ["tokenizer.model"])]
     if has("config.json"):
         check_config(f"{where}: config.json", read("config.json"))
         for weights in ("model.safetensors", "pytorch_model.bin"):

@@ -17,7 +17,7 @@ from llama.checkpoint.transfer import Files, Refused, Source, Unreachable, locke
 from llama.text.cache_dir import cache_dir
 
 RECORD = ".complete"  # in a folder of the cache whose files are: the name of the file, if one
-FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".safetensors", ".bin"}
+FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".pt", ".safetensors", ".bin"}
 
 
 def local_path(path: str | Path) -> Path:
