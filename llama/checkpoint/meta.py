@@ -105,7 +105,7 @@ def check_kv_heads(args: ModelArgs, world: int) -> None:
     if held > 1 and held * world != args.n_kv_heads:
         raise ValueError(
             f"{args.n_heads} heads on {world} ranks straddle {args.n_kv_heads} key/value heads, "
-            "which Meta's format can't express: convert with a model_parallel_size that divides both"
+            "which Meta's format can't express: convert with a model_parallel_size dividing both"
         )
 
 

@@ -69,7 +69,7 @@ def test_the_scales_are_fetched_too(tmp_path, monkeypatch, url):
         else:
             path = local_path(url.format(server.url))
     name = "layers.1.feed_forward.w2.weight"
-    found = checkpoint.open(path).read(name, 0, 0, ARGS.dim)
+    found = checkpoint.open(path).read(name, 0, 0, ARGS.dim).float()
     assert torch.allclose(found, weights[name], rtol=3e-7, atol=0)
 
 
