@@ -85,7 +85,7 @@ def _update(source: Source, url: str, folder: Path) -> str:
         record.unlink(missing_ok=True)
         transfer.fetch(source, missing, folder, shown(url))
     for stale in set(folder.iterdir()) - {folder / name for name in files}:
-        if stale.suffix in {*FILE_SUFFIXES, ".part"}:
+        if stale.suffix in {*FILE_SUFFIXES, ".part", ".version"}:
             stale.unlink()  # one shard too many would be taken for a part of the model
     part = folder / f"{RECORD}.part"
     part.write_text(file)
