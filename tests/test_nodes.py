@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import vision
 from conftest import ROOT, TINY, run_ranks, write_checkpoint
 from namespaces import Node, network
 
@@ -184,6 +185,14 @@ def test_weights_that_only_the_first_machine_has(three, tmp_path):
     *found, nowhere = report["found"]
     assert found == [[answers(**case)] * 3 for case in cases]
     assert all(error.startswith("FileNotFoundError: no checkpoint at") for error in nowhere)
+
+
+def test_weights_of_more_than_two_dimensions_are_sent(tmp_path):
+    path = write_checkpoint(tmp_path / "sees", vision.ARGS)
+    builds = [{"ckpt_dir": str(place)} for place in (path, tmp_path / "a")]
+    builds = [{**of, "broadcast_weights": True} for of in builds]
+    report = run_ranks(2, "everywhere", tmp_path / "out", builds=[builds], prompts=PROMPTS)
+    assert report["found"] == [[answers(path)] * 2]
 
 
 # --- ranks that fail ------------------------------------------------------------------------------

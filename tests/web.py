@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import urllib.parse
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.cuts = {}  # path -> number of answers still to be cut off after cut_after bytes
         self.cut_after = 1000
         self.ranges = self.lengths = True
+        self.validator = None  # "ETag" or "Last-Modified", to be sent, by contents
         self.delay = 0.0
         self.stall = None  # a path whose answer stops half-way until `release` is set
         self.release = threading.Event()
@@ -108,6 +110,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ranged = asked and server.ranges
         body = data[first : int(asked[2]) + 1 if asked[2] else None] if ranged else data
         self.send_response(206 if ranged else 200)
+        if server.validator:
+            self.send_header(server.validator, git_blob(data))
         if server.lengths:
             self.send_header("Content-Length", str(len(body)))
         if ranged:
@@ -133,7 +137,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name and query.get("alt") == "media":
             return self.send_file(name)
         status = self.server.status.get(name or "list", 200)
-        about = lambda name: {"name": name, "size": str(len(files[name])), "generation": "1",  # noqa: E731
+        about = lambda name: {"name": name, "size": str(len(files[name])),   # noqa: E731
+                              "generation": str(zlib.crc32(files[name])),
                               "updated": "2024-01-01T00:00:00.000Z",
                               "timeCreated": "2024-01-01T00:00:00.000Z"}  # fmt: skip
         if name:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 DTYPES = (torch.uint8, *checkpoint.DTYPES.values())  # of what is sent
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
 DENSE, BLOCKS, DONE = range(3)  # what is asked for
+HEADER = 8  # numbers before a weight: its dtype and its shape, then -1
 
 
 class Borrowed:
@@ -52,10 +53,10 @@ class Borrowed:
 
     def _ask(self, kind: int, name: str, *of: int) -> torch.Tensor:
         dist.send(torch.tensor([kind, self._names.index(name), *of]), 0, self._group)
-        header = torch.empty(3, dtype=torch.int64)
+        header = torch.empty(HEADER, dtype=torch.int64)
         dist.recv(header, 0, self._group)
-        dtype, rows, columns = header.tolist()
-        part = torch.empty([rows, columns] if columns else [rows], dtype=DTYPES[dtype])
+        dtype, *shape = header.tolist()
+        part = torch.empty([size for size in shape if size >= 0], dtype=DTYPES[dtype])
         dist.recv(part.view(-1).view(torch.uint8), 0, self._group)
         return part
 
@@ -70,8 +71,8 @@ def _answer(source: Any, borrowers: int, group: Any) -> None:
             borrowers -= 1
             continue
         part = (source.read_blocks if kind == BLOCKS else source.read)(names[name], *of)
-        header = [DTYPES.index(part.dtype), *(*part.shape, 0)[:2]]
-        dist.send(torch.tensor(header), rank, group)
+        header = [DTYPES.index(part.dtype), *part.shape]
+        dist.send(torch.tensor(header + [-1] * (HEADER - len(header))), rank, group)
         dist.send(part.contiguous().view(-1).view(torch.uint8), rank, group)
 
 

@@ -67,7 +67,7 @@ def cached(text: str) -> Path:
     name = parse(text)
     try:
         with _explained(name):
-            _, place, files = _look(name)
+            _, place, files, _ = _look(name)
             return _snapshot(name.repo, files, revision=name.revision) / place
     except Unreachable as problem:
         try:  # the other files of the repository may be missing: they were never wanted
@@ -87,27 +87,44 @@ def cached(text: str) -> Path:
 def download(name: Name, folder: Path) -> Tuple[Path, bool]:
     """Fetch a checkpoint into a folder; returns its path there and whether there was work to do.
 
-    Raises: as `cached`, but for a copy offline; ValueError too if checksums are wrong.
+    What an earlier download has put there and the repository no longer has is removed, as it could
+    be taken for a part of the model; but for .gguf files, which stand alone.
+
+    Raises: as `cached`, but for a copy offline; ValueError too if checksums are wrong, or if the
+        folder holds a repository of another owner.
     """
+    record = folder / ".cache/repository"  # beside huggingface_hub's own records
+    there = record.read_text() if record.exists() else name.repo
+    if there.lower() != name.repo.lower():
+        raise ValueError(
+            f"{folder} holds {there}: for {name.repo}, choose another place with --out"
+        )
     with _explained(name):
-        commit, place, files = _look(name, folder)
-        wrong = [path for path, file in files.items() if not _is_right(folder / path, file)]
+        commit, place, files, about = _look(name, folder)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(name.repo)
+        for file in (folder / place).glob("*"):
+            path = file.relative_to(folder).as_posix()
+            fetched = (record.parent / f"huggingface/download/{path}.metadata").exists()
+            if fetched and path not in about and file.suffix != ".gguf":
+                file.unlink()
+        wrong = [path for path in files if not _is_right(folder / path, about[path])]
         if wrong:
-            folder.mkdir(parents=True, exist_ok=True)
-            needed = sum(files[path].size or 0 for path in wrong)
+            needed = sum(about[path].size or 0 for path in wrong)
             check_space(folder, needed, name.repo)
             for path in wrong:  # huggingface_hub would go by its own records
                 (folder / path).unlink(missing_ok=True)
             say(f"fetching {name.repo} ({needed / 1e6:,.1f} MB)")
         _snapshot(name.repo, files, revision=commit, local_dir=folder)
         for path in wrong:
-            if not _is_right(folder / path, files[path]):
+            if not _is_right(folder / path, about[path]):
                 raise ValueError(f"{folder / path} isn't what {name.repo} has: run this again")
     return folder / place, bool(wrong)
 
 
-def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str, Any]]:
-    """The commit, the checkpoint's path in the repository, and what the server tells of its files.
+def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, List[str], Dict[str, Any]]:
+    """The commit, the checkpoint's path in the repository, its files, and what the server tells of
+    all files of the repository.
 
     The folder is where files are to go, if not into huggingface_hub's cache.
     """
@@ -129,7 +146,7 @@ def _look(name: Name, folder: Optional[Path] = None) -> Tuple[str, str, Dict[str
         return Path(path).read_bytes()
 
     place, files = _choose(name, about, read)
-    return info.sha, place, {file: about[file] for file in files}
+    return info.sha, place, files, about
 
 
 def _is_right(path: Path, file: Any) -> bool:

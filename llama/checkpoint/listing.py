@@ -7,6 +7,7 @@ from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
 
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json and what it names
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja",
@@ -31,10 +32,13 @@ def checkpoint_files(
     shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
     single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
     if has("params.json") and (files := [*shards] or [*single]):
-        return ["params.json", *files, *filter(has, ["tokenizer.model"])]
-    if has("config.json"):
+        scales = itertools.takewhile(has, (f"fp8_scales_{n}.pt" for n in range(len(files))))
+        return ["params.json", *files, *scales, *filter(has, ["tokenizer.model"])]
+    ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
+    indices = [f"{weights}.index.json" for weights in HF_WEIGHTS]
+    if has("config.json") and (not ggufs or any(map(has, [*HF_WEIGHTS, *indices]))):
         check_config(f"{where}: config.json", read("config.json"))
-        for weights in ("model.safetensors", "pytorch_model.bin"):
+        for weights in HF_WEIGHTS:
             if has(index := f"{weights}.index.json"):
                 files = _indexed(f"{where}: {index}", read(index))
                 for name in files:
@@ -51,7 +55,6 @@ def checkpoint_files(
     for weights in ("adapter_model.safetensors", "adapter_model.bin"):
         if has("adapter_config.json") and has(weights):
             return ["adapter_config.json", weights]
-    ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
     if len(ggufs) > 1:
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
     return ggufs

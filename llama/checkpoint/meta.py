@@ -99,6 +99,16 @@ def trained_context(args: ModelArgs) -> int:
     return by_theta.get(args.rope_theta, llama_1_or_2)
 
 
+def check_kv_heads(args: ModelArgs, world: int) -> None:
+    """Raises ValueError if ranks hold key/value heads in part, for which there is no layout."""
+    held = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
+    if held > 1 and held * world != args.n_kv_heads:
+        raise ValueError(
+            f"{args.n_heads} heads on {world} ranks straddle {args.n_kv_heads} key/value heads, "
+            "which Meta's format can't express: convert with a model_parallel_size dividing both"
+        )
+
+
 class MetaCheckpoint:
     """A directory in Meta's format, with any number of shards."""
 
@@ -137,6 +147,7 @@ class MetaCheckpoint:
         if params.get("vocab_size", -1) == -1:
             params["vocab_size"] = self._count_words(params.get("dim", ModelArgs.dim))
         args = checked_args(self.path / "params.json", params, len(self._shards[0]), family)
+        check_kv_heads(args, len(self._shards))
         self.args = dataclasses.replace(args, max_seq_len=trained_context(args))
         fused = family.fused(args, "meta") | family.fused(args, "released")
         unused = family.left_out(params)
@@ -303,6 +314,7 @@ def write(
         uneven = axis is not None and not name.endswith(parallel.KV) and shape[axis] % world
         if uneven:
             raise ValueError(f"model_parallel_size {world} doesn't divide {name}, {shape}")
+    check_kv_heads(args, world)
     with beside(path, force) as partial:
         partial.mkdir()
         for rank in range(world):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.huggingface import HFCheckpoint
+from llama.checkpoint.listing import HF_WEIGHTS
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.source import Checkpoint
 
@@ -23,15 +24,17 @@ def open(path: str | Path) -> Checkpoint:
             f"no checkpoint at {path}: `llama download smollm2` fetches a small one, "
             "`llama download OWNER/REPO` any of Hugging Face's"
         )
-    if (path / "params.json").exists():
+    ggufs = sorted(path.glob("*.gguf"))
+    has_config = (path / "config.json").exists()
+    # Beside Hugging Face's files, Mistral's have a params.json, and GGUF files a config.json.
+    if (path / "params.json").exists() and (any(path.glob("*.pth")) or not has_config):
         return MetaCheckpoint(path)
-    if (path / "config.json").exists():
+    if has_config and (not ggufs or any(any(path.glob(f"{name}*")) for name in HF_WEIGHTS)):
         return HFCheckpoint(path)
     if path.is_file() and (path.suffix in FILES or path.name in ("params.json", "config.json")):
         raise ValueError(f"{path} is a file of a checkpoint: name its directory, {path.parent}")
     if path.is_file():
         return GGUFCheckpoint(path)
-    ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
     if ggufs:

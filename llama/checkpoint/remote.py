@@ -17,7 +17,7 @@ from llama.checkpoint.transfer import Files, Refused, Source, Unreachable, locke
 from llama.text.cache_dir import cache_dir
 
 RECORD = ".complete"  # in a folder of the cache whose files are: the name of the file, if one
-FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".safetensors", ".bin"}
+FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".pt", ".safetensors", ".bin"}
 
 
 def local_path(path: str | Path) -> Path:
@@ -85,7 +85,7 @@ def _update(source: Source, url: str, folder: Path) -> str:
         record.unlink(missing_ok=True)
         transfer.fetch(source, missing, folder, shown(url))
     for stale in set(folder.iterdir()) - {folder / name for name in files}:
-        if stale.suffix in {*FILE_SUFFIXES, ".part"}:
+        if stale.suffix in {*FILE_SUFFIXES, ".part", ".version"}:
             stale.unlink()  # one shard too many would be taken for a part of the model
     part = folder / f"{RECORD}.part"
     part.write_text(file)

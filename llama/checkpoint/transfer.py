@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, Optional, Tuple, Union
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
@@ -36,10 +36,15 @@ class Unreachable(ValueError):
     """No answer, or none for the moment."""
 
 
+class Changed(Unreachable):
+    """Other contents than before."""
+
+
 def fetch(source: "Source", files: Files, folder: Path, what: str) -> None:
     """Fetch files into a folder; `what` they are is for errors.
 
-    Until a file is complete it is called NAME.part, from where a later run resumes.
+    Until a file is complete it is called NAME.part, from where a later run resumes, unless the file
+    has changed: what it was is in NAME.part.version.
 
     Raises:
         FileNotFoundError: no such file.
@@ -55,9 +60,17 @@ def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -
     from tqdm import tqdm
 
     part = target.with_name(target.name + ".part")
+    version = target.with_name(part.name + ".version")
+
+    def check(found: str) -> None:
+        if version.exists() and version.read_text("utf-8") != found:
+            raise Changed(f"{shown(url)} has changed")
+        version.write_text(found, "utf-8")
+
     for attempt in range(ATTEMPTS):
         have = part.stat().st_size if size is not None and part.exists() else 0
-        have = have if size is None or have <= size else 0
+        complete = have == size and not version.exists()  # but not renamed yet
+        have = have if complete or have < (size or 0) else 0
         if not attempt and not sys.stderr.isatty():
             told = "" if size is None else f" ({size / 1e6:,.1f} MB)"
             say(f"fetching {shown(url)}{told}{', resuming' if have else ''}")
@@ -67,13 +80,18 @@ def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -
         problem = ""
         with open(part, "ab") as out, bar:
             out.truncate(have)
+            if not have:
+                version.unlink(missing_ok=True)
             try:
-                for block in source.blocks(url, have, size) if have != size else ():
+                for block in source.blocks(url, have, size, check) if have != size else ():
                     bar.update(out.write(block))
             except Unreachable as broken:
                 problem = f" ({broken})"
+                if isinstance(broken, Changed):
+                    out.truncate(0)
         have = part.stat().st_size
         if have == size or (size is None and not problem):
+            version.unlink(missing_ok=True)
             part.replace(target)
             return
     raise ValueError(
@@ -123,23 +141,27 @@ class Web:
         except ValueError:  # signed links tend to be for GET alone
             answer = self._open(url, "GET", "0-0")
         with answer:
-            total = answer.headers["Content-Range" if answer.status == 206 else "Content-Length"]
-            total = (total or "").rpartition("/")[2]
+            total = _total(answer)
             return int(total) if total.isdecimal() else None
 
-    def blocks(self, url: str, start: int, size: Optional[int]) -> Iterator[bytes]:
-        """A file's contents from a byte on."""
+    def blocks(
+        self, url: str, start: int, size: Optional[int], check: Callable[[str], None]
+    ) -> Iterator[bytes]:
+        """A file's contents from a byte on; `check` is told which contents, to raise Changed."""
         while True:
             stop = start + PIECE if size is not None and size - start > PIECE else None
             some = f"{start}-{stop - 1 if stop else ''}" if start or stop else None
-            with self._open(url, "GET", some) as answer, _explained(url):
+            with self._open(url, "GET", some) as answer:
+                headers = answer.headers
+                check(headers["ETag"] or headers["Last-Modified"] or _total(answer))
                 skip = start if answer.status != 206 else 0  # the server can't resume
-                while block := answer.read(min(skip, BLOCK) or BLOCK):
-                    if skip:
-                        skip -= len(block)
-                    else:
-                        start += len(block)
-                        yield block
+                with _explained(url):
+                    while block := answer.read(min(skip, BLOCK) or BLOCK):
+                        if skip:
+                            skip -= len(block)
+                        else:
+                            start += len(block)
+                            yield block
             if start != stop:  # all of it, or broken off
                 return
 
@@ -154,6 +176,12 @@ class Web:
             answer.close()  # of a server that has a page for everything, say
             raise FileNotFoundError(f"{shown(url)} is a web page, and no file of a model")
         return answer
+
+
+def _total(answer: http.client.HTTPResponse) -> str:
+    """A file's size, as an answer with all or a part of it tells; may be "" or "*"."""
+    length = answer.headers["Content-Range" if answer.status == 206 else "Content-Length"]
+    return (length or "").rpartition("/")[2]
 
 
 class Blobs:
@@ -175,7 +203,12 @@ class Blobs:
         with _explained(url):
             return self.context.stat(url).size
 
-    def blocks(self, url: str, start: int, size: Optional[int]) -> Iterator[bytes]:
+    def blocks(
+        self, url: str, start: int, size: Optional[int], check: Callable[[str], None]
+    ) -> Iterator[bytes]:
+        with _explained(url):
+            about = self.context.stat(url)
+        check(about.version or str(about.size))
         with _explained(url), self.context.BlobFile(url, "rb") as file:
             file.seek(start)
             while block := file.read(BLOCK):

@@ -122,25 +122,48 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no
             checkpoint but perhaps the place of all of them.
+        ValueError: somebody else is writing it.
     """
-    path = recovered(path)
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
-    check_plain(path)
-    partial, old = _beside(path)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
-        yield partial
-        if path.exists():
-            _remove(old)
-            path.rename(old)
-        partial.rename(path)
-        _remove(old)
-    finally:
+    with _alone(path):
+        recovered(path)
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
+        check_plain(path)
+        partial, old = _beside(path)
         _remove(partial)
-        if old.exists() and not path.exists():  # stopped between the two renames
-            old.rename(path)
+        try:
+            yield partial
+            if path.exists():
+                _remove(old)
+                path.rename(old)
+            partial.rename(path)
+            _remove(old)
+        finally:
+            _remove(partial)
+            if old.exists() and not path.exists():  # stopped between the two renames
+                old.rename(path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock beside a path; ValueError if somebody else does."""
+    import fcntl  # not on Windows
+
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):  # or was held until after it was opened here
+            held = False
+        if not held:
+            raise ValueError(f"{path} is being written by another process")
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 def check_plain(path: Path) -> None:

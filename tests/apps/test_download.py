@@ -698,6 +698,29 @@ def test_hub(hub, out, capfd):
     assert "Ready" not in capfd.readouterr().out
 
 
+def test_hub_with_files_that_are_gone(hub, out):
+    """What a repository no longer has could be taken for a part of the model."""
+    hub.repo = {**LLAMA, "q.gguf": BIG}
+    download("o/n", "o/n/q.gguf")
+    own = {"n/mine.bin": b"1", "n/original/a.safetensors": b"2"}
+    for name, data in own.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(data)
+    hub.repo = {"config.json": b"{}", "model.safetensors": BIG}
+    hub.commit = "b" * 40
+    download("o/n")
+    expected = {"q.gguf": BIG, **{name.removeprefix("n/"): data for name, data in own.items()}}
+    assert contents(out / "n") == hub.repo | expected
+
+
+def test_hub_with_another_owners_repository_of_the_same_name(hub, out):
+    fails(FileNotFoundError, "no model", "other/n")
+    hub.repo = LLAMA
+    download("o/n")
+    fails(ValueError, "checkpoints/n holds o/n: for other/n, choose another.*--out", "other/n")
+    assert contents(out / "n") == LLAMA
+
+
 def test_hub_sends_something_else(hub, out, monkeypatch):
     hub.repo = LLAMA | SUPERFLUOUS
     monkeypatch.setattr(hub, "wrong", {"config.json": b"[]"})

@@ -10,6 +10,8 @@ from conftest import ROOT, TINY, random_weights, write_checkpoint
 
 from llama import Llama, Transformer, checkpoint
 from llama.checkpoint import InMemory, local_shape, read_shard, shapes, weight_shapes
+from llama.checkpoint.convert import convert
+from llama.checkpoint.listing import checkpoint_files
 from llama.layers import parallel
 
 ODD = replace(TINY, dim=72, n_heads=9, n_kv_heads=3, hidden_dim=100, vocab_size=500)
@@ -118,6 +120,26 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, tiny_dir):
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="isn't a GGUF file"):
         checkpoint.open(tmp_path / "empty.gguf")
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf", "gguf"])
+def test_files_of_other_formats_beside_a_checkpoint(tmp_path, kind):
+    """As Mistral's repositories and those with GGUF files have them."""
+    source, path = InMemory(TINY, random_weights(TINY)), tmp_path / "model"
+    to = path / "m.gguf" if kind == "gguf" else path
+    convert(source, to, kind, quiet=True)
+    others = ["config.json", "consolidated.safetensors"]
+    others += {"meta": ["m.gguf"], "hf": ["params.json", "m.gguf"], "gguf": []}[kind]
+    for name in others:
+        if not (path / name).exists():
+            (path / name).write_text("{}")
+    assert type(checkpoint.open(path)) is type(checkpoint.open(to))
+    names = {file.name for file in path.iterdir()}
+    found = checkpoint_files("here", names.__contains__, lambda n: (path / n).read_bytes(), names)
+    for file in names - set(found):
+        (path / file).unlink()
+    norm = checkpoint.open(path).read("norm.weight", 0, 0, TINY.dim)
+    assert torch.equal(norm, source.weights["norm.weight"]) and not {*found} & {*others[1:]}
 
 
 def test_a_directory_with_two_gguf_files_is_ambiguous(tmp_path):

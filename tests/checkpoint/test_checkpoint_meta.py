@@ -169,6 +169,25 @@ def test_writing_refuses_what_the_format_cannot_hold(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.parametrize("heads, kv_heads, mp", [(6, 3, 2), (20, 5, 2), (12, 3, 6), (12, 6, 3)])
+def test_key_value_heads_are_whole_in_each_shard_or_refused(
+    tmp_path, monkeypatch, heads, kv_heads, mp
+):
+    args = replace(TINY, n_heads=heads, n_kv_heads=kv_heads, dim=heads * 8, vocab_size=516)
+    source, path = InMemory(args, random_weights(args)), tmp_path / "ckpt"
+    if kv_heads % mp and mp % kv_heads:
+        with pytest.raises(ValueError, match=f"{heads} heads on {mp} ranks.* {kv_heads} key/value"):
+            meta.write(source, path, mp)
+        assert not path.exists()
+        with monkeypatch.context() as patched:
+            patched.setattr(meta, "check_kv_heads", lambda *_: None)
+            meta.write(source, path, mp)
+        with pytest.raises(ValueError, match="straddle"):
+            checkpoint.open(path)
+    else:
+        assert_same(whole(meta.write(source, path, mp)), source.weights)
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

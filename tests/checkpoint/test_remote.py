@@ -180,6 +180,19 @@ def test_a_transfer_that_keeps_breaking_is_resumed_by_the_next_run(server):
     assert not part.exists()
 
 
+@pytest.mark.parametrize("known_by", ["ETag", "Last-Modified", "size", "size of part"])
+def test_old_and_new_contents_are_never_mixed(server, known_by):
+    url, server.files["x.gguf"] = f"{server.url}/x.gguf", b"1" * 10_000
+    server.validator = None if "size" in known_by else known_by
+    for received in (3000, 6000):  # resumed while nothing has changed
+        server.cuts["x.gguf"] = 3
+        with pytest.raises(ValueError, match=f"lastly after {received} of 10000"):
+            local_path(url)
+    server.files["x.gguf"] = b"2" * {"size": 15_000, "size of part": 6000}.get(known_by, 10_000)
+    assert local_path(url).read_bytes() == server.files["x.gguf"]
+    assert names_in(local_path(url).parent) == {"x.gguf", remote.RECORD}
+
+
 def test_a_server_that_cannot_resume(server):
     server.files["x.gguf"] = BIG
     server.cuts["x.gguf"], server.ranges = 1, False
@@ -365,6 +378,15 @@ def test_bucket_resumes(bucket, capsys):
     assert local_path("gs://bucket/x.gguf").read_bytes() == BIG
     assert {request.start for request in bucket.log} == {5000}
     assert "resuming" in capsys.readouterr().err
+
+
+def test_bucket_with_a_part_of_older_contents(bucket):
+    bucket.files["x.gguf"] = BIG
+    path = local_path("gs://bucket/x.gguf")
+    path.unlink()
+    Path(f"{path}.part").write_bytes(b"old")
+    Path(f"{path}.part.version").write_text("1")
+    assert local_path("gs://bucket/x.gguf").read_bytes() == BIG
 
 
 def test_bucket_without_the_file(bucket):

@@ -8,9 +8,11 @@ from conftest import TINY, random_weights, run_ranks, write_byte_tokenizer
 from published_floats import rounded
 from test_model import TOLERANCE, gap, ids, to_hugging_face
 from test_schemes import load, mutations
+from web import point_hub_at, serving
 
 from llama import checkpoint
-from llama.checkpoint import InMemory, meta
+from llama.checkpoint import InMemory, hub, meta
+from llama.checkpoint.remote import local_path
 
 ARGS = replace(TINY, dim=256, hidden_dim=512, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=32)
 
@@ -51,6 +53,24 @@ def test_shards_with_scales_mean_what_they_say(tmp_path, shards, dtype):
     with torch.no_grad():
         expected = to_hugging_face(ARGS, weights)(tokens).logits
         assert gap(load(tmp_path / "m")(tokens), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("url", ["{}/m", "hf://o/n", "download"])
+def test_the_scales_are_fetched_too(tmp_path, monkeypatch, url):
+    weights = publish(tmp_path / "m", 2, dtype=torch.bfloat16)
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as server:
+        server.add(tmp_path / "m", "m")
+        server.repo = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+        point_hub_at(server.url, tmp_path / "hub", monkeypatch)
+        if url == "download":
+            path, _ = hub.download(hub.parse("o/n"), tmp_path / "n")
+        else:
+            path = local_path(url.format(server.url))
+    name = "layers.1.feed_forward.w2.weight"
+    found = checkpoint.open(path).read(name, 0, 0, ARGS.dim).float()
+    assert torch.allclose(found, weights[name], rtol=3e-7, atol=0)
 
 
 def test_ranks_share_it(tmp_path):

@@ -1,5 +1,8 @@
 """Files: one rule for text, atomic replacement."""
 
+import subprocess
+import sys
+
 import pytest
 
 from llama.apps.score import read_lines
@@ -37,3 +40,22 @@ def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):
     with beside(path, force=True) as partial:
         write_json(partial, {"é": 2})
     assert read_object(path) == {"é": 2} and [*tmp_path.iterdir()] == [path]
+
+
+def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_leaves_is_cleared(tmp_path):
+    path = tmp_path / "a.json"
+    with beside(path) as first:
+        write_json(first, {"a": 1})
+        refused = pytest.raises(ValueError, match="is being written by another process")
+        with refused, beside(path, force=True):
+            raise AssertionError
+        assert read_object(first) == {"a": 1}
+    assert read_object(path) == {"a": 1} and [*tmp_path.iterdir()] == [path]
+
+    code = "import os, sys\nfrom llama.text.files import beside\n"
+    code += "with beside(sys.argv[1], True) as partial:\n    partial.mkdir()\n    os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == 9
+    assert read_object(path) == {"a": 1} and len([*tmp_path.iterdir()]) == 3
+    with beside(path, force=True) as partial:
+        write_json(partial, {"a": 2})
+    assert read_object(path) == {"a": 2} and [*tmp_path.iterdir()] == [path]
