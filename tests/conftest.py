@@ -177,6 +177,19 @@ def write_byte_tokenizer(path: Path) -> Path:
     return path
 
 
+def with_user_defined(tokenizer: Tokenizer, *names: str) -> Tokenizer:
+    """The tokenizer with more tokens, which text may contain."""
+    known = tokenizer.vocabulary
+    added = {name: known.n_words + i for i, name in enumerate(names)}
+    return Tokenizer(
+        known._replace(
+            special_tokens={**known.special_tokens, **added},
+            user_defined=frozenset({*known.user_defined, *names}),
+            n_words=known.n_words + len(names),
+        )
+    )
+
+
 def write_checkpoint(path: Path, args: ModelArgs, mp: int = 1, seed: int = 0) -> Path:
     """A random checkpoint in Meta's format, with the byte-level tokenizer."""
     meta.write(InMemory(args, random_weights(args, seed)), path, mp)

@@ -61,8 +61,9 @@ class GrammarCompiler:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.library: Any = llguidance.LLMatcher
         known = min(tokenizer.n_words, vocab_size)
-        special = set(tokenizer.special_tokens.values())
-        texts = [b"" if i in special else tokenizer.decode_bytes([i]) for i in range(known)]
+        in_text = tokenizer.vocabulary.user_defined
+        control = {i for name, i in tokenizer.special_tokens.items() if name not in in_text}
+        texts = [b"" if i in control else tokenizer.decode_bytes([i]) for i in range(known)]
         texts += [b""] * (vocab_size - known)  # a token without bytes is never allowed
         self.ordinary = np.array([len(text) > 0 for text in texts], dtype=bool)
         # At the beginning of a text, SentencePiece drops the space that a token begins with. Extra

@@ -1,7 +1,7 @@
 """Tools for chat formats that have no place for them: written as text, as any model can read it."""
 
 import json
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from llama.text.messages import Dialog, Message, content_of, tool_calls
 from llama.text.tools import Tool, split_tools
@@ -35,16 +35,19 @@ def tools_as_text(dialog: Dialog, tools: Optional[Sequence[Tool]]) -> List[Messa
         )
     written: List[Message] = []
     names: List[str] = []  # of the calls whose results follow
+    by_id: Dict[str, str] = {}
     told = False  # the last message holds results
     for message in dialog:
         content = content_of(message)
         if message["role"] in ("tool", "ipython"):
             name = names.pop(0) if names else ""
+            name = by_id.get(message.get("tool_call_id", ""), name)
             name = message.get("name") or name or "the function"
             content = f"Result of {name}: {content}"
         elif message["role"] == "assistant":
             calls = tool_calls(message)
             names = [call["name"] for call in calls]
+            by_id.update((call["id"], call["name"]) for call in calls if "id" in call)
             lines = [
                 json.dumps({k: call[k] for k in ("name", "arguments")}, ensure_ascii=False)
                 for call in calls

@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import secrets
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set
 
 import jinja2
 from jinja2 import nodes
@@ -86,9 +86,15 @@ class TemplateFormat:
             self._reads = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
             self._reads_calls = "tool_calls" in template
             self._plain = environment.from_string(template)
+            self._written: Set[str] = set()  # names of special tokens
             self._marked = environment.from_string(self._tag(tree))
         except Exception as error:  # parsing a foreign program may raise anything
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
+        self._names(marked=True)
+        # Where such a name in text is cut. White space is no turn, and often a token of its own.
+        names = [n for n in self._written & tokenizer.vocabulary.user_defined if n.strip()]
+        cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
+        self._cut = re.compile("|".join(cuts) or "(?!)")
 
     def _tag(self, tree: nodes.Template) -> nodes.Template:
         """Replace special tokens in the template's own text by marks, in place."""
@@ -109,6 +115,7 @@ class TemplateFormat:
         return tree
 
     def _marks(self, text: str) -> str:
+        self._written.update(self._special.findall(text))
         ids = self.tokenizer.special_tokens
         return self._special.sub(lambda found: f"<{self._nonce}:{ids[found[0]]}>", text)
 
@@ -221,8 +228,9 @@ class TemplateFormat:
         for i, part in enumerate(self._mark.split(rendered)):
             if i % 2:
                 ids.append(int(part))
-            elif part:
-                ids.extend(self.tokenizer.encode(part, bos=False, eos=False))
+                continue
+            for piece in filter(None, self._cut.split(part)):
+                ids.extend(self.tokenizer.encode(piece, bos=False, eos=False))
         return ids
 
 

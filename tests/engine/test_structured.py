@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, TINY, run_ranks, write_byte_tokenizer, write_checkpoint
+from conftest import (
+    ROOT,
+    TINY,
+    run_ranks,
+    with_user_defined,
+    write_byte_tokenizer,
+    write_checkpoint,
+)
 
 from llama import Llama, SamplingParams
 from llama.engine.structured import GrammarCompiler
@@ -363,6 +370,23 @@ def test_control_tokens_cannot_be_named_by_a_grammar(bytewise):
     assert takes(bytewise, {"type": "choice", "choice": [text]}, text)
     with pytest.raises(AssertionError, match=f"token {control} isn't allowed"):
         constraint.accept(control)
+
+
+@pytest.mark.parametrize(
+    "format_, text",
+    [
+        ({"type": "choice", "choice": ["<think>"]}, "<think>"),
+        ({"type": "choice", "choice": ["no", "<think>"]}, "<think>"),
+        ({"type": "regex", "regex": "<think>[a-z]+</think> yes"}, "<think>ab</think> yes"),
+        ({"type": "grammar", "grammar": 'start: "<think>" /[^<]+/ "</think>"'}, "<think>a</think>"),
+        (schema_format({"const": "a <think> b"}), '"a <think> b"'),
+        (schema_format({"type": "string"}), '"a <think> b"'),
+    ],
+)
+def test_added_tokens_that_text_may_contain_are_allowed(smollm, format_, text):
+    tokenizer = with_user_defined(smollm.tokenizer, "<think>", "</think>")
+    assert tokenizer.special_tokens["<think>"] in tokenizer.encode(text, bos=False, eos=False)
+    assert takes(GrammarCompiler(tokenizer, tokenizer.n_words), format_, text)
 
 
 @pytest.mark.parametrize("name", ["nested", "anyOf", "names", "others", "pattern"])

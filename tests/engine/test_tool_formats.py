@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import with_user_defined
 
 from llama import Tokenizer
 from llama.engine.structured import GrammarCompiler
@@ -83,6 +84,15 @@ def test_calls_that_do_not_fit_are_not(compiler, text):
     assert not takes(compiler, text)
     read = parse_tool_calls(text, TOOLS)
     assert read.calls or read.error  # it would be read as a call
+
+
+def test_tags_that_are_tokens_are_as_good(compiler):
+    tokenizer = with_user_defined(compiler.tokenizer, "<tool_call>", "</tool_call>")
+    tagged = GrammarCompiler(tokenizer, tokenizer.n_words)
+    good, bad = (f"<tool_call>\n{CET % 'arguments'}\n</tool_call>".replace("cet", zone)
+                 for zone in ("cet", "pst"))  # fmt: skip
+    assert takes(tagged, good) and takes(tagged, f"So: {good}") and takes(tagged, "It is noon.")
+    assert not takes(tagged, bad) and not takes(tagged, f"So: {bad}")
 
 
 def test_whatever_is_drawn_has_no_other_calls(compiler):

@@ -28,6 +28,7 @@ from llama.text.generic_tools import tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
+from llama.text.vocabulary.base import Kind
 
 PARITY = json.loads((DATA / "smollm2_parity.json").read_text())
 
@@ -1035,22 +1036,44 @@ def test_the_marks_differ_from_format_to_format_and_from_any_text_in_the_prompt(
 # --- templates that are refused ------------------------------------------------------------------
 
 
-@pytest.fixture
-def role_tokens(tmp_path) -> Tokenizer:
-    """A vocabulary in which '<|user|>' and its like are control tokens."""
+def write_role_tokens(path: Path, kind: int) -> Tokenizer:
+    """A vocabulary in which '<|user|>' and its like are tokens of this kind."""
     tokens = [chr(i) for i in range(0x21, 0x7F)] + ["Ġ", "Ċ", "ab"]
     special = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|end|>>"]
-    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens + special)
-    writer.add_token_types([1] * len(tokens) + [3] * len(special))
+    writer.add_token_types([1] * len(tokens) + [kind] * len(special))
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(len(tokens) + 3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return Tokenizer(tmp_path / "v.gguf")
+    return Tokenizer(path)
+
+
+@pytest.fixture
+def role_tokens(tmp_path) -> Tokenizer:
+    return write_role_tokens(tmp_path / "v.gguf", Kind.CONTROL)
+
+
+def test_text_adds_no_token_of_a_turn_that_text_may_contain_elsewhere(tmp_path):
+    """Some checkpoints declare the tokens of their turns as user-defined, not as special."""
+    tokenizer = write_role_tokens(tmp_path / "v.gguf", Kind.USER_DEFINED)
+    template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+        "{{ m.content }}<|end|>{% endfor %}{{ eos_token }}"
+    )
+    user, assistant, system, end, _ = tokenizer.special_tokens.values()
+    ours = TemplateFormat(tokenizer, template)
+    for text in ("<|end|><|user|>", "a<|assistant|>", "<<|end|>|end|>", "<|<|user|>", "|>", "<|e"):
+        dialog = [{"role": role, "content": text} for role in ("user", "assistant")]
+        ids = ours.encode_dialog_prompt(dialog)
+        assert control_ids(tokenizer, ids) == [user, end, assistant, end, end]
+        assert tokenizer.decode(ids) == f"<|user|>{text}<|end|><|assistant|>{text}<|end|><|end|>"
+    ids = ours.encode_dialog_prompt([USER | {"content": "<|system|>"}])  # not the template's
+    assert control_ids(tokenizer, ids) == [user, system, end, end]
 
 
 COMPOSED_OF_TOOLS = [

@@ -51,6 +51,13 @@ def test_results_are_what_the_user_says_and_roles_alternate():
     assert rest == dialog[6:]
 
 
+def test_results_in_another_order_are_told_by_their_ids():
+    calls = [{"id": "a", **ONE}, {"id": "b", **TWO}]
+    results = [said("tool", "0", tool_call_id="b"), said("tool", "3", tool_call_id="a")]
+    *_, told = tools_as_text([ASKED, said("assistant", None, tool_calls=calls), *results], None)
+    assert told == said("user", "Result of sub: 0\nResult of add: 3")
+
+
 def test_the_demo_model_takes_tools(smollm2):
     """Whatever it answers; a call that is required is one, and its result can go back."""
     options = {"tools": [ADD], "max_gen_len": 30, "temperature": 0}
