@@ -168,6 +168,16 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
     check_ids(prompts, max(params.vocab_size, model_image_id(model) + 1))
 
 
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ValueError for token ids in them that the model doesn't know."""
+    for name in ("negative_prompt", "logit_bias", "banned_tokens"):
+        for id in getattr(params, name) or ():
+            if not isinstance(id, Integral) or not 0 <= int(id) < vocab_size:
+                raise ValueError(
+                    f"{name} has the token id {id!r}: this model knows 0 to {vocab_size - 1}"
+                )
+
+
 def model_image_id(model: Transformer) -> int:
     """The id of images' tokens; -1 for a model that sees none."""
     return getattr(model, "image_id", -1)
@@ -218,11 +228,13 @@ def make_rows(
     """The rows of a call, n for each prompt; seeds come from the generator unless given.
 
     Raises:
-        ValueError: what `check` raises, a wrong number of seeds or adapters, an unknown adapter.
+        ValueError: what `check` and `check_params` raise, a wrong number of seeds or adapters, an
+            unknown adapter.
     """
     n, seed = options.get("n", 1), options.get("seed")
     check(model, prompts, max_gen_len, n)
     top, most = options.get("top_logprobs", 0), model.params.vocab_size
+    check_params(params, most)
     if not 0 <= top <= most:
         raise ValueError(f"top_logprobs={top} must lie between 0 (none) and {most}")
     if seed is None:

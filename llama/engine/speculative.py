@@ -10,6 +10,7 @@ model samples with the same random numbers, so that it mostly proposes the same 
 
 import time
 from collections import defaultdict, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
@@ -327,17 +328,17 @@ class DraftModel(_Timed):
         return drafts
 
     def _sample(self, logits: torch.Tensor, batch: List[Row], drafts: List[List[int]]) -> List[int]:
-        """A token for each row, sampled as the row will sample its own."""
-        found: List[List[int]] = [[] for _ in batch]
+        """A token for each row, sampled as the row will sample its own. Where that fails, the
+        likeliest: the row's own sampling fails, too, and says so."""
+        found = [[token] for token in logits.argmax(-1).tolist()]
         if parallel.rank() == 0:
-            likeliest = logits.argmax(-1).tolist()
             for i, (row, draft) in enumerate(zip(batch, drafts, strict=True)):
-                answer = [*row.answer, *draft]
-                found[i] = [
-                    likeliest[i]
-                    if row.is_argmax
-                    else sample_token(logits[i], row.params, row.prompt, answer, row.numbers)
-                ]
+                if not row.is_argmax:
+                    answer = [*row.answer, *draft]
+                    with suppress(Exception):  # of the caller's own code, too: other rows go on
+                        found[i] = [
+                            sample_token(logits[i], row.params, row.prompt, answer, row.numbers)
+                        ]
         return [ids[0] for ids in parallel.share_lists(found, 1)]
 
 

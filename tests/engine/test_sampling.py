@@ -264,3 +264,13 @@ def test_values_out_of_range_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value} must"):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("id", [-1, 512, 10**9, 1.5])
+@pytest.mark.parametrize("name", ["negative_prompt", "logit_bias", "banned_tokens"])
+def test_unknown_ids_are_named(tiny, name, id):
+    params = SamplingParams(guidance_scale=2, **{name: {5: 1.0, id: 1.0}})
+    with pytest.raises(
+        ValueError, match=f"{name} has the token id {id}: this model knows 0 to 511"
+    ):
+        tiny.generate([[1]], 2, params=params)

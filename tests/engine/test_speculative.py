@@ -336,6 +336,28 @@ def test_guesses_are_given_up_where_they_lose(tiny, monkeypatch):
 # --- mistakes ------------------------------------------------------------------------------------
 
 
+def broken(ids, logits):
+    if len(ids) > 12:
+        raise KeyError("the caller's own fault")
+    return logits
+
+
+@pytest.mark.parametrize(
+    "how, error",
+    [({"logits_processor": broken}, KeyError), ({"frequency_penalty": -1e37}, ValueError)],
+)
+def test_one_that_fails_while_its_draft_is_made_fails_alone(drafted, monkeypatch, how, error):
+    monkeypatch.setattr(DraftLength, "choose_or_probe", lambda self, proposals: 3)
+    engine, options = drafted.engine(cache_tokens=1024), dict(seed=1, stop_tokens=set())
+    good = engine.add([4, 5], 20, temperature=1.0, **options)
+    bad = engine.add([1, 2, 3], 60, params=SamplingParams(1.0, **how), **options)
+    while not engine.idle:
+        engine.step()
+    assert isinstance(bad.error, error)
+    tokens = [event.token for event in good.events]
+    assert [tokens] == drafted.generate([[4, 5]], 20, 1.0, speculate="off", **options)[0]
+
+
 def test_mistakes_are_named(tiny, tiny_dir, tmp_path):
     with pytest.raises(ValueError, match="'lookup', 'draft' or 'off'"):
         tiny.text_completion(["a"], speculate="yes")
