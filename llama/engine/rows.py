@@ -168,6 +168,15 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
     check_ids(prompts, max(params.vocab_size, model_image_id(model) + 1))
 
 
+def check_options(options: Options) -> None:
+    """Raises ValueError for options that don't exist."""
+    unknown = sorted(options.keys() - Options.__optional_keys__)
+    fields = [f"{name}=..." for name in unknown if name in SamplingParams.__dataclass_fields__]
+    if unknown:
+        way_out = f"; pass params=SamplingParams({', '.join(fields)})" if fields else ""
+        raise ValueError(f"unknown options: {', '.join(unknown)}{way_out}")
+
+
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises ValueError for token ids in them that the model doesn't know."""
     for name in ("negative_prompt", "logit_bias", "banned_tokens"):
@@ -228,9 +237,10 @@ def make_rows(
     """The rows of a call, n for each prompt; seeds come from the generator unless given.
 
     Raises:
-        ValueError: what `check` and `check_params` raise, a wrong number of seeds or adapters, an
-            unknown adapter.
+        ValueError: what `check`, `check_options` and `check_params` raise, a wrong number of seeds
+            or adapters, an unknown adapter.
     """
+    check_options(options)
     n, seed = options.get("n", 1), options.get("seed")
     check(model, prompts, max_gen_len, n)
     top, most = options.get("top_logprobs", 0), model.params.vocab_size
