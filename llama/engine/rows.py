@@ -70,8 +70,8 @@ class ChatOptions(Options, total=False):
         of a tool, constrains the answer to one call that fits its schema.
     parallel_tool_calls: with such a tool_choice, the answer may also be a list of calls.
     truncate: "oldest_turns" drops the oldest turns of a dialog until it fits into the context with
-        max_gen_len tokens of answer (by default a quarter of the context); the system message
-        stays. By default a dialog longer than the context is an error.
+        max_gen_len tokens of answer (a quarter of the context if that is None, or no less than the
+        context); system messages stay. By default a dialog longer than the context is an error.
     continue_final_message: the last message is the assistant's, and is continued: the generation is
         what follows its content.
     template_kwargs: further variables of the checkpoint's chat template, of JSON types.
