@@ -28,6 +28,7 @@ from llama.text.generic_tools import tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
+from llama.text.tool_stream import ToolCallStream
 from llama.text.vocabulary.base import Kind
 
 PARITY = json.loads((DATA / "smollm2_parity.json").read_text())
@@ -716,6 +717,16 @@ def test_templates_give_what_transformers_renders_with_tools(formats, name):
             assert ours.tokenizer.decode(ids) == expected
             assert ids == with_specials(ours.tokenizer, expected)
             assert ours.encode_dialog_prompt(for_transformers(dialog), tools) == ids
+
+
+def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):
+    [first, *_] = ToolCallStream([ADD]).feed('[TOOL_CALLS] [{"name": "add", "arguments": {}}]')
+    call = {"id": first.id, "name": "add", "arguments": {}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    dialog = [USER, answer, {"role": "tool", "content": "3", "tool_call_id": first.id}]
+    ours = formats["Mistral with tools"]
+    text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [ADD]))
+    assert first.id.isalnum() and text.count(f'"{first.id}"') == 2
 
 
 def test_built_in_tools_are_given_to_a_template_that_has_them(formats):
