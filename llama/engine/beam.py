@@ -163,7 +163,7 @@ def stream_beams(
         ValueError: prompts that the model can't take, too many of them, and what `Search` raises.
     """
     tokenizer, args = engine.tokenizer, engine.model.params
-    check_batch(args, len(prompts), 1)
+    check_batch(args, prompts, 1)
     check(engine.model, prompts, max_gen_len, 1)
     lengths = [min(max_gen_len, args.max_seq_len - len(prompt)) for prompt in prompts]
     searches = [
