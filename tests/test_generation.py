@@ -293,6 +293,7 @@ ERRORS = {
     "max_gen_len": (lambda x: x.generate([[1]], -1), "max_gen_len=-1 must be 0 or more"),
     "half a token": (lambda x: x.generate([[1]], 2.5), "max_gen_len=2.5 isn't a whole number"),
     "a word": (lambda x: x.generate([[1]], 4, temperature="hot"), "temperature=hot must be a num"),
+    "ids instead of prompts": (lambda x: x.generate([1] * 99, 4), "pass a list of such lists"),
     "options misspelt": (
         lambda x: x.text_completion(["a"], stopp=["b"], sead=3),
         "unknown options: sead, stopp$",

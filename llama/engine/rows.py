@@ -136,14 +136,16 @@ class Row:
         self.decoder: StreamDecoder = tokenizer.stream()
 
 
-def check_batch(args: ModelArgs, prompts: int, n: int) -> None:
-    """Raises ValueError for no prompts, and for more rows than a call may have."""
-    if not prompts:
+def check_batch(args: ModelArgs, prompts: Sequence[Sequence[int]], n: int) -> None:
+    """Raises ValueError for no prompts, ids in their place, and more rows than a call may have."""
+    if not len(prompts):
         raise ValueError("no prompts: pass at least one")
-    if prompts * n > args.max_batch_size:
+    if isinstance(prompts[0], Integral):
+        raise ValueError("prompts is one list of token ids: pass a list of such lists")
+    if len(prompts) * n > args.max_batch_size:
         samples = f" of {n} samples" if n > 1 else ""
         raise ValueError(
-            f"{prompts} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
+            f"{len(prompts)} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
             "pass fewer at a time, or build with a larger max_batch_size"
         )
 
