@@ -597,6 +597,22 @@ def for_transformers(dialog, results=str) -> list:
     return found
 
 
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+def test_calls_that_a_template_would_leave_out_are_written_as_text(smollm, content):
+    """DeepSeek-R1's writes them where there is no content, and joins their arguments as texts."""
+    ours = TemplateFormat(
+        smollm,
+        "{% for m in messages %}<|im_start|>{% if m.content is none %}{% for c in m.tool_calls %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>{% endfor %}",
+    )
+    dialog = called()[1]
+    dialog[1]["content"] = content
+    ids = ours.encode_dialog_prompt(dialog)
+    assert ids == ours.encode_dialog_prompt(tools_as_text(dialog, None))
+    assert '{"name": "get_weather", "arguments": ' in smollm.decode(ids)
+
+
 @pytest.mark.parametrize("name", ["Llama31Format", "tools in system"])
 @pytest.mark.parametrize("tools", [[WEATHER], [WEATHER, ADD], ["brave_search", ADD]])
 def test_llama31_tells_of_its_tools_as_its_published_template_does(formats, name, tools):
