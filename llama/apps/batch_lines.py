@@ -62,19 +62,20 @@ class Line:
         return {**self.value, "generation": text, "finish_reason": choice["finish_reason"]}
 
 
-def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
+def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> List[Line]:
     """The lines of a file, empty ones left out.
 
     Args:
+        path: for the format, and for messages.
         plain: the body's parameters for a prompt or messages.
         seed: of the requests that give none.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: no lines, or no Parquet file.
+        ValueError: no lines, or no Parquet file.
     """
     seen: Dict[str, int] = {}
     lines = []
-    for number, raw in _raw_lines(path):
+    for number, raw in _raw_lines(path, content):
         value: Dict[str, Any] = {}
         name, is_plain = f"line {number}", False
         request: Request | Dict[str, Any]
@@ -96,21 +97,17 @@ def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
     return lines
 
 
-def _raw_lines(path: Path) -> Iterator[Tuple[int, bytes]]:
+def _raw_lines(path: Path, content: bytes) -> Iterator[Tuple[int, bytes]]:
     """Lines of JSON, whatever the file is."""
     if path.suffix == PARQUET:
-        rows = _pyarrow().parquet.read_table(path).to_pylist()
+        rows = _pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist()
         for number, row in enumerate(rows, 1):
             row = {name: value for name, value in row.items() if value is not None}
             if isinstance(row.get("body"), str):  # JSON as text
                 row["body"] = msgspec.Raw(row["body"].encode())
             yield number, msgspec.json.encode(row)
         return
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file at {path}") from None
-    for number, raw in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if raw.strip() and path.suffix in JSONL:
             yield number, raw
         elif raw.strip():

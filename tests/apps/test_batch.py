@@ -350,6 +350,28 @@ def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
         run(GOOD)
 
 
+def test_another_pipes_results_are_refused(model, tmp_path, monkeypatch):
+    def piped(text):
+        reading, writing = os.pipe()
+        with open(reading), open(writing, "w") as file:
+            file.write(text)
+            file.close()
+            cli.parse(["batch", f"/dev/fd/{reading}", str(tmp_path / "out"), str(model), *CPU])()
+
+    def dying(self, results):
+        add(self, results)
+        raise KeyboardInterrupt
+
+    add = Results.add_all
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Results, "add_all", dying)
+        piped("Hello")
+    with pytest.raises(ValueError, match="is left of an interrupted run"):
+        piped("World")
+    piped("Hello")
+    assert [line["prompt"] for line in lines_of(tmp_path / "out")] == ["Hello"]
+
+
 @pytest.mark.parametrize(
     "missing, option, says",
     [
