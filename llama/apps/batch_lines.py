@@ -28,6 +28,9 @@ class Given(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
+ASKED = PLAIN.union(Given.__struct_fields__)
+
+
 @dataclass
 class Line:
     """A line of the input.
@@ -75,11 +78,12 @@ def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> Lis
     """
     seen: Dict[str, int] = {}
     lines = []
-    for number, raw in _raw_lines(path, content):
+    for number, given in _given(path, content):
         value: Dict[str, Any] = {}
         name, is_plain = f"line {number}", False
         request: Request | Dict[str, Any]
         try:
+            raw = _raw(path, given)
             value = _value(raw)
             is_plain = "body" not in value and bool(PLAIN & value.keys())
             to, body = _of_prompt(value, plain) if is_plain else _of_line(raw)
@@ -97,22 +101,41 @@ def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> Lis
     return lines
 
 
-def _raw_lines(path: Path, content: bytes) -> Iterator[Tuple[int, bytes]]:
-    """Lines of JSON, whatever the file is."""
+def _given(path: Path, content: bytes) -> Iterator[Tuple[int, bytes | Dict[str, Any]]]:
+    """Lines, or rows of Parquet, by their numbers."""
     if path.suffix == PARQUET:
-        rows = _pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist()
-        for number, row in enumerate(rows, 1):
-            row = {name: value for name, value in row.items() if value is not None}
-            if isinstance(row.get("body"), str):  # JSON as text
-                row["body"] = msgspec.Raw(row["body"].encode())
-            yield number, msgspec.json.encode(row)
+        yield from enumerate(_pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist(), 1)
         return
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if raw.strip() and path.suffix in JSONL:
-            yield number, raw
-        elif raw.strip():
-            prompt = decode(raw, f"{path}, line {number}").removesuffix("\r")
-            yield number, msgspec.json.encode({"prompt": prompt})
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _raw(path: Path, given: bytes | Dict[str, Any]) -> bytes:
+    """A line as JSON, whatever the file is."""
+    if isinstance(given, dict):
+        row = {name: _text(name, value) for name, value in given.items() if value is not None}
+        if isinstance(row.get("body"), str):  # JSON as text
+            row["body"] = msgspec.Raw(row["body"].encode())
+        return msgspec.json.encode(row, enc_hook=str)
+    if path.suffix in JSONL:
+        return given
+    return msgspec.json.encode({"prompt": decode(given, "it").removesuffix("\r")})
+
+
+def _text(name: str, value: Any) -> Any:
+    """A value in which bytes are text, as Spark and Hive write it."""
+    if isinstance(value, list):
+        return [_text(name, one) for one in value]
+    if isinstance(value, dict):
+        return {key: _text(name, one) for key, one in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return decode(value, name, exact=True)
+        except ValueError:
+            if name in ASKED:
+                raise  # others are kept, as base64
+    return value
 
 
 def _value(raw: bytes) -> Dict[str, Any]:

@@ -1,11 +1,13 @@
 """`llama batch`: the server's answers, a place for every line, and no kill that changes any."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from batches import LINES, PREFIXES, normal, requests, small_model
@@ -13,7 +15,7 @@ from conftest import ROOT, run_ranks
 from served import PATIENCE, serve, wait_for
 
 from llama import Llama
-from llama.apps import cli
+from llama.apps import batch_lines, cli
 from llama.server.offline import Offline
 from llama.text.files import Results
 
@@ -38,6 +40,21 @@ def run(model, tmp_path):
         return out, [*map(json.loads, errors.read_text().splitlines())] if errors.exists() else []
 
     return run
+
+
+def parquet_lines(table):
+    """What is read of a Parquet file: lines, and the messages of those that fail."""
+    import pyarrow.parquet as parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return read_lines("in.parquet", buffer.getvalue())
+
+
+def read_lines(name, content):
+    lines = batch_lines.read(Path(name), content, {}, 0)
+    errors = [line.request["error"]["message"] for line in lines if isinstance(line.request, dict)]
+    return lines, errors
 
 
 def lines_of(path):
@@ -151,6 +168,21 @@ def test_parquet(run, tmp_path):
     out, _ = run(raw, name="p.parquet", output="p.out.parquet")
     [one, two] = parquet.read_table(out).to_pylist()
     assert (one["score"], two["score"]) == (1.5, None) and one["generation"]
+
+
+def test_text_of_spark_is_text():
+    """Of columns of bytes, what is no UTF-8 fails alone, if it is asked."""
+    import pyarrow
+
+    texts = pyarrow.array(["Grüße".encode(), b"\xff", b"abc"])
+    lines, errors = parquet_lines(pyarrow.table({"prompt": texts, "id": texts.take([2, 0, 1])}))
+    good = [lines[0].value, lines[2].value]
+    assert good == [{"prompt": "Grüße", "id": "abc"}, {"prompt": "abc", "id": "/w=="}]
+    assert errors == ["line 2: prompt isn't UTF-8: byte 0 can't be read"]
+    row = {name: value.encode() for name, value in json.loads(GOOD).items() if name != "body"}
+    row["body"] = b'{"prompt": "a"}'
+    [line], errors = parquet_lines(pyarrow.Table.from_pylist([row]))
+    assert not errors and line.request.body == row["body"]
 
 
 # --- lines that fail ------------------------------------------------------------------------------
