@@ -185,6 +185,16 @@ def test_text_of_spark_is_text():
     assert not errors and line.request.body == row["body"]
 
 
+def test_values_that_json_lacks_are_text():
+    import pyarrow
+
+    moment = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    length = pyarrow.array([5], pyarrow.duration("ns"))
+    table = pyarrow.table({"prompt": ["a"], "at": moment, "took": length})
+    [line], errors = parquet_lines(table)
+    assert not errors and line.value["at"] == "2023-11-14 22:13:20.123456789"
+
+
 # --- lines that fail ------------------------------------------------------------------------------
 
 GOOD = '{"custom_id": "good", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}'
@@ -218,6 +228,12 @@ def test_bad_lines_are_lines_of_the_error_file(run):
         status, told = error["response"]["status_code"], error["response"]["body"]["error"]
         assert status == (404 if "gpt" in bad else 400), bad
         assert says in told["message"], (bad, told)
+
+
+def test_a_line_that_is_no_utf8_fails_alone():
+    lines, errors = read_lines("in.txt", b"a\n\xff\nb")
+    assert [line.value.get("prompt") for line in lines] == ["a", None, "b"]
+    assert errors == ["line 2: it isn't UTF-8: byte 0 can't be read"]
 
 
 def test_bad_prompts_keep_their_keys(run):
