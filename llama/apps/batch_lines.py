@@ -156,7 +156,10 @@ def _of_prompt(value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, by
     if value.keys() >= PLAIN:
         raise ValueError("prompt and messages: one of them")
     [name] = PLAIN & value.keys()
-    body = json.dumps({**plain, name: value[name]}).encode()
+    asked = value[name]
+    if name == "prompt" and isinstance(asked, list) and not all(type(one) is int for one in asked):
+        raise ValueError("prompt: one text, or its ids; each other one is a line of its own")
+    body = json.dumps({**plain, name: asked}).encode()
     return (CHAT if name == "messages" else COMPLETIONS), body
 
 

@@ -236,6 +236,14 @@ def test_a_line_that_is_no_utf8_fails_alone():
     assert errors == ["line 2: it isn't UTF-8: byte 0 can't be read"]
 
 
+def test_several_prompts_are_several_lines():
+    """Only the answer to the first would be kept."""
+    for bad in ('["Hello", "World"]', "[[1, 2], [3]]"):
+        [line], [error] = read_lines("in.jsonl", b'{"prompt": %s, "id": 1}' % bad.encode())
+        assert "line 1: prompt: one text, or its ids" in error and line.value["id"] == 1
+    assert not read_lines("in.jsonl", b'{"prompt": [1, 2]}')[1]
+
+
 def test_bad_prompts_keep_their_keys(run):
     out, [error] = run('{"prompt": "a", "id": 1}\n' + json.dumps({"prompt": "a" * 200, "id": 2}))
     assert [line["id"] for line in lines_of(out)] == [1]
