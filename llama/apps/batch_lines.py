@@ -103,7 +103,7 @@ def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> Lis
 
 def _given(path: Path, content: bytes) -> Iterator[Tuple[int, bytes | Dict[str, Any]]]:
     """Lines, or rows of Parquet, by their numbers."""
-    if path.suffix == PARQUET:
+    if path.suffix.lower() == PARQUET:
         yield from enumerate(_pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist(), 1)
         return
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -118,7 +118,7 @@ def _raw(path: Path, given: bytes | Dict[str, Any]) -> bytes:
         if isinstance(row.get("body"), str):  # JSON as text
             row["body"] = msgspec.Raw(row["body"].encode())
         return msgspec.json.encode(row, enc_hook=str)
-    if path.suffix in JSONL:
+    if path.suffix.lower() in JSONL:
         return given
     return msgspec.json.encode({"prompt": decode(given, "it").removesuffix("\r")})
 
@@ -179,7 +179,7 @@ def _of_line(raw: bytes) -> Tuple[str, bytes]:
 
 def written(path: Path, records: Iterable[Dict[str, Any]]) -> Iterator[bytes]:
     """Records as the content of a file: Parquet if it is called so, else JSONL."""
-    if path.suffix != PARQUET:
+    if path.suffix.lower() != PARQUET:
         yield from map(json_line, records)
         return
     pyarrow, rows, buffer = _pyarrow(), list(records), io.BytesIO()

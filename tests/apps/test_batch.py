@@ -236,6 +236,12 @@ def test_a_line_that_is_no_utf8_fails_alone():
     assert errors == ["line 2: it isn't UTF-8: byte 0 can't be read"]
 
 
+def test_capitals_in_a_files_name():
+    content = b'{"prompt": "a"}\n'
+    assert read_lines("in.JSONL", content)[0] == read_lines("in.jsonl", content)[0]
+    assert b"".join(batch_lines.written(Path("out.PARQUET"), [{"a": 1}])).startswith(b"PAR1")
+
+
 def test_several_prompts_are_several_lines():
     """Only the answer to the first would be kept."""
     for bad in ('["Hello", "World"]', "[[1, 2], [3]]"):
