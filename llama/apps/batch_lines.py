@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple
@@ -184,16 +185,17 @@ def written(path: Path, records: Iterable[Dict[str, Any]]) -> Iterator[bytes]:
         return
     pyarrow, rows, buffer = _pyarrow(), list(records), io.BytesIO()
     columns = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in columns})
+    table = pyarrow.table({n: _column(pyarrow, [row.get(n) for row in rows]) for n in columns})
     pyarrow.parquet.write_table(table, buffer)
     yield buffer.getvalue()
 
 
-def _column(values: List[Any]) -> List[Any]:
-    """Values of one type; others as JSON, since a column has one type."""
+def _column(pyarrow: Any, values: List[Any]) -> Any:
+    """Values of one type; others as JSON, since a column has one type, as are large integers."""
     kinds = {type(value) for value in values if value is not None}
-    if any(kinds <= plain for plain in ({str}, {bool}, {int, float})):
-        return values
+    if any(kinds <= {plain} for plain in (str, bool, int, float)):
+        with suppress(OverflowError):
+            return pyarrow.array(values)
     return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
 
 

@@ -195,6 +195,20 @@ def test_values_that_json_lacks_are_text():
     assert not errors and line.value["at"] == "2023-11-14 22:13:20.123456789"
 
 
+def test_numbers_that_no_column_holds_are_json():
+    import pyarrow.parquet as parquet
+
+    columns = {
+        "large": [2**63, 1], "wide": [2**53 + 1, 1.5], "mixed": [3, 1.5], "int": [3, None],
+        "float": [0.5, 2.0], "none": [None, None],
+    }  # fmt: skip
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    [content] = batch_lines.written(Path("out.parquet"), rows)
+    found = parquet.read_table(io.BytesIO(content)).to_pydict()
+    texts = {name: [*map(json.dumps, columns[name])] for name in ("large", "wide", "mixed")}
+    assert found == {**columns, **texts}
+
+
 # --- lines that fail ------------------------------------------------------------------------------
 
 GOOD = '{"custom_id": "good", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}'
