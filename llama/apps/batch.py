@@ -94,7 +94,7 @@ def batch(
         raise ValueError(f"--cpus={cpus:g} must be more than 0")
     if ray is False and (engines is not None or cpus is not None):
         raise ValueError("--engines and --cpus are of a Ray cluster: add --ray")
-    parallel.initialize(device="cpu" if ray else model.device)
+    parallel.initialize(device="cpu" if ray else model.device, timeout=model.rank_timeout)
     if ray and parallel.world_size() > 1:
         raise ValueError("--ray doesn't go with torchrun: each of its engines is one process")
     names = {field.name for field in fields(SamplingParams)} - {*NO_OPTIONS, *UNOFFERED}

@@ -115,9 +115,8 @@ def complete_file(
     force: bool,
 ) -> None:
     """Rank 0 reads and writes; what is left to do is known to all."""
-    shaping = {**build, "rank_timeout": None, "broadcast_weights": None}  # without these two
     settings = {
-        **shaping, **sampling, "params": asdict(sampling["params"]), "seed": seed,
+        **build, **sampling, "params": asdict(sampling["params"]), "seed": seed,
         "few_shot": few_shot and asdict(few_shot), "ranks": parallel.world_size(),
     }  # fmt: skip
     lines: List[Line] = parallel.on_rank_zero(lambda: read_lines(source, few_shot))
@@ -232,5 +231,6 @@ def fingerprint(content: Any, settings: Dict[str, Any]) -> str:
         for file in (sorted(place.iterdir()) if place.is_dir() else [place])
         if file.suffix in (".pth", ".safetensors", ".bin", ".gguf", ".json") and file.exists()
     ]
-    job = json.dumps([content, {**settings, "ckpt_dir": str(path)}, weights], default=list)
+    shaping = {**settings, "ckpt_dir": str(path), "rank_timeout": None, "broadcast_weights": None}
+    job = json.dumps([content, shaping, weights], default=list)
     return hashlib.sha256(job.encode()).hexdigest()

@@ -16,6 +16,8 @@ from served import PATIENCE, serve, wait_for
 
 from llama import Llama
 from llama.apps import batch_lines, cli
+from llama.apps.completion import fingerprint
+from llama.layers import parallel
 from llama.server.offline import Offline
 from llama.text.files import Results
 
@@ -424,6 +426,16 @@ def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # all is there: no weights are read
         patch.setattr(Llama, "build", None)
         run(GOOD)
+
+
+def test_rank_timeout_is_of_the_run(model, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(parallel, "initialize", lambda **options: given.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.parse(["batch", "in", "out", str(model), *CPU, "--rank-timeout=7"])()
+    assert given["timeout"] == 7
+    job = {"ckpt_dir": str(model)}
+    assert fingerprint([], {**job, "rank_timeout": 7}) == fingerprint([], job)
 
 
 def test_another_pipes_results_are_refused(model, tmp_path, monkeypatch):
