@@ -438,6 +438,19 @@ def test_rank_timeout_is_of_the_run(model, tmp_path, monkeypatch):
     assert fingerprint([], {**job, "rank_timeout": 7}) == fingerprint([], job)
 
 
+def test_another_tokenizer_or_template_is_another_job(tmp_path):
+    """Whatever changes in a file that is read."""
+    inside = [tmp_path / "model" / name for name in ("tokenizer.model", "chat_template.jinja")]
+    inside[0].parent.mkdir()
+    job = {"ckpt_dir": str(inside[0].parent), "tokenizer_path": str(tmp_path / "words")}
+    found = {fingerprint([], job)}
+    for file in (*inside, tmp_path / "words"):
+        for text in ("one", "other"):
+            file.write_text(text)
+            found.add(fingerprint([], job))
+    assert len(found) == 7
+
+
 def test_another_pipes_results_are_refused(model, tmp_path, monkeypatch):
     def piped(text):
         reading, writing = os.pipe()
