@@ -1,5 +1,6 @@
 """`llama batch`: a file of requests, on this machine or on many."""
 
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -103,7 +104,7 @@ def batch(
     plain["response_format"] = read_format(response_format)
     settings = Settings(
         served_name=served_name, adapter=adapter or [], lenient=lenient, cache_tokens=cache_tokens,
-        log="off", max_queue=sys.maxsize,
+        log="off", max_queue=sys.maxsize, max_body_mb=math.inf,
     )  # fmt: skip
     job = Job(Path(input), Path(output), vars(model), settings, plain, force)
     run(job, None if ray is False else (None if ray is True else str(ray), engines, cpus))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
@@ -43,7 +44,8 @@ class Predictor:
         settings: Optional[Mapping[str, Any]] = None,
         **options: Any,
     ):
-        limits = Settings(**{"log": "off", "max_queue": 1 << 30, **(settings or {})})
+        free = {"log": "off", "max_queue": 1 << 30, "max_body_mb": math.inf}
+        limits = Settings(**{**free, **(settings or {})})
         self._body = dict(body or {})
         self._model = Offline({"ckpt_dir": ckpt_dir, **options}, limits)
 

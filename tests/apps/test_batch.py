@@ -273,6 +273,12 @@ def test_bad_prompts_keep_their_keys(run):
     assert error["error"]["code"] == "context_length_exceeded"
 
 
+def test_a_line_may_be_longer_than_a_servers_request(run):
+    """As those with images are."""
+    _, [error] = run(GOOD.replace('"a"', f'"{"a" * 9_000_000}"'))
+    assert error["response"]["status_code"] == 400, error
+
+
 def test_unknown_parameters_can_be_ignored(run):
     out, errors = run(GOOD.replace('"a"', '"a", "best": 1'), "--lenient")
     assert len(lines_of(out)) == 1 and not errors
