@@ -1,5 +1,6 @@
 """`llama batch`: a file of requests, on this machine or on many."""
 
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -94,7 +95,7 @@ def batch(
         raise ValueError(f"--cpus={cpus:g} must be more than 0")
     if ray is False and (engines is not None or cpus is not None):
         raise ValueError("--engines and --cpus are of a Ray cluster: add --ray")
-    parallel.initialize(device="cpu" if ray else model.device)
+    parallel.initialize(device="cpu" if ray else model.device, timeout=model.rank_timeout)
     if ray and parallel.world_size() > 1:
         raise ValueError("--ray doesn't go with torchrun: each of its engines is one process")
     names = {field.name for field in fields(SamplingParams)} - {*NO_OPTIONS, *UNOFFERED}
@@ -103,7 +104,7 @@ def batch(
     plain["response_format"] = read_format(response_format)
     settings = Settings(
         served_name=served_name, adapter=adapter or [], lenient=lenient, cache_tokens=cache_tokens,
-        log="off", max_queue=sys.maxsize,
+        log="off", max_queue=sys.maxsize, max_body_mb=math.inf,
     )  # fmt: skip
     job = Job(Path(input), Path(output), vars(model), settings, plain, force)
     run(job, None if ray is False else (None if ray is True else str(ray), engines, cpus))

@@ -58,8 +58,12 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
 
     def prepare() -> bool:
         """Whether there is something to compute."""
-        lines.extend(read(job.source, job.plain, job.build["seed"]))
-        opened.append(_open(job, sum(isinstance(line.request, Request) for line in lines)))
+        try:
+            content = job.source.read_bytes()  # once: it may be a pipe
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no file at {job.source}") from None
+        lines.extend(read(job.source, content, job.plain, job.build["seed"]))
+        opened.append(_open(job, content, sum(isinstance(line.request, Request) for line in lines)))
         return bool(_unfinished(lines, opened[0]))
 
     try:
@@ -76,13 +80,14 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
             results.close()
 
 
-def _open(job: Job, count: int) -> Results:
+def _open(job: Job, source: bytes, count: int) -> Results:
     """What is finished of a job.
 
     Args:
+        source: the content of its input.
         count: its requests.
     """
-    content = [hashlib.sha256(job.source.read_bytes()).hexdigest(), job.plain]
+    content = [hashlib.sha256(source).hexdigest(), job.plain]
     names = {"served_name": job.settings.served_name, "lenient": job.settings.lenient}
     settings = {**job.build, **names, "adapters": job.settings.adapters}
     begun = job.target.with_name(f".{job.target.name}.partial").exists()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple
@@ -26,6 +27,9 @@ class Given(msgspec.Struct, forbid_unknown_fields=True):
     method: Literal["POST"]
     url: str
     body: msgspec.Raw
+
+
+ASKED = PLAIN.union(Given.__struct_fields__)
 
 
 @dataclass
@@ -62,23 +66,25 @@ class Line:
         return {**self.value, "generation": text, "finish_reason": choice["finish_reason"]}
 
 
-def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
+def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> List[Line]:
     """The lines of a file, empty ones left out.
 
     Args:
+        path: for the format, and for messages.
         plain: the body's parameters for a prompt or messages.
         seed: of the requests that give none.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: no lines, or no Parquet file.
+        ValueError: no lines, or no Parquet file.
     """
     seen: Dict[str, int] = {}
     lines = []
-    for number, raw in _raw_lines(path):
+    for number, given in _given(path, content):
         value: Dict[str, Any] = {}
         name, is_plain = f"line {number}", False
         request: Request | Dict[str, Any]
         try:
+            raw = _raw(path, given)
             value = _value(raw)
             is_plain = "body" not in value and bool(PLAIN & value.keys())
             to, body = _of_prompt(value, plain) if is_plain else _of_line(raw)
@@ -96,26 +102,41 @@ def read(path: Path, plain: Mapping[str, Any], seed: int) -> List[Line]:
     return lines
 
 
-def _raw_lines(path: Path) -> Iterator[Tuple[int, bytes]]:
-    """Lines of JSON, whatever the file is."""
-    if path.suffix == PARQUET:
-        rows = _pyarrow().parquet.read_table(path).to_pylist()
-        for number, row in enumerate(rows, 1):
-            row = {name: value for name, value in row.items() if value is not None}
-            if isinstance(row.get("body"), str):  # JSON as text
-                row["body"] = msgspec.Raw(row["body"].encode())
-            yield number, msgspec.json.encode(row)
+def _given(path: Path, content: bytes) -> Iterator[Tuple[int, bytes | Dict[str, Any]]]:
+    """Lines, or rows of Parquet, by their numbers."""
+    if path.suffix.lower() == PARQUET:
+        yield from enumerate(_pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist(), 1)
         return
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file at {path}") from None
-    for number, raw in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if raw.strip() and path.suffix in JSONL:
-            yield number, raw
-        elif raw.strip():
-            prompt = decode(raw, f"{path}, line {number}").removesuffix("\r")
-            yield number, msgspec.json.encode({"prompt": prompt})
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _raw(path: Path, given: bytes | Dict[str, Any]) -> bytes:
+    """A line as JSON, whatever the file is."""
+    if isinstance(given, dict):
+        row = {name: _text(name, value) for name, value in given.items() if value is not None}
+        if isinstance(row.get("body"), str):  # JSON as text
+            row["body"] = msgspec.Raw(row["body"].encode())
+        return msgspec.json.encode(row, enc_hook=str)
+    if path.suffix.lower() in JSONL:
+        return given
+    return msgspec.json.encode({"prompt": decode(given, "it").removesuffix("\r")})
+
+
+def _text(name: str, value: Any) -> Any:
+    """A value in which bytes are text, as Spark and Hive write it."""
+    if isinstance(value, list):
+        return [_text(name, one) for one in value]
+    if isinstance(value, dict):
+        return {key: _text(name, one) for key, one in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return decode(value, name, exact=True)
+        except ValueError:
+            if name in ASKED:
+                raise  # others are kept, as base64
+    return value
 
 
 def _value(raw: bytes) -> Dict[str, Any]:
@@ -136,7 +157,10 @@ def _of_prompt(value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, by
     if value.keys() >= PLAIN:
         raise ValueError("prompt and messages: one of them")
     [name] = PLAIN & value.keys()
-    body = json.dumps({**plain, name: value[name]}).encode()
+    asked = value[name]
+    if name == "prompt" and isinstance(asked, list) and not all(type(one) is int for one in asked):
+        raise ValueError("prompt: one text, or its ids; each other one is a line of its own")
+    body = json.dumps({**plain, name: asked}).encode()
     return (CHAT if name == "messages" else COMPLETIONS), body
 
 
@@ -156,21 +180,22 @@ def _of_line(raw: bytes) -> Tuple[str, bytes]:
 
 def written(path: Path, records: Iterable[Dict[str, Any]]) -> Iterator[bytes]:
     """Records as the content of a file: Parquet if it is called so, else JSONL."""
-    if path.suffix != PARQUET:
+    if path.suffix.lower() != PARQUET:
         yield from map(json_line, records)
         return
     pyarrow, rows, buffer = _pyarrow(), list(records), io.BytesIO()
     columns = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in columns})
+    table = pyarrow.table({n: _column(pyarrow, [row.get(n) for row in rows]) for n in columns})
     pyarrow.parquet.write_table(table, buffer)
     yield buffer.getvalue()
 
 
-def _column(values: List[Any]) -> List[Any]:
-    """Values of one type; others as JSON, since a column has one type."""
+def _column(pyarrow: Any, values: List[Any]) -> Any:
+    """Values of one type; others as JSON, since a column has one type, as are large integers."""
     kinds = {type(value) for value in values if value is not None}
-    if any(kinds <= plain for plain in ({str}, {bool}, {int, float})):
-        return values
+    if any(kinds <= {plain} for plain in (str, bool, int, float)):
+        with suppress(OverflowError):
+            return pyarrow.array(values)
     return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
 
 

@@ -115,9 +115,8 @@ def complete_file(
     force: bool,
 ) -> None:
     """Rank 0 reads and writes; what is left to do is known to all."""
-    shaping = {**build, "rank_timeout": None, "broadcast_weights": None}  # without these two
     settings = {
-        **shaping, **sampling, "params": asdict(sampling["params"]), "seed": seed,
+        **build, **sampling, "params": asdict(sampling["params"]), "seed": seed,
         "few_shot": few_shot and asdict(few_shot), "ranks": parallel.world_size(),
     }  # fmt: skip
     lines: List[Line] = parallel.on_rank_zero(lambda: read_lines(source, few_shot))
@@ -218,19 +217,22 @@ def _answers(
 
 
 def fingerprint(content: Any, settings: Dict[str, Any]) -> str:
-    """Of all that the output depends on; of weights their files' names, sizes and times.
+    """Of all that the output depends on; of a model its files' names, sizes and times.
 
     Args:
         content: the input, as a value of JSON.
     """
     path = Path(remote.local_path(settings["ckpt_dir"])).resolve()
-    adapters = [settings.get("adapter_dir"), *settings.get("adapters", {}).values()]
-    places = [path, *(Path(remote.local_path(adapter)) for adapter in adapters if adapter)]
-    weights = [
+    others = [settings.get("adapter_dir"), *settings.get("adapters", {}).values()]
+    others.append(settings.get("tokenizer_path"))
+    places = [path, *(Path(remote.local_path(other)) for other in others if other)]
+    kinds = (".pth", ".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja")
+    files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for place in places
         for file in (sorted(place.iterdir()) if place.is_dir() else [place])
-        if file.suffix in (".pth", ".safetensors", ".bin", ".gguf", ".json") and file.exists()
+        if (file.suffix in kinds or file in places) and file.exists()
     ]
-    job = json.dumps([content, {**settings, "ckpt_dir": str(path)}, weights], default=list)
+    shaping = {**settings, "ckpt_dir": str(path), "rank_timeout": None, "broadcast_weights": None}
+    job = json.dumps([content, shaping, files], default=list)
     return hashlib.sha256(job.encode()).hexdigest()

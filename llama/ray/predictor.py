@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
+from llama.server.errors import invalid
 from llama.server.offline import Offline, Reply, Request
 from llama.server.settings import Settings
 
@@ -43,7 +45,8 @@ class Predictor:
         settings: Optional[Mapping[str, Any]] = None,
         **options: Any,
     ):
-        limits = Settings(**{"log": "off", "max_queue": 1 << 30, **(settings or {})})
+        free = {"log": "off", "max_queue": 1 << 30, "max_body_mb": math.inf}
+        limits = Settings(**{**free, **(settings or {})})
         self._body = dict(body or {})
         self._model = Offline({"ckpt_dir": ckpt_dir, **options}, limits)
 
@@ -64,16 +67,21 @@ class Predictor:
         if len(names) != 1:
             raise ValueError(f"columns {', '.join(batch)}: give one of prompt and messages")
         [name] = names
-        requests = []
+        requests, failed = [], {}
         for i, value in enumerate(batch[name]):
-            body = {**self._body, name: _plain(value)}
-            if "seed" in batch:
-                body["seed"] = int(batch["seed"][i])
-            data = json.dumps(body).encode()
+            try:
+                body = {**self._body, name: _plain(value)}
+                if "seed" in batch:
+                    body["seed"] = int(batch["seed"][i])
+                data = json.dumps(body).encode()
+            except (TypeError, ValueError) as error:
+                failed[i] = Reply(i, 400, json.dumps(invalid(f"row {i}: {error}").body).encode())
+                continue
             seed = int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
             requests.append(Request(i, PATHS[name], data, seed))
         columns: Dict[str, List[Any]] = {"generation": [], "finish_reason": [], "error": []}
-        for reply in self.answer(requests):
+        replies = failed | {reply.number: reply for reply in self.answer(requests)}
+        for _, reply in sorted(replies.items()):
             answer = json.loads(reply.body)
             choice = answer["choices"][0] if reply.status == 200 else {}
             columns["generation"].append(
@@ -94,4 +102,8 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items() if one is not None}
-    return str(value) if isinstance(value, np.str_) else value
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value.decode() if isinstance(value, bytes) else value

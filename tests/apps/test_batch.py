@@ -1,11 +1,13 @@
 """`llama batch`: the server's answers, a place for every line, and no kill that changes any."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from batches import LINES, PREFIXES, normal, requests, small_model
@@ -13,7 +15,9 @@ from conftest import ROOT, run_ranks
 from served import PATIENCE, serve, wait_for
 
 from llama import Llama
-from llama.apps import cli
+from llama.apps import batch_lines, cli
+from llama.apps.completion import fingerprint
+from llama.layers import parallel
 from llama.server.offline import Offline
 from llama.text.files import Results
 
@@ -38,6 +42,21 @@ def run(model, tmp_path):
         return out, [*map(json.loads, errors.read_text().splitlines())] if errors.exists() else []
 
     return run
+
+
+def parquet_lines(table):
+    """What is read of a Parquet file: lines, and the messages of those that fail."""
+    import pyarrow.parquet as parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return read_lines("in.parquet", buffer.getvalue())
+
+
+def read_lines(name, content):
+    lines = batch_lines.read(Path(name), content, {}, 0)
+    errors = [line.request["error"]["message"] for line in lines if isinstance(line.request, dict)]
+    return lines, errors
 
 
 def lines_of(path):
@@ -153,6 +172,45 @@ def test_parquet(run, tmp_path):
     assert (one["score"], two["score"]) == (1.5, None) and one["generation"]
 
 
+def test_text_of_spark_is_text():
+    """Of columns of bytes, what is no UTF-8 fails alone, if it is asked."""
+    import pyarrow
+
+    texts = pyarrow.array(["Grüße".encode(), b"\xff", b"abc"])
+    lines, errors = parquet_lines(pyarrow.table({"prompt": texts, "id": texts.take([2, 0, 1])}))
+    good = [lines[0].value, lines[2].value]
+    assert good == [{"prompt": "Grüße", "id": "abc"}, {"prompt": "abc", "id": "/w=="}]
+    assert errors == ["line 2: prompt isn't UTF-8: byte 0 can't be read"]
+    row = {name: value.encode() for name, value in json.loads(GOOD).items() if name != "body"}
+    row["body"] = b'{"prompt": "a"}'
+    [line], errors = parquet_lines(pyarrow.Table.from_pylist([row]))
+    assert not errors and line.request.body == row["body"]
+
+
+def test_values_that_json_lacks_are_text():
+    import pyarrow
+
+    moment = pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    length = pyarrow.array([5], pyarrow.duration("ns"))
+    table = pyarrow.table({"prompt": ["a"], "at": moment, "took": length})
+    [line], errors = parquet_lines(table)
+    assert not errors and line.value["at"] == "2023-11-14 22:13:20.123456789"
+
+
+def test_numbers_that_no_column_holds_are_json():
+    import pyarrow.parquet as parquet
+
+    columns = {
+        "large": [2**63, 1], "wide": [2**53 + 1, 1.5], "mixed": [3, 1.5], "int": [3, None],
+        "float": [0.5, 2.0], "none": [None, None],
+    }  # fmt: skip
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    [content] = batch_lines.written(Path("out.parquet"), rows)
+    found = parquet.read_table(io.BytesIO(content)).to_pydict()
+    texts = {name: [*map(json.dumps, columns[name])] for name in ("large", "wide", "mixed")}
+    assert found == {**columns, **texts}
+
+
 # --- lines that fail ------------------------------------------------------------------------------
 
 GOOD = '{"custom_id": "good", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}'
@@ -188,11 +246,37 @@ def test_bad_lines_are_lines_of_the_error_file(run):
         assert says in told["message"], (bad, told)
 
 
+def test_a_line_that_is_no_utf8_fails_alone():
+    lines, errors = read_lines("in.txt", b"a\n\xff\nb")
+    assert [line.value.get("prompt") for line in lines] == ["a", None, "b"]
+    assert errors == ["line 2: it isn't UTF-8: byte 0 can't be read"]
+
+
+def test_capitals_in_a_files_name():
+    content = b'{"prompt": "a"}\n'
+    assert read_lines("in.JSONL", content)[0] == read_lines("in.jsonl", content)[0]
+    assert b"".join(batch_lines.written(Path("out.PARQUET"), [{"a": 1}])).startswith(b"PAR1")
+
+
+def test_several_prompts_are_several_lines():
+    """Only the answer to the first would be kept."""
+    for bad in ('["Hello", "World"]', "[[1, 2], [3]]"):
+        [line], [error] = read_lines("in.jsonl", b'{"prompt": %s, "id": 1}' % bad.encode())
+        assert "line 1: prompt: one text, or its ids" in error and line.value["id"] == 1
+    assert not read_lines("in.jsonl", b'{"prompt": [1, 2]}')[1]
+
+
 def test_bad_prompts_keep_their_keys(run):
     out, [error] = run('{"prompt": "a", "id": 1}\n' + json.dumps({"prompt": "a" * 200, "id": 2}))
     assert [line["id"] for line in lines_of(out)] == [1]
     assert (error["id"], error["status_code"]) == (2, 400)
     assert error["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_line_may_be_longer_than_a_servers_request(run):
+    """As those with images are."""
+    _, [error] = run(GOOD.replace('"a"', f'"{"a" * 9_000_000}"'))
+    assert error["response"]["status_code"] == 400, error
 
 
 def test_unknown_parameters_can_be_ignored(run):
@@ -348,6 +432,51 @@ def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # all is there: no weights are read
         patch.setattr(Llama, "build", None)
         run(GOOD)
+
+
+def test_rank_timeout_is_of_the_run(model, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(parallel, "initialize", lambda **options: given.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.parse(["batch", "in", "out", str(model), *CPU, "--rank-timeout=7"])()
+    assert given["timeout"] == 7
+    job = {"ckpt_dir": str(model)}
+    assert fingerprint([], {**job, "rank_timeout": 7}) == fingerprint([], job)
+
+
+def test_another_tokenizer_or_template_is_another_job(tmp_path):
+    """Whatever changes in a file that is read."""
+    inside = [tmp_path / "model" / name for name in ("tokenizer.model", "chat_template.jinja")]
+    inside[0].parent.mkdir()
+    job = {"ckpt_dir": str(inside[0].parent), "tokenizer_path": str(tmp_path / "words")}
+    found = {fingerprint([], job)}
+    for file in (*inside, tmp_path / "words"):
+        for text in ("one", "other"):
+            file.write_text(text)
+            found.add(fingerprint([], job))
+    assert len(found) == 7
+
+
+def test_another_pipes_results_are_refused(model, tmp_path, monkeypatch):
+    def piped(text):
+        reading, writing = os.pipe()
+        with open(reading), open(writing, "w") as file:
+            file.write(text)
+            file.close()
+            cli.parse(["batch", f"/dev/fd/{reading}", str(tmp_path / "out"), str(model), *CPU])()
+
+    def dying(self, results):
+        add(self, results)
+        raise KeyboardInterrupt
+
+    add = Results.add_all
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Results, "add_all", dying)
+        piped("Hello")
+    with pytest.raises(ValueError, match="is left of an interrupted run"):
+        piped("World")
+    piped("Hello")
+    assert [line["prompt"] for line in lines_of(tmp_path / "out")] == ["Hello"]
 
 
 @pytest.mark.parametrize(

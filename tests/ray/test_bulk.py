@@ -151,6 +151,15 @@ def test_predictor(model):
     found = predictor({"messages": column, "seed": np.array([3])})
     [expected] = alone.chat_completion([dialog], temperature=0.9, max_gen_len=8, seed=3)
     assert found["generation"][0] == expected["generation"]["content"]
+    rows = [b"Hello", b"\xff", np.array([1, 2]), [np.int64(1), 2], object()]
+    column = np.empty(len(rows), object)
+    column[:] = rows
+    found = predictor({"prompt": column, "seed": np.zeros(len(rows))})
+    [expected] = alone.text_completion(["Hello"], temperature=0.9, max_gen_len=8, seed=0)
+    assert found["generation"][0] == expected["generation"]
+    assert [error is None for error in found["error"]] == [True, False, True, True, False]
+    assert found["generation"][2] == found["generation"][3]
+    assert "row 1: 'utf-8'" in found["error"][1] and "row 4: Object" in found["error"][4]
     with pytest.raises(ValueError, match="columns text: give one of prompt and messages"):
         predictor({"text": column})
 
