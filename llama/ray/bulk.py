@@ -7,6 +7,7 @@ the end is asked for once more.
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from contextlib import contextmanager
@@ -171,6 +172,24 @@ def _pool(
     return engines or room, {"num_cpus": each}
 
 
+def connect(address: Optional[str], **options: Any) -> None:
+    """`ray.init`, which waits for long if nobody answers.
+
+    Raises:
+        ConnectionError: no cluster there, or one of another version.
+    """
+    import ray
+
+    host, _, port = (address or "").rpartition(":")
+    try:
+        if port.isdigit():
+            name = host.rpartition("/")[2].strip("[]")
+            socket.create_connection((name, int(port)), timeout=10).close()
+        ray.init(address, **options)
+    except (OSError, OverflowError, RuntimeError) as error:
+        raise ConnectionError(f"no cluster at ray={address}: {error}") from error
+
+
 @contextmanager
 def _cluster(address: Optional[str]) -> Iterator[Any]:
     """Ray, connected."""
@@ -189,9 +208,9 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
     try:
         try:
             if address != "local":
-                ray.init(address or "auto", **quiet)
-        except ConnectionError:
-            if address:
+                connect(address or "auto", **quiet)
+        except ConnectionError as error:
+            if address or isinstance(error.__cause__, RuntimeError):
                 raise
         if not ray.is_initialized():
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

@@ -21,7 +21,7 @@ from ray.serve import Application
 from starlette.types import Message, Scope
 
 from llama.backends.options import ModelOptions
-from llama.ray.bulk import absolute
+from llama.ray.bulk import absolute, connect
 from llama.ray.ingress import Ingress, Whole
 from llama.ray.routing import PrefixRouter
 from llama.server.app import make_app
@@ -131,7 +131,7 @@ def deploy(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -
     application = _bind(options, settings, replicas)
     if not ray.is_initialized():
         local: Dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200_000_000}
-        ray.init(address=replicas.ray or "auto", **(local if replicas.ray == "local" else {}))
+        connect(replicas.ray or "auto", **(local if replicas.ray == "local" else {}))
     http = {"host": settings.host, "port": settings.port}
     ray.serve.start(proxy_location="EveryNode", http_options=http)
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from served import add_node, wait_for
 import llama
 from llama import Llama
 from llama.apps import cli
-from llama.ray.bulk import BEGINNING, _pool, absolute, blocks
+from llama.ray.bulk import BEGINNING, _cluster, _pool, absolute, blocks, connect
 from llama.server.offline import Request, beginning
 from llama.server.settings import Settings
 
@@ -60,6 +61,26 @@ def test_paths_and_nothing_else_are_made_absolute(tmp_path, monkeypatch):
     here = {"ckpt_dir": f"{tmp_path}/m", "tokenizer_path": f"{tmp_path}/t.model"}
     assert found == {**options, **here}
     assert settings.adapter == [f"x={tmp_path}/x", "y=elsewhere"]
+
+
+def test_no_cluster_there(monkeypatch):
+    import ray
+
+    def init(address, **_):
+        raise RuntimeError(f"Version mismatch: {address}")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.socket() as bound:  # which nobody listens at
+        bound.bind(("127.0.0.1", 0))
+        place = "{}:{}".format(*bound.getsockname())
+        for address in (place, f"ray://{place}"):
+            with pytest.raises(ConnectionError, match=f"no cluster at ray={address}: .*refused"):
+                connect(address)
+        bound.listen()
+        with pytest.raises(ConnectionError, match=f"no cluster at ray={place}: Version mismatch"):
+            connect(place)
+    with pytest.raises(ConnectionError, match="Version mismatch: auto"), _cluster(None):
+        pass
 
 
 @pytest.fixture(scope="module")
