@@ -72,7 +72,6 @@ class Heartbeats:
 
     def _beat(self) -> None:
         """Count, and look whether the others do."""
-        checked = time.monotonic()
         for number in count():
             last = self._stopping.is_set()
             try:
@@ -82,15 +81,13 @@ class Heartbeats:
             self._answered.set()
             if last or self._closed:
                 break
-            now = time.monotonic()
-            if (
-                now - checked > self._timeout / 2
-            ):  # this process was suspended, as others may be yet
-                self._signs = [(value, now) for value, _ in self._signs]
-            elif lost := self._lost(self._timeout):
+            if lost := self._lost(self._timeout):
                 self._end(lost)
-            checked = now
+            before = time.monotonic()
             self._stopping.wait(self._interval)
+            now = time.monotonic()
+            if now - before > self._timeout / 2:  # suspended, as others were and may be yet
+                self._signs = [(value, now) for value, _ in self._signs]
         if not last and (lost := self._lost(self._timeout / 2)):
             self._end(lost)  # that's why the store's rank has ended, too
 
