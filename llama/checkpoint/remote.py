@@ -4,6 +4,7 @@ Web servers don't list their directories, so a checkpoint's files are tried ther
 """
 
 import contextlib
+import errno
 import hashlib
 import re
 from functools import cache
@@ -26,7 +27,8 @@ def local_path(path: str | Path) -> Path:
     A URL names a file, or a directory with a checkpoint or an adapter. Of hf://OWNER/NAME, with
     @REVISION and /PATH after it if need be, the copy is in huggingface_hub's cache; of any other it
     is in the folder `remote` of `cache_dir()`, and fetched anew only when sizes have changed. Of
-    several processes one fetches, the others wait for it. Offline, an earlier copy is used.
+    several processes one fetches, the others wait for it. Offline, and where the cache
+    can't be written, an earlier copy is used.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -41,17 +43,23 @@ def local_path(path: str | Path) -> Path:
     url = urlunsplit(parts._replace(path=parts.path.rstrip("/"), fragment=""))
     source = _source(url)
     folder = _cache_folder(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder) as waited:
-        record = folder / RECORD
-        cached = record.read_text() if record.exists() else None
-        if cached is None or not waited:  # else the process that was waited for has just looked
-            try:
-                cached = _update(source, url, folder)
-            except Unreachable as problem:
-                if cached is None:
-                    raise
-                say(f"{problem}; using the copy in {folder}")
+    record = folder / RECORD
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as waited:
+            cached = record.read_text() if record.exists() else None
+            if cached is None or not waited:  # else who was waited for has just looked
+                try:
+                    cached = _update(source, url, folder)
+                except Unreachable as problem:
+                    if cached is None:
+                        raise
+                    say(f"{problem}; using the copy in {folder}")
+    except OSError as problem:
+        if problem.errno not in (errno.EROFS, errno.EACCES) or not record.exists():
+            raise
+        say(f"{problem}; using the copy in {folder}")
+        cached = record.read_text()
     return folder / cached
 
 
@@ -87,9 +95,10 @@ def _update(source: Source, url: str, folder: Path) -> str:
     for stale in set(folder.iterdir()) - {folder / name for name in files}:
         if stale.suffix in {*FILE_SUFFIXES, ".part", ".version"}:
             stale.unlink()  # one shard too many would be taken for a part of the model
-    part = folder / f"{RECORD}.part"
-    part.write_text(file)
-    part.replace(record)
+    if not record.exists() or record.read_text() != file:
+        part = folder / f"{RECORD}.part"
+        part.write_text(file)
+        part.replace(record)
     return file
 
 

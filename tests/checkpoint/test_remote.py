@@ -1,5 +1,6 @@
 """Remote paths, against a web server on this machine that is a bucket and a hub, too."""
 
+import errno
 import os
 import re
 import shutil
@@ -291,6 +292,26 @@ def test_offline_the_cache_serves(server, tmp_path, capsys, how):
     assert local_path(f"{server.url}/m") == path
     said = capsys.readouterr().err
     assert f"cannot reach {server.url}/m" in said and f"using the copy in {path}" in said
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES])
+def test_a_cache_that_cannot_be_written_serves(server, monkeypatch, capsys, reason):
+    server.files["x.gguf"] = BIG
+    path = local_path(f"{server.url}/x.gguf")
+    record = path.parent / remote.RECORD
+    before = record.stat().st_ino
+    assert local_path(f"{server.url}/x.gguf") == path
+    assert record.stat().st_ino == before  # there was nothing to write
+
+    def refuse(lock, **_):
+        raise OSError(reason, os.strerror(reason), lock.lock_file)
+
+    monkeypatch.setattr(transfer.FileLock, "acquire", refuse)
+    assert local_path(f"{server.url}/x.gguf") == path and path.read_bytes() == BIG
+    assert f"{os.strerror(reason)}: " in capsys.readouterr().err
+    record.unlink()  # not complete
+    with pytest.raises(OSError, match=os.strerror(reason)):
+        local_path(f"{server.url}/x.gguf")
 
 
 def test_offline_an_incomplete_cache_does_not_serve(server, tmp_path):
