@@ -599,6 +599,20 @@ def test_strict_schemas_have_no_other_properties(bytewise):
     assert spells(bytewise, schema_format(parts, True), '{"k": 1, "j": 2}')
 
 
+def test_strict_schemas_leave_parts_that_belong_together_open(bytewise):
+    base = {"type": "object", "properties": {"k": DIGIT}, "required": ["k"]}
+    more = {"type": "object", "properties": {"j": DIGIT}, "required": ["j"]}
+    ref, defs = {"$ref": "#/$defs/b"}, {"$defs": {"b": base, "m": more}}
+    for schema in (
+        {"allOf": [ref, more], **defs}, {**base, "anyOf": [{"$ref": "#/$defs/m"}], **defs},
+        {**base, "anyOf": [more, {"properties": {"i": DIGIT}, "required": ["i"]}]},
+    ):  # fmt: skip
+        assert takes(bytewise, schema_format(schema, True), '{"k": 1, "j": 2}')
+    for schema in ({"allOf": [ref], **defs}, {"anyOf": [ref, more], **defs}):
+        assert takes(bytewise, schema_format(schema, True), '{"k": 1}')
+        assert not takes(bytewise, schema_format(schema, True), '{"k": 1, "x": 2}')
+
+
 def spells(structures, format_, text):
     constraint = make(structures, format_)
     ids = list(text.encode())
