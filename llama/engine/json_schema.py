@@ -39,6 +39,8 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         return plain_schema(value, where, base)
 
     copy = dict(schema)
+    if base != "#":  # references would be relative to it
+        copy.pop("$id", None)
     for key, value in schema.items():
         if key in _ONE:
             if isinstance(value, list):

@@ -536,6 +536,8 @@ NODE["self"] = NODE
         ({"type": "choice", "choice": []}, "a list of texts"),
         ({"type": "choice", "choice": "yes"}, "a list of texts"),
         ({"type": "choice", "choice": ["a", 1]}, "a list of texts"),
+        ({"type": "choice", "choice": ["a\x01b"]}, "control character"),
+        ({"type": "choice", "choice": ["\x7f"]}, "control character"),
         ({"type": "grammar", "grammar": "nonsense"}, "grammar: .*Expected"),
         ({"type": "grammar", "grammar": 'start: "a" b'}, "unknown name"),
         ({"type": "grammar", "grammar": "start: <|eot_id|>"}, "unknown special token"),
@@ -581,6 +583,12 @@ def test_keywords_that_would_not_be_kept_are_refused(bytewise, keyword):
     for schema in (inner, closed(a=inner), {"anyOf": [inner]}, {"$defs": {"d": inner}}):
         with pytest.raises(ValueError, match=f"{keyword}"):
             make(bytewise, schema_format(schema))
+
+
+def test_references_in_a_tools_schema_with_an_id_are_its_own(bytewise):
+    schema = closed(p={"$ref": "#/$defs/P"}) | {"$id": "https://x.org/s", "$defs": {"P": DIGIT}}
+    format_ = tool_call_format(split_tools([{"name": "f", "parameters": schema}])[0])
+    assert takes(bytewise, format_, '{"name": "f", "parameters": {"p": 1}}')
 
 
 def test_strict_schemas_have_no_other_properties(bytewise):
