@@ -1,7 +1,7 @@
 """JSON schemas in llguidance's keywords."""
 
 import json
-from typing import Any
+from typing import Any, Set
 
 # The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
 # Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
@@ -39,6 +39,8 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         return plain_schema(value, where, base)
 
     copy = dict(schema)
+    if base != "#":  # references would be relative to it
+        copy.pop("$id", None)
     for key, value in schema.items():
         if key in _ONE:
             if isinstance(value, list):
@@ -61,17 +63,43 @@ def closed_schema(schema: Any) -> Any:
 
     Parts of an object's schema, in allOf for example, don't know what the others name.
     """
+    return _closed(schema, _refs_of_parts(schema))
+
+
+def _closed(schema: Any, parts: Set[str]) -> Any:
+    """As `closed_schema`; definitions that are parts stay open."""
     if not isinstance(schema, dict):
         return schema
-    copy = dict(schema)
+    copy, lists = dict(schema), LISTS - {"allOf"}
+    if "properties" in schema:
+        lists = {"prefixItems"}
     for key, value in schema.items():
         if key in _ONE:
-            copy[key] = closed_schema(value)
-        elif key in LISTS - {"allOf"} and isinstance(value, list):
-            copy[key] = [closed_schema(one) for one in value]
+            copy[key] = _closed(value, parts)
+        elif key in lists and isinstance(value, list):
+            copy[key] = [_closed(one, parts) for one in value]
         elif key in _NAMED and isinstance(value, dict):
-            copy[key] = {name: closed_schema(one) for name, one in value.items()}
+            copy[key] = {
+                name: one if f"#/{key}/{name}" in parts else _closed(one, parts)
+                for name, one in value.items()
+            }
     is_object = schema.get("type") == "object" or "properties" in schema
     if is_object and not schema.keys() & (LISTS | {"$ref", "patternProperties"}):
         copy.setdefault("additionalProperties", False)
     return copy
+
+
+def _refs_of_parts(schema: Any) -> Set[str]:
+    """The references to what holds for an object together with other schemas."""
+    if not isinstance(schema, (dict, list)):
+        return set()
+    inner = schema.values() if isinstance(schema, dict) else schema
+    found = set().union(*map(_refs_of_parts, inner))
+    if isinstance(schema, dict):
+        own = "properties" in schema
+        lists = [schema.get(key) for key in ("allOf", "anyOf", "oneOf") if own or key == "allOf"]
+        parts = [one for list_ in lists if isinstance(list_, list) and (own or len(list_) > 1)
+                 for one in list_]  # fmt: skip
+        refs = [one.get("$ref") for one in [*parts, *[schema] * own] if isinstance(one, dict)]
+        found |= {ref for ref in refs if isinstance(ref, str)}
+    return found

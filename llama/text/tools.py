@@ -129,6 +129,8 @@ def _type_schema(hint: Any, where: str) -> Dict[str, Any]:
         return {"type": _TYPES[hint]}
     if isinstance(hint, type) and origin is None and issubclass(hint, enum.Enum):
         return _choices([member.value for member in hint], where)
+    if origin in (list, dict) and not inner:  # typing.List and typing.Dict
+        return {"type": _TYPES[origin]}
     if origin is typing.Literal:
         return _choices(list(inner), where)
     if origin is list:

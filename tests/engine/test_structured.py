@@ -536,6 +536,8 @@ NODE["self"] = NODE
         ({"type": "choice", "choice": []}, "a list of texts"),
         ({"type": "choice", "choice": "yes"}, "a list of texts"),
         ({"type": "choice", "choice": ["a", 1]}, "a list of texts"),
+        ({"type": "choice", "choice": ["a\x01b"]}, "control character"),
+        ({"type": "choice", "choice": ["\x7f"]}, "control character"),
         ({"type": "grammar", "grammar": "nonsense"}, "grammar: .*Expected"),
         ({"type": "grammar", "grammar": 'start: "a" b'}, "unknown name"),
         ({"type": "grammar", "grammar": "start: <|eot_id|>"}, "unknown special token"),
@@ -583,6 +585,12 @@ def test_keywords_that_would_not_be_kept_are_refused(bytewise, keyword):
             make(bytewise, schema_format(schema))
 
 
+def test_references_in_a_tools_schema_with_an_id_are_its_own(bytewise):
+    schema = closed(p={"$ref": "#/$defs/P"}) | {"$id": "https://x.org/s", "$defs": {"P": DIGIT}}
+    format_ = tool_call_format(split_tools([{"name": "f", "parameters": schema}])[0])
+    assert takes(bytewise, format_, '{"name": "f", "parameters": {"p": 1}}')
+
+
 def test_strict_schemas_have_no_other_properties(bytewise):
     opened = {"type": "object", "properties": {"k": DIGIT}}
     noted = {**opened, "additionalProperties": DIGIT}
@@ -597,6 +605,20 @@ def test_strict_schemas_have_no_other_properties(bytewise):
             assert spells(bytewise, schema_format(schema, True), text) == fits_strictly
     assert spells(bytewise, schema_format(noted, True), '{"k": 1, "x": 2}')
     assert spells(bytewise, schema_format(parts, True), '{"k": 1, "j": 2}')
+
+
+def test_strict_schemas_leave_parts_that_belong_together_open(bytewise):
+    base = {"type": "object", "properties": {"k": DIGIT}, "required": ["k"]}
+    more = {"type": "object", "properties": {"j": DIGIT}, "required": ["j"]}
+    ref, defs = {"$ref": "#/$defs/b"}, {"$defs": {"b": base, "m": more}}
+    for schema in (
+        {"allOf": [ref, more], **defs}, {**base, "anyOf": [{"$ref": "#/$defs/m"}], **defs},
+        {**base, "anyOf": [more, {"properties": {"i": DIGIT}, "required": ["i"]}]},
+    ):  # fmt: skip
+        assert takes(bytewise, schema_format(schema, True), '{"k": 1, "j": 2}')
+    for schema in ({"allOf": [ref], **defs}, {"anyOf": [ref, more], **defs}):
+        assert takes(bytewise, schema_format(schema, True), '{"k": 1}')
+        assert not takes(bytewise, schema_format(schema, True), '{"k": 1, "x": 2}')
 
 
 def spells(structures, format_, text):

@@ -129,6 +129,20 @@ FUNCTIONS = [weather, numbers, nested, unions, choices, nothing, one_section, Sh
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_schemas_of_functions_are_those_of_transformers(function):
     assert tool_schema(function) == get_json_schema(function)
+
+
+def test_bare_hints_of_typing_are_the_plain_types():
+    def function(a: List, b: Dict):
+        """Do something.
+
+        Args:
+            a: some
+            b: others
+        """
+
+    found = tool_schema(function)["function"]["parameters"]["properties"]
+    assert [found[key]["type"] for key in ("a", "b")] == ["array", "object"]
+    assert all(set(schema) == {"type", "description"} for schema in found.values())
     assert tool_schema(tool_schema(function)) == tool_schema(function)
     assert tool_schema(tool_schema(function)["function"]) == tool_schema(function)
 
