@@ -27,8 +27,8 @@ from llama.apps.load import percentiles
 from llama.apps.plan_options import PlanOptions
 from llama.engine.blocks import Blocks
 from llama.engine.engine import Engine
-from llama.engine.scheduler import Scheduler
 from llama.engine.simulation import Arrival, Cost, Timing, fit, simulate
+from llama.engine.steps import make_scheduler
 from llama.layers.paged import PAGE, blocks_for
 
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
@@ -60,7 +60,7 @@ def serve(engine: Engine, arrivals: Sequence[Arrival]) -> List[Timing]:
 
 def predict(cost: Cost, arrivals: Sequence[Arrival]) -> List[Timing]:
     blocks = Blocks(1 + blocks_for(CACHE), PAGE)
-    return simulate(Scheduler(blocks, max_tokens=STEP, max_rows=ROWS), arrivals, cost)
+    return simulate(make_scheduler(blocks, STEP, ROWS, "cpu"), arrivals, cost)
 
 
 def summary(timings: Sequence[Timing]) -> Dict[str, float]:

@@ -293,6 +293,16 @@ ERRORS = {
     "max_gen_len": (lambda x: x.generate([[1]], -1), "max_gen_len=-1 must be 0 or more"),
     "half a token": (lambda x: x.generate([[1]], 2.5), "max_gen_len=2.5 isn't a whole number"),
     "a word": (lambda x: x.generate([[1]], 4, temperature="hot"), "temperature=hot must be a num"),
+    "ids instead of prompts": (lambda x: x.generate([1] * 99, 4), "pass a list of such lists"),
+    "options misspelt": (
+        lambda x: x.text_completion(["a"], stopp=["b"], sead=3),
+        "unknown options: sead, stopp$",
+    ),
+    "parameters among the options": (
+        lambda x: x.stream_chat([[USER]], top_k=3, stopp=[], min_p=0.1),
+        r"options: min_p, stopp, top_k; pass params=SamplingParams\(min_p=..., top_k=...\)",
+    ),
+    "an engine's options": (lambda x: x.engine(1, 1, 9).add([1], 4, tempratur=1), ": tempratur"),
     "a text to embed": (lambda x: x.embed("hello"), "texts is one text: pass a list"),
     "no dialogs": (lambda x: x.chat_completion([]), "no prompts"),
     "an empty dialog": (lambda x: x.chat_completion([[USER], []]), "dialog 1 is empty"),

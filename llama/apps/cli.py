@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from functools import partial
 from typing import Annotated, Any, Callable, List, Literal, Optional, Sequence, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
 
 from llama._version import __version__
 
@@ -168,6 +168,12 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         raise ValueError(
             f"unexpected argument {word!r}: a text with spaces needs quotes; see llama {words[0]} "
             "--help"
+        ) from None
+    except MissingArgumentError as error:
+        if "--ray" not in words:
+            raise
+        raise ValueError(
+            f"{error} (--ray takes the next word: write it last, or --ray=HOST:PORT)"
         ) from None
     return partial(function, *bound.args, **bound.kwargs)
 

@@ -64,7 +64,7 @@ class Measured(NamedTuple):
     """A file that `llama plan --measure` wrote."""
 
     model: Dict[str, Any]  # its `identity`
-    weights: int  # bytes
+    work: Tuple[float, float]  # of a pass and of a token, see `work`
     kind: Kind
     passes: List[Tuple[Pass, float]]
 
@@ -74,7 +74,8 @@ class Measured(NamedTuple):
         try:
             found = json.loads(Path(path).read_text())
             passes = [(Pass(*map(int, one[:4])), float(one[4])) for one in found["passes"]]
-            return cls(found["model"], found["weights"], Kind(**found["kind"]), passes)
+            read, flops = map(float, found["work"])
+            return cls(found["model"], (read, flops), Kind(**found["kind"]), passes)
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             raise ValueError(
                 f"machine={path!r}: choose one of {', '.join(KINDS)}, or a file that "
@@ -86,7 +87,7 @@ class Measured(NamedTuple):
         """What the measured passes reached of this machine's figures."""
         cost = fit(self.passes)
         (_, one), *_, (n, before), (m, last) = cost.points
-        read, flops = work(ModelArgs(**self.model["args"]), self.weights)
+        read, flops = self.work
         products = flops * (m - n) / (last - before)
         return Efficiency(read / one / self.kind.bandwidth, products / self.kind.flops, cost.row)
 
@@ -112,10 +113,11 @@ def stored(
 
 
 def identity(args: ModelArgs, options: PlanOptions, quantize: Optional[str]) -> Dict[str, Any]:
-    """What models have in common whose passes take as long."""
+    """What models have in common whose passes take as long, as JSON has it."""
     shape = asdict(replace(args, max_seq_len=1, max_batch_size=1))
     how = {"dtype": options.dtype, "quantize": quantize, "kv_cache": options.kv_cache}
-    return {"args": shape, **how}
+    found: Dict[str, Any] = json.loads(json.dumps({"args": shape, **how}))
+    return found
 
 
 def work(args: ModelArgs, weights: int) -> Tuple[float, float]:

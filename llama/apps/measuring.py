@@ -9,7 +9,7 @@ from typing import Any, Callable, List, Sequence, Tuple
 import psutil
 import torch
 
-from llama.apps.machines import Kind, identity, opened, stored
+from llama.apps.machines import Kind, identity, opened, stored, work
 from llama.apps.plan_options import PlanOptions
 from llama.backends import memory
 from llama.engine.blocks import Blocks
@@ -122,7 +122,7 @@ def write(options: PlanOptions, path: Path) -> str:
     write_json(
         path,
         {
-            "model": identity(args, options, kind), "weights": need.weights,
+            "model": identity(args, options, kind), "work": work(args, need.weights),
             "kind": here._asdict(), "passes": [[*made, seconds] for made, seconds in timed],
         },
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """What `llama plan` is asked."""
 
 from dataclasses import KW_ONLY, dataclass
+from math import isfinite
 from typing import Literal, Optional
 
 
@@ -70,8 +71,8 @@ class PlanOptions:
                 raise ValueError(f"{name}={value} must be at least {least}")
         for name in ("rate", "per_day", "first", "between", "network"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be more than 0")
+            if value is not None and not (value > 0 and isfinite(value)):
+                raise ValueError(f"{name}={value} must be more than 0, and finite")
         if not 1 <= self.peak <= 2:
             raise ValueError(f"peak={self.peak} must be between 1 and 2")
         needed = self.shared + self.prompt + self.answer

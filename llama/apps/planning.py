@@ -24,6 +24,7 @@ from llama.backends import memory
 from llama.engine.blocks import Blocks
 from llama.engine.scheduler import Scheduler
 from llama.engine.simulation import Arrival, Cost, fit, simulate
+from llama.engine.steps import make_scheduler
 from llama.layers.paged import PAGE
 from llama.layers.parallel import pick_dtype
 from llama.model import ModelArgs
@@ -40,6 +41,7 @@ ALTERNATIVES = 3
 class Replica:
     """A copy of a model on some devices."""
 
+    device: str  # its type
     tensor: int
     weights: int  # bytes on each device
     cache: int  # bytes on each device
@@ -49,7 +51,8 @@ class Replica:
 
     def scheduler(self, options: PlanOptions) -> Scheduler:
         blocks = Blocks(1 + self.cache_tokens // PAGE, PAGE)
-        return Scheduler(blocks, max_tokens=options.max_tokens_per_step, max_rows=options.max_rows)
+        tokens, rows = options.max_tokens_per_step, options.max_rows
+        return make_scheduler(blocks, tokens, rows, self.device)
 
 
 def replicas(options: PlanOptions) -> Tuple[Kind, ModelArgs, List[Replica]]:
@@ -84,7 +87,8 @@ def replicas(options: PlanOptions) -> Tuple[Kind, ModelArgs, List[Replica]]:
             kind, args, tensor, need.weights, position, dtype.itemsize, reached,
             options.network / 8e-9,
         )  # fmt: skip
-        found.append(Replica(tensor, need.weights, int(tokens * position), tokens, cost, fitted))
+        cache = int(tokens * position)
+        found.append(Replica(kind.device, tensor, need.weights, cache, tokens, cost, fitted))
     if not found:
         raise ValueError(
             f"{options.model} fits no split: of {tensor} devices each needs weights of "

@@ -163,8 +163,14 @@ def stream_beams(
         ValueError: prompts that the model can't take, too many of them, and what `Search` raises.
     """
     tokenizer, args = engine.tokenizer, engine.model.params
-    check_batch(args, len(prompts), 1)
+    check_batch(args, prompts, 1)
     check(engine.model, prompts, max_gen_len, 1)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == args.max_seq_len:
+            raise ValueError(
+                f"prompt {row} fills the context, {args.max_seq_len} tokens: shorten it, or build "
+                "with a larger max_seq_len"
+            )
     lengths = [min(max_gen_len, args.max_seq_len - len(prompt)) for prompt in prompts]
     searches = [
         Search(prompt, length, num_beams, stop_tokens=tokenizer.stop_tokens, **how)

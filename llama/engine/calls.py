@@ -63,7 +63,7 @@ class Calls:
     ) -> Request:
         """`Engine.make_all`, for a call; max_gen_len None fills the context."""
         args = self._model.params
-        check_batch(args, len(prompts), options.get("n", 1))
+        check_batch(args, prompts, options.get("n", 1))
         params = options.get("params")
         engine = self.guided if params and params.guidance_scale != 1 else self.plain
         length = args.max_seq_len if max_gen_len is None else max_gen_len

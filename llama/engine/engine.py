@@ -16,11 +16,10 @@ from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event, Speculation
 from llama.engine.requests import Part, Reading, Request, Stats
 from llama.engine.rows import Options, constrain, make_rows
-from llama.engine.scheduler import Scheduler
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.seeing import laid_out
 from llama.engine.speculative import Speculators
-from llama.engine.steps import compute
+from llama.engine.steps import compute, make_scheduler
 from llama.engine.structured import GrammarCompiler
 from llama.engine.tokens import FAILS, STOPS, draw, propose
 from llama.layers.paged import PAGE, blocks_for
@@ -60,7 +59,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
         self.pool = model.new_cache(1 + blocks.total, PAGE)
-        self.scheduler = Scheduler(blocks, max_tokens=max_tokens_per_step, max_rows=max_rows)
+        device = self.pool.k.device.type
+        self.scheduler = make_scheduler(blocks, max_tokens_per_step, max_rows, device)
         self.speculators = Speculators(draft, blocks.total)
         self.images = Images(model)
         self._parts: Dict[Scheduled, Part] = {}

@@ -5,7 +5,7 @@ torch isn't imported, so that `llama --help` needn't wait for it.
 
 import math
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Callable, Collection, List, Mapping, Optional, Sequence
 
 if TYPE_CHECKING:
@@ -81,8 +81,12 @@ class SamplingParams:
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)} must {range_}")
 
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+        penalties = "repetition_penalty", "presence_penalty", "frequency_penalty"
+        for name in ("temperature", "top_p", "min_p", "typical_p", "guidance_scale", *penalties):
             check(name, isinstance(getattr(self, name), Real), "be a number")
+        for name in ("top_k", "no_repeat_ngram_size", "min_tokens"):
+            check(name, isinstance(getattr(self, name), Integral), "be a whole number")
+            check(name, getattr(self, name) >= 0, "be 0 (off) or more")
         check("temperature", 0 <= self.temperature < math.inf, "be 0 (greedy) or more")
         for name in ("top_p", "min_p"):
             check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
@@ -93,8 +97,6 @@ class SamplingParams:
             raise ValueError("negative_prompt is empty: it takes at least one token")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, math.isfinite(getattr(self, name)), "be a finite number")
-        for name in ("top_k", "no_repeat_ngram_size", "min_tokens"):
-            check(name, getattr(self, name) >= 0, "be 0 (off) or more")
 
 
 _ARGMAX = SamplingParams(temperature=0.0, top_p=1.0)

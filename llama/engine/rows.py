@@ -70,8 +70,8 @@ class ChatOptions(Options, total=False):
         of a tool, constrains the answer to one call that fits its schema.
     parallel_tool_calls: with such a tool_choice, the answer may also be a list of calls.
     truncate: "oldest_turns" drops the oldest turns of a dialog until it fits into the context with
-        max_gen_len tokens of answer (by default a quarter of the context); the system message
-        stays. By default a dialog longer than the context is an error.
+        max_gen_len tokens of answer (a quarter of the context if that is None, or no less than the
+        context); system messages stay. By default a dialog longer than the context is an error.
     continue_final_message: the last message is the assistant's, and is continued: the generation is
         what follows its content.
     template_kwargs: further variables of the checkpoint's chat template, of JSON types.
@@ -136,14 +136,16 @@ class Row:
         self.decoder: StreamDecoder = tokenizer.stream()
 
 
-def check_batch(args: ModelArgs, prompts: int, n: int) -> None:
-    """Raises ValueError for no prompts, and for more rows than a call may have."""
-    if not prompts:
+def check_batch(args: ModelArgs, prompts: Sequence[Sequence[int]], n: int) -> None:
+    """Raises ValueError for no prompts, ids in their place, and more rows than a call may have."""
+    if not len(prompts):
         raise ValueError("no prompts: pass at least one")
-    if prompts * n > args.max_batch_size:
+    if isinstance(prompts[0], Integral):
+        raise ValueError("prompts is one list of token ids: pass a list of such lists")
+    if len(prompts) * n > args.max_batch_size:
         samples = f" of {n} samples" if n > 1 else ""
         raise ValueError(
-            f"{prompts} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
+            f"{len(prompts)} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
             "pass fewer at a time, or build with a larger max_batch_size"
         )
 
@@ -166,6 +168,15 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
                 f"{params.max_seq_len}: shorten it, or build with a larger max_seq_len"
             )
     check_ids(prompts, max(params.vocab_size, model_image_id(model) + 1))
+
+
+def check_options(options: Options) -> None:
+    """Raises ValueError for options that don't exist."""
+    unknown = sorted(options.keys() - Options.__optional_keys__)
+    fields = [f"{name}=..." for name in unknown if name in SamplingParams.__dataclass_fields__]
+    if unknown:
+        way_out = f"; pass params=SamplingParams({', '.join(fields)})" if fields else ""
+        raise ValueError(f"unknown options: {', '.join(unknown)}{way_out}")
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
@@ -228,9 +239,10 @@ def make_rows(
     """The rows of a call, n for each prompt; seeds come from the generator unless given.
 
     Raises:
-        ValueError: what `check` and `check_params` raise, a wrong number of seeds or adapters, an
-            unknown adapter.
+        ValueError: what `check`, `check_options` and `check_params` raise, a wrong number of seeds
+            or adapters, an unknown adapter.
     """
+    check_options(options)
     n, seed = options.get("n", 1), options.get("seed")
     check(model, prompts, max_gen_len, n)
     top, most = options.get("top_logprobs", 0), model.params.vocab_size

@@ -5,24 +5,21 @@ and a pass computes some of them, at most `max_tokens` of all sequences together
 one token, a prompt is many, in chunks; draft tokens are verified as a prompt's are computed.
 
 Running sequences that decode come first, then running ones that are still being prefilled, then
-waiting ones. Beside some that decode, prompts get a quarter of a pass: what it computes for a
-prompt is what the readers of the others wait for. Otherwise the order is that of arrival, where a
-level of priority is worth `PATIENCE` steps: only requests that come within that time can overtake,
-so none waits for ever. When the cache is full, the last sequence in this order is preempted: it
-gives its blocks back, and is computed again later.
+waiting ones. Prompts may get less of a pass beside some that decode, whose readers wait for all of
+it. Otherwise the order is that of arrival, where a level of priority is worth `PATIENCE` steps:
+only requests that come within that time can overtake, so none waits for ever. When the cache is
+full, the last sequence in this order is preempted: its blocks are freed and computed again later.
 
 Nothing here depends on torch or on the time of day.
 """
 
 import bisect
-import math
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from llama.engine.blocks import Blocks, Node
 from llama.layers.ids import common_length
 
 PATIENCE = 100  # steps
-SHARE = 1 / 4  # of a pass: what prompts get beside sequences that decode
 HELD = 32  # tokens that another sequence is about to compute, worth waiting for
 
 
@@ -82,14 +79,18 @@ class Scheduler:
         blocks: of the cache.
         max_tokens: of a pass.
         max_rows: sequences that run at once.
+        max_prefill: of a pass, tokens of prompts beside sequences that decode; None: any number.
 
     Attributes:
         computed, queried, reused, preemptions: tokens planned, tokens looked up and found in the
             cache, and times that a sequence lost its blocks, so far.
     """
 
-    def __init__(self, blocks: Blocks, *, max_tokens: int, max_rows: int):
+    def __init__(
+        self, blocks: Blocks, *, max_tokens: int, max_rows: int, max_prefill: Optional[int] = None
+    ):
         self.blocks, self.max_tokens, self.max_rows = blocks, max_tokens, max_rows
+        self.max_prefill = max_tokens if max_prefill is None else max_prefill
         self.waiting: List[Sequence] = []
         self.running: List[Sequence] = []
         self.computed = self.queried = self.reused = self.preemptions = 0
@@ -146,7 +147,7 @@ class Scheduler:
         self._step += 1
         plan, budget = Plan({}, [], []), self.max_tokens
         if decoding := sum(sequence.remaining == 1 for sequence in self.running):
-            budget = min(budget, decoding + math.ceil(SHARE * budget))
+            budget = min(budget, decoding + self.max_prefill)
         self.running.sort(key=lambda s: s.place)
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
             n = min(sequence.remaining, budget)

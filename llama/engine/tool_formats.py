@@ -67,10 +67,9 @@ def tool_call_format(schemas: Sequence[Dict[str, Any]], parallel: bool = False) 
 
 
 # How replies begin in which `ToolCallStream` looks for calls without tags, and the tags within
-# text. An escaped key may be any.
-_KEY = r'"(name|parameters|arguments|function|type|id|[^"]*\\)'
-_OBJECT = rf"\{{\s*{_KEY}"
-_BEGIN = rf"\s*({_OBJECT}|\[\s*({_OBJECT}|\w+\()|\w+\.call\(|<\|python_(tag|start)\|>)"
+# text. A call has a name, beside any other keys in any order; an escaped key may be it.
+_OBJECT = r'(\[\s*)?\{(?s:.)*("name"|\\u)'
+_BEGIN = rf"\s*({_OBJECT}|\[\s*\w+\(|\w+\.call\(|<\|python_(tag|start)\|>)"
 _TAGS = r"<function=|\[TOOL_CALLS\]"
 
 

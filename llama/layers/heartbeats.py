@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COLLECTIVES = os.path.join("torch", "distributed", "")
+BEATS = 20  # of a timeout
 START = 5  # timeouts that all ranks have for starting, which takes some of them longer
 ENDED = "ended"  # the last sign of a rank that has come to its end by itself
 
@@ -36,7 +37,7 @@ class Heartbeats:
     def __init__(self, store: dist.Store, place: str, rank: int, world: int, timeout: float):
         self._store = store.clone()  # type: ignore[attr-defined]  # another thread may wait in it
         self._place, self._rank, self._timeout = place, rank, timeout
-        self._interval = timeout / 20
+        self._interval = timeout / BEATS
         self._keys = [f"sign of life of rank {i}" for i in range(world)]
         self._signs = [(b"", time.monotonic())] * world  # the last ones, and since when
         self._closed: Optional[float] = None  # when the store was found to be
@@ -75,6 +76,7 @@ class Heartbeats:
 
     def _beat(self) -> None:
         """Count, and look whether the others do."""
+        checked = time.monotonic()
         for number in count():
             last = self._stopping.is_set()
             try:
@@ -84,8 +86,14 @@ class Heartbeats:
             self._answered.set()
             if last or self._closed:
                 break
-            if lost := self._lost(self._timeout):
+            now = time.monotonic()
+            if (
+                now - checked > self._timeout / 2
+            ):  # this process was suspended, as others may be yet
+                self._signs = [(value, now) for value, _ in self._signs]
+            elif lost := self._lost(self._timeout):
                 self._end(lost)
+            checked = now
             self._stopping.wait(self._interval)
         if not last and (lost := self._lost(self._timeout / 2)):
             self._end(lost)  # that's why the store's rank has ended, too
@@ -101,8 +109,12 @@ class Heartbeats:
             self._end(f"ranks {', '.join(map(str, late))} have not started after {waited:.0f} s")
 
     def _watch(self) -> None:
-        """The store's machine may be the one that is cut off; then `_beat` waits in it."""
-        while self._answered.wait(self._timeout):
+        """The store's machine may be the one that is cut off; then `_beat` waits in it.
+
+        Short waits are counted, so that none passes while this process is suspended."""
+        waits = 0
+        while waits < BEATS:
+            waits = 0 if self._answered.wait(self._interval) else waits + 1
             self._answered.clear()
             if self._stopping.is_set():
                 return

@@ -7,6 +7,7 @@ the end is asked for once more.
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from llama.server.settings import Settings
 
 ROWS = 32  # of a block
 CALLS = 6  # blocks that an engine answers at once: more rows than run, so that all of them do
+PATHS = ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir", "adapter_dir")  # of `Llama.build`
 BEGINNING = 256  # characters of a prompt that requests share which belong together
 
 
@@ -69,9 +71,7 @@ def answers(
         ConnectionError: no cluster there.
         OSError: no engine answers.
     """
-    options = {name: _absolute(value) for name, value in options.items()}
-    adapters = [f"{name}={_absolute(path)}" for name, path in settings.adapters.items()]
-    settings = replace(settings, adapter=adapters)
+    options, settings = absolute(options, settings)
     with _cluster(address) as ray:
         left = {request.number: request for request in requests}
         while left:
@@ -144,10 +144,15 @@ def blocks(requests: Sequence[Request], size: int) -> Iterator[List[Request]]:
         yield block
 
 
-def _absolute(value: Any) -> Any:
-    """A path of this machine for processes with other working directories."""
-    local = isinstance(value, (str, Path)) and Path(value).exists()
-    return str(Path(value).absolute()) if local else value
+def absolute(options: Mapping[str, Any], settings: Settings) -> Tuple[Dict[str, Any], Settings]:
+    """With paths of this machine for processes with other working directories."""
+
+    def path(value: Any) -> Any:
+        return str(Path(value).absolute()) if value and Path(value).exists() else value
+
+    adapters = [f"{name}={path(value)}" for name, value in settings.adapters.items()]
+    paths = {name: path(options[name]) for name in PATHS if name in options}
+    return {**options, **paths}, replace(settings, adapter=adapters)
 
 
 def _pool(
@@ -161,7 +166,28 @@ def _pool(
     if not have:
         raise ValueError("the cluster has neither GPUs nor CPUs")
     each = cpus or max(1, min(have) // ceil((engines or 1) / len(have)))
-    return engines or max(1, sum(int(cpu // each) for cpu in have)), {"num_cpus": each}
+    if each > max(have):
+        raise ValueError(f"cpus={each:g} of an engine: the largest machine has {max(have):g}")
+    room = sum(int(cpu // each) for cpu in have) if cpus else len(have)
+    return engines or room, {"num_cpus": each}
+
+
+def connect(address: Optional[str], **options: Any) -> None:
+    """`ray.init`, which waits for long if nobody answers.
+
+    Raises:
+        ConnectionError: no cluster there, or one of another version.
+    """
+    import ray
+
+    host, _, port = (address or "").rpartition(":")
+    try:
+        if port.isdigit():
+            name = host.rpartition("/")[2].strip("[]")
+            socket.create_connection((name, int(port)), timeout=10).close()
+        ray.init(address, **options)
+    except (OSError, OverflowError, RuntimeError) as error:
+        raise ConnectionError(f"no cluster at ray={address}: {error}") from error
 
 
 @contextmanager
@@ -182,9 +208,9 @@ def _cluster(address: Optional[str]) -> Iterator[Any]:
     try:
         try:
             if address != "local":
-                ray.init(address or "auto", **quiet)
-        except ConnectionError:
-            if address:
+                connect(address or "auto", **quiet)
+        except ConnectionError as error:
+            if address or isinstance(error.__cause__, RuntimeError):
                 raise
         if not ray.is_initialized():
             ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

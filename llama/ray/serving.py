@@ -6,7 +6,6 @@ back the same way, piece by piece. What leaves, ends, or dies on this way is tol
 """
 
 import asyncio
-import os
 import re
 import signal
 import threading
@@ -22,6 +21,7 @@ from ray.serve import Application
 from starlette.types import Message, Scope
 
 from llama.backends.options import ModelOptions
+from llama.ray.bulk import absolute, connect
 from llama.ray.ingress import Ingress, Whole
 from llama.ray.routing import PrefixRouter
 from llama.server.app import make_app
@@ -131,7 +131,7 @@ def deploy(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -
     application = _bind(options, settings, replicas)
     if not ray.is_initialized():
         local: Dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200_000_000}
-        ray.init(address=replicas.ray or "auto", **(local if replicas.ray == "local" else {}))
+        connect(replicas.ray or "auto", **(local if replicas.ray == "local" else {}))
     http = {"host": settings.host, "port": settings.port}
     ray.serve.start(proxy_location="EveryNode", http_options=http)
     try:
@@ -176,8 +176,7 @@ def _options(args: Mapping[str, Any]) -> Tuple[Mapping[str, Any], Settings, Repl
 
 
 def _bind(options: Mapping[str, Any], settings: Settings, replicas: Replicas) -> Application:
-    path = str(options["ckpt_dir"])
-    options = {**options, "ckpt_dir": os.path.abspath(path) if Path(path).exists() else path}
+    options, settings = absolute(options, settings)
     number: Dict[str, Any] = {"num_replicas": replicas.replicas}
     if replicas.max_replicas is not None:
         number = {

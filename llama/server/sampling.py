@@ -35,7 +35,7 @@ def options_of(body: Generation, tokenizer: Tokenizer) -> Dict[str, Any]:
                 )  # fmt: skip
             bias[int(name)] = value
     options: Dict[str, Any] = {"params": SamplingParams(**given), "n": _count(body)}
-    for name in ("seed", "min_tokens", "cache_prompt", "priority"):
+    for name in ("seed", "cache_prompt", "priority"):
         if getattr(body, name) is not None:
             options[name] = getattr(body, name)
     if body.seed is not None and not -(1 << 63) <= body.seed < 1 << 63:

@@ -31,15 +31,16 @@ def encode_dialogs(
 
     if truncate is None:
         return [encode(dialog) for dialog in dialogs], [[] for _ in dialogs]
-    limit = context - (context // 4 if max_gen_len is None else max_gen_len)
-    fitted = [oldest_turns_out(dialog, encode, limit) for dialog in dialogs]
+    if max_gen_len is None or max_gen_len >= context:  # the answer ends where the context does
+        max_gen_len = context // 4
+    fitted = [oldest_turns_out(dialog, encode, context - max_gen_len) for dialog in dialogs]
     return [ids for ids, _ in fitted], [left_out for _, left_out in fitted]
 
 
 def without(dialog: Dialog, dropped: Sequence[Message]) -> List[Message]:
     """What is left of a dialog from which `oldest_turns_out` has dropped messages."""
-    start = int(dialog[0]["role"] == "system")
-    return [*dialog[:start], *dialog[start + len(dropped) :]]
+    said = [i for i, message in enumerate(dialog) if message["role"] != "system"]
+    return [message for i, message in enumerate(dialog) if i not in said[: len(dropped)]]
 
 
 def oldest_turns_out(
@@ -47,25 +48,27 @@ def oldest_turns_out(
 ) -> Tuple[List[int], List[Message]]:
     """Drop a dialog's oldest turns until it has at most `limit` tokens.
 
-    A turn is a user's message and all messages up to the next user's. The system message and the
-    last turn are always kept.
+    A turn is a user's message and all messages up to the next user's. System messages and the last
+    turn are always kept.
 
     Returns:
         The ids, and the messages dropped.
 
     Raises:
-        ValueError: the system message and the last turn don't fit.
+        ValueError: system messages and the last turn don't fit.
     """
-    kept, dropped = list(dialog), []
-    start = int(kept[0]["role"] == "system")
+    kept = list(dialog)
+    dropped: List[Message] = []
     while len(ids := encode(kept)) > limit:
-        turns = [i for i, message in enumerate(kept) if i > start and message["role"] == "user"]
+        said = [i for i, message in enumerate(kept) if message["role"] != "system"]
+        turns = [i for i in said[1:] if kept[i]["role"] == "user"]
         if not turns:
             raise ValueError(
-                f"the last turn and the system message take {len(ids)} tokens, and the limit "
+                f"the last turn and system messages take {len(ids)} tokens, and the limit "
                 f"is {limit}: shorten them, ask for a shorter answer (max_gen_len), or build with "
                 "a larger max_seq_len"
             )
-        dropped += kept[start : turns[0]]
-        del kept[start : turns[0]]
+        oldest = [kept[i] for i in said if i < turns[0]]
+        kept = without(kept, oldest)
+        dropped += oldest
     return ids, dropped

@@ -144,19 +144,26 @@ class TemplateFormat:
         if self._special.search(json.dumps(kwargs, ensure_ascii=False)):
             kwargs = {key: _harmless(value) for key, value in kwargs.items()}
         harmless.update(kwargs)
+        called = [
+            call["function"] for m in harmless["messages"] for call in m.get("tool_calls", ())
+        ]
+        called = [function for function in called if function["name"] not in BUILTINS]
+        for function in called:
+            function["name"] = self._nonce
         for one in (given, harmless):
             one["add_generation_prompt"] = options.begins_answer
             if options.continue_final_message:
                 one["messages"][-1]["content"] += self._open
+        plain = self._render(self._plain, harmless)
         ids = self._encode(self._render(self._marked, given))
-        whole = self.tokenizer.encode(
-            self._render(self._plain, harmless), bos=False, eos=False, allowed_special="all"
-        )
+        whole = self.tokenizer.encode(plain, bos=False, eos=False, allowed_special="all")
         if self._encode(self._render(self._marked, harmless)) != whole:
             raise ValueError(
                 "the checkpoint's chat template puts control tokens together as it runs, which "
                 "can't be told from a user who types them; such templates aren't supported"
             )
+        if plain.count(self._nonce) < len(called):  # it writes calls beside some contents only
+            return self.encode_dialog_prompt(tools_as_text(dialog, None), tools, options)
         return self._with_images(ids, len(image_sources(dialog)))
 
     def _with_images(self, ids: List[int], images: int) -> List[int]:

@@ -98,7 +98,8 @@ class ToolCallStream(Scanner):
     rest of the reply is text.
 
     Args:
-        make_id: makes the id of a call that has none before its arguments.
+        make_id: makes the id of a call that has none before its arguments. By default it has nine
+            letters and digits, as Mistral's templates ask of ids.
 
     Attributes:
         calls: the complete calls, as `parse_tool_calls` returns them.
@@ -109,7 +110,7 @@ class ToolCallStream(Scanner):
         self,
         tools: Sequence[Tool],
         *,
-        make_id: Callable[[], str] = lambda: f"call_{secrets.token_hex(12)}",
+        make_id: Callable[[], str] = lambda: secrets.token_hex(5)[:9],
     ):
         super().__init__()
         schemas, _ = split_tools(tools)

@@ -186,6 +186,10 @@ USAGE = {  # exit code 2
     "command": ("complet c", 'Unknown command "complet". Did you mean "complete"?'),
     "no checkpoint": ("complete", "requires an argument"),
     "no value": ("complete c --seed", "--seed requires an argument"),
+    "ray": (
+        "batch --ray in.jsonl out.jsonl",
+        "argument. (--ray takes the next word: write it last",
+    ),
     "choice": ("complete c --quantize int9", 'Choose from: "int8", "int4"'),
     "format": ("convert a b --to onnx", 'Choose from: "meta", "hf", "gguf"'),
     "number": ("complete c --seed x", 'unable to convert "x" into int'),

@@ -9,6 +9,7 @@ from conftest import ROOT
 from llama.apps import cli, machines, measuring, planning
 from llama.apps.plan_options import PlanOptions
 from llama.engine.simulation import Pass
+from llama.families.variants import VariantArgs
 
 SMALL = PlanOptions("8b", requests=60, max_rows=16, prompt=200, answer=30, max_seq_len=2048)
 
@@ -130,6 +131,22 @@ def test_measured_here_and_planned_for(tiny_dir, tmp_path, monkeypatch, capsys):
     assert "Estimated" in capsys.readouterr().out
 
 
+def test_measurements_of_a_model_whose_shape_has_tuples(tmp_path, monkeypatch):
+    """SmolLM3's, of which JSON makes lists: they fit it, and say what others take."""
+    args = VariantArgs(**{**vars(machines.SHAPES["1b"]), "no_rope_layers": (3, 7)})
+    monkeypatch.setitem(machines.SHAPES, "odd", args)
+    path = tmp_path / "here.json"
+    options = replace(SMALL, model="odd", machine=str(path))
+    passes = [[1, n, n, n, 0.1 * n] for n in (1, 2, 4, 8)]
+    written = {
+        "model": machines.identity(args, options, None), "work": machines.work(args, 10**9),
+        "kind": machines.KINDS["xeon"]._asdict(), "passes": passes,
+    }  # fmt: skip
+    path.write_text(json.dumps(written))
+    for model, fitted in (("odd", True), ("3b", False)):
+        assert planning.replicas(replace(options, model=model))[2][0].fitted == fitted
+
+
 MISTAKES = {
     "machine": ("8b --machine b52", "machine='b52': choose one of h100, h200, "),
     "no measurements": ("8b --machine LICENSE", "machine='LICENSE': choose one of"),
@@ -155,6 +172,8 @@ def test_mistakes_are_one_line(mistake, monkeypatch, capsys):
 def test_values_out_of_range_are_named():
     for words, message in (
         (["--rate", "0"], "rate=0.0 must be more than 0"),
+        (["--rate", "inf"], "rate=inf must be more than 0, and finite"),
+        (["--per-day", "nan"], "per_day=nan must be more than 0, and finite"),
         (["--peak", "3"], "peak=3.0 must be between 1 and 2"),
         (["--replicas", "0"], "replicas=0 must be at least 1"),
         (["--prompt", "9000"], "are 9129 tokens, and max_seq_len=8192"),

@@ -87,6 +87,9 @@ def test_beam_search_of_texts(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             tiny.beam_search(["ab"], **options)
+    start = len(tiny.tokenizer.encode("", bos=tiny.tokenizer.add_bos, eos=False))
+    with pytest.raises(ValueError, match="prompt 1 fills the context, 128 tokens"):
+        tiny.beam_search(["a", "x" * (128 - start)], 2, 5)
 
 
 def test_prompts_are_searched_together_and_streamed(tiny):

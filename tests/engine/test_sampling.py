@@ -257,7 +257,9 @@ def test_all_together_equal_transformers_chain():
     "wrong",
     [{"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 1.5},
      {"top_k": -1}, {"min_p": 2}, {"typical_p": 0}, {"repetition_penalty": 0},
-     {"presence_penalty": math.inf}, {"no_repeat_ngram_size": -2}],
+     {"presence_penalty": math.inf}, {"no_repeat_ngram_size": -2},
+     {"presence_penalty": "1"}, {"frequency_penalty": None}, {"guidance_scale": "2"},
+     {"top_k": 1.5}, {"top_k": "5"}, {"min_tokens": 2.0}, {"no_repeat_ngram_size": None}],
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range_are_named(wrong):

@@ -75,9 +75,10 @@ requests = st.lists(
 
 
 @settings(max_examples=200)
-@given(requests, st.integers(8, 20), st.integers(1, 64), st.integers(1, 6))
-def test_any_schedule_ends_with_each_row_as_alone(requests, blocks, max_tokens, max_rows):
-    scheduler = Scheduler(Blocks(blocks + 1, SIZE), max_tokens=max_tokens, max_rows=max_rows)
+@given(requests, st.integers(8, 20), st.integers(1, 64), st.integers(1, 6), st.integers(1, 64))
+def test_any_schedule_ends_with_each_row_as_alone(requests, blocks, max_tokens, max_rows, limit):
+    sizes = dict(max_tokens=max_tokens, max_rows=max_rows, max_prefill=limit)
+    scheduler = Scheduler(Blocks(blocks + 1, SIZE), **sizes)
     cache, expected, alive, finished = Cache(scheduler), {}, {}, []
     todo = list(requests)
     step = wait = 0
@@ -117,8 +118,9 @@ def drain(scheduler, cache):
     return passes
 
 
-def make(blocks=64, max_tokens=16, max_rows=8):
-    scheduler = Scheduler(Blocks(blocks + 1, SIZE), max_tokens=max_tokens, max_rows=max_rows)
+def make(blocks=64, max_tokens=16, max_rows=8, **limit):
+    sizes = dict(max_tokens=max_tokens, max_rows=max_rows, **limit)
+    scheduler = Scheduler(Blocks(blocks + 1, SIZE), **sizes)
     return scheduler, Cache(scheduler)
 
 
@@ -133,7 +135,7 @@ def test_a_common_prefix_is_computed_once_even_if_all_come_together():
 
 
 def test_a_long_prompt_neither_stops_others_nor_waits_for_them():
-    scheduler, cache = make(blocks=200, max_tokens=20, max_rows=4)
+    scheduler, cache = make(blocks=200, max_tokens=20, max_rows=4, max_prefill=5)
     short = [Sequence([i], 100) for i in range(3)]
     for sequence in short:
         scheduler.add(sequence)
@@ -146,7 +148,7 @@ def test_a_long_prompt_neither_stops_others_nor_waits_for_them():
         assert all(plan.counts[s] == 1 for s in short)  # each of them gets its token
         cache.generate(plan)
         steps += 1
-    assert steps == 100 // 5  # a quarter of each pass
+    assert steps == 100 // 5  # of each pass
     other = Sequence(list(range(200, 220)), 21)  # and all of a pass where none decodes
     for sequence in (*short, long):
         if sequence in scheduler.running:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,8 +19,9 @@ from served import add_node, wait_for
 import llama
 from llama import Llama
 from llama.apps import cli
-from llama.ray.bulk import BEGINNING, blocks
+from llama.ray.bulk import BEGINNING, _cluster, _pool, absolute, blocks, connect
 from llama.server.offline import Request, beginning
+from llama.server.settings import Settings
 
 CPU = ["--device=cpu", "--dtype=fp32", "--max-seq-len=128"]
 
@@ -38,6 +40,47 @@ def test_what_begins_alike_is_in_one_block():
             for name in range(5):
                 wanted = {*range(each * name, each * name + each)}
                 assert sum(bool(wanted & {r.number for r in block}) for block in found) == 1
+
+
+def test_an_engine_for_each_machine():
+    machines = [{"CPU": 4.0}, {"CPU": 64.0}]
+    assert _pool(machines, None, None) == (2, {"num_cpus": 4})
+    assert _pool(machines, 4, None) == (4, {"num_cpus": 2})
+    assert _pool(machines, None, 4) == (17, {"num_cpus": 4})
+    with pytest.raises(ValueError, match="cpus=65 of an engine: the largest machine has 64"):
+        _pool(machines, 1, 65)
+
+
+def test_paths_and_nothing_else_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "t.model", "draft", "x", "int8", "bf16"):
+        (tmp_path / name).mkdir()
+    others = {"quantize": "int8", "dtype": "bf16", "adapter_dir": None, "seed": 1}
+    options = {"ckpt_dir": "m", "tokenizer_path": "t.model", "draft_ckpt_dir": "hf://a/b", **others}
+    found, settings = absolute(options, Settings(adapter=["x=x", "y=elsewhere"]))
+    here = {"ckpt_dir": f"{tmp_path}/m", "tokenizer_path": f"{tmp_path}/t.model"}
+    assert found == {**options, **here}
+    assert settings.adapter == [f"x={tmp_path}/x", "y=elsewhere"]
+
+
+def test_no_cluster_there(monkeypatch):
+    import ray
+
+    def init(address, **_):
+        raise RuntimeError(f"Version mismatch: {address}")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.socket() as bound:  # which nobody listens at
+        bound.bind(("127.0.0.1", 0))
+        place = "{}:{}".format(*bound.getsockname())
+        for address in (place, f"ray://{place}"):
+            with pytest.raises(ConnectionError, match=f"no cluster at ray={address}: .*refused"):
+                connect(address)
+        bound.listen()
+        with pytest.raises(ConnectionError, match=f"no cluster at ray={place}: Version mismatch"):
+            connect(place)
+    with pytest.raises(ConnectionError, match="Version mismatch: auto"), _cluster(None):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,18 @@ def test_wrong_options():
         app({"ckpt_dir": "x", "replicas": 2, "max_replicas": 1})
 
 
+def test_replicas_get_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir", "adapter_dir")
+    for name in (*paths, "x"):
+        (tmp_path / name).mkdir()
+    made = app({**{name: name for name in paths}, "adapter": ["x=x"]})
+    replica = made._bound_deployment.init_args[0]._bound_deployment
+    options, settings, _ = replica.init_args
+    assert all(options[name] == str(tmp_path / name) for name in paths)
+    assert settings.adapters == {"x": str(tmp_path / "x")}
+
+
 def test_without_ray(monkeypatch, tiny_dir):
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("llama.ray.serving", "llama.ray.routing"):

@@ -28,6 +28,7 @@ from llama.text.generic_tools import tools_as_text
 from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
+from llama.text.tool_stream import ToolCallStream
 from llama.text.vocabulary.base import Kind
 
 PARITY = json.loads((DATA / "smollm2_parity.json").read_text())
@@ -596,6 +597,22 @@ def for_transformers(dialog, results=str) -> list:
     return found
 
 
+@pytest.mark.parametrize("content", [None, "", "Let me see."])
+def test_calls_that_a_template_would_leave_out_are_written_as_text(smollm, content):
+    """DeepSeek-R1's writes them where there is no content, and joins their arguments as texts."""
+    ours = TemplateFormat(
+        smollm,
+        "{% for m in messages %}<|im_start|>{% if m.content is none %}{% for c in m.tool_calls %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>{% endfor %}",
+    )
+    dialog = called()[1]
+    dialog[1]["content"] = content
+    ids = ours.encode_dialog_prompt(dialog)
+    assert ids == ours.encode_dialog_prompt(tools_as_text(dialog, None))
+    assert '{"name": "get_weather", "arguments": ' in smollm.decode(ids)
+
+
 @pytest.mark.parametrize("name", ["Llama31Format", "tools in system"])
 @pytest.mark.parametrize("tools", [[WEATHER], [WEATHER, ADD], ["brave_search", ADD]])
 def test_llama31_tells_of_its_tools_as_its_published_template_does(formats, name, tools):
@@ -716,6 +733,16 @@ def test_templates_give_what_transformers_renders_with_tools(formats, name):
             assert ours.tokenizer.decode(ids) == expected
             assert ids == with_specials(ours.tokenizer, expected)
             assert ours.encode_dialog_prompt(for_transformers(dialog), tools) == ids
+
+
+def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):
+    [first, *_] = ToolCallStream([ADD]).feed('[TOOL_CALLS] [{"name": "add", "arguments": {}}]')
+    call = {"id": first.id, "name": "add", "arguments": {}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    dialog = [USER, answer, {"role": "tool", "content": "3", "tool_call_id": first.id}]
+    ours = formats["Mistral with tools"]
+    text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [ADD]))
+    assert first.id.isalnum() and text.count(f'"{first.id}"') == 2
 
 
 def test_built_in_tools_are_given_to_a_template_that_has_them(formats):
