@@ -58,8 +58,12 @@ class Heartbeats:
         A peer that was killed stands still only from then on: it takes a few heartbeats to see it.
         Rank 0 waits for some more, since the store, in which the others look, ends with it.
         """
-        waited_for = _collective(traceback.walk_tb(error.__traceback__))
-        if waited_for is None or not isinstance(error, RuntimeError):
+        waited_for: Optional[str] = None
+        cause: Optional[BaseException] = error
+        while isinstance(cause, RuntimeError) and waited_for is None:
+            waited_for = _collective(traceback.walk_tb(cause.__traceback__))
+            cause = cause.__cause__
+        if waited_for is None:
             return None
         few, deadline = 4 * self._interval, time.monotonic() + self._timeout
         wait = few if self._rank else 1.5 * few

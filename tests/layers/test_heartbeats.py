@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from llama.layers import heartbeats
-from llama.layers.heartbeats import BEATS, Heartbeats
+from llama.layers.heartbeats import BEATS, ENDED, Heartbeats
 
 TIMEOUT = 60.0
+RAISES = "def all_reduce():\n    raise RuntimeError('connection closed')"
 
 
 class Ended(Exception):
@@ -64,3 +66,25 @@ def test_time_while_this_process_is_suspended_does_not_count(made, suspended):
         with pytest.raises(Ended, match="rank 1 on host b" if loop is Heartbeats._beat else "^$"):
             loop(made(clock))
         assert clock.waits >= BEATS
+
+
+def test_a_failed_collective_is_found_behind_the_error_that_it_caused():
+    """As the engine's thread raises it, and then the main one."""
+    names: dict = {}
+    exec(compile(RAISES, "/site-packages/torch/distributed/distributed_c10d.py", "exec"), names)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    store.set("sign of life of rank 1", f"there {ENDED}")
+    rank_0 = Heartbeats(store, "here", rank=0, world=2, timeout=20)
+    try:
+        try:
+            names["all_reduce"]()
+        except RuntimeError as error:
+            cause = error
+        found = RuntimeError("the engine has failed")
+        found.__cause__ = cause
+        said = rank_0.explain(found)
+        assert said and said.startswith("error: rank 1 on host there has ended; rank 0 on host ")
+        assert said.endswith(" waited for all_reduce")
+        assert rank_0.explain(RuntimeError("its own")) is None
+    finally:
+        rank_0.stop()
