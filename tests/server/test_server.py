@@ -12,6 +12,10 @@ import pytest
 import torch
 from served import PATIENCE, events, serve, wait_for
 
+from llama import Llama
+from llama.checkpoint.adapter import Adapter, Pair, write_adapter
+from llama.training import lora
+
 MODEL = "SmolLM2-135M-Instruct.Q4_1"
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {
@@ -576,17 +580,28 @@ def test_limits_of_the_cache_and_the_queue(tiny_dir):
         server.wait_idle()
 
 
-def test_on_two_ranks(tiny_dir, tiny):
+def test_on_two_ranks(tiny_dir, tiny, tmp_path):
     """The answers of one rank, up to the order of sums; a rank that dies ends the server."""
+    learned = lora.fresh(tiny.model, 4, 8.0, ("wq", "w2"), seed=1)
+    pairs = {name: Pair(A, torch.ones_like(B), s) for name, (A, B, s) in learned.pairs.items()}
+    write_adapter(Adapter(pairs), tmp_path / "x", tiny.model.params)
+    adapted = Llama.build(tiny_dir, device="cpu", dtype="fp32", adapter_dir=tmp_path / "x")
     body = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "logprobs": 0}
-    with serve(tiny_dir, "--device=cpu", "--dtype=fp32", ranks=2) as server:
-        [ids], [logprobs] = tiny.generate([[5, 6, 7]], 8, temperature=0, logprobs=True)
-        for _ in range(2):
-            [found] = server.client.post("/v1/completions", json=body).json()["choices"]
+    options = ("--device=cpu", "--dtype=fp32", f"--adapter=x={tmp_path / 'x'}")
+    with serve(tiny_dir, *options, ranks=2) as server:
+        texts = []
+        for llama, model in ((tiny, {}), (adapted, {"model": "x"})):
+            [ids], [logprobs] = llama.generate([[5, 6, 7]], 8, temperature=0, logprobs=True)
+            [found] = server.client.post("/v1/completions", json=body | model).json()["choices"]
             assert found["text"] == tiny.tokenizer.decode(ids)
+            texts.append(found["text"])
             torch.testing.assert_close(
                 found["logprobs"]["token_logprobs"], logprobs, atol=1e-4, rtol=1e-4
             )
+        assert texts[0] != texts[1]
+        made = server.client.post("/v1/embeddings", json={"input": "a cat"}).json()["data"]
+        [expected] = tiny.embed(["a cat"])
+        torch.testing.assert_close(torch.tensor(made[0]["embedding"]), expected, atol=1e-4, rtol=0)
         server.wait_idle()
         children = psutil.Process(server.process.pid).children()
         [other] = [child for child in children if child.environ().get("RANK") == "1"]
