@@ -285,9 +285,8 @@ def _grammar(library: Any, format_: Dict[str, Any]) -> str:
     if kind == "choice":
         # A single terminal, so that one choice may be a prefix of another.
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in format_["choice"])
-        if (
-            "\\u" in texts.replace("\\\\", "") or "\x7f" in texts
-        ):  # which Lark's syntax doesn't have
+        # Lark's syntax has no escapes for these.
+        if "\\u" in texts.replace("\\\\", "") or "\x7f" in texts:
             _refuse(kind, "a text has a control character: take it out")
         return library.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     schema = plain_schema(format_.get("schema", {"type": "object"}), f"response_format {kind}")
