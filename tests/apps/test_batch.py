@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -415,7 +416,10 @@ def test_mistakes(run, tmp_path):
     assert len(lines_of(out)) == 1 and not errors
 
 
-def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
+@contextmanager
+def interrupted(monkeypatch):
+    """Runs in it are interrupted when their first results have been kept."""
+
     def dying(self, results):
         add(self, results)
         raise KeyboardInterrupt
@@ -423,6 +427,11 @@ def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
     add = Results.add_all
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Results, "add_all", dying)
+        yield
+
+
+def test_another_jobs_results_are_refused(run, tmp_path, monkeypatch):
+    with interrupted(monkeypatch):
         run(GOOD)
     for other in (["--seed=2"], ["--max-gen-len=3"], ["--lenient"], ["--served-name=x"]):
         with pytest.raises(ValueError, match="is left of an interrupted run"):
@@ -465,13 +474,7 @@ def test_another_pipes_results_are_refused(model, tmp_path, monkeypatch):
             file.close()
             cli.parse(["batch", f"/dev/fd/{reading}", str(tmp_path / "out"), str(model), *CPU])()
 
-    def dying(self, results):
-        add(self, results)
-        raise KeyboardInterrupt
-
-    add = Results.add_all
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Results, "add_all", dying)
+    with interrupted(monkeypatch):
         piped("Hello")
     with pytest.raises(ValueError, match="is left of an interrupted run"):
         piped("World")
