@@ -1,7 +1,5 @@
 """`llama batch`: a file of requests, on this machine or on many."""
 
-import math
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -80,7 +78,7 @@ def batch(
     """
     try:
         from llama.apps.batch_job import Job, run
-        from llama.server.settings import Settings
+        from llama.server.settings import UNLIMITED, Settings
     except ImportError as error:
         raise ValueError(
             f"llama batch needs {error.name}: pip install llama-reference[server]"
@@ -104,7 +102,7 @@ def batch(
     plain["response_format"] = read_format(response_format)
     settings = Settings(
         served_name=served_name, adapter=adapter or [], lenient=lenient, cache_tokens=cache_tokens,
-        log="off", max_queue=sys.maxsize, max_body_mb=math.inf,
+        **UNLIMITED,
     )  # fmt: skip
     job = Job(Path(input), Path(output), vars(model), settings, plain, force)
     run(job, None if ray is False else (None if ray is True else str(ray), engines, cpus))

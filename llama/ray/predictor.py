@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
 from llama.server.errors import invalid
 from llama.server.offline import Offline, Reply, Request
-from llama.server.settings import Settings
+from llama.server.settings import UNLIMITED, Settings
 
 PATHS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
 
@@ -45,8 +44,7 @@ class Predictor:
         settings: Optional[Mapping[str, Any]] = None,
         **options: Any,
     ):
-        free = {"log": "off", "max_queue": 1 << 30, "max_body_mb": math.inf}
-        limits = Settings(**{**free, **(settings or {})})
+        limits = Settings(**{**UNLIMITED, **(settings or {})})
         self._body = dict(body or {})
         self._model = Offline({"ckpt_dir": ckpt_dir, **options}, limits)
 

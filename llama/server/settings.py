@@ -1,11 +1,16 @@
 """The options of `llama serve` that concern the server, not the model."""
 
+import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Literal, Optional
+from typing import Any, Dict, List, Literal, Mapping, Optional
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+# What a program of one's own needn't be kept from.
+UNLIMITED: Mapping[str, Any] = {"log": "off", "max_queue": sys.maxsize, "max_body_mb": math.inf}
 
 
 @dataclass(frozen=True)
