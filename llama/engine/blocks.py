@@ -82,8 +82,12 @@ class Blocks:
         self._users[block] += 1
         self._idle.pop(block, None)
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """A row's blocks, in their order, are no longer used by it."""
+    def release(self, blocks: Sequence[int], left: int = 0) -> None:
+        """A row's blocks, in their order, are no longer used by it.
+
+        Args:
+            left: how many of them it had left, see `leave`.
+        """
         for block in reversed(blocks):  # the end of a text is evicted before its beginning
             self._users[block] -= 1
             assert self._users[block] >= 0
@@ -91,7 +95,16 @@ class Blocks:
                 if block in self._node:
                     self._idle[block] = None
                 else:
-                    self._free.append(block)
+                    self._add_free(block)
+
+    def leave(self, blocks: Sequence[int], left: int, positions: int) -> int:
+        """A row that uses these blocks has so many positions. Some layers may read but the last of
+        them: of the first blocks, returned is how many, it reads other layers' part alone.
+
+        Args:
+            left: what this returned before, of the same row.
+        """
+        return left  # all layers read all
 
     def match(self, tokens: Sequence[int], adapter: int = 0) -> Match:
         """The longest known beginning of a text, as computed with an adapter; 0: with none."""
@@ -187,4 +200,7 @@ class Blocks:
                 self._kept.discard(node.block)
             if node.block in self._idle:
                 del self._idle[node.block]
-                self._free.append(node.block)
+                self._add_free(node.block)
+
+    def _add_free(self, block: int) -> None:
+        self._free.append(block)

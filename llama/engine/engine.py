@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Un
 
 import torch
 
-from llama.engine.blocks import Blocks
+from llama.engine.chunks import make_blocks
 from llama.engine.events import advance, details_of_all, stopped
 from llama.engine.images import Images
 from llama.engine.params import SamplingParams
@@ -57,8 +57,8 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model, self.tokenizer = model, tokenizer
-        blocks = Blocks(1 + blocks_for(cache_tokens), PAGE)
-        self.pool = model.new_cache(1 + blocks.total, PAGE)
+        self.pool = model.new_cache(1 + blocks_for(cache_tokens), PAGE)
+        blocks = make_blocks(self.pool, model.params)
         device = self.pool.k.device.type
         self.scheduler = make_scheduler(blocks, max_tokens_per_step, max_rows, device)
         self.speculators = Speculators(draft, blocks.total)

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import torch
 
+from llama.engine.chunks import free_dropped
 from llama.engine.engine import Engine
 from llama.layers import parallel
 from llama.layers.ids import common_length
@@ -30,7 +31,7 @@ class Prefixes:
     def cached(self, ids: Sequence[int]) -> int:
         """Number of a prompt's tokens that are cached, without the last: its logits are needed."""
         with self._engine.lock:
-            return min(self._engine.scheduler.blocks.match(ids).positions, len(ids) - 1)
+            return self._engine.scheduler.blocks.match(ids[:-1]).positions
 
     def share(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute the common prefixes of prompts once, and keep these alone from now on: what is
@@ -105,11 +106,12 @@ class Prefixes:
                     f"{blocks.available * blocks.size}: build with more prefix_cache_mb"
                 )
             table, node = blocks.allocate(needed), None
+            free_dropped(pool, blocks)
             parts = {name: part[:, heads].to(pool.k.device) for name, part in content.items()}
             write_blocks(pool, table, parts)
             for i, block in enumerate(table):
                 node = blocks.publish(node, block, ids[i * blocks.size : (i + 1) * blocks.size])
-            blocks.release(table)
+            blocks.release(table, blocks.leave(table, 0, len(ids)))
         return len(ids)
 
     def _check_for_files(self) -> None:

@@ -55,6 +55,7 @@ class Sequence:
         self.found: Optional[int] = None
         self.table: List[int] = []
         self.nodes: List[Node] = []  # of its whole blocks
+        self.left = 0  # see `Blocks.leave`
         self.draft: List[int] = []  # proposed after the known tokens
         self.place: Tuple[int, int] = (0, 0)  # in the order of all
 
@@ -169,6 +170,7 @@ class Scheduler:
         """n further known tokens of a sequence have been computed: others can find them."""
         begun = sequence.computed > 0 and sequence.remaining == 1
         sequence.computed += n
+        sequence.left = self.blocks.leave(sequence.table, sequence.left, sequence.computed)
         size, nodes = self.blocks.size, sequence.nodes
         while (len(nodes) + 1) * size <= sequence.computed:
             nodes.append(self._publish(sequence, (len(nodes) + 1) * size))
@@ -216,8 +218,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._publish_end(sequence)
-        self.blocks.release(sequence.table)
-        sequence.table, sequence.nodes, sequence.draft, sequence.computed = [], [], [], 0
+        self.blocks.release(sequence.table, sequence.left)
+        sequence.table, sequence.nodes, sequence.draft = [], [], []
+        sequence.computed = sequence.left = 0
 
     def _publish(self, sequence: Sequence, end: int) -> Node:
         """The positions of a block, up to `end`."""
@@ -269,12 +272,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give a sequence the blocks for its known tokens, those known to the cache among them."""
-        known = sequence.tokens[: sequence.reusable]
+        known = sequence.tokens[:-1][: sequence.reusable]  # the last one's hidden state is needed
         nodes, tail, positions = self.blocks.match(known, sequence.adapter)
-        if positions == len(sequence.tokens):  # the last one's hidden state is needed
-            positions -= 1
-            if positions < len(nodes) * self.blocks.size:
-                *nodes, tail = nodes
         if positions == len(nodes) * self.blocks.size:
             tail = None
         shared = [node.block for node in nodes]
@@ -293,6 +292,7 @@ class Scheduler:
             plan.copies.append((tail.block, new[0]))
             self.blocks.release([tail.block])  # copied before anything is written to it
         sequence.table, sequence.nodes, sequence.computed = shared + new, list(nodes), positions
+        sequence.left = self.blocks.leave(sequence.table, 0, positions)
         self.queried += len(sequence.tokens)
         self.reused += positions
         if sequence.found is None:

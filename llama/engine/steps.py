@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 import torch
 
 from llama.engine.blocks import Blocks
+from llama.engine.chunks import free_dropped
 from llama.engine.events import details_of, guide
 from llama.engine.images import Images, plain
 from llama.engine.passes import hidden
@@ -40,6 +41,7 @@ def compute(
 ) -> Ready:
     """Compute a plan: the parts that are ready for a token, and for each of these and its draft
     tokens the logits, (positions, vocab_size), without guidance and with it."""
+    free_dropped(pool, scheduler.blocks)
     for source, target in plan.copies:
         copy_block(pool, source, target)
     new: List[List[int]] = []

@@ -11,6 +11,7 @@ from typing import (
     NamedTuple,
     Optional,
     Protocol,
+    Sequence,
     Set,
     Tuple,
     Type,
@@ -115,6 +116,7 @@ class Family:
         rotated: the last parts of names of weights whose rows transformers has in another order.
         cached_per_head: vectors of head_dim that are cached for each key/value head, beside those
             of tokens.
+        chunks: positions of a chunk, and the layers that attend within one; 0: none does.
         encoder_values: values that a pass of an encoder holds at most, beside its weights.
         gguf: what a GGUF file's general.architecture says.
         claims_gguf: whether a GGUF file is of this family, by its architecture, its metadata and
@@ -149,6 +151,7 @@ class Family:
     module_name: Callable[[str], str] = lambda name: name
     rotated: Tuple[str, ...] = ("attention.wq.weight", "attention.wk.weight")
     cached_per_head: Callable[[Any], int] = lambda args: 0
+    chunks: Callable[[Any], Tuple[int, Sequence[int]]] = lambda args: (0, ())
     encoder_values: Callable[[Any], int] = lambda args: 0
     gguf: FrozenSet[str] = frozenset()
     gguf_names: Naming = GGUF

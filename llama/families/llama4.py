@@ -16,7 +16,7 @@ Source: meta-llama/llama-models, llama4/model.py and moe.py.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,12 @@ class Llama4Args(ImageArgs):
 
     def has_rope(self, layer: int) -> bool:
         return self.nope_layer_interval is None or (layer + 1) % self.nope_layer_interval != 0
+
+    @property
+    def chunks(self) -> Tuple[int, Sequence[int]]:
+        """Positions of a chunk, and the layers that attend within one; 0: none does."""
+        layers = [layer for layer in range(self.n_layers) if self.has_rope(layer)]
+        return self.attention_chunk_size or 0, layers
 
 
 class ChunkedAttention(Attention):

@@ -369,6 +369,7 @@ LLAMA4 = Family(
     text_args=lambda args: replace(args, vision_layers=None),
     left_out=lambda fields: () if fields.get("vision_layers") else vision.PREFIXES,
     # Of images that are kept, and of a pass: what blocks leave, queries, keys and values, and more.
+    chunks=lambda args: args.chunks,
     encoder_values=lambda args: 0 if args.vision_layers is None
     else args.image_cache * args.dim + args.most_tiles * args.vision_width * 16
     * (args.vision_chunk_size // args.vision_patch_size) ** 2,

@@ -3,6 +3,7 @@
 import copy
 import math
 import mmap
+import os
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
@@ -21,7 +22,8 @@ def _zeros(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = math.prod(shape)
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size * dtype.itemsize)
+    private = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    memory = mmap.mmap(-1, size * dtype.itemsize, **private)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -5,7 +5,11 @@ lists its blocks: the first holds its positions 0 to PAGE - 1, and so on (PagedA
 2309.06180). Which blocks are free, and which rows share them, is the caller's business.
 """
 
-from typing import Any, Dict, Optional, Sequence, Tuple
+import ctypes
+import mmap
+import os
+from itertools import pairwise
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +124,33 @@ def copy_block(pool: KVCache, source: int, target: int) -> None:
     """Copy all layers' keys and values of one block to another."""
     for part in pool.parts.values():
         part[:, target] = part[:, source]
+
+
+def free_layers(pool: KVCache, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    """Give the memory of some layers' keys and values in blocks back to the operating system, whole
+    pages of it. They can be written again, and what is read before that is nothing in particular.
+    """
+    if os.name == "nt":
+        return
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for part in pool.parts.values():
+        size = part[0, 0].nbytes
+        for first, last in runs(blocks):
+            for layer in layers:
+                begin = part[layer, first].data_ptr()
+                end = (begin + (last - first + 1) * size) // mmap.PAGESIZE * mmap.PAGESIZE
+                begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+                if begin < end:
+                    libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+def runs(numbers: Iterable[int]) -> Iterator[Tuple[int, int]]:
+    """The first and last of the runs of neighbours among numbers."""
+    whole = sorted(set(numbers))
+    breaks = [i for i in range(1, len(whole)) if whole[i] != whole[i - 1] + 1]
+    for begin, end in pairwise([0, *breaks, len(whole)]):
+        yield whole[begin], whole[end - 1]
 
 
 def read_blocks(pool: KVCache, table: Sequence[int], n: int) -> Dict[str, torch.Tensor]:
