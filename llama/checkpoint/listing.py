@@ -6,11 +6,12 @@ import re
 from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
+from llama.text.vocabulary.config import TOOL_TEMPLATE
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json and what it names
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja",
+    "special_tokens_map.json", "chat_template.jinja", TOOL_TEMPLATE,
 )  # fmt: skip
 
 

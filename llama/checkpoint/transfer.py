@@ -61,6 +61,7 @@ def _fetch_file(source: "Source", url: str, size: Optional[int], target: Path) -
 
     part = target.with_name(target.name + ".part")
     version = target.with_name(part.name + ".version")
+    target.parent.mkdir(parents=True, exist_ok=True)  # of a name with a folder
 
     def check(found: str) -> None:
         if version.exists() and version.read_text("utf-8") != found:

@@ -113,7 +113,14 @@ def constrained(
     if banned:
         logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), -math.inf)
     if params.logits_processor is not None:
-        logits = params.logits_processor([*prompt, *answer], logits)
+        found = params.logits_processor([*prompt, *answer], logits)
+        if not isinstance(found, torch.Tensor) or found.shape != logits.shape:
+            what = tuple(found.shape) if isinstance(found, torch.Tensor) else repr(found)[:60]
+            raise ValueError(
+                f"logits_processor gave {what}: it gets logits of shape {tuple(logits.shape)}, and "
+                "must give such a tensor back"
+            )
+        return found
     return logits
 
 

@@ -10,11 +10,16 @@ import torch
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str = "prompt") -> None:
-    """Raises ValueError for an id outside of the vocabulary; the message calls a row `what`."""
+    """Raises ValueError for an id outside of the vocabulary, and for rows of anything but ids; the
+    message calls a row `what`."""
     for row, ids in enumerate(rows):
-        for wrong in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= wrong < vocab_size:
-                raise _outside(what, row, wrong, vocab_size)
+        try:
+            ends = (min(ids), max(ids)) if len(ids) else ()
+            wrong = [id for id in ends if not 0 <= id < vocab_size]
+        except TypeError:
+            raise ValueError(f"{what} {row} isn't a list of token ids: {ids!r:.60}") from None
+        if wrong:
+            raise _outside(what, row, wrong[0], vocab_size)
 
 
 def check_token_tensor(tokens: torch.Tensor, vocab_size: int, what: str = "row") -> None:

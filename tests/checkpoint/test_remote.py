@@ -103,11 +103,13 @@ def test_directory_in_hugging_faces_format(server, tmp_path):
     server.add(huggingface.write(source, tmp_path / "many", max_shard_bytes=50_000), "many")
     server.files["many/model.safetensors"] = b"to be ignored: there's an index"
     server.files["many/tokenizer.json"] = b"{}"
+    server.files["many/additional_chat_templates/tool_use.jinja"] = b"{{ tools }}"
 
     assert_same_weights(local_path(f"{server.url}/one"))
     many = local_path(f"{server.url}/many")
     assert_same_weights(many)
     assert (many / "tokenizer.json").exists() and not (many / "model.safetensors").exists()
+    assert (many / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     server.log.clear()
     assert local_path(f"{server.url}/many") == many
     assert server.bodies() == []

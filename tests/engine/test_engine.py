@@ -224,6 +224,23 @@ def test_should_stop_ends_a_request_or_fails_it(llama):
     assert len(list(engine.events(other))) == 9 and engine.idle
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: None, lambda logits: logits[:-1], lambda logits: 1]
+)
+def test_what_a_logits_processor_gives_is_checked(llama, wrong):
+    engine = llama.engine(cache_tokens=1024)
+    params = SamplingParams(0, logits_processor=lambda ids, logits: wrong(logits))
+    with pytest.raises(ValueError, match=r"logits_processor gave .*: it gets logits of shape"):
+        list(engine.run(engine.make([1, 2], 4, params=params)))
+    assert engine.idle
+
+
+@pytest.mark.parametrize("prompt", [[[1, 2]], "text", ["a"], [None]])
+def test_a_prompt_is_a_list_of_ids(llama, prompt):
+    with pytest.raises(ValueError, match="prompt 0 isn't a list of token ids"):
+        llama.engine(cache_tokens=1024).add(prompt, 4)
+
+
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_a_request_fails_whichever_of_its_rows_does(llama, row):
     def broken(ids, logits):

@@ -30,6 +30,7 @@ from llama.text.llama31 import Llama31Format, with_tools
 from llama.text.templates import TemplateFormat, chat_format
 from llama.text.tool_stream import ToolCallStream
 from llama.text.vocabulary.base import Kind
+from llama.text.vocabulary.config import TokenizerConfig
 
 PARITY = json.loads((DATA / "smollm2_parity.json").read_text())
 
@@ -733,6 +734,33 @@ def test_templates_give_what_transformers_renders_with_tools(formats, name):
             assert ours.tokenizer.decode(ids) == expected
             assert ids == with_specials(ours.tokenizer, expected)
             assert ours.encode_dialog_prompt(for_transformers(dialog), tools) == ids
+
+
+@pytest.mark.parametrize("placed", ["list", "files"])
+@pytest.mark.parametrize("end", ["", "\n", "  {# #}\n\n"])
+def test_of_two_templates_that_for_tools_is_taken_with_tools(formats, placed, end, tmp_path):
+    """Hermes 3 of Llama 3.1, for one; in tokenizer_config.json or in files of their own."""
+    _, for_tools = TEMPLATES["ChatML with tools"]
+    tokenizer = formats["ChatML with tools"].tokenizer
+    plain = "\n  {% if 1 %}\n{% for m in messages %}{{ m.content }}\n{% endfor %}{% endif %}"
+    named = {"default": plain + end, "tool_use": "\n" + for_tools + end}
+    if placed == "list":
+        found = [{"name": name, "template": text} for name, text in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+    else:
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "chat_template.jinja").write_text(named["default"], newline="")
+        other = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+        other.write_text(named["tool_use"], newline="")
+    template = TokenizerConfig(tmp_path / "tokenizer.json").chat_template
+    ours = TemplateFormat(tokenizer, template)
+    for tools in ([WEATHER], None):
+        for dialog in called() if tools else called()[0:3:2]:  # those without calls
+            expected = by_transformers(
+                tokenizer, named["tool_use" if tools else "default"], for_transformers(dialog),
+                tools=tools,
+            )  # fmt: skip
+            assert ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, tools)) == expected
 
 
 def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):

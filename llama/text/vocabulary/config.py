@@ -6,6 +6,8 @@ from typing import Any, Dict, FrozenSet, List, Mapping, Optional
 from llama.text.files import read_object, read_text
 from llama.text.vocabulary.base import MAX_WORDS
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # as transformers writes it
+
 
 class TokenizerConfig:
     """tokenizer_config.json, generation_config.json, config.json and chat_template.jinja.
@@ -14,7 +16,8 @@ class TokenizerConfig:
         stop: the ids at which generation ends, as configured.
         added: the tokens added to a vocabulary, by name, as tokenizer_config.json has them.
         user_defined: of these, those that text may contain.
-        chat_template: the template, or None.
+        chat_template: the template, or None; where there is another one for dialogs with tools,
+            both in one.
 
     Raises:
         ValueError: a value of a type that its key can't have, by file and key.
@@ -58,17 +61,21 @@ class TokenizerConfig:
         return []
 
     def _template(self) -> Optional[str]:
-        file = self._path and self._path.with_name("chat_template.jinja")
-        if file and file.exists():
-            return read_text(file)
-        given = template = self.config.get("chat_template")
-        if isinstance(template, list) and all(isinstance(one, dict) for one in template):
-            template = next(
-                (t.get("template") for t in template if t.get("name") == "default"), None
-            )
-        if template is not None and not isinstance(template, str):
+        given = self.config.get("chat_template")
+        found = {"default": given}
+        if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+            found = {one.get("name"): one.get("template") for one in given}
+        for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE)):
+            if self._path and (path := self._path.parent / file).exists():
+                found[name] = read_text(path)
+        plain, with_tools = found.get("default"), found.get("tool_use")
+        if not all(one is None or isinstance(one, str) for one in (plain, with_tools)):
             raise self._wrong("chat_template", given, "a template, nor a list of them by name")
-        return template
+        if plain is None or with_tools is None:
+            return plain
+        # One template that chooses as transformers does. The signs keep white space as it is.
+        plain, with_tools = plain.removesuffix("\n"), with_tools.removesuffix("\n")
+        return f"{{% if tools +%}}{with_tools}{{%+ else +%}}{plain}{{%+ endif %}}"
 
     def named(self, key: str, ids: Mapping[str, int]) -> Optional[int]:
         """The id of bos_token, eos_token or pad_token, if it is configured."""
