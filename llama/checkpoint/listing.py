@@ -15,6 +15,21 @@ BESIDE_HF_WEIGHTS = (
 )  # fmt: skip
 
 
+def format_of(has: Callable[[str], bool], ggufs: Collection[str]) -> str:
+    """What a directory holds: "meta", "hf", "gguf", or "" for none of them.
+
+    Beside Hugging Face's files, Mistral's have a params.json, and GGUF files a config.json. `has`
+    says whether it has a file; `ggufs` are those that it has.
+    """
+    shards = ("consolidated.00.pth", "consolidated.pth")
+    if has("params.json") and (any(map(has, shards)) or not has("config.json")):
+        return "meta"
+    weights = (f"{name}{end}" for name in HF_WEIGHTS for end in ("", ".index.json"))
+    if has("config.json") and (not ggufs or any(map(has, weights))):
+        return "hf"
+    return "gguf" if ggufs else ""
+
+
 def checkpoint_files(
     where: str,
     has: Callable[[str], bool],
@@ -30,14 +45,16 @@ def checkpoint_files(
         FileNotFoundError: a checkpoint that lacks files.
         ValueError: several checkpoints, a broken index, or a config.json that can't be read.
     """
-    shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
-    single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
-    if has("params.json") and (files := [*shards] or [*single]):
+    ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
+    kind = format_of(has, ggufs)
+    if kind == "meta":
+        shards = itertools.takewhile(has, (f"consolidated.{n:02d}.pth" for n in itertools.count()))
+        single = filter(has, ["consolidated.pth"])  # Llama 3.2 11B Vision's, on the Hub
+        if not (files := [*shards] or [*single]):
+            raise FileNotFoundError(f"{where} has params.json, but no consolidated.00.pth")
         scales = itertools.takewhile(has, (f"fp8_scales_{n}.pt" for n in range(len(files))))
         return ["params.json", *files, *scales, *filter(has, ["tokenizer.model"])]
-    ggufs = sorted(name for name in names if re.fullmatch(r"[^/]+\.gguf", name))
-    indices = [f"{weights}.index.json" for weights in HF_WEIGHTS]
-    if has("config.json") and (not ggufs or any(map(has, [*HF_WEIGHTS, *indices]))):
+    if kind == "hf":
         check_config(f"{where}: config.json", read("config.json"))
         for weights in HF_WEIGHTS:
             if has(index := f"{weights}.index.json"):
@@ -51,8 +68,6 @@ def checkpoint_files(
         raise FileNotFoundError(
             f"{where} has config.json, but no model.safetensors and no pytorch_model.bin"
         )
-    if has("params.json"):
-        raise FileNotFoundError(f"{where} has params.json, but no consolidated.00.pth")
     for weights in ("adapter_model.safetensors", "adapter_model.bin"):
         if has("adapter_config.json") and has(weights):
             return ["adapter_config.json", weights]

@@ -4,11 +4,16 @@ from pathlib import Path
 
 from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.huggingface import HFCheckpoint
-from llama.checkpoint.listing import HF_WEIGHTS
+from llama.checkpoint.listing import format_of
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.source import Checkpoint
 
 FILES = (".safetensors", ".pth", ".bin")  # of directories
+
+
+def format_at(path: Path) -> str:
+    """What is in a directory, see `listing.format_of`."""
+    return format_of(lambda name: (path / name).exists(), [*map(str, path.glob("*.gguf"))])
 
 
 def open(path: str | Path) -> Checkpoint:
@@ -24,12 +29,10 @@ def open(path: str | Path) -> Checkpoint:
             f"no checkpoint at {path}: `llama download smollm2` fetches a small one, "
             "`llama download OWNER/REPO` any of Hugging Face's"
         )
-    ggufs = sorted(path.glob("*.gguf"))
-    has_config = (path / "config.json").exists()
-    # Beside Hugging Face's files, Mistral's have a params.json, and GGUF files a config.json.
-    if (path / "params.json").exists() and (any(path.glob("*.pth")) or not has_config):
+    kind, ggufs = format_at(path), sorted(path.glob("*.gguf"))
+    if kind == "meta":
         return MetaCheckpoint(path)
-    if has_config and (not ggufs or any(any(path.glob(f"{name}*")) for name in HF_WEIGHTS)):
+    if kind == "hf":
         return HFCheckpoint(path)
     if path.is_file() and (path.suffix in FILES or path.name in ("params.json", "config.json")):
         raise ValueError(f"{path} is a file of a checkpoint: name its directory, {path.parent}")

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import torch
 
 from llama.checkpoint import Checkpoint, Shape
+from llama.checkpoint.opening import format_at
 from llama.families.registry import family_of
 from llama.model import ModelArgs
 from llama.text.files import read_object
@@ -39,7 +40,7 @@ class Body:
 
 def config_with_head(path: Path, architecture: str) -> Dict[str, Any]:
     """config.json of such an architecture; empty for other checkpoints."""
-    if not (path / "config.json").exists() or (path / "params.json").exists():
+    if format_at(path) != "hf":
         return {}
     config = read_object(path / "config.json")
     return config if config.get("architectures") == [architecture] else {}

@@ -389,6 +389,11 @@ def test_mistakes_are_named(tiny, tiny_dir):
             ours(torch.tensor([[1, 2], [3, wrong]]), torch.tensor([2, 1]))
 
 
+def test_a_params_json_beside_it_is_no_checkpoint_of_metas(saved):
+    (saved / "params.json").write_text("{}")  # as Mistral's have it
+    assert build(saved).labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
 def test_a_classifier_is_no_text_model(saved):
     with pytest.raises(
         ValueError, match="LlamaForSequenceClassification.*SequenceClassifier.build"
