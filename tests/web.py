@@ -116,15 +116,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         if ranged:
             self.send_header("Content-Range", f"bytes {first}-{first + len(body)}/{len(data)}")
-        self.end_headers()
         if self.command == "HEAD":
-            note(0)
-            return
-        if server.cuts.get(path, 0):
+            body = b""
+        elif server.cuts.get(path, 0):
             server.cuts[path] -= 1
             body = body[: server.cut_after]
-        note(len(body))
-        if server.stall == path:
+        note(len(body))  # before the client, which then asks for more, knows
+        self.end_headers()
+        if server.stall == path and body:
             half = len(body) // 2
             self.wfile.write(body[:half])
             self.wfile.flush()
