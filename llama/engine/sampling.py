@@ -10,13 +10,18 @@ Tokens that are ruled out get the logit -inf.
 
 import math
 from collections import Counter
-from typing import Callable, Collection, List, Mapping, Optional, Sequence
+from typing import Callable, Collection, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from llama.engine.params import SamplingParams
 
-HEAD = 1024  # most probable tokens, among which top_p usually stops
+PART = 128  # logits of which the largest is found at once
+
+# What a filter keeps: ids, ascending, and their logits. Where ids are None, it's the logits of all
+# tokens, -inf where they are ruled out: on a GPU, counting the others would wait for it.
+Kept = Tuple[Optional[torch.Tensor], torch.Tensor]
 
 
 class RandomNumbers:
@@ -64,26 +69,53 @@ def sample_token(
             logits = allow(own)
     if params.temperature == 0:
         return int(logits.argmax())
-    return sample_from(torch.softmax(warped(logits, params), -1), numbers[len(answer)])
+    ids, logits = warped(logits, params)
+    return sample_from(torch.softmax(logits, -1), numbers[len(answer)], ids)
 
 
-def sample_from(probs: torch.Tensor, number: torch.Tensor) -> int:
-    """Sample from a distribution (vocab_size,) by inverting its cumulative sum at a random number.
+def sample_from(
+    probs: torch.Tensor, number: torch.Tensor, ids: Optional[torch.Tensor] = None
+) -> int:
+    """Sample from a distribution (tokens,) by inverting its cumulative sum at a random number.
 
     One number per token, regardless of the size of the vocabulary and of the other rows.
+
+    Args:
+        ids: of the tokens; by default 0, 1, ...
 
     Raises:
         ValueError: probabilities that aren't numbers.
     """
-    cumulative = probs.double().cumsum(-1)
-    # The first strictly greater: never a token of probability 0.
-    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
-    if token == len(probs):
+    none = len(probs) if ids is None else -1
+    if not len(probs):
+        token = none
+    elif len(probs) % PART == 0 and probs.device.type == "cpu" and ids is None:
+        token = _sample_from_parts(probs.view(-1, PART), number)
+    else:
+        cumulative = probs.double().cumsum(-1)
+        # The first strictly greater: never a token of probability 0.
+        at = torch.searchsorted(cumulative, number * cumulative[-1], right=True)
+        token = int(at if ids is None else F.pad(ids, (0, 1), value=none)[at])
+    if token == none:
         raise ValueError(
             "no token can be sampled: the temperature, a penalty or logit_bias makes logits "
             "infinite, or all tokens are banned; use milder values"
         )
     return token
+
+
+def _sample_from_parts(parts: torch.Tensor, number: torch.Tensor) -> int:
+    """`sample_from` by the sums of parts, which are found faster, and then by the tokens of one."""
+    cumulative = parts.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = number * cumulative[-1]
+    part = int(torch.searchsorted(cumulative, target, right=True))
+    if part == len(parts):
+        return parts.numel()
+    left = target - cumulative[part - 1] if part else target
+    tokens = parts[part].double()
+    at = int(torch.searchsorted(tokens.cumsum(-1), left, right=True))
+    last = int(tokens.nonzero()[-1])  # sums of parts are rounded otherwise
+    return part * PART + min(at, last)
 
 
 def constrained(
@@ -124,6 +156,16 @@ def constrained(
     return logits
 
 
+def most_probable(logits: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row, NaN if any is, and its token, of (rows, vocab_size)."""
+    if logits.device.type != "cpu" or logits.shape[-1] % PART:
+        return logits.max(-1)  # type: ignore[return-value]
+    parts = logits.unflatten(-1, (-1, PART))  # values without their places are found faster
+    largest, part = parts.amax(-1).max(-1)
+    within = parts[torch.arange(len(parts)), part].argmax(-1)
+    return largest, part * PART + within
+
+
 def _added(logits: torch.Tensor, values: Mapping[int, float]) -> torch.Tensor:
     """Logits with values added to those of some tokens, all at once."""
     ids = torch.tensor(list(values), device=logits.device)
@@ -131,18 +173,31 @@ def _added(logits: torch.Tensor, values: Mapping[int, float]) -> torch.Tensor:
     return logits.index_add(0, ids, added)
 
 
-def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Temperature, then top_k, top_p, min_p and typical_p: (vocab_size,) -> (vocab_size,)."""
-    logits = logits / params.temperature
+def warped(logits: torch.Tensor, params: SamplingParams) -> Kept:
+    """Temperature, then top_k, top_p, min_p and typical_p, of logits (vocab_size,)."""
+    kept: Kept = None, logits / params.temperature
     if params.top_k:
-        logits = keep_top_k(logits, params.top_k)
+        kept = _of(kept, keep_top_k(kept[1], params.top_k))
     if params.top_p < 1:
-        logits = keep_top_p(logits, params.top_p)
+        kept = _of(kept, keep_top_p(kept[1], params.top_p))
     if params.min_p > 0:
-        logits = keep_min_p(logits, params.min_p)
+        kept = _of(kept, keep_min_p(kept[1], params.min_p))
     if params.typical_p < 1:
-        logits = keep_typical(logits, params.typical_p)
-    return logits
+        kept = _of(kept, keep_typical(kept[1], params.typical_p))
+    return kept
+
+
+def _of(before: Kept, kept: Kept) -> Kept:
+    """What a filter keeps of what those before it kept, by the ids of these."""
+    ids, at = before[0], kept[0]
+    return ids if at is None else at if ids is None else ids[at], kept[1]
+
+
+def _keep(logits: torch.Tensor, mask: torch.Tensor) -> Kept:
+    if logits.device.type != "cpu":
+        return None, logits.masked_fill(~mask, -math.inf)
+    ids = mask.nonzero()[:, 0]
+    return ids, logits[ids]
 
 
 def penalize_repetition(logits: torch.Tensor, penalty: float, ids: Sequence[int]) -> torch.Tensor:
@@ -162,36 +217,40 @@ def would_repeat(ids: Sequence[int], n: int) -> List[int]:
     return [ids[i + n - 1] for i in range(len(ids) - n + 1) if list(ids[i : i + n - 1]) == start]
 
 
-def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+def keep_top_k(logits: torch.Tensor, k: int) -> Kept:
     """Keep the k most probable tokens, and those tied with the last of them."""
-    last = logits.topk(min(k, len(logits))).values[-1]
-    return logits.masked_fill(logits < last, -math.inf)
+    some, peaks = logits, logits[: len(logits) // PART * PART].view(-1, PART).amax(-1)
+    if len(peaks) >= k and logits.device.type == "cpu":  # the k largest are no less than k peaks
+        some = logits[~(logits < peaks.topk(k).values[-1])]
+    return _keep(logits, ~(logits < some.topk(min(k, len(some))).values[-1]))  # NaN stays
 
 
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+def keep_top_p(logits: torch.Tensor, p: float) -> Kept:
     """Keep the smallest set of most probable tokens whose probabilities add up to p; at least one.
 
     Of tokens that are equally probable, those with smaller ids come first.
     """
     probs = torch.softmax(logits, -1)
-    ordered = probs.topk(min(HEAD, len(probs))).values  # sorting all takes ten times as long
-    kept = int((ordered.cumsum(-1) - ordered <= p).sum())  # the sum before each is at most p
-    if kept == len(ordered) < len(probs):
-        ordered = probs.sort(descending=True).values
-        kept = int((ordered.cumsum(-1) - ordered <= p).sum())
-    last = ordered[kept - 1]
-    equal, most = probs == last, kept - (ordered[:kept] > last).sum()
-    left_out = equal & (equal.cumsum(-1) > most)
-    return logits.masked_fill((probs < last) | left_out, -math.inf)
+    # Sorting all would take longest. Those rarer than (1 - p) / n add up to less than 1 - p, and
+    # often so do more of them. Half of it, and not p alone: sums are rounded.
+    for rare in ((1 - p) / 256, (1 - p) / len(probs) / 2):
+        likely = _keep(logits, probs >= rare)
+        if likely[0] is None or probs[likely[0]].sum() > p + 1e-3:
+            break
+    ordered, order = (probs if likely[0] is None else probs[likely[0]]).sort(
+        descending=True, stable=True
+    )
+    within = ordered.cumsum(-1) - ordered <= p  # the sum before each
+    return _of(likely, _keep(likely[1], torch.empty_like(within).scatter(0, order, within)))
 
 
-def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+def keep_min_p(logits: torch.Tensor, p: float) -> Kept:
     """Keep the tokens at least p times as probable as the most probable one."""
     probs = torch.softmax(logits, -1)
-    return logits.masked_fill(probs < p * probs.max(), -math.inf)
+    return _keep(logits, probs >= p * probs.max())
 
 
-def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
+def keep_typical(logits: torch.Tensor, p: float) -> Kept:
     """Keep the tokens whose -log p is closest to the entropy, until they add up to p.
 
     Source: locally typical sampling, arXiv 2202.00666.
@@ -202,7 +261,7 @@ def keep_typical(logits: torch.Tensor, p: float) -> torch.Tensor:
     distance = (-logprobs - entropy).abs()
     ordered, ids = distance.sort(stable=True)
     last = (probs[ids].cumsum(-1) < p).sum().clamp(max=len(ids) - 1)
-    return logits.masked_fill(distance > ordered.take(last), -math.inf)
+    return _keep(logits, distance <= ordered.take(last))
 
 
 def sample_top_p(

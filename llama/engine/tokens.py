@@ -8,7 +8,7 @@ import torch
 
 from llama.engine.requests import Part, Request
 from llama.engine.rows import Row
-from llama.engine.sampling import sample_token
+from llama.engine.sampling import most_probable, sample_token
 from llama.engine.speculative import MAX_DRAFT, Speculator
 from llama.layers import parallel
 
@@ -52,7 +52,7 @@ def draw(parts: List[Part], logits: torch.Tensor) -> Drawn:
     if (words := parts[0].request.words) < logits.shape[-1]:  # what nothing can be decoded from
         logits = logits.clone()
         logits[:, words:] = -inf
-    largest, likeliest = (values.tolist() for values in logits.max(-1))  # NaN if any is
+    largest, likeliest = (values.tolist() for values in most_probable(logits))
     asking = list({p.request: None for p in parts if p.request.should_stop and not p.row.full})
     ends = accumulate(part.asked for part in parts)
     spans = [slice(end - part.asked, end) for end, part in zip(ends, parts, strict=True)]

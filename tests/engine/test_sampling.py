@@ -18,6 +18,7 @@ from llama.engine.sampling import (
     keep_top_k,
     keep_top_p,
     keep_typical,
+    most_probable,
     penalize_repetition,
     sample_from,
     sample_token,
@@ -28,6 +29,12 @@ from llama.generation import sample_top_p
 
 ANY = RandomNumbers(0, torch.device("cpu"))
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+def whole(kept, n: int) -> torch.Tensor:
+    """Logits of all n tokens, -inf where a filter ruled them out."""
+    ids, logits = kept
+    return torch.full((n,), -math.inf).index_copy(0, ids, logits) if ids is not None else logits
 
 
 def frequencies(draw, n: int = 20000) -> torch.Tensor:
@@ -75,7 +82,7 @@ def test_top_p_equals_metas_draw_for_draw():
 def test_temperature_divides_the_logits(temperature):
     params = SamplingParams(temperature=temperature, top_p=1.0)
     expected = PROBS ** (1 / temperature)
-    found = torch.softmax(warped(PROBS.log(), params), -1)
+    found = torch.softmax(whole(warped(PROBS.log(), params), 5), -1)
     assert torch.allclose(found, expected / expected.sum(), atol=1e-6)
 
 
@@ -105,6 +112,24 @@ def test_draws_follow_the_distribution():
     expected = probs[probs > 0] * n
     chi2 = ((found[probs > 0] - expected) ** 2 / expected).sum()
     assert chi2 < 16.27  # p = 0.001 at 3 degrees of freedom
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_large_vocabularies_are_sampled_by_the_same_sum(spread):
+    """In parts as a whole, up to the rounding of sums; never a token without probability."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2560, generator=generator) * spread
+    logits[::2] = logits[128:512] = -math.inf
+    probs = torch.softmax(logits, -1)
+    numbers = torch.rand(500, generator=generator, dtype=torch.float64)
+    ends = [0.0, 1 - 2.0**-53]
+    cumulative = probs.double().cumsum(-1)
+    for number in [*numbers, *torch.tensor(ends, dtype=torch.float64)]:
+        token = sample_from(probs, number)
+        assert probs[token] > 0
+        target = number * cumulative[-1]
+        assert cumulative[token] > target - 1e-12
+        assert cumulative[token] - probs[token] <= target + 1e-12
 
 
 def test_the_numbers_alone_decide():
@@ -140,7 +165,41 @@ def test_top_p_is_that_of_a_full_sort(size, spread):
         for p in (0.0, 0.3, 0.9, 0.999, 1.0):
             out = ordered.cumsum(-1) - ordered > p
             expected = logits.index_fill(0, ids[out], -math.inf)
-            assert torch.equal(keep_top_p(logits, p), expected)
+            assert torch.equal(whole(keep_top_p(logits, p), size), expected)
+
+
+@pytest.mark.parametrize("size", [5, 128, 1280, 1300])
+def test_the_most_probable_token_is_the_first_largest(size):
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(50, size, generator=generator).bfloat16().float()  # many are equal
+    logits[7] = -math.inf
+    values, ids = most_probable(logits)
+    assert torch.equal(values, logits.amax(-1))
+    assert ids.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    logits[3, size // 2] = math.nan
+    assert most_probable(logits)[0].isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 900, 5000])
+def test_top_k_of_large_vocabularies(k):
+    """With ties; from parts, where they are enough."""
+    generator = torch.Generator().manual_seed(k)
+    for size in (1000, 5000, 40000):
+        logits = torch.randn(size, generator=generator).bfloat16().float()
+        logits[::3] = -math.inf
+        expected = logits.masked_fill(logits < logits.sort().values[-min(k, size)], -math.inf)
+        assert torch.equal(whole(keep_top_k(logits, k), size), expected)
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    for params in (
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_p=1, top_k=3),
+        SamplingParams(1, 1),
+    ):
+        for wrong in (math.nan, math.inf):
+            with pytest.raises(ValueError, match="no token can be sampled"):
+                sample_token(torch.tensor([1.0, wrong, 2.0]), params, [], [], ANY)
 
 
 def test_small_distributions():
@@ -148,7 +207,7 @@ def test_small_distributions():
     logits = PROBS.log()
 
     def kept(found):
-        return [i for i, value in enumerate(found.tolist()) if math.isfinite(value)]
+        return [i for i, value in enumerate(whole(found, 5).tolist()) if math.isfinite(value)]
 
     assert kept(keep_top_k(logits, 2)) == [1, 3]
     assert kept(keep_top_k(logits, 99)) == [0, 1, 2, 3, 4]
@@ -186,14 +245,17 @@ def test_the_order_is_the_documented_one():
     )
     logits = constrained(torch.tensor([2.0, 1.0]), params, [0], [])
     assert seen == [([0], [1.0, 1.0])] and logits.tolist() == [2.0, 2.0]
-    assert warped(logits, params).tolist() == [4.0, 4.0]
+    assert whole(warped(logits, params), 2).tolist() == [4.0, 4.0]
 
 
 PEERS = {
-    "top_k": (lambda x, ids: keep_top_k(x, 7), transformers.TopKLogitsWarper(7)),
-    "top_p": (lambda x, ids: keep_top_p(x, 0.8), transformers.TopPLogitsWarper(0.8)),
-    "min_p": (lambda x, ids: keep_min_p(x, 0.1), transformers.MinPLogitsWarper(0.1)),
-    "typical_p": (lambda x, ids: keep_typical(x, 0.6), transformers.TypicalLogitsWarper(0.6)),
+    "top_k": (lambda x, ids: whole(keep_top_k(x, 7), len(x)), transformers.TopKLogitsWarper(7)),
+    "top_p": (lambda x, ids: whole(keep_top_p(x, 0.8), len(x)), transformers.TopPLogitsWarper(0.8)),
+    "min_p": (lambda x, ids: whole(keep_min_p(x, 0.1), len(x)), transformers.MinPLogitsWarper(0.1)),
+    "typical_p": (
+        lambda x, ids: whole(keep_typical(x, 0.6), len(x)),
+        transformers.TypicalLogitsWarper(0.6),
+    ),
     "repetition_penalty": (
         lambda x, ids: penalize_repetition(x, 1.3, ids),
         transformers.RepetitionPenaltyLogitsProcessor(1.3),
@@ -250,7 +312,7 @@ def test_all_together_equal_transformers_chain():
         ids = torch.randint(200, (60,), generator=generator)
         expected = torch.softmax(chain(ids[None], logits[None].clone())[0], -1)
         found = warped(constrained(logits, params, ids[:20].tolist(), ids[20:].tolist()), params)
-        assert (torch.softmax(found, -1) - expected).abs().max() <= 1e-6
+        assert (torch.softmax(whole(found, 200), -1) - expected).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize(
