@@ -5,7 +5,7 @@ layers keep theirs. A text whose blocks were dropped in part can still be contin
 of a chunk, of which nothing has to be known to those layers.
 """
 
-from typing import List, Optional, Sequence, Set
+from typing import Collection, List, Optional, Sequence, Set
 
 from llama.engine.blocks import Blocks, Match, Node
 from llama.families.registry import family_of
@@ -99,8 +99,12 @@ def make_blocks(pool: KVCache, args: ModelArgs) -> Blocks:
     return Blocks(pool.rows, PAGE)
 
 
-def free_dropped(pool: KVCache, blocks: Blocks) -> None:
-    """Free the memory of what was dropped; to be called before anything is written to blocks."""
+def free_dropped(pool: KVCache, blocks: Blocks, sources: Collection[int] = ()) -> None:
+    """Free the memory of what was dropped; to be called before anything is written to blocks.
+
+    Args:
+        sources: blocks still to be copied, even if they were evicted for others meanwhile.
+    """
     if isinstance(blocks, ChunkedBlocks) and blocks.dropped:
-        free_layers(pool, blocks.layers, blocks.dropped)
+        free_layers(pool, blocks.layers, {*blocks.dropped}.difference(sources))
         blocks.dropped.clear()

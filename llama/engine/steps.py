@@ -41,7 +41,7 @@ def compute(
 ) -> Ready:
     """Compute a plan: the parts that are ready for a token, and for each of these and its draft
     tokens the logits, (positions, vocab_size), without guidance and with it."""
-    free_dropped(pool, scheduler.blocks)
+    free_dropped(pool, scheduler.blocks, [source for source, _ in plan.copies])
     for source, target in plan.copies:
         copy_block(pool, source, target)
     new: List[List[int]] = []

@@ -126,7 +126,7 @@ def copy_block(pool: KVCache, source: int, target: int) -> None:
         part[:, target] = part[:, source]
 
 
-def free_layers(pool: KVCache, layers: Sequence[int], blocks: Sequence[int]) -> None:
+def free_layers(pool: KVCache, layers: Sequence[int], blocks: Iterable[int]) -> None:
     """Give the memory of some layers' keys and values in blocks back to the operating system, whole
     pages of it. They can be written again, and what is read before that is nothing in particular.
     """
@@ -148,6 +148,8 @@ def free_layers(pool: KVCache, layers: Sequence[int], blocks: Sequence[int]) -> 
 def runs(numbers: Iterable[int]) -> Iterator[Tuple[int, int]]:
     """The first and last of the runs of neighbours among numbers."""
     whole = sorted(set(numbers))
+    if not whole:
+        return
     breaks = [i for i in range(1, len(whole)) if whole[i] != whole[i - 1] + 1]
     for begin, end in pairwise([0, *breaks, len(whole)]):
         yield whole[begin], whole[end - 1]
