@@ -76,9 +76,9 @@ def test_llama4s_text_is_quantized_and_its_encoder_is_not():
 
 
 @pytest.fixture
-def amx():
+def bf16_kernels():
     if not kernels.library().attends_to_all():
-        pytest.skip("a processor without AMX")
+        pytest.skip("a processor without products of bf16")
 
 
 # Fewer and more queries and keys than tiles, caches and tasks hold, and no multiples of 32.
@@ -88,7 +88,7 @@ GROUPS = [[(1, 1), (1, 28)], [(100, 1), (30, 3), (1, 28)], [(600, 1), (0, 0), (4
 @torch.inference_mode()
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("heads, head_dim", [(3, 80), (2, 16), (1, 64), (2, 96)])
-def test_the_encoders_attention_with_amx(amx, groups, heads, head_dim):
+def test_the_encoders_attention_by_the_kernels(bf16_kernels, groups, heads, head_dim):
     """As exact as torch's in bf16; the same on any number of threads."""
     tokens, before = Tokens.counted(*groups), torch.get_num_threads()
     attention = ImageAttention(heads * head_dim, heads)
@@ -108,7 +108,7 @@ def test_the_encoders_attention_with_amx(amx, groups, heads, head_dim):
 
 
 @torch.inference_mode()
-def test_the_encoder_on_the_kernels(amx):
+def test_the_encoder_on_the_kernels(bf16_kernels):
     args = replace(WIDE, vision_width=64)  # heads of 16
     model = build(args, device="cpu", dtype=torch.bfloat16)
     model.load_state_dict(random_weights(args, dtype=torch.bfloat16))

@@ -1,8 +1,10 @@
-// Attention of all tokens to all, without a cache, with AMX: the image encoder's (ImageAttention).
+// Attention of all tokens to all, without a cache, in bf16: the image encoder's (ImageAttention).
 
 #pragma once
 
 #include "attention.h"
+#include <optional>
+#include <vector>
 
 namespace {
 
@@ -14,7 +16,15 @@ struct All {
     size_t at(int token, int head) const { return (size_t(token) * heads + head) * head_dim; }
 };
 
-#ifdef HAS_AMX
+#ifdef __AVX512BF16__
+#ifndef HAS_AMX
+struct Rows {  // 32 rows of x, `row` bytes apart
+    const bf16 *first, *second;
+    size_t row, step;
+};
+inline void written() {}
+#endif
+
 constexpr int NEAR = 256;  // keys whose scores for 32 queries stay in the first-level cache
 constexpr int RUN = 512;   // queries that stay, with these keys, in the second-level cache
 
@@ -79,6 +89,39 @@ inline void soften(float *scores, const float *times, float scale, int n, float 
     }
 }
 
+// y = x wᵀ, or what it adds to y, for 32 rows of x and W times 16 of w, `group` bytes apart, with tiles
+// or without. `words`: pairs of columns.
+template <int W>
+void multiply(bool tiles, const Rows &x, const uint8_t *w, size_t group, int words, bool begins,
+              float *y, size_t stride) {
+#ifdef HAS_AMX
+    if (tiles) {
+        dense_tiles<2, W>(x, w, group, (words + LANES - 1) / LANES, begins, y, stride, w, 0);
+        return;
+    }
+#endif
+    constexpr int M = 8;  // rows at a time, as registers allow
+    for (int m = 0; m < 2 * LANES; m += M, y += M * stride) {
+        const uint8_t *row[M];
+        vec sums[M][W];
+        for (int r = 0; r < M; r++) {
+            row[r] = (const uint8_t *)(m < LANES ? x.first : x.second) + (m + r) % LANES * x.row;
+            for (int c = 0; c < W; c++) sums[r][c] = begins ? vec{} : load(y + r * stride + c * LANES);
+        }
+        for (int i = 0; i < words; i++) {
+            __m512bh pairs[W];
+            for (int c = 0; c < W; c++) pairs[c] = read<__m512bh>(w + c * group + i * sizeof(uvec));
+            for (int r = 0; r < M; r++) {
+                const auto of_x = (__m512bh)_mm512_set1_epi32(read<int>(row[r] + i * sizeof(int)));
+                for (int c = 0; c < W; c++)
+                    sums[r][c] = (vec)_mm512_dpbf16_ps((__m512)sums[r][c], of_x, pairs[c]);
+            }
+        }
+        for (int r = 0; r < M; r++)
+            for (int c = 0; c < W; c++) store(y + r * stride + c * LANES, sums[r][c]);
+    }
+}
+
 inline void attend_to_all(const All &a) {
     constexpr int BOTH = 2 * LANES;
     static thread_local Head head;
@@ -91,8 +134,11 @@ inline void attend_to_all(const All &a) {
     const int runs = (a.queries + RUN - 1) / RUN;
     const float scale = 1.44269504f / std::sqrt(float(a.head_dim));
     const Share mine = share(a.heads * runs);
-    Tiles tiles;
-    tiles.shape(LANES, LANES, 2 * BLOCK, LANES);
+    bool tiles = false;
+#ifdef HAS_AMX
+    std::optional<Tiles> config;
+    if ((tiles = may_use_amx())) config.emplace().shape(LANES, LANES, 2 * BLOCK, LANES);
+#endif
     for (int i = mine.begin; i < mine.end; i++) {
         const int h = i / runs, begin = i % runs * RUN, n = std::min(RUN, a.queries - begin);
         if (i == mine.begin || i % runs == 0) head.pack(a, h);
@@ -104,6 +150,7 @@ inline void attend_to_all(const All &a) {
         std::fill(totals, totals + RUN, vec{});
         const int keys = int(head.times.size());
         const size_t group = size_t(keys) * BLOCK;  // bytes of 16 dimensions of all values
+        const size_t group_of_keys = size_t(deep) * BLOCK;  // bytes of 16 keys
         for (int first = 0; first < keys; first += NEAR) {
             const int some = std::min(NEAR, keys - first);
             for (int m = 0; m < n; m += BOTH) {
@@ -112,7 +159,7 @@ inline void attend_to_all(const All &a) {
                 written();
                 for (int j = 0; j < some; j += BOTH) {
                     const uint8_t *at = (const uint8_t *)&head.keys[(first + j) * blocks];
-                    dense_tiles<2, 2>(q, at, blocks * DENSE, blocks, true, scores + j, NEAR, at, 0);
+                    multiply<2>(tiles, q, at, group_of_keys, a.head_dim / 2, true, scores + j, NEAR);
                 }
                 for (int r = 0; r < BOTH; r++)
                     soften(scores + r * NEAR, &head.times[first], scale, some, largest_yet[m + r],
@@ -124,9 +171,9 @@ inline void attend_to_all(const All &a) {
                     const uint8_t *at = (const uint8_t *)&head.values[d / LANES * (keys / 2) + first / 2];
                     float *sum = &sums[m * a.head_dim + d];
                     if (d + LANES < a.head_dim)
-                        dense_tiles<2, 2>(p, at, group, some / BLOCK, false, sum, a.head_dim, at, 0);
+                        multiply<2>(tiles, p, at, group, some / 2, false, sum, a.head_dim);
                     else
-                        dense_tiles<2, 1>(p, at, group, some / BLOCK, false, sum, a.head_dim, at, 0);
+                        multiply<1>(tiles, p, at, group, some / 2, false, sum, a.head_dim);
                 }
             }
         }

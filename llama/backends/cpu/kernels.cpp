@@ -209,15 +209,15 @@ void pack_rows(int32_t kind, const void *in, int32_t rows, int32_t cols, void *o
 
 // Whether there is `attend_to_all`.
 int32_t attends_to_all() {
-#ifdef HAS_AMX
-    return may_use_amx();
+#ifdef __AVX512BF16__
+    return 1;
 #else
     return 0;
 #endif
 }
 
 void attend_to_all(const All *a, int32_t threads) {
-#ifdef HAS_AMX
+#ifdef __AVX512BF16__
 #pragma omp parallel num_threads(threads)
     attend_to_all(*a);
 #endif

@@ -44,7 +44,7 @@ class NativeLinear(NativeOutput):
 
 
 class NativeImageAttention(ImageAttention):
-    """The image encoder's attention with AMX, in bf16."""
+    """The image encoder's attention by the kernels, in bf16."""
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens
@@ -61,7 +61,7 @@ class NativeImageAttention(ImageAttention):
 
 
 def swap_encoder(encoder: VisionEncoder) -> None:
-    """Let the encoder, whose weights don't learn, attend with AMX, if there is AMX."""
+    """Let the encoder, whose weights don't learn, attend by the kernels, if these multiply bf16."""
     for block in (*encoder.transformer.resblocks, *encoder.global_transformer.resblocks):
         attention: Any = block.attn
         width, dtype = len(attention.wq.weight), attention.wq.weight.dtype
