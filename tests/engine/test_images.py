@@ -42,6 +42,31 @@ def test_in_chunks_beside_others(llama, chunk):
         assert all(one.views is None for one in request.rows)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_answers_to_images_are_the_same_to_the_bit(tmp_path, dtype):
+    """With the kernels, in whatever passes, with more tokens before them than share an image."""
+    args = replace(TINY_VISION, dim=128, n_heads=4, head_dim=32)
+    path = write_checkpoint(tmp_path / "model", args)
+    llama = Llama.build(path, device="cpu", dtype=dtype, max_batch_size=8, max_seq_len=256)
+    rows = [[*row, *range(20, 170)] for row in ROWS]
+    images = tiled(rows, 3)
+
+    def answers(step, together):
+        engine = llama.engine(max_tokens_per_step=step)
+        found, options = [], dict(OPTIONS, temperature=0.9)
+        for i, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+            found.append(engine.add(row, 12, images=[of_row], seed=i, **options))
+            while not together and not engine.idle:
+                engine.step()
+        while not engine.idle:
+            engine.step()
+        return [[(e.token, e.logprob) for e in request.events] for request in found]
+
+    expected = answers(512, together=False)
+    for step in (1, 7, 33, 512):
+        assert answers(step, together=True) == expected
+
+
 def test_prefixes_are_of_the_same_images(llama):
     engine = llama.engine(cache_tokens=1024)
     text = [7, IMAGE, *range(20, 90)]

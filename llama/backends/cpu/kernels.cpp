@@ -7,6 +7,7 @@
 //     step        all layers of a model, or some; null in place of adapters: none is used
 //     linear      one product: the output layer
 //     norm, rows  RMSNorm; some rows of a weight, for the embedding
+//     look        attention of some tokens to keys and values outside of the cache
 //     attend_to_all  attention of all tokens to all
 //     pack        a weight as in a file -> as the products read it
 //
@@ -205,6 +206,22 @@ void rows(int32_t is_bf16, const Weight *w, const int64_t *which, int32_t n, voi
 void pack_rows(int32_t kind, const void *in, int32_t rows, int32_t cols, void *out, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     types[kind]->pack((const uint8_t *)in, rows, cols, (uint8_t *)out);
+}
+
+// Attention of tokens to all keys of one row, alike: queries (tokens, heads, head_dim) as `step` makes
+// them, rotated and scaled. `partial` as in its scratch.
+void look(int32_t is_bf16, const Shape *s, const Batch *b, const void *queries, float *partial,
+          const Inputs *out, int32_t threads) {
+    auto run = [&](auto value) {
+        using A = decltype(value);
+        with_cache<A>(*b, 0, s->head_dim, [&](auto keys, auto values) {
+            auto *q = (const typename Words<A>::Value *)queries;
+            if (b->few) attend_few<A>(*s, *b, q, keys, values, partial, *out, {});
+            else attend_many<A>(*s, *b, q, keys, values, *out, {});
+        });
+    };
+#pragma omp parallel num_threads(threads)
+    is_bf16 ? run(bf16()) : run(0.0f);
 }
 
 // Whether there is `attend_to_all`.

@@ -208,6 +208,7 @@ def library() -> ctypes.CDLL:
         "add_type": [Int, ptr],
         "multiplies_bf16": [],
         "group_height": [Int],
+        "look": [Int, ptr, ptr, ptr, ptr, ptr, Int],
         "attends_to_all": [],
         "attend_to_all": [ptr, Int],
     }.items():

@@ -1,9 +1,10 @@
 """Models that see on the CPU kernels: their text models, and the attention of Llama 3.2's encoder.
 
 In Llama 3.2 Vision, the layers between two of cross-attention are one module. Those compute with
-packed weights, too, and attend by torch, to keys and values that aren't in the cache's blocks.
+packed weights, too, and attend to keys and values that aren't in the cache's blocks.
 """
 
+import math
 from ctypes import byref
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
 from llama.backends.cpu.packing import LANES, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
 from llama.families.llama4_fusion import EarlyFusion
-from llama.families.vision import VisionTransformer
+from llama.families.vision import CrossAttention, VisionTransformer
 from llama.families.vision_encoder import ImageAttention, Tokens, VisionEncoder
 from llama.model import Step, Transformer
 
@@ -41,6 +42,35 @@ class NativeLinear(NativeOutput):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
         return (reduce_from_model_parallel_region(out) if self._reduce else out).to(x.dtype)
+
+
+class NativeCrossAttention(CrossAttention):
+    """Attention to images whose sums, too, are in an order that doesn't depend on the pass."""
+
+    def look(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        (tokens, heads, head_dim), (kv_heads, S, _) = q.shape, keys.shape
+        keys, values = keys.contiguous(), values.contiguous()
+        pairs = q.dtype == torch.bfloat16 and kernels.library().multiplies_bf16()
+        # For exp2 in place of exp.
+        queries = (q.float() * (1 / math.log(2) / math.sqrt(head_dim))).contiguous()
+        queries = queries.bfloat16() if pairs else queries
+        begins = torch.tensor([0, tokens], dtype=torch.int32)
+        owners = torch.zeros(tokens, dtype=torch.int32)
+        positions = torch.full((tokens,), S - 1)
+        few = tokens < layers.MANY
+        partial = torch.empty(tokens * heads * -(-S // layers.CHUNK) * (head_dim + 2) * few)
+        out = torch.empty(tokens, heads * head_dim)
+        shape = kernels.Shape(0, heads, kv_heads, head_dim, 0, 0.0, 1.0)
+        batch = kernels.Batch(
+            1, few, tokens, address(begins), address(owners), address(positions), None,
+            address(keys), address(values), None, None, 0, 0, S, None, 0,
+        )  # fmt: skip
+        inputs = kernels.Inputs(floats=address(out), cols=heads * head_dim, height=1)
+        kernels.library().look(
+            q.dtype == torch.bfloat16, byref(shape), byref(batch), address(queries),
+            address(partial), byref(inputs), torch.get_num_threads(),
+        )  # fmt: skip
+        return out.to(q.dtype)
 
 
 class NativeImageAttention(ImageAttention):
@@ -98,6 +128,7 @@ def swap(model: Transformer) -> Transformer:
         for begin, end in zip(begins, [*begins[1:], len(blocks)], strict=True)
     )
     for block in cast(Any, reading):
+        block.attention.__class__ = NativeCrossAttention
         for linear, name in zip(networks.linears_of(block), kernels.MATRICES, strict=True):
             owner = block.attention if hasattr(block.attention, name) else block.feed_forward
             setattr(owner, name, NativeLinear(arena.pack(weight_of(linear)), work, name))
