@@ -198,8 +198,10 @@ def test_logits_that_are_not_numbers_are_an_error():
         SamplingParams(1, 1),
     ):
         for wrong in (math.nan, math.inf):
-            with pytest.raises(ValueError, match="no token can be sampled"):
-                sample_token(torch.tensor([1.0, wrong, 2.0]), params, [], [], ANY)
+            for size in (3, 1280):
+                logits = torch.ones(size).index_fill(0, torch.tensor([1]), wrong)
+                with pytest.raises(ValueError, match="no token can be sampled"):
+                    sample_token(logits, params, [], [], ANY)
 
 
 def test_small_distributions():

@@ -49,7 +49,8 @@ class NativeCrossAttention(CrossAttention):
 
     def look(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         (tokens, heads, head_dim), (kv_heads, S, _) = q.shape, keys.shape
-        keys, values = keys.contiguous(), values.contiguous()
+        if keys.stride() != values.stride() or keys.stride()[1:] != (head_dim, 1):
+            keys, values = keys.contiguous(), values.contiguous()
         pairs = q.dtype == torch.bfloat16 and kernels.library().multiplies_bf16()
         # For exp2 in place of exp.
         queries = (q.float() * (1 / math.log(2) / math.sqrt(head_dim))).contiguous()
@@ -63,7 +64,7 @@ class NativeCrossAttention(CrossAttention):
         shape = kernels.Shape(0, heads, kv_heads, head_dim, 0, 0.0, 1.0)
         batch = kernels.Batch(
             1, few, tokens, address(begins), address(owners), address(positions), None,
-            address(keys), address(values), None, None, 0, 0, S, None, 0,
+            address(keys), address(values), None, None, 0, 0, keys.stride(0) // head_dim, None, 0,
         )  # fmt: skip
         inputs = kernels.Inputs(floats=address(out), cols=heads * head_dim, height=1)
         kernels.library().look(
