@@ -84,8 +84,8 @@ def finetune(
             Takes 18 to 38 % more time.
         save_every: steps between saves of the state.
         tensorboard: write the log for TensorBoard, too, into OUT/tensorboard.
-        dtype: bf16 or fp32, for matrix products; by default bf16 where the hardware has it. All
-            weights that are learned are fp32.
+        dtype: bf16 or fp32, for matrix products, and for the weights of a whole model that is
+            written; by default bf16 where the hardware has it. What is learned is fp32 meanwhile.
         device: cuda, mps or cpu; by default the first of these that is available.
         seed: of the order of examples and of a new adapter.
         force: start over, whatever is in OUT; its result stays until the new one is complete.
@@ -102,8 +102,11 @@ def finetune(
     kind = run.check_options(method, to, max_seq_len, save_every, held_out)
     if tensorboard:
         run.event_files()
-    if lora_dropout and method != "lora":
-        raise ValueError(f"--lora_dropout={lora_dropout} is for --method lora")
+    of_lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, lora_matrices=lora_matrices,
+                   lora_dropout=lora_dropout)  # fmt: skip
+    for name, value in of_lora.items():
+        if method != "lora" and value != (finetune.__kwdefaults__ or {})[name]:
+            raise ValueError(f"--{name}={value} is for --method lora")
     torch_device = parallel.initialize(model_parallel_size, device)
     low = parallel.pick_dtype(dtype, torch_device)
     if learning_rate is None:
@@ -168,7 +171,7 @@ def finetune(
     if parallel.is_rank_zero():
         if not plot.draw(folder):
             say(f"no loss.png: {plot.NEEDED}, then llama plot {folder}")
-        run.remove_state(folder)
+        run.finish(folder, result)
     say(f"written: {result}")
 
 

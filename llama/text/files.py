@@ -50,12 +50,14 @@ def read_text(path: Path, *, exact: bool = False) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not UTF-8.
+        ValueError: not UTF-8, or a directory.
     """
     try:
         return decode(path.read_bytes(), str(path), exact=exact)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file at {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a directory: name a file") from None
 
 
 def decode(raw: bytes, name: str, *, exact: bool = False) -> str:
@@ -132,16 +134,16 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         check_plain(path)
         partial, old = _beside(path)
-        _remove(partial)
+        remove(partial)
         try:
             yield partial
             if path.exists():
-                _remove(old)
+                remove(old)
                 path.rename(old)
             partial.rename(path)
-            _remove(old)
+            remove(old)
         finally:
-            _remove(partial)
+            remove(partial)
             if old.exists() and not path.exists():  # stopped between the two renames
                 old.rename(path)
 
@@ -186,7 +188,8 @@ def _beside(path: Path) -> Tuple[Path, Path]:
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

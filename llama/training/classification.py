@@ -30,6 +30,7 @@ from llama.tokenizer import Tokenizer
 from llama.training.heads import (
     SCORE,
     Body,
+    check_labels,
     check_writable,
     config_with_head,
     default_labels,
@@ -73,8 +74,7 @@ class SequenceClassifier(nn.Module):
     ):
         super().__init__()
         shape = (len(labels), model.params.dim)
-        if not labels or len(set(labels)) < len(labels):
-            raise ValueError(f"labels={list(labels)[:20]}: at least one name, and none twice")
+        check_labels(labels)
         if problem_type not in (None, *PROBLEMS):
             raise ValueError(f"problem_type={problem_type!r}: choose one of {PROBLEMS}, or None")
         if problem_type == "single_label_classification" and len(labels) == 1:
@@ -243,9 +243,11 @@ class SequenceClassifier(nn.Module):
         Any pad_id at the end of ids doesn't count, as in transformers.
 
         Raises:
-            ValueError: no tokenizer; ids outside of the vocabulary; a text without tokens, or
-                longer than max_seq_len, by number.
+            ValueError: no list; no tokenizer; ids outside of the vocabulary; a text without tokens,
+                or longer than max_seq_len, by number.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts is one text: pass a list of texts")
         encoded = [self._encode(text) for text in texts]
         found = torch.empty(len(encoded), len(self.labels))
         args, device = self.model.params, self.score.weight.device
@@ -298,9 +300,10 @@ class SequenceClassifier(nn.Module):
 
         Raises:
             FileExistsError: the directory exists, without `force`.
-            ValueError: a model whose weights are in blocks, or compiled, or of another family.
+            ValueError: a model whose weights are in blocks, or compiled, or of another family; an
+                adapter that isn't merged.
         """
-        check_writable(self.model.params, CLASSIFIER)
+        check_writable(self.model, CLASSIFIER)
         if Path(path).exists() and not force:  # on all ranks alike
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)

@@ -26,8 +26,10 @@ def attach_classifier_adapter(
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: an adapter of another model or number of labels, and what `lora.attach` raises.
+        ValueError: no SequenceClassifier; an adapter of another model or number of labels, and what
+            `lora.attach` raises.
     """
+    _check(classifier)
     adapter, score = read_adapter(path, classifier.model.params, classifier=True), classifier.score
     if adapter.head is not None and adapter.head.shape != score.weight.shape:
         raise ValueError(
@@ -54,8 +56,9 @@ def write_classifier_adapter(
 
     Raises:
         FileExistsError: the directory exists, without `force`.
-        ValueError: no adapter of this name.
+        ValueError: no SequenceClassifier, or no adapter of this name.
     """
+    _check(classifier)
     if Path(path).exists() and not force:  # on all ranks alike
         raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
     adapter = replace(lora.adapter_of(classifier.model, name), head=classifier.score.weight)
@@ -63,3 +66,11 @@ def write_classifier_adapter(
         write_adapter(adapter, path, classifier.model.params, base, force=force)
     parallel.barrier()
     return Path(path)
+
+
+def _check(classifier: SequenceClassifier) -> None:
+    if not isinstance(classifier, SequenceClassifier):
+        raise ValueError(
+            f"{type(classifier).__name__}: adapters have a place for the head of a "
+            "SequenceClassifier only"
+        )

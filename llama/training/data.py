@@ -47,7 +47,10 @@ def read_examples(
     """
     path = Path(path)
     if path.suffix != ".jsonl":
-        return Examples(text_examples(read_text(path), tokenizer, max_seq_len), 0, 0)
+        text = read_text(path)
+        if not text.strip():
+            raise ValueError(f"{path} is empty: nothing to learn")
+        return Examples(text_examples(text, tokenizer, max_seq_len), 0, 0)
     rows: List[Example] = []
     cut = dropped = 0
     for number, line in objects(path):

@@ -9,8 +9,9 @@ import torch
 from llama.checkpoint import Checkpoint, Shape
 from llama.checkpoint.opening import format_at
 from llama.families.registry import family_of
-from llama.model import ModelArgs
+from llama.model import Transformer
 from llama.text.files import read_object
+from llama.training import lora
 
 SCORE = "score.weight"
 
@@ -46,12 +47,31 @@ def config_with_head(path: Path, architecture: str) -> Dict[str, Any]:
     return config if config.get("architectures") == [architecture] else {}
 
 
-def check_writable(args: ModelArgs, architecture: str) -> None:
-    """Check that transformers' class computes a model of this shape.
+def check_labels(labels: Sequence[str]) -> None:
+    """Check the names of classes.
 
     Raises:
-        ValueError: it is of another model_type, of whose differences the class knows nothing.
+        ValueError: none, or one twice; one text, whose letters would be taken for names.
     """
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r:.60} is one text: pass a list of names")
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"labels={list(labels)[:20]}: at least one name, and none twice")
+
+
+def check_writable(model: Transformer, architecture: str) -> None:
+    """Check that a model's weights are all of it, and transformers' class computes its shape.
+
+    Raises:
+        ValueError: adapters are attached; it is of another model_type, of whose differences the
+            class knows nothing.
+    """
+    if names := lora.names(model):
+        raise ValueError(
+            f"adapter {', '.join(names)} is beside the weights, which alone are written: lora.merge"
+            " it first, or lora.detach it; write_classifier_adapter writes a SequenceClassifier's"
+        )
+    args = model.params
     kind = family_of(args).write_config(args).get("model_type", "llama")
     if kind != "llama":
         raise ValueError(

@@ -23,7 +23,7 @@ from llama.families.registry import build
 from llama.families.vision import OF_IMAGES
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
-from llama.text.files import beside, check_plain, recovered
+from llama.text.files import beside, check_plain, recovered, remove
 from llama.training import devices, lora, saved
 from llama.training.data import Example
 from llama.training.gradients import origin, shard_of
@@ -59,28 +59,39 @@ def check_folder(folder: Path, to: str, source: Path, force: bool) -> Path:
     """The path of the result, where it will be possible to write it in the end.
 
     Raises:
-        FileExistsError: there is a result, without `force`.
+        FileExistsError: there is a result, without `force`, or a directory of other things; or a
+            file in the folder's place.
         ValueError: the base model is there.
     """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"{there} is a file: --out is a directory, which takes another name")
     if parallel.is_rank_zero():
         recovered(folder / "state")
     devices.wait()
     done = finished(folder)
     if done and not force:
         raise FileExistsError(f"{done} exists, this run is done: another --out, or --force")
-    result, here = folder / RESULTS[to], source.resolve()
-    check_plain(result)
-    if result.exists() and result.resolve() in (here, *here.parents):
-        raise ValueError(f"{result} holds the model itself that is to be learned: another --out")
-    return result
+    here = source.resolve()
+    for path in results(folder):  # which all give way to the new one
+        if path.resolve() in (here, *here.parents):
+            raise ValueError(f"{path} holds the model itself that is to be learned: another --out")
+        check_plain(path)
+        names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        if names and not names & {"adapter_config.json", "config.json", "params.json"}:
+            raise FileExistsError(f"{path} holds no model or adapter: another --out")
+    return folder / RESULTS[to]
+
+
+def results(folder: Path) -> List[Path]:
+    """The results in a folder, of any kind."""
+    paths = (folder / name for name in sorted(set(RESULTS.values())))
+    return [path for path in paths if path.exists()]
 
 
 def finished(folder: Path) -> Optional[Path]:
     """The result of a finished run. With a state beside it, it's that of the run before."""
-    results = (folder / name for name in sorted(set(RESULTS.values())))
-    if (folder / "state").exists():
-        return None
-    return next((path for path in results if path.exists()), None)
+    return None if (folder / "state").exists() else next(iter(results(folder)), None)
 
 
 def check_memory(
@@ -181,7 +192,9 @@ def fill(
 
 
 def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -> None:
-    """Load the state that an interrupted run left; with `force`, remove it.
+    """Load the state that an interrupted run left; with `force`, empty it.
+
+    An empty one says that the result beside it, if there is one, is of the run before.
 
     Raises:
         ValueError: it is of another run, by what differs.
@@ -189,8 +202,9 @@ def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -
     state = folder / "state"
     if force and parallel.is_rank_zero():
         shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
     devices.wait()
-    if state.exists():
+    if (state / "about.json").exists():
         trainer.load(state, about)
 
 
@@ -302,8 +316,14 @@ def write_result(
         convert.convert(source, path, to, dtype=dtype, tokenizer_path=tokenizer_path, force=True)
 
 
-def remove_state(folder: Path) -> None:
-    """The run is done: rename its state at once, as half of one couldn't be read, and remove it."""
+def finish(folder: Path, result: Path) -> None:
+    """The run is done: remove results of other kinds, which are of a run before, and its state.
+
+    The state is renamed first, as half of one couldn't be read.
+    """
+    for path in results(folder):
+        if path != result:
+            remove(path)
     done = folder / ".state.done"
     shutil.rmtree(done, ignore_errors=True)
     (folder / "state").rename(done)

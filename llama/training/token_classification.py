@@ -27,7 +27,7 @@ from llama.layers import parallel
 from llama.layers.ids import check_token_tensor
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.heads import Body, check_writable, config_with_head, read_head
+from llama.training.heads import Body, check_labels, check_writable, config_with_head, read_head
 from llama.training.losses import IGNORED
 
 Self = TypeVar("Self", bound="_TokenHead")
@@ -36,9 +36,15 @@ Self = TypeVar("Self", bound="_TokenHead")
 class Tagged(NamedTuple):
     """A token of a text, and what it is taken for."""
 
-    text: str
+    text: str  # the characters that it completes, perhaps none: all of them add up to the text
     label: str
     probability: float
+
+
+def check_integers(labels: torch.Tensor) -> None:
+    """ValueError for labels of floats."""
+    if labels.is_floating_point():
+        raise ValueError(f"labels of {labels.dtype}: integers are needed")
 
 
 class _TokenHead(nn.Module):
@@ -67,9 +73,8 @@ class _TokenHead(nn.Module):
         seed: int = 1,
     ):
         super().__init__()
+        check_labels(labels)
         n, dim = len(labels), model.params.dim
-        if not labels or len(set(labels)) < n:
-            raise ValueError(f"labels={list(labels)[:20]}: at least one name, and none twice")
         if weight is None:
             weight = 0.02 * torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
         bias = torch.zeros(n) if bias is None else bias
@@ -164,9 +169,11 @@ class _TokenHead(nn.Module):
         """Logits of each text, or of ids in a text's place: (tokens, len(labels)), fp32, CPU.
 
         Raises:
-            ValueError: no tokenizer; ids outside of the vocabulary; a text without tokens, or
-                longer than max_seq_len, by number.
+            ValueError: no list; no tokenizer; ids outside of the vocabulary; a text without tokens,
+                or longer than max_seq_len, by number.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts is one text: pass a list of texts")
         encoded = [self._encode(text) if isinstance(text, str) else list(text) for text in texts]
         found: List[torch.Tensor] = [torch.empty(0)] * len(encoded)
         args, device = self.model.params, self.score.weight.device
@@ -210,8 +217,9 @@ class TokenClassifier(_TokenHead):
         """Mean cross-entropy of logits (B, T, n) and labels (B, T), but for labels IGNORED, -100.
 
         Raises:
-            ValueError: labels of another shape, out of range, or all ignored.
+            ValueError: labels of another shape, no integers, out of range, or all ignored.
         """
+        check_integers(labels)
         known = (labels >= 0) & (labels < len(self.labels))
         if labels.shape != logits.shape[:2] or not (known | (labels == IGNORED)).all():
             raise ValueError(
@@ -221,22 +229,19 @@ class TokenClassifier(_TokenHead):
         if not known.any():
             raise ValueError("labels are all ignored: nothing to learn")
         return F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORED
+            logits.flatten(0, 1), labels.flatten().long().to(logits.device), ignore_index=IGNORED
         )
 
     def classify(self, texts: Sequence[str], batch_size: int = 8) -> List[List[Tagged]]:
         """Of each text, its tokens with the most probable label each. See `predict`."""
-        found = []
-        encoded = [self._encode(text) for text in texts]
-        for ids, logits in zip(encoded, self.predict(encoded, batch_size), strict=True):
+        found, predicted = [], self.predict(texts, batch_size)
+        for text, logits in zip(texts, predicted, strict=True):
             best = logits.softmax(-1).max(-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found.append(
-                [
-                    Tagged(self._tokenizer.decode([id]), self.labels[label], probability)
-                    for id, (label, probability) in zip(ids, pairs, strict=True)
-                ]
-            )
+            names = [self.labels[label] for label in best.indices.tolist()]
+            stream = self._tokenizer.stream()
+            pieces = [stream.feed(id) for id in self._encode(text)]
+            pieces[-1] += stream.finish()
+            found.append(list(map(Tagged, pieces, names, best.values.tolist())))
         return found
 
     def write(
@@ -249,9 +254,10 @@ class TokenClassifier(_TokenHead):
 
         Raises:
             FileExistsError: the directory exists, without `force`.
-            ValueError: a model whose weights are in blocks, or compiled, or of another family.
+            ValueError: a model whose weights are in blocks, or compiled, or of another family; an
+                adapter that isn't merged.
         """
-        check_writable(self.model.params, self.architecture)
+        check_writable(self.model, self.architecture)
         if Path(path).exists() and not force:  # on all ranks alike
             raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
         source = checkpoint.gather(self.model)
@@ -316,14 +322,21 @@ class QuestionAnswerer(_TokenHead):
             labels: (B, 2), the first and the last token of each answer; one at T doesn't count.
 
         Raises:
-            ValueError: labels of another shape, or out of range.
+            ValueError: labels of another shape, no integers, or out of range; none that counts of
+                where answers begin, or end.
         """
+        check_integers(labels)
         B, T, _ = logits.shape
         if labels.shape != (B, 2) or not ((labels >= 0) & (labels <= T)).all():
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)}: two tokens of 0 to {T} for each of {B}"
             )
-        labels = labels.to(logits.device)
+        if (labels == T).all(0).any():
+            raise ValueError(
+                f"no label of where answers begin, or none of where they end, is below {T}, the "
+                "number of tokens: nothing to learn"
+            )
+        labels = labels.long().to(logits.device)
         starts, ends = (
             F.cross_entropy(logits[..., i], labels[:, i], ignore_index=T) for i in range(2)
         )
@@ -335,13 +348,15 @@ class QuestionAnswerer(_TokenHead):
         The question stands before the context, each encoded as a text.
 
         Raises:
-            ValueError: max_tokens below 1, and what `predict` raises.
+            ValueError: max_tokens below 1, a context without tokens, and what `predict` raises.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         asked, told = self._encode(question), self._encode(context)
-        [logits] = self.predict([asked + told])
         begin = len(asked) + bool(self._tokenizer.add_bos)  # behind the context's own BOS
+        if begin == len(asked + told):
+            raise ValueError(f"context={context!r}: the context has no tokens to answer with")
+        [logits] = self.predict([asked + told])
         starts, ends = logits[begin:].unbind(-1)
         sums = starts[:, None] + ends
         allowed = torch.ones_like(sums).triu().tril(max_tokens - 1).bool()

@@ -193,18 +193,12 @@ class Trainer:
         chosen = order(len(self.rows), epoch, self.recipe.seed)[at * size : (at + 1) * size]
         # By length, so that a pass has little padding; a step's gradient is the same in any order.
         chosen.sort(key=lambda i: len(self.rows[i].tokens))
-        asked = sum(self.rows[i].asked for i in chosen)
-        total = torch.zeros((), device=self.device)
-        per_pass = size // self.recipe.micro_batches
         for _, parameter, _ in self.trained:
             parameter.grad = None
-        for begin in range(0, len(chosen), per_pass):
-            alone = self._ddp and begin + per_pass < len(chosen)  # sent with those of later passes
-            with self._loss.no_sync() if alone else nullcontext():  # type: ignore[operator]
-                loss = self._summed(chosen[begin : begin + per_pass], self.rows, drop=True) / asked
-                (loss * devices.copies()).backward()  # DDP and FSDP2 give the mean over copies
-            total += loss.detach()
-        lora.drop(self.model, None)
+        try:
+            total = self._accumulated(chosen)
+        finally:  # an interrupted step leaves no dropout either
+            lora.drop(self.model, None)
         sum_replicas(self.model)
         mean = float(devices.add_up(total))
         norm = clip_gradients(self.model, self.recipe.clip)
@@ -223,6 +217,19 @@ class Trainer:
         self.step += 1
         tokens = sum(len(self.rows[i].tokens) for i in chosen)
         return Step(self.step, mean, rate, norm, tokens, time.perf_counter() - start)
+
+    def _accumulated(self, chosen: List[int]) -> torch.Tensor:
+        """This copy's part of the loss of a step, whose gradients are accumulated pass by pass."""
+        asked = sum(self.rows[i].asked for i in chosen)
+        total = torch.zeros((), device=self.device)
+        per_pass = self.recipe.batch_size // self.recipe.micro_batches
+        for begin in range(0, len(chosen), per_pass):
+            alone = self._ddp and begin + per_pass < len(chosen)  # sent with those of later passes
+            with self._loss.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                loss = self._summed(chosen[begin : begin + per_pass], self.rows, drop=True) / asked
+                (loss * devices.copies()).backward()  # DDP and FSDP2 give the mean over copies
+            total += loss.detach()
+        return total
 
     @torch.no_grad()
     def loss(self, rows: Sequence[Example]) -> float:
@@ -272,9 +279,15 @@ class Trainer:
         before, now = read_object(path / "about.json"), self._about(about)
         for key in now:
             if before.get(key) != now[key]:
+                differs = f"{key}={before.get(key)}, and this one has {now[key]}"
+                if key == "their ids":
+                    differs = (
+                        "other examples: the data, the tokenizer, the date in the chat template, "
+                        "max_seq_len or held_out changed"
+                    )
                 raise ValueError(
-                    f"{path} is of a run with {key}={before.get(key)}, and this one has "
-                    f"{now[key]}: go on with the same, or begin anew with force"
+                    f"{path} is of a run with {differs}: go on with the same, or begin anew with "
+                    "force"
                 )
         self.step = before["step"]
         saved.read(path, self._state())

@@ -207,6 +207,10 @@ ERRORS = {
     "choose hf, meta or gguf, or for lora adapter": {"method": "full", "to": "adapter"},
     "--held_out=20 of 20 examples leaves none": {"held_out": 20},
     "lora rank 0": {"lora_rank": 0},
+    "--lora_rank=8 is for --method lora": {"method": "full", "lora_rank": 8},
+    "--lora_alpha=8 is for --method lora": {"method": "full", "lora_alpha": 8},
+    "--lora_matrices=wq is for --method lora": {"method": "full", "lora_matrices": "wq"},
+    "--lora_dropout=0.1 is for --method lora": {"method": "full", "lora_dropout": 0.1},
     "lora matrices 'qkv_proj': choose some of wq, wk.* q_proj": {"lora_matrices": "wq,qkv_proj"},
     "batch_size=0 must be more than 0": {"batch_size": 0},
     "--max_seq_len=1 from 2": {"max_seq_len": 1},
@@ -220,6 +224,13 @@ def test_errors(complaint, base, tmp_path):
     with pytest.raises(ValueError, match=complaint):
         here(base, tmp_path / "run", **ERRORS[complaint])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused_before_data_is_read(base, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    for out in ("run", "run/a/b"):
+        with pytest.raises(FileExistsError, match="run is a file: --out is a directory"):
+            here(base, tmp_path / out, data="nowhere", force=True)
 
 
 def test_what_cannot_be_packed_is_refused_before_it_is_read(base, tmp_path):
@@ -275,6 +286,37 @@ def test_a_forced_run_that_broke_off_goes_on_without_force(whole, base, tmp_path
         here(base, out, method="full")  # nor is a run of another kind put beside it
 
 
+def test_a_forced_run_that_died_before_its_first_save_is_not_done(
+    whole, base, tmp_path, monkeypatch
+):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Trainer, "one_step", lambda trainer: 1 / 0)
+        here(base, out, force=True, seed=5)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    here(base, out, seed=5, epochs=1)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() != before
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 5)]
+
+
+def test_a_forced_run_leaves_one_result(whole, base, tmp_path):
+    """Else the next run would name the one before as done."""
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    for to, name in (("hf", "model"), ("gguf", "model.gguf"), ("adapter", "adapter")):
+        here(base, out, to=to, force=True, epochs=1)
+        assert {path.name for path in out.iterdir()} == {name, "log.jsonl", "loss.png"}
+        with pytest.raises(FileExistsError, match=f"{name} exists, this run is done"):
+            here(base, out, to=to)
+
+
+def test_a_directory_of_other_things_is_not_taken_for_a_result(base, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "network.py").write_text("")
+    with pytest.raises(FileExistsError, match="model holds no model or adapter: another --out"):
+        here(base, tmp_path / "run", force=True)
+
+
 def test_what_fails_after_the_last_step_costs_no_step(base, tmp_path, monkeypatch):
     """A disk that is full, a file cut off while it was written."""
     out = tmp_path / "run"
@@ -308,10 +350,10 @@ def test_another_base_is_another_run(base, tmp_path, monkeypatch):
 
 def test_the_base_is_never_overwritten(base, tmp_path):
     write_checkpoint(tmp_path / "run" / "model", replace(TINY, max_seq_len=128))
-    for method in ("lora", "full"):
+    for method, to in (("lora", "hf"), ("full", "hf"), ("lora", "adapter")):
         with pytest.raises(ValueError, match="holds the model itself that is to be learned"):
             main(
-                str(base / "data.jsonl"), out=str(tmp_path / "run"), method=method, to="hf",
+                str(base / "data.jsonl"), out=str(tmp_path / "run"), method=method, to=to,
                 ckpt_dir=str(tmp_path / "run" / "model"), force=True, **OPTIONS,
             )  # fmt: skip
 

@@ -20,6 +20,8 @@ def test_text_is_read_without_what_editors_add_unless_it_is_to_be_exact(tmp_path
             read_text(path, exact=exact)
     with pytest.raises(FileNotFoundError, match="no file at"):
         read_text(tmp_path / "none")
+    with pytest.raises(ValueError, match="is a directory: name a file"):
+        read_text(tmp_path)
 
 
 def test_lines_to_score_may_begin_with_a_byte_order_mark(tmp_path):

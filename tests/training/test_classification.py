@@ -363,6 +363,7 @@ def test_mistakes_are_named(tiny, tiny_dir):
     for options, named in (
         ({"labels": []}, "labels=\\[\\]: at least one name"),
         ({"labels": ["a", "a"]}, "none twice"),
+        ({"labels": "ab"}, "labels='ab' is one text: pass a list of names"),
         ({"labels": ["a"], "problem_type": "ranking"}, "problem_type='ranking': choose one of"),
         ({"labels": ["a"], "problem_type": "single_label_classification"}, "takes 2 labels"),
         ({"labels": ["a"], "score": torch.ones(2, 64)}, r"shape \(2, 64\), .* takes \(1, 64\)"),
@@ -381,6 +382,9 @@ def test_mistakes_are_named(tiny, tiny_dir):
         ours.predict(["a", "b" * 200])
     with pytest.raises(ValueError, match="text 0 has 0 tokens"):
         ours.predict([[]])
+    for function in (ours.predict, ours.classify):
+        with pytest.raises(ValueError, match="texts is one text: pass a list of texts"):
+            function("calm")
     for wrong in (-1, 512):
         named = f"has the token id {wrong}: this model knows 0 to 511"
         with pytest.raises(ValueError, match=f"text 1 {named}"):

@@ -15,6 +15,7 @@ from llama.checkpoint.adapter import read_adapter
 from llama.training import lora
 from llama.training.classification import SequenceClassifier
 from llama.training.classifier_adapter import attach_classifier_adapter, write_classifier_adapter
+from llama.training.token_classification import TokenClassifier
 
 LABELS = torch.tensor([2, 0, 1, 1])
 PADDED = torch.nn.utils.rnn.pad_sequence(
@@ -96,6 +97,8 @@ def test_what_is_trained_here_is_pefts_and_trains_as_there(base, tmp_path):
     with pytest.raises(FileExistsError, match="exists"):
         write_classifier_adapter(ours, path)
 
+    with pytest.raises(ValueError, match="adapter default is beside the weights"):
+        ours.write(tmp_path / "merged")
     lora.merge(ours.model, "default")
     merged = ours.write(tmp_path / "merged")
     again = type(peer()).from_pretrained(merged).eval()
@@ -111,3 +114,15 @@ def test_another_head_and_a_text_model_are_refused(base, tmp_path):
     assert lora.names(two.model) == ()
     with pytest.raises(ValueError, match="modules_to_save"):
         read_adapter(tmp_path / "theirs", TINY)
+
+
+def test_a_token_classifier_is_refused(tmp_path):
+    """Its head has a bias, for which these files have no place; nor does it write an adapter."""
+    tagger = TokenClassifier(random_model(TINY), ["no", "yes"])
+    lora.attach(tagger.model, lora.fresh(tagger.model, rank=4, alpha=8))
+    for function in (attach_classifier_adapter, write_classifier_adapter):
+        with pytest.raises(ValueError, match="TokenClassifier: .* SequenceClassifier"):
+            function(tagger, tmp_path / "a")
+    with pytest.raises(ValueError, match="adapter default is beside the weights"):
+        tagger.write(tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -61,6 +61,16 @@ def test_a_run_with_dropout(tmp_path):
     assert other != losses
 
 
+def test_an_interrupted_step_leaves_no_dropout(monkeypatch):
+    model = random_model(TINY).requires_grad_(False)
+    lora.attach(model, adapter())
+    trainer = Trainer(model, examples(), replace(RECIPE, lora_dropout=0.3))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.one_step()
+    assert not any(layer.dropout for layer in lora.layers(model))
+
+
 def test_as_by_peft_where_nothing_is_dropped():
     losses, _ = learned(lora_dropout=1e-9)
     assert losses == pytest.approx(learned()[0], abs=1e-6)

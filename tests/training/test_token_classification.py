@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import sentencepiece
 import torch
 from conftest import TINY, random_weights, write_byte_tokenizer, write_checkpoint
 from test_model import gap, to_hugging_face
 from transformers import LlamaForQuestionAnswering, LlamaForTokenClassification
 
-from llama import checkpoint
+from llama import Tokenizer, checkpoint
 from llama.layers.ids import padded
 from llama.training.losses import IGNORED
 from llama.training.token_classification import QuestionAnswerer, TokenClassifier
@@ -71,6 +72,31 @@ def test_texts_are_labelled_in_any_batch(saved):
     for text, tagged in zip(texts, ours.classify(texts), strict=True):
         assert "".join(one.text for one in tagged[1:]) == text  # behind BOS
         assert all(one.label in LABELS and 1 / 3 <= one.probability <= 1 for one in tagged)
+
+
+def test_pieces_add_up_to_the_text(saved, tmp_path):
+    """Characters of several tokens, and the spaces that SentencePiece puts before words."""
+    ours = TokenClassifier.build(saved[LlamaForTokenClassification][1], device="cpu", dtype="fp32")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Ada wrote the first program", "Zoë reads the program"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    for tokenizer in (ours.tokenizer, Tokenizer(tmp_path / "tokenizer.model")):
+        ours.tokenizer = tokenizer
+        for text in ("Ada wrote the first program", "Zoë, 東京"):
+            [tagged] = ours.classify([text])
+            assert len(tagged) == len(ours._encode(text))
+            assert "".join(one.text for one in tagged[1:]) == text  # behind BOS
+
+
+def test_labels_of_any_integers(saved):
+    ours = TokenClassifier.build(saved[LlamaForTokenClassification][1], device="cpu", dtype="fp32")
+    logits, labels = ours(batch()), batch() % 3
+    assert torch.equal(ours.loss(logits, labels.int()), ours.loss(logits, labels))
+    answerer = QuestionAnswerer.build(saved[LlamaForQuestionAnswering][1], device="cpu")
+    logits, labels = answerer(batch()), batch()[:, :2] % 19
+    assert torch.equal(answerer.loss(logits, labels.int()), answerer.loss(logits, labels))
 
 
 def test_what_is_written_is_what_transformers_loads(saved, tmp_path):
@@ -138,6 +164,13 @@ def test_mistakes_are_named(saved, tmp_path):
     for labels in (torch.full((4, 19), 3), torch.zeros(4, 18, dtype=torch.long)):
         with pytest.raises(ValueError, match="integers 0 to 2, or -100"):
             ours.loss(logits, labels)
+    with pytest.raises(ValueError, match="labels of torch.float32: integers are needed"):
+        ours.loss(logits, torch.zeros(4, 19))
+    for function in (ours.predict, ours.classify):
+        with pytest.raises(ValueError, match="texts is one text: pass a list of texts"):
+            function("Ada")
+    with pytest.raises(ValueError, match="labels='ab' is one text: pass a list of names"):
+        TokenClassifier(ours.model, "ab")
     with pytest.raises(ValueError, match="all ignored"):
         ours.loss(logits, torch.full((4, 19), IGNORED))
     with pytest.raises(ValueError, match="pass these or none"):
@@ -149,6 +182,13 @@ def test_mistakes_are_named(saved, tmp_path):
     answerer = QuestionAnswerer.build(saved[LlamaForQuestionAnswering][1], device="cpu")
     with pytest.raises(ValueError, match="two tokens of 0 to 19"):
         answerer.loss(logits[..., :2], torch.tensor([[0, 20]] * 4))
+    with pytest.raises(ValueError, match="labels of torch.float32: integers are needed"):
+        answerer.loss(logits[..., :2], torch.zeros(4, 2))
+    for labels in ([[19, 19]] * 4, [[19, 2]] * 4):
+        with pytest.raises(ValueError, match="no label of where answers begin, .* below 19"):
+            answerer.loss(logits[..., :2], torch.tensor(labels))
+    with pytest.raises(ValueError, match="the context has no tokens"):
+        answerer.answer("who?", "")
     with pytest.raises(ValueError, match="max_tokens=0"):
         answerer.answer("a", "b", 0)
     config = json.loads((path / "config.json").read_text())

@@ -198,6 +198,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         (examples(), RECIPE, {"data": "b"}, "data=a, and this one has b"),
         (examples(), replace(RECIPE, seed=2), {"data": "a"}, "seed=1, and this one has 2"),
         (examples(10), RECIPE, {"data": "a"}, "examples=11, and this one has 10"),
+        (examples(11, 500), RECIPE, {"data": "a"}, "other examples: the data, .*, the date in the"),
     ):
         with pytest.raises(ValueError, match=complaint):
             Trainer(random_model(TINY), rows, recipe).load(tmp_path / "state", about)

@@ -155,6 +155,9 @@ def test_lines_that_cannot_be_learned(line, tmp_path, tokenizer):
 
 
 def test_other_errors(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"a\.txt is empty: nothing to learn"):
+        read_examples(tmp_path / "a.txt", tokenizer, None, 100)
     with pytest.raises(FileNotFoundError, match="no file"):
         read_examples(tmp_path / "b.jsonl", tokenizer, None, 100)
     with pytest.raises(ValueError, match='no chat format: train it on {"text"'):
