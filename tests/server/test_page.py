@@ -183,6 +183,19 @@ def test_markdown(page, server):
     assert copied == 'def f(x):  # comment\n    return "text"'
 
 
+def test_tables_begin_with_two_rows(page, server):
+    """A line above dashes alone is text, also after a reload; text may stand above a table."""
+    server.script = [said("Jane Doe | CEO\n---\nHello\na | b\n|---|---|\n| 1 | 2 |")]
+    send(page, "A signature")
+    for again in (False, True):
+        if again:
+            page.reload()
+        answer = turns(page).last
+        expect(answer.locator("p")).to_have_text(["Jane Doe | CEO", "Hello"])
+        expect(answer.locator("tr")).to_have_text(["ab", "12"])
+        expect(page.get_by_label("Model")).to_have_value("llama-a")
+
+
 EVIL = (
     "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script> "
     '[a](javascript:window.hacked=1) [b](https://x/"onmouseover=hacked=1) <svg/onload=hacked>'

@@ -63,6 +63,8 @@ function blocks(lines, depth = 0) {
     while (at < lines.length && test(lines[at])) at++;
     return lines.slice(from, at);
   };
+  const tabular = (i) => lines[i].includes("|") && lines[i + 1]?.includes("|")
+    && /^[\s|:-]*-[\s|:-]*$/.test(lines[i + 1]);
   while (at < lines.length) {
     const from = at;
     const line = lines[at++];
@@ -82,10 +84,9 @@ function blocks(lines, depth = 0) {
       const body = [line, ...take((l) => l[0] === ">")].map((l) => l.replace(/^> ?/, ""));
       make = () => el("blockquote", {}, ...elements(body, depth));
     } else if ((match = ITEM.exec(line)) && depth < 8) make = list(match);
-    else if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at] ?? "")) {
-      make = table([line, ...take((l) => l.includes("|"))]);
-    } else {
-      const text = [line, ...take((l) => l.trim() && !starts(l))].join("\n").trim();
+    else if (tabular(from)) make = table([line, ...take((l) => l.includes("|"))]);
+    else {
+      const text = [line, ...take((l) => l.trim() && !starts(l) && !tabular(at))].join("\n").trim();
       make = () => el("p", {}, ...inline(text));
     }
     found.push([level + lines.slice(from, at).join("\n"), make]);
