@@ -1,5 +1,7 @@
 """The chat page in a browser, against a server whose answers are scripted."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import threading
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from scripted import Server, chunk, refused, said
 from served import serve
@@ -247,6 +250,22 @@ def test_stop(page, server):
     assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "Once "}
 
 
+def test_the_speed_is_that_of_the_answer(page, server):
+    """The first chunk, which names the role alone, comes before the prompt is computed."""
+    page.evaluate("() => { window.now = 0; performance.now = () => window.now; }")
+    prompt, rest = threading.Event(), threading.Event()
+    start, *end = said("One ", "two")
+    server.script = [[chunk(role="assistant"), prompt, start, rest, *end]]
+    with page.expect_response("**/v1/chat/completions"):
+        send(page, "Count")
+    page.evaluate("window.now = 100_000")
+    prompt.set()
+    expect(turns(page).last).to_have_text("One")
+    page.evaluate("window.now = 100_500")
+    rest.set()
+    expect(page.locator("footer span")).to_have_text("llama-a · 2 tokens · 2 tokens/s")
+
+
 def test_two_conversations_at_once(page, server):
     """An answer goes on while another conversation is looked at."""
     gate = threading.Event()
@@ -282,6 +301,39 @@ def test_regenerate_and_edit(page, server):
     assert asked == [["First"], ["First"], ["First", "Two", "Second"], ["Another"]]
 
 
+def test_an_answer_stays_until_there_is_another(page, server, errors):
+    server.script = [said("One"), refused(429, "Too many requests"), said("Two")]
+    send(page, "First")
+    expect(turns(page).last).to_have_text("One")
+    button(page, "Regenerate").click()
+    expect(page.get_by_role("alert")).to_contain_text("Too many requests")
+    expect(turns(page)).to_have_text(["First", "One"])
+    page.reload()
+    expect(turns(page)).to_have_text(["First", "One"])
+    button(page, "Regenerate").click()
+    expect(turns(page)).to_have_text(["First", "Two"])
+    assert [len(body["messages"]) for body in server.bodies] == [1, 1, 1]
+    take_out(errors, "status of 429")
+
+
+def test_the_chosen_model_stays(page, server):
+    """Whatever else is changed, in new conversations, and after a reload."""
+    server.script = [said("One"), said("Two")]
+    send(page, "First")
+    expect(turns(page).last).to_have_text("One")
+    page.get_by_label("Model").select_option("llama-b")
+    button(page, "Settings").click()
+    page.get_by_label("probabilities").check()
+    expect(page.get_by_label("Model")).to_have_value("llama-b")
+    page.reload()
+    expect(page.get_by_label("Model")).to_have_value("llama-b")
+    page.get_by_role("link", name="New conversation").click()
+    expect(turns(page)).to_have_count(0)
+    send(page, "Second")
+    expect(turns(page).last).to_have_text("Two")
+    assert [body["model"] for body in server.bodies] == ["llama-a", "llama-b"]
+
+
 def test_settings(page, server):
     server.script = [said("Ahoy")]
     button(page, "Settings").click()
@@ -314,6 +366,26 @@ def test_settings(page, server):
         "temperature": 0.5, "max_tokens": 20, "top_p": 0.9, "top_k": 40, "seed": 7,
         "stop": ["END", "###"], "tools": tools, "response_format": {"type": "text"},
     }  # fmt: skip
+
+
+def test_wrong_settings_stay_in_their_conversation(page, server):
+    """There, they are named again each time that it is opened."""
+    server.script = [said("One"), said("Two")]
+    send(page, "First")
+    expect(turns(page)).to_have_text(["First", "One"])
+    page.get_by_role("link", name="New conversation").click()
+    expect(turns(page)).to_have_count(0)
+    button(page, "Settings").click()
+    page.get_by_label("Tools").fill("[{")
+    send(page, "Second")
+    wrong = "Tools, JSON: This isn't JSON."
+    expect(page.get_by_role("alert")).to_contain_text(wrong)
+    page.get_by_role("link", name="First").click()
+    send(page, "More")
+    expect(turns(page)).to_have_text(["First", "One", "More", "Two"])
+    page.get_by_role("link", name="Second").click()
+    button(page, "Retry").click()
+    expect(page.get_by_role("alert")).to_contain_text(wrong)
 
 
 def token(text, probability, **others):
@@ -418,6 +490,20 @@ def test_a_server_that_is_gone(page, server, errors):
     server.script = [said("Well")]
     button(page, "Retry").click()
     expect(turns(page)).to_have_text(["Hi", "Well"])
+    take_out(errors, "Failed to load resource")
+
+
+def test_a_list_of_models_that_fails(page, server, errors):
+    """The server's own is asked, and the list is there afterwards."""
+    page.route("**/v1/models", lambda route: route.abort(), times=1)
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("The server can't be reached.")
+    server.script = [said("Well")]
+    send(page, "Hi")
+    expect(turns(page)).to_have_text(["Hi", "Well"])
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_label("Model")).to_have_value("llama-a")
+    assert "model" not in server.bodies[0]
     take_out(errors, "Failed to load resource")
 
 
@@ -594,21 +680,28 @@ def test_with_the_real_server(browser, smollm2_path, errors):
         context.close()
 
 
+PASTE = """(file) => {
+  const data = new DataTransfer();
+  data.items.add(file);
+  const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+  document.getElementById("text").dispatchEvent(event);
+}"""
+
+
+def paste_image(page):
+    """A large and transparent one."""
+    page.evaluate(f"""() => {{
+      const canvas = Object.assign(document.createElement("canvas"), {{width: 2000, height: 100}});
+      canvas.toBlob((blob) => ({PASTE})(new File([blob], "a.png", {{type: "image/png"}})));
+    }}""")
+
+
 def test_images_are_pasted_shown_and_sent(page, server):
     """Large ones are made smaller; an image can be taken back before it is sent, and stays."""
     server.script = [said("A cat"), said("A dog")]
-    paste = """() => {
-      const canvas = Object.assign(document.createElement("canvas"), {width: 2000, height: 100});
-      canvas.toBlob((blob) => {
-        const data = new DataTransfer();
-        data.items.add(new File([blob], "a.png", {type: "image/png"}));
-        const event = new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
-        document.getElementById("text").dispatchEvent(event);
-      });
-    }"""
-    page.evaluate(paste)
+    paste_image(page)
     expect(page.locator("#attached img")).to_have_count(1)
-    page.evaluate(paste)
+    paste_image(page)
     expect(page.locator("#attached img")).to_have_count(2)
     page.get_by_title("Remove").first.click()
     expect(page.locator("#attached img")).to_have_count(1)
@@ -617,7 +710,10 @@ def test_images_are_pasted_shown_and_sent(page, server):
     expect(page.locator("#turns article.user img")).to_have_js_property("naturalWidth", 1120)
     expect(page.locator("#attached img")).to_have_count(0)
     [image, text] = server.bodies[0]["messages"][0]["content"]
-    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    scheme, _, data = image["image_url"]["url"].partition(",")
+    assert scheme == "data:image/jpeg;base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert picture.getextrema() == ((255, 255),) * 3  # as docs/vision.md says of transparency
     assert text == {"type": "text", "text": "What is this?"}
     page.reload()
     expect(page.locator("#turns article.user img")).to_have_count(1)
@@ -625,3 +721,26 @@ def test_images_are_pasted_shown_and_sent(page, server):
     expect(turns(page).last).to_have_text("A dog")
     assert server.bodies[1]["messages"][0]["content"] == [image, text]
     assert server.bodies[1]["messages"][2]["content"] == "Sure?"
+
+
+def test_images_that_a_model_refuses_are_taken_back(page, server, errors):
+    server.script = [refused(400, "the model reads only text"), said("A joke")]
+    page.evaluate(f"() => ({PASTE})(new File(['text'], 'a.txt'))")
+    expect(page.get_by_role("alert")).to_have_text("a.txt isn't an image.")
+    for number in (1, 2):
+        paste_image(page)
+        expect(page.locator("#attached img")).to_have_count(number)
+    send(page, "What is this?")
+    expect(page.get_by_role("alert")).to_contain_text("the model reads only text")
+    button(page, "Edit").click()
+    page.locator("article").get_by_title("Remove").first.click()
+    page.locator("article").get_by_role("button", name="Cancel").click()
+    expect(page.locator("article img")).to_have_count(2)
+    button(page, "Edit").click()
+    for _ in range(2):
+        page.locator("article").get_by_title("Remove").first.click()
+    page.get_by_label("Edit: later turns are removed").fill("Tell a joke")
+    page.locator("article").get_by_role("button", name="Send").click()
+    expect(turns(page)).to_have_text(["Tell a joke", "A joke"])
+    assert server.bodies[1]["messages"] == [{"role": "user", "content": "Tell a joke"}]
+    take_out(errors, "status of 400")

@@ -24,8 +24,11 @@ const pretty = (text) => {
   const value = parsed(text);
   return value && typeof value === "object" && JSON.stringify(value, null, 2);
 };
+const isBad = ({ dataset: { kind }, value }) => kind === "json" && value.trim() && !parsed(value);
+const check = (field) => field.setCustomValidity(isBad(field) ? "This isn't JSON." : "");
 const who = ({ role, name }) => ({ user: "You", tool: `Result of ${name}` })[role] ?? "Assistant";
 const focus = () => matchMedia("(pointer: fine)").matches && $("text").focus(); // no touch keyboard
+const update = (parts) => [Object.assign(current, parts), chats.has(current.id) && save(current)];
 const button = (text, onclick) => el("button", { type: "button", onclick }, text);
 
 function save(chat) {
@@ -53,6 +56,7 @@ function open() {
   for (const field of $("settings").querySelectorAll("[name]")) {
     if (field.type === "checkbox") field.checked = field.name in current.settings;
     else field.value = current.settings[field.name] ?? "";
+    check(field);
   }
   $("title").value = current.title;
   $("chats").hidePopover();
@@ -151,29 +155,31 @@ function absorb(message, { choices, error, usage }) {
 
 /** Asks for the next turn, in place of the assistant's last one if the conversation ends so. */
 async function answer(chat) {
-  if (chat.messages.at(-1).role === "assistant") chat.messages.pop();
+  const old = chat.messages.at(-1).role === "assistant" && chat.messages.pop();
   const { signal } = running.set(chat, new AbortController()).get(chat);
   const again = () => answer(chat);
-  Object.assign(chat, { model: $("model").value, changed: Date.now() });
+  Object.assign(chat, { model: $("model").value || undefined, changed: Date.now() });
   const message = { role: "assistant", content: "", model: chat.model };
   $("title").value = chat.title ||= chat.messages[0].content.slice(0, 80);
   history.replaceState(null, "", `#${chat.id}`);
   faults.delete(chat);
   pinned = true;
+  save(chat);
   try {
     const wrong = $("settings").querySelector(":invalid:not(fieldset)");
     if (wrong) throw new Error(`${wrong.labels[0].textContent.trim()}: ${wrong.validationMessage}`);
     const options = { method: "POST", body: request(chat), signal };
     chat.messages.push(message);
-    save(chat);
     show();
     focus();
     $("status").textContent = "Answering";
     const { body } = await call("v1/chat/completions", options, again);
+    if (!$("model").length) loadModels(); // the list had failed
     let first;
     for await (const data of events(body)) {
       absorb(message, data);
-      message.seconds = (performance.now() - (first ??= performance.now())) / 1000;
+      const now = performance.now();
+      if (message.content || message.tool_calls) message.seconds = (now - (first ??= now)) / 1000;
       redraw(chat);
     }
     if (!message.finish) throw new Error("The connection ended before the answer did.");
@@ -184,6 +190,7 @@ async function answer(chat) {
   running.delete(chat);
   const empty = !message.content && !message.tool_calls;
   if (empty && chat.messages.at(-1) === message) chat.messages.pop();
+  if (empty && old) chat.messages.push(old);
   if (chats.has(chat.id)) save(chat);
   if (chat !== current) return;
   show();
@@ -195,7 +202,7 @@ function show() {
   turns.replaceChildren(...current.messages.map(turn));
   const [said, again] = faults.get(current) ?? [];
   if (said) turns.append(el("div", { class: "error", role: "alert" }, el("p", {}, said),
-    button("Retry", again)));
+    again ? button("Retry", again) : ""));
   turns.classList.toggle("busy", busy);
   [$("stop").hidden, $("send").hidden] = [!busy, busy];
   $("model").value = current.model;
@@ -218,7 +225,7 @@ function redraw(chat) { // the last turn, at most once a frame
 }
 
 function turn(message, index, { length }) {
-  const { role, content, images, tool_calls: calls = [] } = message;
+  const { role, content, images = [], tool_calls: calls = [] } = message;
   const last = index === length - 1;
   const live = last && running.has(current);
   const [body, cards] = [el("div", { class: "body" }), el("div")];
@@ -227,12 +234,13 @@ function turn(message, index, { length }) {
     el("h2", {}, who(message)), ...pictures(images), body, cards, footer);
   const goOn = (from, messages) =>
     [current.messages.splice(from, length, ...messages), answer(current)];
-  const change = ([text]) => goOn(index, [{ role, content: text, images }]);
+  const kept = [...images];
+  const change = ([text]) => goOn(index, [{ role, content: text, images: kept }]);
   const send = (texts) => goOn(length, calls.map(({ id, function: { name } }, i) =>
     ({ role: "tool", tool_call_id: id, name, content: texts[i] })));
   const edit = () => {
     article.replaceChildren(fields("Send", change, [["Edit: later turns are removed", content]]));
-    article.firstChild.append(button("Cancel", show));
+    article.firstChild.append(button("Cancel", show), removable(el("div"), kept));
     article.querySelector("textarea").focus();
   };
   article.fill = () => fill(body, cards, message);
@@ -245,7 +253,7 @@ function turn(message, index, { length }) {
   return article;
 }
 
-const pictures = (images = []) => images.map((src, i) =>
+const pictures = (images) => images.map((src, i) =>
   el("img", { src, alt: `Image ${i + 1}`, onload: toEnd }));
 
 /** Files of a drop or a paste: images, no larger than the model's tiles and storage allow. */
@@ -259,19 +267,24 @@ async function attach(event) {
       const scale = Math.min(1, 1120 / Math.max(image.width, image.height));
       const [width, height] = [image.width, image.height].map((n) => Math.ceil(n * scale));
       const canvas = el("canvas", { width, height });
-      canvas.getContext("2d").drawImage(image, 0, 0, width, height);
+      const context = Object.assign(canvas.getContext("2d"), { fillStyle: "white" });
+      context.fillRect(0, 0, width, height); // JPEG knows no transparency
+      context.drawImage(image, 0, 0, width, height);
       attached.push(canvas.toDataURL("image/jpeg", 0.9));
     } catch {
-      $("status").textContent = `${file.name} isn't an image.`;
+      faults.set(current, [`${file.name} isn't an image.`]);
+      show();
     }
   }
-  showAttached();
+  removable($("attached"), attached);
 }
 
-function showAttached() {
-  const remove = (i) => () => [attached.splice(i, 1), showAttached()];
-  $("attached").replaceChildren(...pictures(attached).map((image, i) =>
+/** Shows images in a node, as buttons that take them back. */
+function removable(node, images) {
+  const remove = (i) => () => [images.splice(i, 1), removable(node, images)];
+  node.replaceChildren(...pictures(images).map((image, i) =>
     el("button", { type: "button", title: "Remove", onclick: remove(i) }, image)));
+  return node;
 }
 
 /** A form of text areas, given as [label, text]; `done` is called with the texts. */
@@ -338,7 +351,7 @@ $("composer").onsubmit = () => {
   $("text").value = "";
   current.messages.push({ role: "user", content, ...(attached.length && { images: attached }) });
   attached = [];
-  showAttached();
+  removable($("attached"), attached);
   answer(current);
 };
 $("text").onkeydown = (event) => {
@@ -349,10 +362,8 @@ $("text").onkeydown = (event) => {
 $("text").onpaste = document.ondrop = attach;
 document.ondragover = (event) => event.preventDefault();
 $("stop").onclick = () => [running.get(current).abort(), focus()];
-$("title").onchange = () => {
-  current.title = $("title").value.trim() || current.title;
-  if (chats.has(current.id)) save(current);
-};
+$("title").onchange = () => update({ title: $("title").value.trim() || current.title });
+$("model").onchange = () => update({ model: $("model").value });
 $("export-md").onclick = () => download("md");
 $("export-json").onclick = () => download("json");
 $("delete").onclick = () => {
@@ -364,10 +375,8 @@ $("delete").onclick = () => {
   open();
 };
 $("settings").oninput = ({ target }) => {
-  const bad = target.dataset.kind === "json" && target.value.trim() && !parsed(target.value);
-  target.setCustomValidity(bad ? "This isn't JSON." : "");
-  current.settings = Object.fromEntries(new FormData($("settings")));
-  if (chats.has(current.id)) save(current);
+  check(target);
+  update({ settings: Object.fromEntries(new FormData($("settings"))) });
   if (target.type === "checkbox") show();
 };
 $("change-key").onclick = () => askKey(loadModels);
