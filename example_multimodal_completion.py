@@ -19,7 +19,7 @@ def main(
     tokenizer_path: Optional[str] = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
-    max_seq_len: int = 512,
+    max_seq_len: int = 4096,
     max_batch_size: int = 4,
     max_gen_len: Optional[int] = None,
 ):

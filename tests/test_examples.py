@@ -102,6 +102,7 @@ def test_arguments_are_metas():
         assert set(parameters) == metas | {"max_gen_len"}
     parameters = inspect.signature(example_multimodal_completion.main).parameters
     assert set(parameters) == metas | {"max_gen_len", "image"}
+    assert parameters["max_seq_len"].default >= 2467 + 512  # an image of Llama 4, and an answer
     for script in (example_chat_completion, example_text_completion, example_multimodal_completion):
         parameters = inspect.signature(script.main).parameters
         assert parameters["temperature"].default == 0.6 and parameters["top_p"].default == 0.9

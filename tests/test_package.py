@@ -142,6 +142,24 @@ def test_its_types_are_seen_by_its_users(installed, tmp_path):
     assert "Found 1 error in 1 file (checked 2 source files)" in done.stdout
 
 
+def test_images_of_containers_hold_no_more_than_git_does():
+    """podman and docker read .dockerignore: no environment, checkpoint or history is copied."""
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    left_out = {pattern.removeprefix("**/") for pattern in patterns if pattern[0] != "#"}
+    assert left_out == {".git", *(pattern.rstrip("/") for pattern in ignored)}
+
+
+def test_the_notebooks_extra_brings_what_they_import():
+    texts = [path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb")]
+    imported = {name for text in texts for name in re.findall(r'"(?:from|import) (\w+)', text)}
+    brought = {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebook"]}
+    names = {re.split("[^a-z_-]", requirement)[0] for requirement in brought}
+    names |= {"PIL", "llama", "pydantic"}  # pillow, the repository, and with openai
+    assert imported - sys.stdlib_module_names - names == set()
+    assert "llama-reference[server]" in brought  # server.ipynb starts one
+
+
 def test_each_extra_that_a_message_names_exists():
     """`pip install 'llama-reference[x]'` or '.[x]' in the code, the docs and the notebooks."""
     sources = [*(ROOT / "llama").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
