@@ -247,6 +247,12 @@ def test_files_that_they_name_exist():
             assert ((ROOT / page).parent / name).exists(), (page, name)
 
 
+def test_the_index_leads_to_every_page():
+    pages = {path.removeprefix("docs/") for path in TEXTS if path.startswith("docs/")}
+    linked = set(re.findall(r"\]\(([^)]+)\)", TEXTS["docs/index.md"]))
+    assert pages - linked == {"index.md"}
+
+
 def test_the_layout_lists_every_file():
     """README.md names each package, CONTRIBUTING.md each file."""
     readme = TEXTS["README.md"]
