@@ -12,10 +12,16 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
+from llama._version import __version__
 from llama.vision.images import DEFAULTS, Limits, open_image
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = {
+    "Accept": "image/*",
+    "Connection": "close",
+    "User-Agent": f"llama-reference/{__version__}",  # without one, Wikimedia answers 403
+}
 
 
 class Fetcher:
@@ -163,7 +169,7 @@ def _request(
         connection = http.client.HTTPSConnection(host, port, context=context)
     connection.sock = used
     try:
-        connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
+        connection.request("GET", path, headers=_HEADERS)
         answer = connection.getresponse()
         if answer.status in _REDIRECTS and answer.headers.get("Location"):
             return answer.status, answer.headers["Location"].encode("latin-1")

@@ -20,6 +20,7 @@ TURNS = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_BLANK = b" \t\n\f\r"  # ASCII white space, which URIs wrapped into lines have within
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -171,9 +172,11 @@ def _data(source: Any, limits: Limits) -> bytes:
         head, comma, text = source.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise ValueError("a data URI of an image begins with data:image/png;base64, or alike")
-        _check(len(text) * 3 // 4 - 2, limits)
+        blank = sum(map(text.count, _BLANK.decode()))
+        _check((len(text) - blank) * 3 // 4 - 2, limits)
         try:
-            return base64.b64decode(unquote_to_bytes(text), validate=True)
+            packed = unquote_to_bytes(text).translate(None, _BLANK)
+            return base64.b64decode(packed, validate=True)
         except binascii.Error as error:
             raise ValueError(f"the image's data URI isn't valid base64: {error}") from None
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from llama import __version__
 from llama.vision.fetch import Fetcher, is_public, load
 from llama.vision.images import Limits
 
@@ -29,6 +30,7 @@ LOOPBACK = "127.0.0.1"
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append((self.headers["Host"], self.path))
+        self.server.agents.add(self.headers["User-Agent"])
         name = self.path.partition("?")[0].strip("/")
         if name.startswith("to/"):
             self.send_response(302)
@@ -62,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server():
     server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-    server.asked, server.stopped = [], threading.Event()
+    server.asked, server.agents, server.stopped = [], set(), threading.Event()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -122,6 +124,7 @@ def test_an_image_is_fetched(server):
     assert server.asked[-1][0] == f"xn--bcher-kva.example:{server.server_port}"
     assert load(at(server, "x").replace("http", "HTTP"), fetcher=fetcher()).size == (3, 2)
     assert load(PNG.getvalue(), fetcher=fetcher()).size == (3, 2)
+    assert server.agents == {f"llama-reference/{__version__}"}  # Wikimedia refuses requests without
 
 
 def test_redirects_are_followed_as_far_as_allowed(server):
@@ -194,7 +197,7 @@ def certificate(folder, name: str) -> str:
 def test_https_checks_the_certificate_and_its_name(tmp_path, monkeypatch):
     path = certificate(tmp_path, "public.example")
     server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-    server.asked, server.stopped = [], threading.Event()
+    server.asked, server.agents, server.stopped = [], set(), threading.Event()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
     server.socket = context.wrap_socket(server.socket, server_side=True)

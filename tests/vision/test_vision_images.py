@@ -213,10 +213,11 @@ def test_sources_of_an_image_are_the_same_image(tmp_path):
     array = np.array(image)
     tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
     uri = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    lines = "data:image/jpeg;base64,\n " + base64.encodebytes(data).decode()  # of 76 characters
     sources = [
         path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), uri, image,
-        uri.replace("+", "%2B"), array, array / 255, (array / 255).astype(np.float16), tensor,
-        tensor / 255, (tensor / 255).requires_grad_(),
+        uri.replace("+", "%2B"), lines, lines.replace("\n", "%0D%0A"), array, array / 255,
+        (array / 255).astype(np.float16), tensor, tensor / 255, (tensor / 255).requires_grad_(),
     ]  # fmt: skip
     for source in sources:
         found = open_image(source)
