@@ -187,14 +187,17 @@ def collect(events: Iterator[Event], request: Request) -> List[Collected]:
 
 def prediction(row: Collected, tokenizer: Tokenizer, request: Request) -> Prediction:
     """A prediction's fields other than its generation."""
-    decode = tokenizer.decode
+
+    def decode(token: int) -> str:  # the tokenizer doesn't know that of an echoed image
+        return "" if token >= tokenizer.n_words else tokenizer.decode([token])
+
     details: Prediction = {"finish_reason": row.finish_reason}
     if request.logprobs:
-        details["tokens"] = [decode([token]) for token in row.tokens]
+        details["tokens"] = [decode(token) for token in row.tokens]
         details["logprobs"] = row.logprobs
     if request.top_logprobs:
         details["top_logprobs"] = [
-            [(decode([token]), value) for token, value in best] for best in row.top_logprobs
+            [(decode(token), value) for token, value in best] for best in row.top_logprobs
         ]
     if row.speculation is not None:
         details["speculation"] = row.speculation

@@ -216,7 +216,8 @@ class VisionTransformer(Transformer):
         Raises:
             ValueError: what `Transformer.forward` raises; not as many images as tokens for them.
         """
-        check_token_tensor(tokens, self.vocab_size + EXTRA_IDS)
+        if not tokens.is_floating_point():
+            check_token_tensor(tokens, self.vocab_size + EXTRA_IDS)
         if images is not None:
             if cache is not None:
                 raise ValueError("with a cache, images go into cache.images")

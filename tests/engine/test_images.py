@@ -7,6 +7,7 @@ from conftest import write_checkpoint
 from vision import IMAGE, ROWS, TINY_VISION, check, greedy, tiled
 
 from llama import Llama, SamplingParams
+from llama.engine.events import collect, prediction
 
 OPTIONS = dict(temperature=0, logprobs=True, stop_tokens=set())
 
@@ -111,6 +112,9 @@ def test_echo_and_scores_leave_images_out(llama):
     events = list(engine.events(engine.add(ROWS[0], 2, images=[images], **options)))
     assert [e.token for e in events[:3]] == ROWS[0][:3] and events[1].text == ""
     assert events[1].logprob is None and events[2].logprob < 0
+    request = engine.make_all([ROWS[0]], 2, images=[images], **options)
+    [found] = collect(engine.run(request), request)
+    assert prediction(found, llama.tokenizer, request)["tokens"][:3] == ["\x03", "", "\x05"]
 
 
 @pytest.mark.parametrize("kind", [dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=1)])

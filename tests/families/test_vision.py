@@ -149,6 +149,12 @@ def test_batch_is_single(model):
         assert gap(model(torch.tensor([row]), images=[encoded[i]])[0], whole[i]) < TOLERANCE
 
 
+@torch.inference_mode()
+def test_embeddings_are_taken_in_place_of_ids(model):
+    tokens = torch.tensor([ROWS[2]])
+    assert torch.equal(model(model.embed(tokens)), model(tokens))
+
+
 def test_gradients_reach_the_encoder(model):
     trained = random_model(TINY_VISION)
     row = ROWS[1]
