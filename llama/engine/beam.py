@@ -11,7 +11,7 @@ from typing import Any, Iterator, List, Literal, NamedTuple, Optional, Sequence,
 from llama.engine.engine import Engine
 from llama.engine.predictions import BeamPrediction
 from llama.engine.requests import Request
-from llama.engine.rows import check, check_batch
+from llama.engine.rows import check, check_batch, model_image_id
 from llama.tokenizer import Tokenizer
 
 Early = bool | Literal["never"]
@@ -117,14 +117,18 @@ def run(engine: Engine, searches: Sequence[Search]) -> Iterator[None]:
     All but the last token of each beam is in the cache, whose blocks the beams share.
     """
     requests: List[Request] = []
+    image = model_image_id(engine.model)  # no beam's: a prompt with it would need an image
     try:
         while going := [search for search in searches if search.running]:
             requests = [
-                _likeliest(engine, [*search.prompt, *tokens], search.keep)
+                _likeliest(engine, [*search.prompt, *tokens], search.keep + (image >= 0))
                 for search in going
                 for tokens, _ in search.running
             ]
-            nexts = ([*engine.events(request)][-1].top_logprobs or [] for request in requests)
+            nexts = (
+                [one for one in [*engine.events(request)][-1].top_logprobs or [] if one[0] != image]
+                for request in requests
+            )
             for search in going:
                 search.extend([next(nexts) for _ in search.running])
             yield

@@ -17,6 +17,7 @@ from vision import (
 )
 
 from llama import Llama
+from llama.engine.beam import beam_search
 from llama.engine.seeing import laid_out
 from llama.text import guard
 from llama.text.encoder import image_id
@@ -108,6 +109,24 @@ def test_the_token_of_an_image_stands_for_its_tiles(llama):
         llama.generate([[LLAMA4_TOKENS["<|patch|>"]] * 5], 1, images=[[llama4_tiles((1, 1))]])
     with pytest.raises(ValueError, match="prompt 0 has .* tokens, and max_seq_len is 512"):
         llama.generate([[token] * 6], 1, images=[[llama4_tiles((4, 4))] * 6])
+
+
+def test_beams_are_of_text(llama, monkeypatch):
+    """The token of images is none of theirs, however probable: it would ask for an image."""
+    patch, logits = LLAMA4_TOKENS["<|patch|>"], llama.model.logits
+
+    def probable(h):
+        found = logits(h)
+        found[..., patch] = found.amax(-1) + 1
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.model, "logits", probable)
+        beams = beam_search(llama._calls.plain, [3, 4], 4, 2, stop_tokens=set())
+    assert len(beams) == 2 and all(patch not in beam.tokens for beam in beams)
+    for call in (llama.beam_search, llama.stream_beams):
+        with pytest.raises(ValueError, match="prompt 1 has an image.*text_completion"):
+            call(["a", [{"type": "image", "image": picture(1)}, "What?"]], 2, 4)
 
 
 # --- dialogs -------------------------------------------------------------------------------------
