@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import torch
 
-from llama.engine.chunks import free_dropped
+from llama.engine.chunks import ChunkedBlocks, free_dropped
 from llama.engine.engine import Engine
 from llama.layers import parallel
 from llama.layers.ids import common_length
@@ -65,7 +65,15 @@ class Prefixes:
             whole[name] = mine.new_empty(shape)
             for rank, part in enumerate(of_ranks):
                 whole[name][:, parallel.kv_heads(rank, world, args.n_heads, args.n_kv_heads)] = part
-        content = {"prefix": 1, "fingerprint": self.fingerprint(), "tokens": list(ids), **whole}
+        blocks = self._engine.scheduler.blocks
+        chunk = blocks.chunk if isinstance(blocks, ChunkedBlocks) else len(ids) + 1
+        content = {
+            "prefix": 1,
+            "fingerprint": self.fingerprint(),
+            "tokens": list(ids),
+            "dropped": len(ids) // chunk * chunk,  # positions of which layers may lack their part
+            **whole,
+        }
         if parallel.is_rank_zero():
             with beside(path, force=True) as partial:
                 torch.save(content, partial)
@@ -97,6 +105,13 @@ class Prefixes:
         args, world = self._model.params, parallel.world_size()
         heads = parallel.kv_heads(parallel.rank(), world, args.n_heads, args.n_kv_heads)
         blocks, pool = self._engine.scheduler.blocks, self._engine.pool
+        dropped = content.pop("dropped", 0)
+        if dropped and not isinstance(blocks, ChunkedBlocks):
+            raise ValueError(
+                f"{path} lacks what some layers computed of the first {dropped} of its {len(ids)} "
+                "tokens: a CPU's cache drops it, and this device's needs it. Save it again on "
+                "this device with save_prefix"
+            )
         with self._engine.lock:
             self._engine.sync()
             needed = -(-len(ids) // blocks.size)

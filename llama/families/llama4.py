@@ -198,6 +198,8 @@ class Llama4Transformer(EarlyFusion):
             return step.mask
         keys = torch.arange(S, device=h.device)
         queries = step.positions[:, None, :, None]
-        hidden = (keys > queries) | (keys // size != queries // size)
+        hidden = keys // size != queries // size
+        if step.mask is None:  # which else has the causal rule, or what the caller wants instead
+            hidden |= keys > queries
         bias = torch.zeros_like(hidden, dtype=h.dtype).masked_fill_(hidden, -torch.inf)
         return bias if step.mask is None else bias + step.mask

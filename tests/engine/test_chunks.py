@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
+from llama.backends.cpu.layers import NativeTransformer
 from llama.checkpoint import InMemory, meta
 from llama.engine.chunks import ChunkedBlocks
 from llama.engine.scheduler import Scheduler, Sequence
@@ -232,7 +233,7 @@ def test_answers_are_those_of_a_whole_cache(llama, step, monkeypatch):
     monkeypatch.setattr(Llama4Args, "chunks", (0, ()))
     whole = llama.engine(**how)
     assert not isinstance(whole.scheduler.blocks, ChunkedBlocks)
-    exact = type(llama.model).__name__ == "NativeTransformer"  # the plain layers' sums vary
+    exact = isinstance(llama.model, NativeTransformer)  # the plain layers' sums vary
     shown = 3 if exact else 2  # sample and token, and log-probability
     for turn, expected in zip(mine, answers(whole), strict=True):
         for a, b in zip(turn, expected, strict=True):
@@ -255,6 +256,26 @@ def test_a_saved_prefix_is_of_all_layers(llama, tmp_path):
     assert llama.generate([[*text, 5, 6]], 8, temperature=0, stop_tokens=set())[0] == expected
     again = llama.generate([[*text, *prompt(200, 2)]], 4, temperature=0, stop_tokens=set())
     assert again == long
+
+
+def test_a_prefix_that_lacks_a_part_is_not_for_a_whole_cache(llama, tmp_path, monkeypatch):
+    """As GPUs have it, which would read the missing part of its first chunk."""
+    for name, n in (("long", 200), ("short", 100)):  # of the latter's only chunk nothing is dropped
+        llama.prefixes.save(tmp_path / name, prompt(n))
+    content = torch.load(tmp_path / "long")
+    assert content.pop("dropped") == ARGS.attention_chunk_size
+    torch.save(content, tmp_path / "old")
+    monkeypatch.setattr(Llama4Args, "chunks", (0, ()))
+    whole = Llama(llama.model, llama.tokenizer)
+    whole._keep_prefixes(8_000_000, llama.prefixes.fingerprint)
+    with pytest.raises(ValueError, match="long lacks what some layers.*first 128 of its 200.*save"):
+        whole.load_prefix(tmp_path / "long")
+    assert whole.load_prefix(tmp_path / "short") == 100
+    assert whole.load_prefix(tmp_path / "old") == 200  # from before this was noted
+    whole.prefixes.save(tmp_path / "long", prompt(200, 1))
+    assert whole.load_prefix(tmp_path / "long") == 200
+    monkeypatch.undo()
+    assert llama.load_prefix(tmp_path / "long") == 200
 
 
 def test_chunks_of_half_a_block_stay_whole(tmp_path):

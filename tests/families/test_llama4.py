@@ -18,6 +18,7 @@ from llama_models.llama4.model import Transformer as MetaTransformer
 
 from llama import Llama, checkpoint
 from llama.backends import adapters, cpu
+from llama.backends.cpu.layers import NativeTransformer
 from llama.checkpoint import InMemory, gguf, huggingface, meta
 from llama.checkpoint.adapter import Adapter, Merged, Pair
 from llama.checkpoint.convert import check_equal, convert
@@ -138,6 +139,21 @@ def test_a_mask_holds_in_chunks_too(model, tokens):
         model(tokens, positions=torch.arange(T))
 
 
+@torch.inference_mode()
+def test_tokens_see_what_a_mask_shows_them_of_their_chunk():
+    """Later tokens too: each chunk is what it would be alone."""
+    model = random_model(dataclasses.replace(SCOUT, n_layers=3))  # all in chunks
+    tokens = torch.randint(0, 512, (1, 40), generator=torch.Generator().manual_seed(2))
+
+    def all_see_all(tokens):
+        return model(tokens, mask=torch.ones(2 * tokens.shape[1:], dtype=torch.bool))
+
+    whole = all_see_all(tokens)
+    for chunk, expected in zip(tokens.split(16, 1), whole.split(16, 1), strict=True):
+        torch.testing.assert_close(all_see_all(chunk), expected, atol=1e-4, rtol=0)
+    assert (whole - model(tokens)).abs().max() > 0.01
+
+
 def write(path, args, mp=1):
     meta.write(InMemory(args, random_weights(args)), path, mp)
     write_byte_tokenizer(path / "tokenizer.model")
@@ -211,6 +227,9 @@ def test_the_kernels_compute_the_same(native_and_plain):
         cache = native.new_cache(rows.stop - rows.start, 600)
         parts = [native(tokens[rows, a:b], a, cache) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts, 1), found[rows])
+    assert isinstance(native, Llama4Transformer) and not native.takes_positions
+    with pytest.raises(ValueError, match="positions"):
+        native(tokens, positions=torch.arange(600))
 
 
 @torch.inference_mode()
@@ -250,7 +269,7 @@ def test_an_engine_with_the_kernels_gives_what_each_prompt_gives_alone(tmp_path,
     add_merge(path)
     file = convert(path, tmp_path / "m.gguf", "gguf", quiet=True, quant="q8_0")
     llama = Llama.build(file, device="cpu", dtype=dtype, max_seq_len=128, max_batch_size=4)
-    assert type(llama.model).__name__ == "NativeTransformer"
+    assert isinstance(llama.model, NativeTransformer)
     together, _ = llama.generate(PROMPTS, 16, temperature=0, stop_tokens=set())
     for prompt, ids in zip(PROMPTS, together, strict=True):
         assert llama.generate([prompt], 16, temperature=0, stop_tokens=set())[0] == [ids]

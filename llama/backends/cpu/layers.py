@@ -23,6 +23,7 @@ from llama.backends.cpu.low_rank import NativeAdapters, PassAdapters
 from llama.backends.cpu.networks import Mixture, attending, bias_of, check, linears_of, mixture_of
 from llama.backends.cpu.packing import Arena, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
+from llama.families.llama4 import Llama4Transformer
 from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
@@ -49,8 +50,8 @@ def swap(model: Transformer) -> Transformer:
     del linears  # each weight is freed once it is packed
     model.layers = nn.ModuleList([NativeLayers(model.layers, args, work, arena)])  # type: ignore[arg-type]
     swap_ends(model, work, arena)
-    variant = isinstance(model, VariantTransformer)
-    model.__class__ = NativeVariant if variant else NativeTransformer
+    of_families = {VariantTransformer: NativeVariant, Llama4Transformer: NativeLlama4}
+    model.__class__ = of_families.get(type(model), NativeTransformer)
     return model
 
 
@@ -108,6 +109,13 @@ class NativeTransformer(Transformer):
 
 class NativeVariant(NativeTransformer, VariantTransformer):
     """The same for the variants, what differs in them computed by the kernels."""
+
+
+class NativeLlama4(NativeTransformer, Llama4Transformer):
+    """The same for Llama 4, whose chunks the kernels know."""
+
+    def run_layers(self, h: torch.Tensor, step: Step) -> torch.Tensor:
+        return Transformer.run_layers(self, self.with_images(h, step), step)
 
 
 class NativeEmbedding(nn.Module):

@@ -17,19 +17,13 @@ from llama.backends.cpu.kernels import address
 from llama.backends.cpu.layers import NativeLayers, NativeNorm, NativeOutput
 from llama.backends.cpu.packing import LANES, Packed, arena_for, weight_of
 from llama.backends.cpu.workspace import Workspace
-from llama.families.llama4_fusion import EarlyFusion
 from llama.families.vision import CrossAttention, VisionTransformer
 from llama.families.vision_encoder import ImageAttention, Tokens, VisionEncoder
-from llama.model import Step, Transformer
+from llama.model import Transformer
 
 
 class NativeVisionTransformer(layers.NativeTransformer, VisionTransformer):
     embed = VisionTransformer.embed
-
-
-class NativeEarlyFusion(layers.NativeTransformer, EarlyFusion):
-    def run_layers(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        return super().run_layers(self.with_images(h, step), step)
 
 
 class NativeLinear(NativeOutput):
@@ -108,10 +102,7 @@ def swap(model: Transformer) -> Transformer:
         ValueError: what `check` raises.
     """
     if not isinstance(model, VisionTransformer):
-        reads = isinstance(model, EarlyFusion) and model.params.vision_layers is not None
-        layers.swap(model)
-        model.__class__ = NativeEarlyFusion if reads else model.__class__
-        return model
+        return layers.swap(model)
     args, weight = model.params, model.norm.weight
     networks.check(args, weight.device, weight.dtype)
     model.requires_grad_(False)
