@@ -109,7 +109,8 @@ def _read_rope(config: Dict[str, Any]) -> Dict[str, Any]:
     both = config.get("rope_scaling") if key == "rope_parameters" else None
     if isinstance(both, dict) and both.items() <= {**rope, **theta}.items():
         del config["rope_scaling"]  # the same
-    rope.pop("rope_type", None), rope.pop("type", None)
+    for name in ("rope_type", "type", "finetuned"):  # the last says nothing of the computation
+        rope.pop(name, None)
     context = config.get("max_position_embeddings", 2048)
     before = rope.pop("original_max_position_embeddings", context)
     found: Dict[str, Any] = {

@@ -366,6 +366,16 @@ def test_a_config_without_differences_is_llama(made, case, tmp_path):
     assert type(checkpoint.open(tmp_path).args) is ModelArgs
 
 
+def test_settings_that_only_note_how_yarn_came_about_are_known(made, tmp_path):
+    """As in the configs of NousResearch's Yarn-Llama-2."""
+    _, path = made("yarn")
+    config = json.loads((path / "config.json").read_text())
+    config["rope_parameters"]["finetuned"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
+    assert checkpoint.open(tmp_path).args == checkpoint.open(path).args
+
+
 BROKEN = [
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]"),
     ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, "no_rope_layers=[1, 2, 1, 1]"),
