@@ -98,7 +98,8 @@ def available(device: torch.device) -> int:
     (`ulimit -v` and `-d`), which apply to each of the sharers.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused  # which torch's allocator holds
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = min([psutil.virtual_memory().available, *_left_in_cgroups()])

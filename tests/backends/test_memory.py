@@ -65,6 +65,15 @@ def test_available_is_positive_and_not_more_than_the_machine_has():
     assert 0 < memory.available(torch.device("cpu")) <= pages
 
 
+def test_what_the_allocator_of_a_gpu_holds_unused_is_available(monkeypatch):
+    """What another model has left there, for example."""
+    for name, value in (
+        ("mem_get_info", (5, 100)), ("memory_reserved", 60), ("memory_allocated", 20),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.available(torch.device("cuda")) == 45
+
+
 @pytest.mark.parametrize("dtype, itemsize", [("bf16", 2), ("fp32", 4)])
 @pytest.mark.slow
 def test_loading_holds_little_more_than_the_weights(tiny_dir, tmp_path, dtype, itemsize):
