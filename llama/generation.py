@@ -34,7 +34,7 @@ from llama.text.chat import (
     read_calls,
 )
 from llama.text.context import encode_dialogs, without
-from llama.text.messages import Answer, image_sources
+from llama.text.messages import Answer, texts_alone
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
@@ -300,12 +300,9 @@ class Llama:
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
     ) -> list[list[BeamPrediction]]:
-        """Per prompt up to num_beams continuations, the best first; see `llama.engine.beam`.
-
-        Prompts are texts: images are refused.
-        """
+        """Per text up to num_beams continuations, the best first; see `llama.engine.beam`."""
         return beam_predictions(
-            self._calls.plain, self._encode_texts(prompts), max_gen_len, num_beams,
+            self._calls.plain, self._encode(texts_alone(prompts)), max_gen_len, num_beams,
             length_penalty=length_penalty, early_stopping=early_stopping,
         )  # fmt: skip
 
@@ -313,7 +310,7 @@ class Llama:
         self, prompts: Sequence[str], num_beams: int, max_gen_len: int, **how: Any
     ) -> Iterator[BeamEvent]:
         """Like `beam_search`, but yields text as soon as all beams of a prompt agree on it."""
-        ids = self._encode_texts(prompts)
+        ids = self._encode(texts_alone(prompts))
         return stream_beams(self._calls.plain, ids, max_gen_len, num_beams, **how)
 
     def score(self, texts: Sequence[str], batch_size: int = 8) -> list[TextScore]:
@@ -374,15 +371,6 @@ class Llama:
             raise ValueError("prompts is one text: pass a list of texts")
         start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
         return [start + encode_parts(self.tokenizer, {"content": prompt}) for prompt in prompts]
-
-    def _encode_texts(self, prompts: Sequence[str]) -> list[list[int]]:
-        for row, prompt in enumerate(prompts):
-            if image_sources([{"role": "user", "content": prompt}]):
-                raise ValueError(
-                    f"prompt {row} has an image, and beam search takes texts: leave it out, or "
-                    "use text_completion"
-                )
-        return self._encode(prompts)
 
     def _encode_dialogs(
         self,

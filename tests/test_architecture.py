@@ -21,8 +21,7 @@ LAYERS = [  # each may import what stands below it, and nothing beside or above 
     {"checkpoint"},
     {"families"},
     {"model", "tokenizer"},
-    {"text", "vision", "layers"},
-    {"_version"},
+    {"text", "vision", "layers", "_version"},
 ]
 HEIGHT = {name: -i for i, names in enumerate(LAYERS) for name in names}
 

@@ -181,6 +181,21 @@ def image_sources(dialog: Dialog) -> List[Any]:
     return [part.source for part in parts if isinstance(part, ImagePart)]
 
 
+def texts_alone(prompts: Sequence[str]) -> Sequence[str]:
+    """Prompts, for what takes no images.
+
+    Raises:
+        ValueError: one has an image.
+    """
+    for i, prompt in enumerate(prompts):
+        if image_sources([{"role": "user", "content": prompt}]):
+            raise ValueError(
+                f"prompt {i} has an image, and beam search takes texts: leave it out, or use "
+                "text_completion"
+            )
+    return prompts
+
+
 def read_calls(message: Message, tools: Sequence[Tool]) -> Optional[str]:
     """Move the tool calls in an assistant's content to its tool_calls, in place.
 

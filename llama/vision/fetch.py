@@ -12,7 +12,6 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from llama._version import __version__
 from llama.vision.images import DEFAULTS, Limits, open_image
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -20,7 +19,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {
     "Accept": "image/*",
     "Connection": "close",
-    "User-Agent": f"llama-reference/{__version__}",  # without one, Wikimedia answers 403
+    "User-Agent": "llama-reference",  # without one, Wikimedia answers 403
 }
 
 
