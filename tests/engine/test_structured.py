@@ -25,6 +25,7 @@ from conftest import (
 )
 
 from llama import Llama, SamplingParams
+from llama.engine.speculative import DraftLength
 from llama.engine.structured import GrammarCompiler
 from llama.engine.tool_formats import tool_call_format
 from llama.text.llama31 import Llama31Format
@@ -772,8 +773,9 @@ def test_logprobs_are_the_models_own(tiny):
         assert np.allclose(found["logprobs"], scored["logprobs"][-6:], atol=1e-4)
 
 
-def test_forced_tokens_take_few_passes(tiny):
+def test_forced_tokens_take_few_passes(tiny, monkeypatch):
     """Where a format leaves no choice, guesses are right."""
+    monkeypatch.setattr(DraftLength, "choose", lambda self, proposals: 8)  # whatever it costs
     format_ = {"type": "regex", "regex": "(one|two) of them and all that belongs to it, no more"}
     [found] = tiny.text_completion(
         ["x"], 0, max_gen_len=100, response_format=format_, speculate="lookup"
