@@ -180,9 +180,9 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> Kept:
         kept = _of(kept, keep_top_k(kept[1], params.top_k))
     if params.top_p < 1:
         kept = _of(kept, keep_top_p(kept[1], params.top_p))
-    if params.min_p > 0:
+    if params.min_p > 0 and len(kept[1]):  # nothing is left of NaN
         kept = _of(kept, keep_min_p(kept[1], params.min_p))
-    if params.typical_p < 1:
+    if params.typical_p < 1 and len(kept[1]):
         kept = _of(kept, keep_typical(kept[1], params.typical_p))
     return kept
 

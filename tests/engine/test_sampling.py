@@ -192,11 +192,9 @@ def test_top_k_of_large_vocabularies(k):
 
 
 def test_logits_that_are_not_numbers_are_an_error():
-    for params in (
-        SamplingParams(top_p=0.9),
-        SamplingParams(top_p=1, top_k=3),
-        SamplingParams(1, 1),
-    ):
+    for filters in ({}, {"top_k": 3}, {"min_p": 0.1}, {"typical_p": 0.5}, {"top_p": 0.9},
+                    {"top_p": 0.9, "min_p": 0.1}, {"top_p": 0.9, "typical_p": 0.5}):  # fmt: skip
+        params = SamplingParams(1.0, **{"top_p": 1.0, **filters})
         for wrong in (math.nan, math.inf):
             for size in (3, 1280):
                 logits = torch.ones(size).index_fill(0, torch.tensor([1]), wrong)
