@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import test_scheduler
 import torch
 from conftest import random_weights, write_byte_tokenizer
 from hypothesis import example, given, settings
@@ -34,7 +35,7 @@ HOW = {
 }  # fmt: skip
 
 
-class Cache:
+class Cache(test_scheduler.Cache):
     """What each position of each block holds, for the layers that read all and for the others."""
 
     def __init__(self, scheduler):
@@ -62,17 +63,6 @@ class Cache:
                 if at >= sequence.computed // CHUNK * CHUNK:  # what the pass reads
                     assert self.chunked.get(place) == (*sequence.tokens[: at + 1],)
         return plan
-
-    def generate(self, plan):
-        done = []
-        for sequence, n in plan.counts.items():
-            self.scheduler.advance(sequence, n)
-            if not sequence.remaining:
-                sequence.tokens.append(hash(tuple(sequence.tokens)) % 3)
-                if len(sequence.tokens) >= sequence.max_len:
-                    done.append(sequence)
-                    self.scheduler.remove(sequence)
-        return done
 
 
 requests = st.lists(
