@@ -11,13 +11,11 @@ there is enough, otherwise from the checkpoint. Each rank decides for itself: co
 ranks is the same with and without offloading.
 """
 
-import copy
 import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -126,7 +124,7 @@ def load(
     Raises:
         ValueError: what `checkpoint.load` raises.
     """
-    model, world = _empty(args), parallel.world_size()
+    model, world = build(args, device="meta"), parallel.world_size()
     streamed = [i for i in range(args.n_layers) if plan.streams(i, args.n_layers)]
     place = None if device.type == "cuda" else device
     pieces: List[Piece] = [
@@ -324,22 +322,6 @@ class RowsOfFile(nn.Module):
             if i in self._range:
                 row.copy_(self._source.read(self._name, 0, i, i + 1)[0])
         return reduce_from_model_parallel_region(found.to(self._device)[places])
-
-
-def _empty(args: ModelArgs) -> Transformer:
-    """Transformer(args, device="meta"), made of copies of one block.
-
-    fairscale allocates memory for each block that is built: never written to, but counted against
-    the limits of the process.
-    """
-    if type(args) is not ModelArgs:
-        return build(args, device="meta")
-    model = build(replace(args, n_layers=1), device="meta")
-    for i in range(1, args.n_layers):
-        model.layers.append(copy.deepcopy(model.layers[0]))
-        model.layers[i].attention.layer_id = i  # type: ignore[union-attr, assignment]
-    model.params, model.n_layers = args, args.n_layers
-    return model
 
 
 def _rest(args: ModelArgs, world: int, dtype: torch.dtype) -> int:

@@ -1,6 +1,10 @@
 """The families of networks that there are: one is found by a shape, or by what a file says."""
 
-from typing import Any, Collection, Mapping, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, Collection, Dict, Mapping, Optional, Tuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.families import variant_config
 from llama.families.family import Family
@@ -26,9 +30,29 @@ def family_of(args: ModelArgs) -> Family:
     return next(family for family in FAMILIES if family.args is type(args))
 
 
+class _OnMeta(TorchDispatchMode):
+    """What is made within takes no memory.
+
+    fairscale allocates each weight in fp32 on the CPU before it can be moved. It is never written
+    to, but the heap keeps gigabytes of it, which count against the limits of the process.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
+        device = {"device": "meta"} if func is torch.ops.aten.empty.memory_format else {}
+        return func(*args, **{**(kwargs or {}), **device})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # or it would be imported first, which takes a second
+        return False
+
+
 def build(args: ModelArgs, **options: Any) -> Transformer:
     """A network of a shape, without weights; the options are those of `Transformer`."""
-    return family_of(args).network(args, **options)
+    meta = torch.device(options.get("device") or "cpu").type == "meta"
+    with _OnMeta() if meta else nullcontext():
+        return family_of(args).network(args, **options)
 
 
 def of_config(config: Mapping[str, Any]) -> Family:
