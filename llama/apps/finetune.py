@@ -4,6 +4,8 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Literal, Optional
 
@@ -95,7 +97,7 @@ def finetune(
     from llama.backends.build import open_checkpoint, open_tokenizer, say
     from llama.checkpoint import remote
     from llama.layers import parallel
-    from llama.text.templates import chat_format
+    from llama.text.templates import TemplateFormat, chat_format
     from llama.training import Recipe, Trainer, devices, lora, read_examples, run, trained
     from llama.training.packing import check_packable
 
@@ -131,6 +133,9 @@ def finetune(
     tokens_from = remote.local_path(found_tokenizer) if found_tokenizer else None
     tokenizer = open_tokenizer(source, tokens_from)
     formatter = chat_format(tokenizer, source.args.use_scaled_rope)
+    began = run.began(folder, force)
+    if isinstance(formatter, TemplateFormat):
+        formatter.clock = partial(datetime.fromisoformat, began)
     examples = read_examples(data, tokenizer, formatter, max_seq_len)
     learned, kept = run.split(examples.rows, held_out)
     if warmup_steps is None:
@@ -147,7 +152,11 @@ def finetune(
     if examples.cut:
         say(f"{examples.cut} dialogs were cut to {max_seq_len} tokens; {examples.dropped} left out")
 
-    about: Dict[str, Any] = {"base": checkpoint.fingerprint(source), "method": method}
+    about: Dict[str, Any] = {
+        "base": checkpoint.fingerprint(source),
+        "method": method,
+        "began": began,
+    }
     if adapter:
         about["lora"] = [lora_rank, lora_alpha, matrices]
     with _interrupts() as interrupts:

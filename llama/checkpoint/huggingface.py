@@ -14,7 +14,7 @@ import torch
 from llama.checkpoint.config import config_of, read_config, read_scheme
 from llama.checkpoint.fused import Part, cut, plan, stored_as
 from llama.checkpoint.pth import index_pth
-from llama.checkpoint.safetensors import index_safetensors, interleave, write_safetensors
+from llama.checkpoint.safetensors import index_safetensors, interleave, under, write_safetensors
 from llama.checkpoint.schemes import assemble
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.shapes import checked_args, weight_shapes
@@ -145,6 +145,7 @@ def write(
     progress: Progress = no_progress,
     head: Mapping[str, torch.Tensor] = MappingProxyType({}),
     settings: Mapping[str, Any] = MappingProxyType({}),
+    body: str = "model.",
 ) -> Path:
     """Write a directory that transformers' from_pretrained loads; returns it.
 
@@ -155,6 +156,7 @@ def write(
         force: overwrite what is there, once the new directory is complete.
         head: weights beyond those of the shape, by Hugging Face's names, as they are.
         settings: keys of config.json that take the place of what follows from the shape.
+        body: what names of the body's weights begin with in transformers' class.
 
     Raises:
         FileExistsError: the directory exists, without `force`.
@@ -180,10 +182,11 @@ def write(
             files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for file, shard in zip(files, shards, strict=True):
             extra = head if file == files[-1] else {}
-            write_safetensors(source, partial / file, shard, dtypes, progress, extra)
+            write_safetensors(source, partial / file, shard, dtypes, progress, extra, body)
         if len(shards) > 1:
+            hf_names = family_of(args).hf_names
             weight_map = {
-                family_of(args).hf_names.theirs(name) if name in shapes else name: file
+                under(body, hf_names.theirs(name)) if name in shapes else name: file
                 for file, shard in zip(files, shards, strict=True)
                 for name in shard
             } | dict.fromkeys(head, files[-1])

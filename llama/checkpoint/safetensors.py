@@ -96,11 +96,12 @@ def write_safetensors(
     dtypes: Dict[str, torch.dtype],
     progress: Progress,
     extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    body: str = "model.",
 ) -> None:
     """Write weights by their Hugging Face names, in its order of rows, a few at a time.
 
     `names` may be those of fused tensors. `extra` weights, which have such names already, follow
-    as they are.
+    as they are. `body` begins the names that begin with "model." in other classes.
     """
     family = family_of(source.args)
     fused, shapes = family.fused(source.args, "hf"), weight_shapes(source.args)
@@ -108,7 +109,7 @@ def write_safetensors(
     tensors = [
         (name, fused_shape(fused[name], shapes.__getitem__), dtypes[parts[name][0]])
         if name in fused
-        else (family.hf_names.theirs(name), shapes[name], dtypes[name])
+        else (under(body, family.hf_names.theirs(name)), shapes[name], dtypes[name])
         for name in names
     ]
     tensors += [(name, tuple(weight.shape), weight.dtype) for name, weight in extra.items()]
@@ -127,6 +128,11 @@ def write_safetensors(
                     write_tensor(file, part, progress)
         for weight in extra.values():
             write_tensor(file, weight, progress)
+
+
+def under(body: str, name: str) -> str:
+    """A Hugging Face name as it is in a class that calls its body so."""
+    return body + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def _header(tensors: List[Tuple[str, Shape, torch.dtype]]) -> bytes:

@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import secrets
-from typing import Any, Dict, List, Mapping, Optional, Set
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set
 
 import jinja2
 from jinja2 import nodes
@@ -79,7 +79,8 @@ class TemplateFormat:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
+        self.clock: Callable[[], datetime.datetime] = datetime.datetime.now
+        environment.globals["strftime_now"] = lambda f: self.clock().strftime(f)
         try:
             tree = environment.parse(template)
             # The variables that it reads: a template without tools would ignore them silently.

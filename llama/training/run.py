@@ -7,6 +7,7 @@ So a run that was interrupted or killed continues from there when it is started 
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -23,7 +24,7 @@ from llama.families.registry import build
 from llama.families.vision import OF_IMAGES
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
-from llama.text.files import beside, check_plain, recovered, remove
+from llama.text.files import beside, check_plain, read_object, recovered, remove
 from llama.training import devices, lora, saved
 from llama.training.data import Example
 from llama.training.gradients import origin, shard_of
@@ -189,6 +190,17 @@ def fill(
             if column:
                 data = data.narrow(1, column[0], mine.shape[1])
             mine.copy_(data)
+
+
+def began(folder: Path, force: bool) -> str:
+    """When the run began, in ISO format: an interrupted one, or with `force` a new one, now.
+
+    Chat templates that write the date write that one, or a run that goes on another day would
+    learn from other examples.
+    """
+    about = folder / "state" / "about.json"
+    found = {} if force or not about.exists() else read_object(about)
+    return str(devices.agreed(found.get("began") or datetime.now().isoformat(timespec="seconds")))
 
 
 def resume(trainer: Trainer, folder: Path, about: Dict[str, Any], force: bool) -> None:

@@ -60,6 +60,7 @@ class _TokenHead(nn.Module):
 
     architecture: ClassVar[str]
     head: ClassVar[str]  # its module in transformers' class
+    body: ClassVar[str] = "model."  # what names of the others begin with
 
     def __init__(
         self,
@@ -182,6 +183,41 @@ class _TokenHead(nn.Module):
                 found[row] = logits[: len(encoded[row])].clone()
         return found
 
+    def write(
+        self, path: str | Path, dtype: Optional[torch.dtype] = None, *, force: bool = False
+    ) -> Path:
+        """Write a directory that transformers' class loads, from all ranks; returns it.
+
+        Args:
+            dtype: of the weights; None keeps the model's.
+
+        Raises:
+            FileExistsError: the directory exists, without `force`.
+            ValueError: a model whose weights are in blocks, or compiled, or of another family; an
+                adapter that isn't merged.
+        """
+        check_writable(self.model, self.architecture)
+        if Path(path).exists() and not force:  # on all ranks alike
+            raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
+        source = checkpoint.gather(self.model)
+        args = replace(source.args, tied_embeddings=True)  # no output layer: see Body
+        settings = {
+            "architectures": [self.architecture],
+            "id2label": {str(i): label for i, label in enumerate(self.labels)},
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "tie_word_embeddings": self.tied,
+        }
+        if parallel.is_rank_zero():
+            weights = {name: source.weights[name] for name in weight_shapes(args)}
+            head = {"weight": self.score.weight.detach(), "bias": self.score.bias.detach()}
+            write(
+                InMemory(args, weights), path, dtype, tokenizer=self.tokenizer, force=force,
+                head={f"{self.head}.{k}": w.cpu().to(dtype or w.dtype) for k, w in head.items()},
+                settings=settings, body=self.body,
+            )  # fmt: skip
+        parallel.barrier()
+        return Path(path)
+
     @property
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -244,41 +280,6 @@ class TokenClassifier(_TokenHead):
             found.append(list(map(Tagged, pieces, names, best.values.tolist())))
         return found
 
-    def write(
-        self, path: str | Path, dtype: Optional[torch.dtype] = None, *, force: bool = False
-    ) -> Path:
-        """Write a directory that transformers' class loads, from all ranks; returns it.
-
-        Args:
-            dtype: of the weights; None keeps the model's.
-
-        Raises:
-            FileExistsError: the directory exists, without `force`.
-            ValueError: a model whose weights are in blocks, or compiled, or of another family; an
-                adapter that isn't merged.
-        """
-        check_writable(self.model, self.architecture)
-        if Path(path).exists() and not force:  # on all ranks alike
-            raise FileExistsError(f"{path} exists: choose another name, or overwrite it with force")
-        source = checkpoint.gather(self.model)
-        args = replace(source.args, tied_embeddings=True)  # no output layer: see Body
-        settings = {
-            "architectures": [self.architecture],
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
-            "tie_word_embeddings": self.tied,
-        }
-        if parallel.is_rank_zero():
-            weights = {name: source.weights[name] for name in weight_shapes(args)}
-            head = {"weight": self.score.weight.detach(), "bias": self.score.bias.detach()}
-            write(
-                InMemory(args, weights), path, dtype, tokenizer=self.tokenizer, force=force,
-                head={f"{self.head}.{k}": w.cpu().to(dtype or w.dtype) for k, w in head.items()},
-                settings=settings,
-            )  # fmt: skip
-        parallel.barrier()
-        return Path(path)
-
 
 class Answer(NamedTuple):
     """A span of a context."""
@@ -297,6 +298,7 @@ class QuestionAnswerer(_TokenHead):
 
     architecture = "LlamaForQuestionAnswering"
     head = "qa_outputs"
+    body = "transformer."
     LABELS: ClassVar[List[str]] = ["start", "end"]
 
     @classmethod

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +25,16 @@ from conftest import (
 from served import wait_for
 from test_model import gap, ids, to_hugging_face
 
-from llama import Llama, checkpoint
+from llama import Llama, Tokenizer, checkpoint, training
 from llama.apps.finetune import finetune as main
 from llama.apps.plot import plot
 from llama.backends import memory
 from llama.checkpoint import InMemory, meta
 from llama.checkpoint.adapter import Merged, read_adapter
 from llama.families.llama4 import Llama4Args
-from llama.training import Trainer
+from llama.text import templates
+from llama.text.templates import TemplateFormat
+from llama.training import Trainer, run
 
 DIALOG = [
     {"role": "user", "content": "What is the word?"},
@@ -284,6 +288,41 @@ def test_a_forced_run_that_broke_off_goes_on_without_force(whole, base, tmp_path
     assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
     with pytest.raises(FileExistsError, match="adapter exists, this run is done"):
         here(base, out, method="full")  # nor is a run of another kind put beside it
+
+
+DATED = """\
+{{ strftime_now('%d %b %Y') }}{% for message in messages %}<|start_header_id|>{{ message.role }}\
+<|end_header_id|>{{ message.content }}<|eot_id|>{% endfor %}\
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"""
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_another_day(base, tmp_path, monkeypatch):
+    """With the date of its first, which all its examples have."""
+    monkeypatch.setattr(templates, "chat_format", lambda ids, _: TemplateFormat(ids, DATED))
+    learned, read, seen = Trainer.one_step, training.read_examples, []
+
+    def noted(*args):
+        examples = read(*args)
+        seen.append(Tokenizer(str(base / "base/tokenizer.model")).decode(examples.rows[0].tokens))
+        return examples
+
+    def broken_off(trainer):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return learned(trainer)
+
+    monkeypatch.setattr(training, "read_examples", noted)
+
+    def on(day, **options):
+        monkeypatch.setattr(run, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, day)))
+        here(base, tmp_path / "run", **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "one_step", broken_off)
+        on(1)
+    on(2)
+    on(3, force=True)
+    assert [text.partition("<")[0] for text in seen] == ["01 Jan 2026"] * 2 + ["03 Jan 2026"]
 
 
 def test_a_forced_run_that_died_before_its_first_save_is_not_done(

@@ -1,6 +1,7 @@
 """Heads on tokens against transformers: logits, losses, gradients, directories."""
 
 import json
+from functools import partial
 
 import pytest
 import sentencepiece
@@ -10,7 +11,9 @@ from test_model import gap, to_hugging_face
 from transformers import LlamaForQuestionAnswering, LlamaForTokenClassification
 
 from llama import Tokenizer, checkpoint
+from llama.checkpoint import huggingface
 from llama.layers.ids import padded
+from llama.training import token_classification
 from llama.training.losses import IGNORED
 from llama.training.token_classification import QuestionAnswerer, TokenClassifier
 
@@ -110,6 +113,22 @@ def test_what_is_written_is_what_transformers_loads(saved, tmp_path):
     assert again.config.id2label == dict(enumerate(LABELS))
     with pytest.raises(FileExistsError, match="force"):
         ours.write(written)
+
+
+@pytest.mark.parametrize("shard", [None, 200_000])
+def test_a_written_answerer_is_what_transformers_loads(saved, tmp_path, monkeypatch, shard):
+    if shard is not None:
+        cut = partial(huggingface.write, max_shard_bytes=shard)
+        monkeypatch.setattr(token_classification, "write", cut)
+    theirs, path = saved[LlamaForQuestionAnswering]
+    written = QuestionAnswerer.build(path, device="cpu", dtype="fp32").write(tmp_path / "again")
+    assert (len([*written.glob("*.safetensors")]) > 1) == (shard is not None)
+    again, report = LlamaForQuestionAnswering.from_pretrained(written, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = QuestionAnswerer.build(written, device="cpu", dtype="fp32")
+    with torch.no_grad():
+        assert gap(again(batch()).start_logits, theirs(batch()).start_logits) <= 1e-5
+        assert gap(ours(batch())[..., 1], theirs(batch()).end_logits) <= 1e-5
 
 
 def test_a_new_head_learns(tmp_path):
