@@ -1,5 +1,6 @@
-"""The same for floats of 8 and 4 bits: by compressed-tensors, transformers, bitsandbytes."""
+"""The same for floats of 8 and 4 bits: compressed-tensors, transformers, bitsandbytes, ModelOpt."""
 
+from functools import partial
 from typing import Dict
 
 import torch
@@ -60,6 +61,24 @@ def auto_fp8(weight):
     q, scale = rounded(weight, *weight.shape)
     parts = {"weight": q, "weight_scale": scale[0, 0], "input_scale": torch.tensor(0.1)}
     return parts, (q.double() * scale.double()).float()
+
+
+def modelopt(weight, kind):
+    """Packed as NVIDIA's Model Optimizer exports it, whose library takes a GPU for most of it."""
+    rows, cols = weight.shape
+    if kind == "NVFP4":
+        parts, dense = compressed_fp4("nvfp4", 16)(weight)
+        shared = 1 / parts["weight_global_scale"].view(())
+        found = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]}
+        return found | {"weight_scale_2": shared, "input_scale": torch.tensor(0.1)}, dense
+    block = {"rows": (1, cols), "blocks": (min(ROWS, rows), min(COLS, cols))}
+    q, scale = rounded(weight, *block.get(kind, (rows, cols)))
+    shape = {"rows": (rows,), "blocks": (scale.shape[0], 1, scale.shape[1], 1)}.get(kind, ())
+    parts = {"weight": q, "weight_scale": scale.view(shape)}
+    scale = scale.repeat_interleave(rows // scale.shape[0], 0)
+    scale = scale.repeat_interleave(cols // scale.shape[1], 1)
+    unused = {"k_scale": torch.ones(()), "input_scale": torch.ones(())} if kind == "whole" else {}
+    return parts | unused, (q.double() * scale.double()).float()
 
 
 def bitsandbytes(code, blocksize=64, nested=True, storage=torch.uint8):
@@ -161,5 +180,16 @@ FLOATS: Dict[str, Case] = {
         compressed_fp4("mxfp4", 32),
         "MXFP4",
     ),
+    **{
+        f"ModelOpt {algorithm}": Case(
+            {"quant_method": "modelopt", "quant_algo": algorithm}, partial(modelopt, kind=kind), of
+        )
+        for algorithm, kind, of in (
+            ("FP8", "whole", "FP8"),
+            ("FP8_PER_CHANNEL_PER_TOKEN", "rows", "FP8"),
+            ("fp8_pb_wo", "blocks", "FP8"),
+            ("NVFP4", "NVFP4", "E2M1"),
+        )
+    },
     "MXFP4": Case({"quant_method": "mxfp4"}, mxfp4, "MXFP4"),
 }

@@ -9,7 +9,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from llama.checkpoint.schemes import Scheme, open_scheme
+from llama.checkpoint.schemes import Scheme, modelopt, open_scheme
 from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
@@ -93,19 +93,22 @@ def read_config(
     return parse_config(path, read_object(path), known)
 
 
-def check_config(path: str, content: bytes) -> None:
+def check_config(path: str, content: bytes, apart: Optional[bytes] = None) -> None:
     """Check that a config.json can be read, before the weights beside it are fetched.
+
+    Args:
+        apart: what is in the hf_quant_config.json beside it.
 
     Raises:
         ValueError: an architecture, a key or a quantization that can't be read; it is named.
     """
     try:
-        config = json.loads(content)
+        config, quantization = json.loads(content), json.loads(apart or b"{}")
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}") from None
     if not isinstance(config, dict):
         return
-    _scheme(path, config)
+    _scheme(path, config, quantization)
     named = config.get("architectures")
     if named and isinstance(named, list):  # else it says nothing of what it is
         known = {str(named[0])} if str(named[0]) in HEADS else None
@@ -199,11 +202,16 @@ def read_scheme(path: Path) -> Optional[Scheme]:
     Raises:
         ValueError: a scheme that can't be read.
     """
-    return _scheme(path, read_object(path))
+    apart = path.with_name(modelopt.FILE)
+    return _scheme(path, read_object(path), read_object(apart) if apart.exists() else {})
 
 
-def _scheme(path: str | Path, config: Mapping[str, Any]) -> Optional[Scheme]:
+def _scheme(path: str | Path, config: Mapping[str, Any], apart: Any) -> Optional[Scheme]:
+    """apart: what is in hf_quant_config.json."""
     quantization = config.get("quantization_config")
+    found = apart.get("quantization") if isinstance(apart, dict) else None
+    if quantization is None and isinstance(found, dict):
+        quantization = {"quant_method": "modelopt", **found}
     try:
         return None if quantization is None else open_scheme(quantization)
     except ValueError as error:

@@ -6,12 +6,13 @@ import re
 from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
+from llama.checkpoint.schemes import modelopt
 from llama.text.vocabulary.config import TOOL_TEMPLATE
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json and what it names
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", TOOL_TEMPLATE,
+    "special_tokens_map.json", "chat_template.jinja", TOOL_TEMPLATE, modelopt.FILE,
 )  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def checkpoint_files(
         scales = itertools.takewhile(has, (f"fp8_scales_{n}.pt" for n in range(len(files))))
         return ["params.json", *files, *scales, *filter(has, ["tokenizer.model"])]
     if kind == "hf":
-        check_config(f"{where}: config.json", read("config.json"))
+        apart = read(modelopt.FILE) if has(modelopt.FILE) else None
+        check_config(f"{where}: config.json", read("config.json"), apart)
         for weights in HF_WEIGHTS:
             if has(index := f"{weights}.index.json"):
                 files = _indexed(f"{where}: {index}", read(index))

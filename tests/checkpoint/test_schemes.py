@@ -112,19 +112,40 @@ def test_every_scheme_is_in_the_documentation():
         assert f"`{name}`" in text, name
 
 
+def files_of(path):
+    has = {file.name for file in path.iterdir()}.__contains__
+    return checkpoint_files("there", has, lambda name: (path / name).read_bytes())
+
+
 def test_a_scheme_that_is_not_read_is_not_downloaded(tmp_path):
     publish(tmp_path, INTEGERS["GPTQ"])
     file = tmp_path / "config.json"
-
-    def files():
-        has = {path.name for path in tmp_path.iterdir()}.__contains__
-        return checkpoint_files("there", has, lambda name: (tmp_path / name).read_bytes())
-
-    assert files() == ["config.json", "model.safetensors"]
+    assert files_of(tmp_path) == ["config.json", "model.safetensors"]
     config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "hqq"}}
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"there: config.json: .*quant_method='hqq'"):
-        files()
+        files_of(tmp_path)
+
+
+def test_older_files_of_modelopt_say_what_they_are_apart(tmp_path):
+    """In hf_quant_config.json, as nvidia/Llama-3.1-8B-Instruct-FP8 does."""
+    publish(tmp_path, FLOATS["ModelOpt FP8"])
+    name = "layers.0.attention.wq.weight"
+    expected = checkpoint.open(tmp_path).read(name, 0, 0, 64)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    apart = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(apart))
+    source = checkpoint.open(tmp_path)
+    assert source.stored_as(name) == "FP8"
+    assert torch.equal(source.read(name, 0, 0, 64), expected)
+    assert files_of(tmp_path) == ["config.json", "model.safetensors", "hf_quant_config.json"]
+    apart["quantization"]["quant_algo"] = "W4A16_AWQ"
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(apart))
+    for refused in (files_of, checkpoint.open):
+        with pytest.raises(ValueError, match=r"config.json: .*modelopt: quant_algo='W4A16_AWQ'"):
+            refused(tmp_path)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -231,6 +252,7 @@ def test_mutated_files_of_families(tmp_path, write, args, name):
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"a": 1}}, "dynamic"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {}}}, "format None"),
         ({"quant_method": "compressed-tensors"}, "config_groups=None"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo='NVFP4_AWQ'; read"),
         ([1], "quant_method=[1]"),
     ],
 )

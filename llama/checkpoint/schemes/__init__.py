@@ -14,6 +14,7 @@ from llama.checkpoint.schemes.compressed import CompressedTensors
 from llama.checkpoint.schemes.fp4 import MXFP4
 from llama.checkpoint.schemes.fp8 import Fbgemm, FineGrained
 from llama.checkpoint.schemes.gptq import Gptq
+from llama.checkpoint.schemes.modelopt import ModelOpt
 from llama.checkpoint.schemes.weight import QuantizedWeight
 from llama.checkpoint.source import DTYPES, Stored
 
@@ -47,6 +48,7 @@ SCHEMES: Dict[str, SchemeType] = {
     "fbgemm_fp8": Fbgemm,
     "fp8": FineGrained,
     "mxfp4": MXFP4,
+    "modelopt": ModelOpt,
 }
 
 

@@ -5,6 +5,8 @@ Two are in a byte, the first in the lower half.
     nvfp4-pack-quantized  weight_packed  (out, in / 2)   uint8
                           weight_scale   (out, in / 16)  e4m3    weight_global_scale  (1,)   fp32
                           value = weight_scale / weight_global_scale · q
+    modelopt              weight, weight_scale of the same  weight_scale_2 ()      fp32
+                          value = weight_scale · weight_scale_2 · q
     mxfp4-pack-quantized  weight_packed  (out, in / 2)   uint8
                           weight_scale   (out, in / 32)  uint8: value = 2^(weight_scale - 127) · q
     mxfp4                 weight_blocks  (out, in / 32, 16)      weight_scales  (out, in / 32)
@@ -51,18 +53,19 @@ class FP4Weight(QuantizedWeight):
 
 
 class NVFP4Weight(FP4Weight):
-    def __init__(self, parts: Parts):
-        super().__init__(
-            "compressed-tensors NVFP4", parts, "weight_packed", "weight_scale", floats.GROUP
-        )
+    """shared: the name of the tensor's own scale; divides: those of groups are divided by it."""
+
+    def __init__(self, label: str, parts: Parts, packed: str, shared: str, divides: bool = False):
+        super().__init__(label, parts, packed, "weight_scale", floats.GROUP)
         need(parts, "weight_scale", None, floats.E4M3)
-        self._whole = need(parts, "weight_global_scale", None, *FLOATS)
+        self._whole, self._divides = need(parts, shared, None, *FLOATS), divides
         if math.prod(self._whole.shape) != 1:
-            raise ValueError(f"has weight_global_scale of shape {self._whole.shape}, not of one")
+            raise ValueError(f"has {shared} of shape {self._whole.shape}, not of one")
         self.kind = "E2M1" if self.shape[1] % floats.VALUES == 0 else None
 
     def _scale(self) -> torch.Tensor:
-        return 1 / whole(self._whole).float().view(1, 1)
+        scale = whole(self._whole).float().view(1, 1)
+        return 1 / scale if self._divides else scale
 
     def scales(self, start: int, stop: int) -> torch.Tensor:
         return self._scales.read(0, start, stop).float() * self._scale()
@@ -91,7 +94,8 @@ class MXFP4Weight(FP4Weight):
 def nvfp4(parts: Dict[str, Stored]) -> QuantizedWeight:
     """The weight of a module in compressed-tensors' nvfp4-pack-quantized."""
     only(parts, "weight_packed", "weight_scale", "weight_global_scale")
-    return NVFP4Weight(parts)
+    label = "compressed-tensors NVFP4"
+    return NVFP4Weight(label, parts, "weight_packed", "weight_global_scale", divides=True)
 
 
 def mxfp4(parts: Dict[str, Stored]) -> QuantizedWeight:
