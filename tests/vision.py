@@ -122,12 +122,12 @@ def logits(model, rows, images):
     return model(torch.tensor(rows), images=[[model.encode(*one) for one in r] for r in images])
 
 
-def transformers_model(path):
+def transformers_model(path, **options):
     """What transformers makes of a directory with a model of this shape."""
     from transformers import MllamaForConditionalGeneration
 
     model, info = MllamaForConditionalGeneration.from_pretrained(
-        path, output_loading_info=True, attn_implementation="eager"
+        path, output_loading_info=True, attn_implementation="eager", **options
     )
     assert not any(info.values()), info
     # transformers 5.23 takes what a block returns where Meta (and transformers 4) takes what goes

@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model, random_weights, run_ranks, write_checkpoint
+from transformers import BitsAndBytesConfig
 from vision import ARGS, IMAGE, ROWS, images_of, inputs, logits, tiled, transformers_model
 
 from llama import Llama, checkpoint
+from llama.backends.build import prepare
 from llama.checkpoint import InMemory, convert, huggingface, meta
 from llama.families.registry import build, family_of
+from llama.layers import parallel
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,26 @@ def test_gates_of_any_number_of_dimensions(source, tmp_path, shape):
 def test_there_is_no_gguf_of_it(source, tmp_path):
     with pytest.raises(ValueError, match="llama-vision"):
         convert.convert(source, tmp_path / "model.gguf", "gguf")
+
+
+@torch.inference_mode()
+def test_bitsandbytes_weights_of_both_parts_with_their_biases(tmp_path):
+    """As in releases that quantize all linear layers, the encoder's too."""
+    args = replace(ARGS, dim=128, n_heads=2, n_kv_heads=2, head_dim=64, vision_width=64)
+    dense = huggingface.write(InMemory(args, random_weights(args)), tmp_path / "dense")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = transformers_model(dense, quantization_config=four_bits)
+    theirs.save_pretrained(tmp_path / "quantized")
+    found = checkpoint.open(tmp_path / "quantized")
+    kept = {name.split(".")[0] for name in found.shapes() if found.stored_as(name) == "NF4"}
+    assert kept >= {"layers", "cross_attention_layers"}
+    encoder = [name for name in found.quantized if name.startswith("vision_model.")]
+    assert len(encoder) >= 6 * (args.vision_layers + args.vision_global_layers)
+    images = images_of(ROWS)
+    given = inputs(ROWS, images)
+    begun = (given["input_ids"][:, 0] == IMAGE).nonzero()[:, 0]
+    expected = theirs.dequantize(torch.float32)(**given).logits
+    device = parallel.initialize(device="cpu")
+    for how, bound in (({"quantize": "dense", "compile": False}, 1e-4), ({}, 1e-3)):
+        ours = prepare(found, found.args, device=device, dtype=torch.float32, **how)
+        assert (logits(ours, ROWS, images) - expected)[begun].abs().max() < bound

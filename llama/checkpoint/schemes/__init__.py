@@ -15,7 +15,7 @@ from llama.checkpoint.schemes.fp4 import MXFP4
 from llama.checkpoint.schemes.fp8 import Fbgemm, FineGrained
 from llama.checkpoint.schemes.gptq import Gptq
 from llama.checkpoint.schemes.modelopt import ModelOpt
-from llama.checkpoint.schemes.weight import QuantizedWeight
+from llama.checkpoint.schemes.weight import QuantizedWeight, whole
 from llama.checkpoint.source import DTYPES, Stored
 
 PARTS = re.compile(r"(.+?)\.((?:adaptor\.[AB]\.)?weight(?:\..+)?|[^.]+)")
@@ -90,14 +90,18 @@ def assemble(
             modules.setdefault(match[1], {})[match[2]] = stored
     for module, parts in modules.items():
         assert scheme is not None
+        file, bias = next(iter(parts.values())).file, parts.pop("bias", None)
         try:
-            weight = scheme.weight(module, parts)
+            weight = scheme.weight(module, parts) if parts else None
         except ValueError as error:
-            raise ValueError(f"{next(iter(parts.values())).file}: {module} {error}") from None
+            raise ValueError(f"{file}: {module} {error}") from None
         if weight is None:
             plain |= {f"{module}.{part}": stored for part, stored in parts.items()}
         else:
             quantized[f"{module}.weight"] = weight
+        # Some packers write zeros for every module that they quantize.
+        if bias is not None and (weight is None or whole(bias).any()):
+            plain[f"{module}.bias"] = bias
     for name, stored in plain.items():
         if stored.dtype not in DTYPES.values():
             raise ValueError(

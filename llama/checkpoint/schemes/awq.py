@@ -12,7 +12,7 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 
 from llama.checkpoint.schemes.integers import Codes, IntegerWeight, columns, unpacked
-from llama.checkpoint.schemes.weight import FLOATS, QuantizedWeight, drop_zero_bias, need, only
+from llama.checkpoint.schemes.weight import FLOATS, QuantizedWeight, need, only
 from llama.checkpoint.source import Stored
 
 
@@ -53,7 +53,6 @@ class Awq:
     def weight(self, module: str, parts: Dict[str, Stored]) -> Optional[QuantizedWeight]:
         if "qweight" not in parts:
             return None
-        drop_zero_bias(parts)
         only(parts, "qweight", "qzeros", "scales")
         return AwqWeight(parts, self.group)
 

@@ -16,7 +16,6 @@ from llama.checkpoint.schemes.integers import Codes, IntegerWeight, columns, unp
 from llama.checkpoint.schemes.weight import (
     FLOATS,
     QuantizedWeight,
-    drop_zero_bias,
     need,
     only,
     whole,
@@ -68,6 +67,5 @@ class Gptq:
     def weight(self, module: str, parts: Dict[str, Stored]) -> Optional[QuantizedWeight]:
         if "qweight" not in parts:
             return None
-        drop_zero_bias(parts)
         only(parts, "qweight", "qzeros", "scales", "g_idx")
         return GptqWeight(parts, self.bits, self.group, self.less_one)

@@ -1,7 +1,7 @@
 """A weight that a file holds as several tensors: integers or codes, scales, zero points, ..."""
 
 import math
-from typing import Dict, Mapping, Optional
+from typing import Mapping, Optional
 
 import torch
 
@@ -68,16 +68,6 @@ def only(parts: Parts, *known: str) -> None:
     """
     if unknown := sorted(parts.keys() - {*known}):
         raise ValueError(f"has tensors that this scheme has no meaning for: {', '.join(unknown)}")
-
-
-def drop_zero_bias(parts: Dict[str, Stored]) -> None:
-    """Leave out a bias of zeros, which some packers write for every module.
-
-    Raises:
-        ValueError: one that isn't zero.
-    """
-    if "bias" in parts and whole(parts.pop("bias")).any():
-        raise ValueError("has a bias, which a Llama hasn't")
 
 
 def whole(part: Stored) -> torch.Tensor:
