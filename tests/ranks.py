@@ -35,13 +35,13 @@ def generate(ckpt, prompts, max_gen_len=16, temperature=0.0, build=None, params=
     llama = Llama.build(
         ckpt, device="cpu", **({"dtype": "fp32", "max_batch_size": 16} | (build or {}))
     )
-    if params is not None:
+    if params is None:
+        kwargs["temperature"] = temperature
+    else:
         kwargs["params"] = SamplingParams(**params)
     if kwargs.pop("no_stops", False):
         kwargs["stop_tokens"] = set()
-    tokens, logprobs = llama.generate(
-        prompts, max_gen_len, temperature=temperature, logprobs=True, **kwargs
-    )
+    tokens, logprobs = llama.generate(prompts, max_gen_len, logprobs=True, **kwargs)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, tokens)
     return {"tokens": tokens, "logprobs": logprobs, "all_ranks": gathered}

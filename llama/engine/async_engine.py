@@ -15,6 +15,7 @@ from typing import (
     List,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Type,
     TypeVar,
@@ -90,6 +91,7 @@ class AsyncEngine:
         self._engine = engine if parallel.world_size() == 1 else Leader(engine)
         self.failure: Optional[Exception] = None
         self._answers: Dict[Request, Answer] = {}  # the event loop's
+        self._calls: Set[Future[Any]] = set()
         self._inbox: Deque[Callable[[], None]] = deque()  # run by the thread between two steps
         self._changed = threading.Condition()
         self._stopping = False
@@ -161,15 +163,23 @@ class AsyncEngine:
         result: Future[T] = Future()
 
         def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
                 result.set_result(function())
             except Exception as error:
                 result.set_exception(error)
 
+        self._calls.add(result)
+        result.add_done_callback(self._calls.discard)
         self._send(run)
         return await asyncio.wrap_future(result)
 
     def _check(self) -> None:
+        if self._thread.ident is None:
+            raise RuntimeError(
+                "the engine isn't running: async with llama.async_engine() as engine"
+            )
         if self.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
         if self._stopping:
@@ -198,6 +208,8 @@ class AsyncEngine:
         for answer in self._answers.values():
             answer._tell(error)
         self._answers.clear()
+        for result in list(self._calls):  # which the thread will never make
+            result.set_exception(error)
 
     # --- in the thread ----------------------------------------------------------------------------
 

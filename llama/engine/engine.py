@@ -12,10 +12,9 @@ import torch
 from llama.engine.chunks import make_blocks
 from llama.engine.events import advance, details_of_all, stopped
 from llama.engine.images import Images
-from llama.engine.params import SamplingParams
 from llama.engine.predictions import Event, Speculation
 from llama.engine.requests import Part, Reading, Request, Stats
-from llama.engine.rows import Options, constrain, make_rows
+from llama.engine.rows import Options, constrain, make_rows, params_of
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.seeing import laid_out
 from llama.engine.speculative import Speculators
@@ -58,8 +57,7 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model, self.tokenizer = model, tokenizer
         self.pool = model.new_cache(1 + blocks_for(cache_tokens), PAGE)
-        blocks = make_blocks(self.pool, model.params)
-        device = self.pool.k.device.type
+        blocks, device = make_blocks(self.pool, model.params), self.pool.k.device.type
         self.scheduler = make_scheduler(blocks, max_tokens_per_step, max_rows, device)
         self.speculators = Speculators(draft, blocks.total)
         self.images = Images(model)
@@ -67,8 +65,7 @@ class Engine:
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
         self._generator = generator  # of the seeds of rows
-        self.lock = threading.RLock()  # held during steps
-        self._compiling = threading.Lock()
+        self.lock, self._compiling = threading.RLock(), threading.Lock()  # the first during steps
 
     @property
     def idle(self) -> bool:
@@ -118,7 +115,7 @@ class Engine:
         Raises:
             ValueError: what `Llama.generate` raises; a sequence that the cache can't hold.
         """
-        params = options.get("params") or SamplingParams(temperature=temperature, top_p=top_p)
+        params = params_of(options, temperature, top_p)
         stops = options.get("stop_tokens")
         stops = self.tokenizer.stop_tokens if stops is None else stops
         prompts = laid_out(self.model, self.tokenizer, prompts, options.get("images"))
@@ -225,12 +222,14 @@ class Engine:
         """
         try:
             while True:
+                with self.lock:  # another thread's steps may give the last events from here on
+                    finished = request.finished
                 while request.events:
                     event = request.events.popleft()
                     if event.finish_reason == "error" and request.error is not None:
                         raise request.error
                     yield event
-                if request.finished:
+                if finished:
                     return
                 self.step()
         finally:
@@ -275,7 +274,8 @@ class Engine:
         details = details_of_all(parts, sampled, own)
         for part, draft, tokens, of_tokens in zip(parts, drafts, sampled, details, strict=True):
             request = part.request
-            if request in failed:  # with another of its parts
+            ended = part not in broken and id(part.row) not in request.unfinished  # by its own code
+            if request in failed or ended:
                 continue
             if request.scored and part.row.echo and not part.row.sample:
                 part.sequence.reusable = None if request.cache_prompt else 0

@@ -1,7 +1,8 @@
 """JSON schemas in llguidance's keywords."""
 
 import json
-from typing import Any, Set
+import math
+from typing import Any, Mapping, Set, Tuple
 
 # The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
 # Others are errors, since llguidance ignores unknown ones and takes options from "x-guidance".
@@ -35,6 +36,8 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     if "\\u" in texts or "\x7f" in texts:  # llguidance would drop them
         raise ValueError(f"{where}: a name, const or enum has a control character: take it out")
 
+    _check_bounds(schema, where)
+
     def plain(value: Any) -> Any:
         return plain_schema(value, where, base)
 
@@ -56,6 +59,32 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         outer = {key: copy.pop(key) for key in ("$defs", "definitions") if key in copy}
         copy = {**outer, "anyOf": [copy, {"type": "null"}]}
     return copy
+
+
+def _check_bounds(schema: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for bounds of numbers that llguidance doesn't keep to."""
+
+    def bound(side: str) -> Tuple[float, bool]:
+        """The tighter of both bounds, and whether it is exclusive."""
+        sign = 1 if side == "Minimum" else -1
+        given = [(schema.get(side.lower()), False), (schema.get(f"exclusive{side}"), True)]
+        known = [(sign * n, out) for n, out in given if isinstance(n, (int, float))]
+        return max(known, default=(-math.inf, False))
+
+    (least, above), (most, below) = bound("Minimum"), bound("Maximum")
+    most, kinds = -most, schema.get("type")
+    if "integer" in (kinds if isinstance(kinds, list) else [kinds]):
+        for n in (least, most):
+            if math.isfinite(n) and abs(n) >= 1 << 63:
+                raise ValueError(f"{where}: the bound {n:g} of integers must lie within 2^63")
+    elif (above and least == least // 1 and least < most < least + 1) or (
+        below and most == most // 1 and most - 1 < least < most
+    ):
+        n = least if above and least == least // 1 else most
+        raise ValueError(
+            f"{where}: numbers from {least:g} to {most:g} without {n:g} itself aren't supported: "
+            "move that bound a little, or include it"
+        )
 
 
 def closed_schema(schema: Any) -> Any:

@@ -1,7 +1,8 @@
 """What was asked of an engine, and what it is doing about it."""
 
 from collections import deque
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Protocol, Set, Tuple
+from numbers import Real
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Protocol, Set, Tuple, cast
 
 import torch
 
@@ -66,6 +67,8 @@ class Request:
         speculator: Optional[Speculator],
         reading: Optional[Reading] = None,
     ):
+        if not isinstance(cast(object, priority), Real):
+            raise ValueError(f"priority={priority!r} isn't a number")
         self.reading = reading
         self.rows, self.stop_tokens, self.words = rows, stop_tokens, words
         self.logprobs, self.top_logprobs = logprobs, top_logprobs

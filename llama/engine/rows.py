@@ -3,7 +3,19 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Callable, List, Literal, Mapping, Optional, Sequence, Set, TypedDict, cast
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    List,
+    Literal,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    TypedDict,
+    cast,
+)
 
 import torch
 
@@ -33,7 +45,7 @@ class Options(TypedDict, total=False):
     stop: strings: a text ends before the first of them.
     stop_tokens: ids that end a row and aren't returned; the tokenizer's by default.
     top_logprobs: how many most probable tokens to return for each token of the answer (0).
-    should_stop: called after each step, on rank 0; True ends all rows.
+    should_stop: called after each step that gives a token, on rank 0; True ends all rows.
     speculate: speculative decoding, where a forward pass may give several tokens; the text is the
         same (see `llama.engine.speculative`). "lookup" proposes what followed the same tokens
         earlier in the text, for answers that repeat their prompt; "draft" uses the draft model, the
@@ -171,12 +183,37 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int
 
 
 def check_options(options: Options) -> None:
-    """Raises ValueError for options that don't exist."""
+    """Raises ValueError for options that don't exist, or have values of other types."""
     unknown = sorted(options.keys() - Options.__optional_keys__)
     fields = [f"{name}=..." for name in unknown if name in SamplingParams.__dataclass_fields__]
     if unknown:
         way_out = f"; pass params=SamplingParams({', '.join(fields)})" if fields else ""
         raise ValueError(f"unknown options: {', '.join(unknown)}{way_out}")
+
+    stops, top = options.get("stop_tokens"), options.get("top_logprobs", 0)
+    several = isinstance(stops, Collection) and not isinstance(stops, (str, bytes))
+    if stops is not None and not (several and all(isinstance(id, Integral) for id in stops)):
+        raise ValueError(f"stop_tokens={stops!r} isn't a set of token ids")
+    if not isinstance(top, Integral):
+        raise ValueError(f"top_logprobs={top!r} isn't a whole number")
+
+
+def params_of(options: Options, temperature: float, top_p: float) -> SamplingParams:
+    """How the rows of a call are sampled.
+
+    Raises:
+        ValueError: it is said twice, and differently.
+    """
+    params = options.get("params")
+    if params is None:
+        return SamplingParams(temperature=temperature, top_p=top_p)
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if value not in (getattr(SamplingParams, name), getattr(params, name)):
+            raise ValueError(
+                f"{name}={value} beside params, in whose place it isn't: write "
+                f"params=SamplingParams({name}={value}, ...)"
+            )
+    return params
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:

@@ -10,7 +10,7 @@ Tokens that are ruled out get the logit -inf.
 
 import math
 from collections import Counter
-from typing import Callable, Collection, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Collection, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,8 @@ def sample_token(
         if ruled and logits.max() == -math.inf:
             logits = allow(own)
     if params.temperature == 0:
-        return int(logits.argmax())
+        largest, token = (values.item() for values in logits.max(-1))
+        return int(token) if math.isfinite(largest) else _none_left()
     ids, logits = warped(logits, params)
     return sample_from(torch.softmax(logits, -1), numbers[len(answer)], ids)
 
@@ -96,12 +97,14 @@ def sample_from(
         # The first strictly greater: never a token of probability 0.
         at = torch.searchsorted(cumulative, number * cumulative[-1], right=True)
         token = int(at if ids is None else F.pad(ids, (0, 1), value=none)[at])
-    if token == none:
-        raise ValueError(
-            "no token can be sampled: the temperature, a penalty or logit_bias makes logits "
-            "infinite, or all tokens are banned; use milder values"
-        )
-    return token
+    return _none_left() if token == none else token
+
+
+def _none_left() -> NoReturn:
+    raise ValueError(
+        "no token can be sampled: the temperature, a penalty or logit_bias makes logits infinite, "
+        "or all tokens are banned; use milder values"
+    )
 
 
 def _sample_from_parts(parts: torch.Tensor, number: torch.Tensor) -> int:
@@ -145,7 +148,7 @@ def constrained(
     if banned:
         logits = logits.index_fill(0, torch.tensor(banned, device=logits.device), -math.inf)
     if params.logits_processor is not None:
-        found = params.logits_processor([*prompt, *answer], logits)
+        found = params.logits_processor([*prompt, *answer], logits.clone())  # it may write to it
         if not isinstance(found, torch.Tensor) or found.shape != logits.shape:
             what = tuple(found.shape) if isinstance(found, torch.Tensor) else repr(found)[:60]
             raise ValueError(
@@ -193,8 +196,13 @@ def _of(before: Kept, kept: Kept) -> Kept:
     return ids if at is None else at if ids is None else ids[at], kept[1]
 
 
+def _picks(logits: torch.Tensor) -> bool:
+    """Whether the tokens kept are picked out. Elsewhere than on a CPU, that would wait for them."""
+    return logits.device.type == "cpu"
+
+
 def _keep(logits: torch.Tensor, mask: torch.Tensor) -> Kept:
-    if logits.device.type != "cpu":
+    if not _picks(logits):
         return None, logits.masked_fill(~mask, -math.inf)
     ids = mask.nonzero()[:, 0]
     return ids, logits[ids]
@@ -220,7 +228,7 @@ def would_repeat(ids: Sequence[int], n: int) -> List[int]:
 def keep_top_k(logits: torch.Tensor, k: int) -> Kept:
     """Keep the k most probable tokens, and those tied with the last of them."""
     some, peaks = logits, logits[: len(logits) // PART * PART].view(-1, PART).amax(-1)
-    if len(peaks) >= k and logits.device.type == "cpu":  # the k largest are no less than k peaks
+    if len(peaks) >= k and _picks(logits):  # the k largest are no less than k peaks
         some = logits[~(logits < peaks.topk(k).values[-1])]
     return _keep(logits, ~(logits < some.topk(min(k, len(some))).values[-1]))  # NaN stays
 
@@ -233,9 +241,10 @@ def keep_top_p(logits: torch.Tensor, p: float) -> Kept:
     probs = torch.softmax(logits, -1)
     # Sorting all would take longest. Those rarer than (1 - p) / n add up to less than 1 - p, and
     # often so do more of them. Half of it, and not p alone: sums are rounded.
-    for rare in ((1 - p) / 256, (1 - p) / len(probs) / 2):
+    likely: Kept = None, logits
+    for rare in ((1 - p) / 256, (1 - p) / len(probs) / 2) if _picks(logits) else ():
         likely = _keep(logits, probs >= rare)
-        if likely[0] is None or probs[likely[0]].sum() > p + 1e-3:
+        if probs[likely[0]].sum() > p + 1e-3:
             break
     ordered, order = (probs if likely[0] is None else probs[likely[0]]).sort(
         descending=True, stable=True

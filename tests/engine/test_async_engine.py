@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 
 import pytest
@@ -180,6 +181,52 @@ def test_a_step_that_fails_ends_the_thread_and_tells_everybody(tiny: Llama, monk
         raise MemoryError("out of memory")
 
     asyncio.run(fail())
+
+
+def test_it_runs_within_its_context(tiny: Llama):
+    async def ask():
+        engine = tiny.async_engine(cache_tokens=64)
+        with pytest.raises(RuntimeError, match="async with"):
+            async for _ in engine.stream([1], 5):
+                pass
+
+    asyncio.run(ask())
+
+
+def test_calls_that_are_given_up_or_never_made(tiny: Llama, monkeypatch):
+    async def call():
+        held, entered = threading.Event(), threading.Event()
+
+        def wait():
+            entered.set()
+            return held.wait(30)
+
+        async with tiny.async_engine(cache_tokens=256) as engine:
+            first = asyncio.create_task(engine.call(wait))
+            await asyncio.to_thread(entered.wait)
+            given_up = asyncio.create_task(engine.call(lambda: 1))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            held.set()
+            assert await first
+            assert await engine.call(lambda: 2) == 2
+            assert engine.failure is None
+
+            def fail(*_):
+                late.append(asyncio.run_coroutine_threadsafe(engine.call(lambda: 3), loop))
+                held.wait(0.2)  # it has been queued meanwhile
+                raise MemoryError("out of memory")
+
+            late: list = []
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr("llama.engine.steps.hidden", fail)
+            with pytest.raises(RuntimeError, match="has failed: out of memory"):
+                async for _ in engine.stream([1], 5):
+                    pass
+            with pytest.raises(RuntimeError, match="has failed: out of memory"):
+                await asyncio.wrap_future(late[0])
+
+    asyncio.run(call())
 
 
 def test_the_event_loop_is_called_once_a_step(tiny: Llama):

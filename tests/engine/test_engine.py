@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import threading
+from collections import deque
 from dataclasses import replace
 
 import psutil
@@ -235,6 +236,41 @@ def test_what_a_logits_processor_gives_is_checked(llama, wrong):
     assert engine.idle
 
 
+def test_a_request_may_be_cancelled_by_its_own_processor(llama):
+    engine = llama.engine(cache_tokens=1024)
+
+    def stop(ids, logits):
+        if len(ids) == 6:
+            engine.cancel(request)
+        return logits
+
+    params = SamplingParams(0, logits_processor=stop)
+    request = engine.add([1, 2], 100, params=params, stop_tokens=set())
+    steps = 0
+    while not engine.idle:
+        engine.step()
+        steps += 1
+    assert request.finished and steps == 5 and engine.stats.blocks_used == 0
+
+
+def test_the_last_events_are_read_whichever_thread_makes_them(llama):
+    """Another one that finishes the request once this one has seen no events."""
+    engine = llama.engine(cache_tokens=1024)
+
+    class Events(deque):
+        def __len__(self):
+            if (length := super().__len__()) or request.finished:
+                return length
+            while not engine.idle:
+                engine.step()
+            return 0
+
+    request = engine.add([1, 2], 5, temperature=0, stop_tokens=set())
+    request.events = Events()
+    events = list(engine.events(request))
+    assert len(events) == 5 and events[-1].finish_reason == "length"
+
+
 @pytest.mark.parametrize("prompt", [[[1, 2]], "text", ["a"], [None]])
 def test_a_prompt_is_a_list_of_ids(llama, prompt):
     with pytest.raises(ValueError, match="prompt 0 isn't a list of token ids"):
@@ -448,6 +484,13 @@ def test_what_can_not_be_is_refused_with_the_numbers(llama):
         engine.add([], 5)
     with pytest.raises(ValueError, match="top_logprobs=-1 must lie between 0"):
         engine.add([1], 5, top_logprobs=-1)
+    for wrong in ({"stop_tokens": 2}, {"stop_tokens": {"</s>"}}, {"top_logprobs": 2.0},
+                  {"priority": "high"}):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.* isn't a"):
+            engine.add([1], 5, **wrong)
+    for name in ("temperature", "top_p"):
+        with pytest.raises(ValueError, match=rf"{name}=0.5 beside params, .*SamplingParams"):
+            engine.add([1], 5, **{name: 0.5}, params=SamplingParams(top_k=3))
     guided = SamplingParams(guidance_scale=2, negative_prompt=[1, 2])
     with pytest.raises(ValueError, match="up to 101 tokens, and the cache holds 64"):
         engine.add([1], 49, params=guided)  # two sequences, a block each

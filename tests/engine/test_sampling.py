@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from llama.engine import sampling
 from llama.engine.sampling import (
     RandomNumbers,
     SamplingParams,
@@ -168,6 +169,21 @@ def test_top_p_is_that_of_a_full_sort(size, spread):
             assert torch.equal(whole(keep_top_p(logits, p), size), expected)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_filters_keep_the_same_where_tokens_are_not_picked_out(spread, monkeypatch):
+    """As on a GPU, where that would wait; flat and peaked."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5000, generator=generator) * spread
+    filters = [(keep_top_k, k) for k in (1, 40, 4999)]
+    filters += [(keep_top_p, p) for p in (0.0, 0.5, 0.9, 0.999)]
+    filters += [(keep_min_p, 0.1), (keep_typical, 0.5)]
+    expected = [whole(keep(logits, value), 5000) for keep, value in filters]
+    monkeypatch.setattr(sampling, "_picks", lambda logits: False)
+    for (keep, value), those in zip(filters, expected, strict=True):
+        ids, found = keep(logits, value)
+        assert ids is None and torch.equal(found, those), (keep, value)
+
+
 @pytest.mark.parametrize("size", [5, 128, 1280, 1300])
 def test_the_most_probable_token_is_the_first_largest(size):
     generator = torch.Generator().manual_seed(size)
@@ -200,6 +216,32 @@ def test_logits_that_are_not_numbers_are_an_error():
                 logits = torch.ones(size).index_fill(0, torch.tensor([1]), wrong)
                 with pytest.raises(ValueError, match="no token can be sampled"):
                     sample_token(logits, params, [], [], ANY)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"banned_tokens": range(8)},
+        {"logits_processor": lambda ids, logits: logits * math.nan},
+        {"logits_processor": lambda ids, logits: logits - math.inf},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_is_ruled_out_is_never_chosen(temperature, more):
+    with pytest.raises(ValueError, match="no token can be sampled: .* all tokens are banned"):
+        sample_token(torch.ones(8), SamplingParams(temperature, **more), [], [], ANY)
+
+
+def test_a_processor_may_write_to_its_logits():
+    """What is the model's own stays so, as for log-probabilities."""
+
+    def ban(ids, logits):
+        logits[3] = -math.inf
+        return logits
+
+    own = torch.arange(4.0)
+    assert sample_token(own, SamplingParams(0, logits_processor=ban), [], [], ANY) == 2
+    assert own.tolist() == [0, 1, 2, 3]
 
 
 def test_small_distributions():

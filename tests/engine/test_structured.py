@@ -62,6 +62,7 @@ SCHEMAS = {
     "pattern": ({"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"}, ["AB-123"]),
     "part": ({"type": "string", "pattern": "a+b", "maxLength": 5}, ["ab", "xaaby"]),
     "range": (closed(i={"type": "integer", "minimum": -17, "maximum": 1234}), [{"i": -17}]),
+    "share": ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0.001]),
     "steps": ({"type": "integer", "minimum": 0, "maximum": 50, "multipleOf": 5}, [0, 45]),
     "format": ({"type": "string", "format": "date"}, ["2024-02-29", "1999-12-31"]),
     "others": (
@@ -560,6 +561,13 @@ NODE["self"] = NODE
         ({"type": "json_schema", "schema": {"pattern": "(", "type": "string"}}, "unclosed"),
         ({"type": "json_schema", "schema": {"minimum": 3, "maximum": 1, "type": "integer"}},
          "minimum .3. is greater"),
+        ({"type": "json_schema", "schema": {"minimum": -1e20, "type": ["integer", "null"]}},
+         "the bound -1e\\+20 of integers must lie within 2.63"),
+        *(({"type": "json_schema", "schema": {"type": "number", **bounds}}, f"without {n} itself")
+          for n, bounds in ((0, {"exclusiveMinimum": 0, "maximum": 0.5}),
+                            (1, {"exclusiveMinimum": 1, "exclusiveMaximum": 1.25}),
+                            (-1, {"minimum": -1.5, "exclusiveMaximum": -1}),
+                            (0, {"minimum": -0.5, "exclusiveMaximum": 0}))),
         ({"type": "json_schema", "schema": {"items": [{}], "type": "array"}}, "prefixItems"),
         ({"type": "json_schema", "schema": {"properties": 0.5}}, "'properties' must be an object"),
         ({"type": "json_schema", "schema": {"required": 5}}, "json_schema"),
