@@ -193,6 +193,9 @@ class Attention(nn.Module):
         else:
             keys, values = step.cache.update(self.layer_id, step.positions, xk, xv)
         # keys, values: (B, n_local_kv_heads, S, head_dim)
+        if step.mask is not None and T > 1 and xq.is_cuda:  # fused kernels take no groups with it
+            groups = self.n_local_heads // self.n_local_kv_heads
+            keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
 
         if T == 1:
             # One token sees all keys: its queries that share a key/value head form one matrix.
@@ -205,7 +208,7 @@ class Attention(nn.Module):
                 values,
                 attn_mask=step.mask,
                 is_causal=step.mask is None,
-                enable_gqa=self.n_local_kv_heads != self.n_local_heads,
+                enable_gqa=keys.shape[1] != self.n_local_heads,
             ).transpose(1, 2)
         return out.reshape(B, T, -1)
 

@@ -49,7 +49,13 @@ class Calls:
 
     @cached_property
     def guided(self) -> Engine:
-        """The engine of calls with guidance, whose rows have a second sequence each."""
+        """The engine of calls with guidance, whose rows have a second sequence each.
+
+        A CPU's cache takes memory as it is used. Elsewhere another might not fit beside the plain
+        one, which takes these calls, too, a few rows at a time.
+        """
+        if self._model.norm.weight.device.type != "cpu" and self._model.params.max_batch_size > 1:
+            return self.plain
         engine = self._engine(2 * self._model.params.max_batch_size + 1, 0)
         engine.scheduler.blocks.keep_only_known()
         return engine

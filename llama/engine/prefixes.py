@@ -140,7 +140,7 @@ class Prefixes:
 def _read(path: str | Path) -> Dict[str, Any]:
     """The content of a file that `Prefixes.save` wrote; raises as `Prefixes.load` does."""
     try:
-        content = torch.load(path, weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if content.pop("prefix") == 1 and {"fingerprint", "tokens"} <= content.keys():
             return content
     except FileNotFoundError:

@@ -32,7 +32,8 @@ class RandomNumbers:
     """
 
     def __init__(self, seed: int, device: torch.device):
-        self._generator = torch.Generator(device).manual_seed(seed)
+        where = "cpu" if device.type == "mps" else device  # which has no float64
+        self._generator = torch.Generator(where).manual_seed(seed)
         self._known: List[torch.Tensor] = []
 
     def __getitem__(self, n: int) -> torch.Tensor:
@@ -68,8 +69,9 @@ def sample_token(
         if ruled and logits.max() == -math.inf:
             logits = allow(own)
     if params.temperature == 0:
-        largest, token = (values.item() for values in logits.max(-1))
-        return int(token) if math.isfinite(largest) else _none_left()
+        largest, first = logits.max(-1)
+        token = int(torch.where(largest.isfinite(), first, -1))
+        return _none_left() if token < 0 else token
     ids, logits = warped(logits, params)
     return sample_from(torch.softmax(logits, -1), numbers[len(answer)], ids)
 
@@ -87,6 +89,8 @@ def sample_from(
     Raises:
         ValueError: probabilities that aren't numbers.
     """
+    if probs.device.type == "mps":  # which has no float64; the token is read from it anyway
+        probs, ids = probs.cpu(), None if ids is None else ids.cpu()
     none = len(probs) if ids is None else -1
     if not len(probs):
         token = none

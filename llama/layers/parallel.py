@@ -46,6 +46,8 @@ def pick_device(device: Optional[str | torch.device] = None) -> torch.device:
                 "start at most one process per GPU, or pass device='cpu'"
             )
         torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("mps was requested and this machine has none: pass device='cpu'")
     return device
 
 

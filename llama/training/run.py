@@ -98,7 +98,8 @@ def finished(folder: Path) -> Optional[Path]:
 def check_memory(
     args: ModelArgs, method: str, low: torch.dtype, device: torch.device, shard: bool = False
 ) -> None:
-    """Weights, and for all that is learned a gradient and two moments, in fp32.
+    """Weights, and for all that is learned a gradient and two moments, in fp32; on a GPU, AdamW
+    computes with one more copy.
 
     Args:
         shard: the copies of the model divide them among themselves.
@@ -108,6 +109,7 @@ def check_memory(
     """
     world = parallel.world_size()
     dtype, copies = (low, 1) if method == "lora" else (torch.float32, 4)
+    copies += method != "lora" and device.type == "cuda"
     need = copies * memory.estimate(args, world, dtype).weights
     need //= devices.copies() if shard else 1
     have = memory.available(device) // memory.sharers(device)

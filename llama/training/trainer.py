@@ -193,8 +193,8 @@ class Trainer:
         chosen = order(len(self.rows), epoch, self.recipe.seed)[at * size : (at + 1) * size]
         # By length, so that a pass has little padding; a step's gradient is the same in any order.
         chosen.sort(key=lambda i: len(self.rows[i].tokens))
-        for _, parameter, _ in self.trained:
-            parameter.grad = None
+        for (_, parameter, _), held in zip(self.trained, self._held, strict=True):
+            parameter.grad = held.grad = None
         try:
             total = self._accumulated(chosen)
         finally:  # an interrupted step leaves no dropout either

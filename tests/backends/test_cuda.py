@@ -261,6 +261,32 @@ def test_all_else_that_computes(gpu, tiny_dir, three_drafts):
         assert run(there) == run(here)
 
 
+def test_attention_with_a_mask_has_no_groups(gpu, tiny_dir, monkeypatch):
+    """CUDA's fused kernels take one or the other: with both, all scores would be written out."""
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(q, k, v, attn_mask=None, enable_gqa=False, **kwargs):
+        seen.append((q.shape[2] > 1 and attn_mask is not None, enable_gqa))
+        return attend(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr("llama.model.F.scaled_dot_product_attention", spy)
+    build(tiny_dir, "cuda").generate(RAGGED, 4, **GREEDY)
+    assert (True, False) in seen and (True, True) not in seen
+
+
+def test_guidance_takes_no_second_cache(gpu, tiny_dir):
+    llama = build(tiny_dir, "cuda", max_batch_size=2)
+    guided = SamplingParams(temperature=0, guidance_scale=1.5)
+    rows = llama.generate([[1, 2], [3]], 8, params=guided, stop_tokens=set())[0]
+    assert llama._calls.guided is llama._calls.plain and [*map(len, rows)] == [8, 8]
+    assert (
+        rows
+        == build(tiny_dir, "cpu", max_batch_size=2).generate(
+            [[1, 2], [3]], 8, params=guided, stop_tokens=set()
+        )[0]
+    )
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_all_blocks_are_dequantized_there(gpu, kind):
     """On whatever device they are, also those that the gguf package dequantizes."""

@@ -219,6 +219,14 @@ def test_a_prefix_from_a_file_is_the_one_computed(tiny_dir, tmp_path, monkeypatc
     assert fed.take()[0] == (1, len("in: four out:"))
 
 
+def test_a_prefix_of_a_gpu_is_read_without_one(tiny_dir, tmp_path, monkeypatch):
+    build = partial(Llama.build, tiny_dir, device="cpu", dtype="fp32", prefix_cache_mb=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        build().save_prefix(tmp_path / "shots", "abc abc")
+    assert build().load_prefix(tmp_path / "shots") == 8
+
+
 def test_a_dialog_in_a_file(smollm2, tmp_path):
     dialog = [{"role": "system", "content": "Be brief. " * 10}, {"role": "user", "content": "Hi"}]
     first, second = with_prefixes(smollm2), with_prefixes(smollm2)

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,19 @@ def test_filters_keep_the_same_where_tokens_are_not_picked_out(spread, monkeypat
     for (keep, value), those in zip(filters, expected, strict=True):
         ids, found = keep(logits, value)
         assert ids is None and torch.equal(found, those), (keep, value)
+
+
+def test_sampling_where_there_is_no_float64():
+    """On Apple's MPS, numbers are drawn and summed up on the CPU."""
+    numbers = RandomNumbers(3, torch.device("mps"))
+    assert numbers[5] == RandomNumbers(3, torch.device("cpu"))[5]
+    for ids in (None, torch.arange(10, 15)):
+        there = [
+            SimpleNamespace(device=torch.device("mps"), cpu=lambda value=value: value)
+            for value in (PROBS, ids)
+        ]
+        found = sample_from(there[0], numbers[0], None if ids is None else there[1])
+        assert found == sample_from(PROBS, numbers[0], ids)
 
 
 @pytest.mark.parametrize("size", [5, 128, 1280, 1300])

@@ -93,6 +93,9 @@ def test_a_gpu_that_is_not_there_is_refused():
 
     with pytest.raises(ValueError, match=f"this machine has {torch.cuda.device_count()} GPUs"):
         parallel.pick_device("cuda:99")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="mps was requested and this machine has none"):
+            parallel.pick_device("mps")
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -264,6 +264,22 @@ def test_what_is_learned_and_how_it_is_split():
     }  # fmt: skip
 
 
+def test_gradients_of_the_last_step_are_gone_before_the_next():
+    trainer = Trainer(random_model(TINY), examples(), RECIPE)
+    trainer.one_step()
+    seen = []
+    accumulated = trainer._accumulated
+
+    def watched(chosen):
+        seen.append(all(part.parameter.grad is None for part in trainer.trained))
+        seen.append(all(held.grad is None for held in trainer._held))
+        return accumulated(chosen)
+
+    trainer._accumulated = watched
+    trainer.one_step()
+    assert seen == [True, True]
+
+
 def test_what_was_computed_before_a_step_is_outdated(tiny_dir, tmp_path):
     """Kept prefixes of a model in training must not be taken for its own (llama.prefixes)."""
     model, before = random_model(TINY), 0
