@@ -36,7 +36,7 @@ from fairscale.nn.model_parallel.layers import (
 from torch import nn
 
 from llama.layers import parallel
-from llama.layers.cache import KVCache
+from llama.layers.cache import KVCache, ungrouped
 from llama.layers.ids import check_token_tensor
 
 
@@ -193,15 +193,14 @@ class Attention(nn.Module):
         else:
             keys, values = step.cache.update(self.layer_id, step.positions, xk, xv)
         # keys, values: (B, n_local_kv_heads, S, head_dim)
-        if step.mask is not None and T > 1 and xq.is_cuda:  # fused kernels take no groups with it
-            groups = self.n_local_heads // self.n_local_kv_heads
-            keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
 
         if T == 1:
             # One token sees all keys: its queries that share a key/value head form one matrix.
             xq = xq.view(B, self.n_local_kv_heads, -1, self.head_dim)
             out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=step.mask)
         else:
+            if step.mask is not None:
+                keys, values = (ungrouped(part, self.n_local_heads) for part in (keys, values))
             out = F.scaled_dot_product_attention(
                 xq.transpose(1, 2),  # (B, n_local_heads, T, head_dim)
                 keys,

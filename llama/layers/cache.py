@@ -242,3 +242,12 @@ class Int8KVCache(KVCache):
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         k, v = ((held[name] * held[f"{name}_scale"]).to(dtype) for name in ("k", "v"))
         return k, v
+
+
+def ungrouped(part: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values (B, n_kv_heads, S, head_dim), for attention of `heads` queries with a mask.
+
+    CUDA's fused kernels take a mask or groups of heads, not both; they get a copy for each head.
+    The others take groups.
+    """
+    return part.repeat_interleave(heads // part.shape[1], 1) if part.is_cuda else part
