@@ -258,7 +258,7 @@ class Llama:
         if cache_tokens is None:
             context = self.model.params.max_seq_len
             each = self.model.new_cache(1, 1).nbytes
-            room = memory.available(self.device) // 2 // each
+            room = memory.available_to_each(self.device) // 2 // each
             cache_tokens = max(context, min(room, max_rows * context // 4))
         return Engine(
             self.model, self.tokenizer, max_tokens_per_step=max_tokens_per_step,

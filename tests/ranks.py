@@ -22,7 +22,7 @@ from vision import tiled
 
 from llama import Llama, SamplingParams, checkpoint, training
 from llama.apps import cli
-from llama.backends import compiled
+from llama.backends import compiled, memory
 from llama.checkpoint.adapter import read_adapter, write_adapter
 from llama.engine.async_engine import AsyncEngine
 from llama.engine.leader import follow
@@ -130,6 +130,18 @@ def seeing(ckpt, rows):
     return {"logits": logits, "tokens": tokens, "served": asyncio.run(ask())}
 
 
+def cache_sizes(ckpt):
+    """The blocks of each rank's cache, which one has less memory for than the others."""
+    llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
+    each = llama.model.new_cache(1, 1).nbytes
+    memory.available = lambda device: (
+        (3000 - 1000 * parallel.rank()) * memory.sharers(device) * each
+    )
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, llama.engine().stats.blocks)
+    return {"blocks": found, "sharers": memory.sharers(llama.device)}
+
+
 def served(ckpt, prompts):
     """Requests that reach rank 0 alone, one of which is cancelled and one of which fails."""
     llama = Llama.build(ckpt, device="cpu", dtype="fp32", max_seq_len=128)
@@ -152,12 +164,17 @@ def served(ckpt, prompts):
             failing = await running.submit([1], 5, params=bad, stop_tokens=set())
             form = {"type": "regex", "regex": "[ab]{6}"}
             formed = await running.submit([1], 9, response_format=form, stop_tokens={7})
+            asked = []
+            stopping = await running.submit(
+                [4], 90, should_stop=lambda: asked.append(1) or len(asked) == 3, **options
+            )
             answers = [
                 await running.submit(prompt, 9, seed=i, n=2, **options)
                 for i, prompt in enumerate(prompts)
             ]
             found = [[event async for event in answer] for answer in answers]
             text = "".join([event.text async for event in formed])
+            assert len([event async for event in stopping if event.token is not None]) == 3
             try:
                 await anext(failing)
             except KeyError as error:

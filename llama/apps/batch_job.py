@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
         elif opened:
             _answer(job, lines, opened[0], cluster)
         else:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends first, and then this one
             follow(load(job.build, job.settings).engine(**limits(job.settings)))
         for results in opened:
             _write(job, lines, results)

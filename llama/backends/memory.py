@@ -11,8 +11,8 @@ import torch
 from llama.backends.quantized import bytes_per_value, is_quantizable
 from llama.checkpoint import Checkpoint, local_shape, weight_shapes
 from llama.families.registry import family_of
+from llama.layers import parallel
 from llama.layers.cache import PASS
-from llama.layers.parallel import kv_heads
 from llama.model import ModelArgs
 
 try:
@@ -57,7 +57,7 @@ def estimate(
             return dtype.itemsize
         return bytes_per_value(name, quantize, dtype, source)
 
-    heads = len(kv_heads(0, world, args.n_heads, args.n_kv_heads))
+    heads = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
     row = args.head_dim * dtype.itemsize if kv_cache is None else args.head_dim + 4  # and a scale
     per_token = 2 * args.n_layers * heads * row
     return Estimate(
@@ -89,6 +89,12 @@ def working(args: ModelArgs, world: int, dtype: torch.dtype) -> int:
 def sharers(device: torch.device) -> int:
     """Number of ranks that share the device's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+
+
+def available_to_each(device: torch.device) -> int:
+    """Bytes of memory for each rank, the same on all: their caches are of one size."""
+    mine = torch.tensor([available(device) // sharers(device)], device=device)
+    return min(map(int, parallel.all_gather(mine)))
 
 
 def available(device: torch.device) -> int:

@@ -17,6 +17,11 @@ from llama.layers import parallel
 OWN = ("should_stop", "response_format")  # which only rank 0 looks at
 
 
+def _is_asked_elsewhere() -> bool:
+    """In the place of a `should_stop`: ranks know which requests have one, and rank 0 asks it."""
+    return False
+
+
 class _Changes(NamedTuple):
     """What rank 0 sends before a step."""
 
@@ -43,6 +48,8 @@ class Leader:
         """`Engine.make`."""
         request = self._engine.make(prompt_tokens, max_gen_len, **options)
         sent = {name: value for name, value in options.items() if name not in OWN}
+        if options.get("should_stop") is not None:
+            sent["should_stop"] = _is_asked_elsewhere
         sent["seed"] = request.rows[0].seed  # drawn here, if none was given
         if sent.get("params") is not None:
             sent["params"] = replace(sent["params"], logits_processor=None)
