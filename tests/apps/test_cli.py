@@ -239,12 +239,40 @@ def test_bash_completes(tmp_path):
     ]  # fmt: skip
 
 
+TABS = {  # what an interactive shell makes of words that end with Tab
+    "inspect a": ["inspect", "a folder/"],
+    "finetune dial": ["finetune", "dialogs.jsonl"],
+    "chat c --tokenizer-path a": ["chat", "c", "--tokenizer-path", "a folder/"],
+    "complete c --prompt-file dial": ["complete", "c", "--prompt-file", "dialogs.jsonl"],
+    "complete c --input=dial": ["complete", "c", "--input=dialogs.jsonl"],
+    "complete c --quantize de": ["complete", "c", "--quantize", "dense"],
+    "complete c --max-s": ["complete", "c", "--max-seq-len"],
+    "pla": ["plan"],  # and not the folder
+}
+
+
+def test_bash_completes_names_of_files_where_there_are_no_choices(tmp_path):
+    for folder in ("a folder", "plan"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dialogs.jsonl").touch()
+    show = """llama() { printf '%s\\0' "$@" >> shown; echo >> shown; }"""
+    (tmp_path / "rc").write_text(f"{ok('completion', 'bash')}\n{show}\n")
+    subprocess.run(
+        ["bash", "--noprofile", "--rcfile", "rc", "-i"], env={**os.environ, "HOME": str(tmp_path)},
+        input="".join(f"llama {words}\t\n" for words in TABS), cwd=tmp_path, text=True,
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    shown = (tmp_path / "shown").read_text().splitlines()
+    assert [line.split("\0")[:-1] for line in shown] == [*TABS.values()]
+
+
 def test_completion_is_installed_for_the_shell(tmp_path):
     home = {**os.environ, "HOME": str(tmp_path), "BASH_VERSION": "5", "ZSH_VERSION": ""}
     home.pop("XDG_DATA_HOME", None)
     done = llama("--install-completion", env=home)
     path = done.stdout.partition(":")[0]
-    assert done.returncode == 0 and path.startswith(str(tmp_path)) and "_llama" in read(path)
+    assert done.returncode == 0 and path.startswith(str(tmp_path))
+    assert read(path) + "\n" == ok("completion", "bash")
 
 
 # --- mistakes ------------------------------------------------------------------------------------
