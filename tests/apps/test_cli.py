@@ -517,10 +517,11 @@ def test_inspect_of_the_demo_model(smollm2_path):
                   "rope_theta = 100000.0", "tied_embeddings = True"):  # fmt: skip
         assert f"  {field}" in lines
     table = lines[lines.index("memory per rank with a cache of 8 rows of 2048 tokens:") + 1 :]
-    assert [re.match(r" +(\d+) ranks? +(\w+): ", line).groups() for line in table] == [
-        (ranks, dtype) for ranks in ("1", "3", "9") for dtype in ("bf16", "fp32")
+    assert [re.match(r" +(\d+) ranks? +(.+): w", line).groups() for line in table] == [
+        (ranks, kind) for ranks in ("1", "3", "9") for kind in ("bf16", "fp32", "as stored, bf16")
     ]
     assert table[1] == "    1 rank  fp32: weights 0.54 GB + cache 0.75 GB"
+    assert table[2] == "    1 rank  as stored, bf16: weights 96.51 MB + cache 0.38 GB"
 
 
 def test_inspect_names_what_differs_from_llama(tmp_path):
@@ -529,6 +530,7 @@ def test_inspect_names_what_differs_from_llama(tmp_path):
     assert lines[3].startswith("network: variant of Llama, computed on a CPU by plain layers")
     assert "head_dim is 8" in lines[3]
     assert {"  no_rope_layers = (1,)", "  attention_bias = True"} <= {*lines}
+    assert not any("as stored, bf16" in line for line in lines)
 
 
 def test_inspect_of_metas_directory(tmp_path):
