@@ -16,7 +16,7 @@ from llama.apps.pictures import Picture, pasted, picture
 from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
-from llama.engine.seeing import sees
+from llama.engine.seeing import check_sees, sees
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of, read_calls
@@ -174,6 +174,7 @@ class Session:
             return was_interrupted
 
         try:
+            check_sees(self.llama.model, [self.dialog])
             stats = Stats(len(self._format.encode_dialog_prompt(self.dialog, self.tools)))
             turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate, self.tools)
             self.send(turn)
