@@ -150,7 +150,7 @@ class Session:
             return self._image(image)
         self._before = [*self.dialog]
         text = line[1:] if line.startswith("//") else line
-        calls = bool(self.dialog) and "tool_calls" in self.dialog[-1]
+        calls = bool(self.dialog) and self.dialog[-1].get("tool_calls")
         parts = [{"type": "image", "image": one.source} for one in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self.dialog.append({"role": "tool" if calls else "user", "content": content})

@@ -181,6 +181,15 @@ def test_save_and_load(session, tmp_path, monkeypatch):
     assert session.dialog == said
 
 
+def test_only_calls_are_answered_with_a_tools_result(session, tmp_path):
+    for calls, role in (([], "user"), ([{"name": "f", "arguments": {}}], "tool")):
+        dialog = [USER, {**ANSWER, "tool_calls": calls}]
+        (tmp_path / "dialog.json").write_text(json.dumps(dialog))
+        session.take(f"/load {tmp_path / 'dialog.json'}")
+        session.take("And then?")
+        assert session.dialog[-1]["role"] == role
+
+
 def test_save_that_fails_leaves_the_old_file(session, tmp_path, monkeypatch):
     path = tmp_path / "dialog.json"
     say(session, "Hi")
