@@ -366,16 +366,22 @@ def check_packages() -> None:
             raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
 
 
-def talk(session: Session, terminal: Plain) -> None:
-    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
+def talk(session: Session, terminal: Plain) -> int:
+    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't.
+
+    Returns:
+        How many messages couldn't be answered.
+    """
+    unanswered = 0
     while True:
+        reply = Reply()
         try:
             line = terminal.read()
             if line is None:
-                return
+                return unanswered
             reply = session.take(line)
             if reply.leaves:
-                return
+                return unanswered
             if reply.image is not None:
                 terminal.preview(reply.image)
             if reply.text:
@@ -391,6 +397,7 @@ def talk(session: Session, terminal: Plain) -> None:
             terminal.show("/exit or Ctrl-D leaves")
         except (ValueError, FileNotFoundError) as error:
             terminal.complain(str(error))
+            unanswered += reply.wants_answer
 
 
 def follow(llama: Llama) -> None:

@@ -435,6 +435,26 @@ def test_pipes_get_plain_text(tmp_path):
     assert done.stderr.startswith("no command /nope") and done.returncode == 0
 
 
+def test_a_pipes_messages_without_an_answer_are_counted(monkeypatch, capsys):
+    """The others are answered; commands that don't exist aren't messages."""
+    lines = iter(["/nope", "Hi", "word " * 40, "Hi", "/exit"])
+    terminal = Plain()
+    monkeypatch.setattr(terminal, "read", lambda: next(lines))
+    assert repl.talk(repl.Session(FakeLlama()), terminal) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "one two \none two \n" and "shorten it" in printed.err
+
+
+def test_chat_in_a_pipe_ends_with_1_where_an_answer_is_missing(tiny_dir):
+    chat = ["chat", tiny_dir, "--device=cpu", "--max-seq-len=64", "--max-gen-len=2"]
+    for text, code, says in (("Hi\n", 0, ""), ("a" * 99 + "\nHi\n", 1, "error: 1 of the ")):
+        done = subprocess.run(
+            [*llama_command(), *map(str, chat)], input=text, capture_output=True, text=True,
+            timeout=120, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == code and says in done.stderr, done
+
+
 def test_a_dumb_terminal_gets_plain_text_and_ctrl_c_as_a_signal(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
