@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -295,6 +298,8 @@ MISTAKES = {
     "a file of a checkpoint": ("inspect PARAMS", "a file of a checkpoint: name its directory"),
     "no answer": ("chat SRC --max_gen_len -3", "max_gen_len=-3 must be at least 1"),
     "no draft": ("chat SRC --speculate draft", "needs a draft model"),
+    "no server": ("bench load --url http://127.0.0.1:9", "http://127.0.0.1:9: [Errno "),
+    "no port": ("bench load http://127.0.0.1:80x0", "80x0'; give the address that `llama serve`"),
     "no address": ("bench load --url 127.0.0.1:1", "url='127.0.0.1:1': give http://HOST:PORT"),
     "no tokens": ("inspect SRC --max_seq_len 0", "max_seq_len=0 must be at least 1"),
 }
@@ -369,6 +374,47 @@ def test_ctrl_c_while_torch_is_imported_is_a_line(library, tiny_dir):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@contextmanager
+def replying(text):
+    """The address of a server that answers all with this text; None: with nothing, ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    kept.append(connection)
+                    if text is not None:
+                        connection.sendall(text)
+                        connection.shutdown(socket.SHUT_WR)
+
+        kept = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", kept
+
+
+def test_bench_names_the_address_of_what_is_no_server(capsys):
+    for text, says in ((b"SSH-2.0\r\n", "SSH-2.0"), (b"HTTP/1.1 404 No\r\n\r\na\nb", "404: a b")):
+        with replying(text) as (url, _):
+            code, out, err = here(capsys, "bench", "load", url, "--requests=2")
+        assert (code, out) == (1, "") and re.fullmatch(rf"error: {url}[^\n]+\n", err)
+        assert says in err and ("`llama serve`" in err or "404" in err)
+
+
+def test_ctrl_c_ends_a_bench_that_waits():
+    """For answers, and for the time of the next request."""
+    with replying(None) as (url, connections):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llama", "bench", "load", url, "--rate=0.01"], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while process.poll() is None and not connections:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
