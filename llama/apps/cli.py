@@ -175,6 +175,11 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         word = (error.unused_tokens or [""])[0]
+        before = words[words.index(word) - 1] if word in ("true", "false") else ""
+        if before.startswith("--"):
+            name = before.removeprefix("--").removeprefix("no-")
+            switch = f"--{name}" if word == "true" else f"--no-{name}"
+            raise ValueError(f"{before} {word}: write {switch}, or --{name}={word}") from None
         raise ValueError(
             f"unexpected argument {word!r}: a text with spaces needs quotes; see llama {words[0]} "
             "--help"

@@ -175,6 +175,9 @@ def test_texts_are_left_as_they_are():
     for text in ("--hello", "-1", "1, 2", "['a']", "1e3", "None", "True", "a=b", "#", " x ", "@a"):
         for words in (["--prompt", text], [f"--prompt={text}"]):
             assert cli.parse(["complete", "ckpt", *words]).keywords["prompt"] == text
+    for name in ("prompt_file", "input", "output"):
+        for text in ("-", "-x.txt", os.fsdecode(b"caf\xe9")):
+            assert cli.parse(["complete", "c", f"--{name}", text]).keywords[name] == text
     assert cli.parse(["complete", "2024"]).args[0].ckpt_dir == "2024"
     stops = cli.parse(["complete", "c", "--stop", "a", "--stop", "-", "--stop", '["b"]'])
     assert stops.keywords["stop"] == ["a", "-", '["b"]']
@@ -187,6 +190,14 @@ USAGE = {  # exit code 2
     "stray word": ("complete c stray", "error: unexpected argument 'stray': a text with spaces"),
     "stray word of inspect": ("inspect c 2048", "error: unexpected argument '2048': "),
     "command": ("complet c", 'Unknown command "complet". Did you mean "complete"?'),
+    "a switch's value": (
+        "complete c --compile false",
+        "error: --compile false: write --no-compile, or --compile=false",
+    ),
+    "a value too much": (
+        "finetune c --out o --no-shard true",
+        "error: --no-shard true: write --shard, or --shard=true",
+    ),
     "no checkpoint": ("complete", "requires an argument"),
     "no value": ("complete c --seed", "--seed requires an argument"),
     "ray": (
