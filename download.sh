@@ -70,7 +70,10 @@ done
 
 python=${PYTHON-}
 if [ -z "$python" ]; then
-    if [ -x "$here/.venv/bin/python" ]; then python=$here/.venv/bin/python; else python=python3; fi
+    python=python3
+    for venv in .venv-cuda .venv-cpu .venv; do # as `make` names them: the last one counts
+        if [ -x "$here/$venv/bin/python" ]; then python=$here/$venv/bin/python; fi
+    done
 fi
 command -v "$python" >/dev/null || die "$python was not found; set PYTHON to a Python 3.11 or newer"
 # -P: what is installed counts, and not that this folder may be the current one.

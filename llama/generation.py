@@ -22,11 +22,18 @@ from llama.engine.requests import Request
 from llama.engine.rows import ChatOptions, Options, check
 from llama.engine.sampling import sample_top_p
 from llama.engine.scoring import Perplexity, TextScore
-from llama.engine.seeing import tiles_of_dialogs
+from llama.engine.seeing import check_sees, tiles_of_dialogs
 from llama.engine.tool_formats import call_format
 from llama.layers import low_rank
 from llama.model import Transformer
-from llama.text.chat import PLAIN, Format, PromptOptions, encode_parts, read_calls
+from llama.text.chat import (
+    PLAIN,
+    Format,
+    PromptOptions,
+    check_dialogs,
+    encode_parts,
+    read_calls,
+)
 from llama.text.context import encode_dialogs, without
 from llama.text.messages import Answer, texts_alone
 from llama.text.templates import chat_format
@@ -363,6 +370,7 @@ class Llama:
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: pass a list of texts")
+        check_sees(self.model, [[{"content": prompt}] for prompt in prompts])
         start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
         return [start + encode_parts(self.tokenizer, {"content": prompt}) for prompt in prompts]
 
@@ -377,6 +385,8 @@ class Llama:
         """The ids of each dialog, and the messages dropped from it."""
         if self.formatter is None:
             raise ValueError("this checkpoint has no chat format: use text_completion")
+        check_dialogs(dialogs)
+        check_sees(self.model, dialogs)
         found = encode_dialogs(
             self.formatter, dialogs, tools, truncate, max_gen_len, self.model.params.max_seq_len,
             options,

@@ -71,7 +71,7 @@ def batch(
 
     Raises:
         ValueError: options out of range or that don't go together; missing packages; what
-            `Llama.build` raises.
+            `Llama.build` raises; when both files are written, that no line succeeded.
         FileNotFoundError, FileExistsError: a file that isn't there, or an output that is.
         OSError: no such cluster, or none of its engines answers.
         RuntimeError: the engine has failed.

@@ -167,3 +167,5 @@ def _write(job: Job, lines: List[Line], results: Results) -> None:
     good = (line for line in lines if line.number not in numbers)
     print(f"{len(lines) - len(failed)} of {len(lines)} lines: {job.target}")
     results.finish(written(job.target, (line.record(seed, *reply(line)) for line in good)))
+    if len(failed) == len(lines):
+        raise ValueError(f"no line succeeded: {job.failures} says why")

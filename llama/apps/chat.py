@@ -33,9 +33,10 @@ def chat(
 
     Raises:
         ValueError: an option out of range, a checkpoint without a chat format, or what
-            `Llama.build` raises.
+            `Llama.build` raises; in a pipe, at the end, messages that couldn't be answered.
     """
     import signal
+    import sys
 
     from llama.apps import repl
     from llama.apps.terminal import Rich, pick_terminal
@@ -69,5 +70,7 @@ def chat(
     terminal = pick_terminal(history)
     if isinstance(terminal, Rich):
         terminal.show("/help lists the commands")
-    repl.talk(session, terminal)
+    unanswered = repl.talk(session, terminal)
     parallel.broadcast_object(None)  # not after an error: the ranks may no longer be in step
+    if unanswered and not sys.stdin.isatty():
+        raise ValueError(f"{unanswered} of the messages couldn't be answered: see above")

@@ -88,8 +88,7 @@ for _name, _entry in COMMANDS.items():
 @app.command
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     """Print the completion script of a shell: `source <(llama completion bash)`."""
-    _complete_both_spellings()
-    print(app.generate_completion(shell=shell))
+    print(_completion_script(shell))
 
 
 @app.command(name="--install-completion")
@@ -101,8 +100,19 @@ def install_completion() -> None:
         shell = detect_shell()
     except ShellDetectionError:
         raise ValueError("unknown shell: see llama completion --help") from None
+    path = app.install_completion(shell=shell)
+    path.write_text(_completion_script(shell))
+    print(f"{path}: start a new {shell}")
+
+
+def _completion_script(shell: Any) -> str:
+    """A shell's script. In bash, its own completion of names of files takes over where there are no
+    choices: cyclopts' adds no / to folders, and breaks names with spaces."""
     _complete_both_spellings()
-    print(f"{app.install_completion(shell=shell)}: start a new {shell}")
+    script = re.sub(
+        r"COMPREPLY=\( \$\(compgen -f .*", "COMPREPLY=()", app.generate_completion(shell=shell)
+    )
+    return script.replace("complete -F _llama", "complete -o default -F _llama")
 
 
 def _complete_both_spellings() -> None:
@@ -165,6 +175,11 @@ def parse(words: Sequence[str]) -> Callable[[], None]:
         function, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         word = (error.unused_tokens or [""])[0]
+        before = words[words.index(word) - 1] if word in ("true", "false") else ""
+        if before.startswith("--"):
+            name = before.removeprefix("--").removeprefix("no-")
+            switch = f"--{name}" if word == "true" else f"--no-{name}"
+            raise ValueError(f"{before} {word}: write {switch}, or --{name}={word}") from None
         raise ValueError(
             f"unexpected argument {word!r}: a text with spaces needs quotes; see llama {words[0]} "
             "--help"

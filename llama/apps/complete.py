@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Optional
 
-from llama.apps.options import GREEDY, CachingModel, GreedySampling, Text, Texts
+from llama.apps.options import GREEDY, CachingModel, FileName, GreedySampling, Text, Texts
 
 
 def complete(
@@ -11,7 +11,7 @@ def complete(
     sampling: GreedySampling = GREEDY,
     *,
     prompt: Optional[Text] = None,
-    prompt_file: Optional[str] = None,
+    prompt_file: Optional[FileName] = None,
     image: Optional[Texts] = None,
     shots: Optional[Text] = None,
     template: Optional[Text] = None,
@@ -21,8 +21,8 @@ def complete(
     stop: Optional[Texts] = None,
     response_format: Optional[Text] = None,
     speculate: Optional[Literal["lookup", "draft", "off"]] = None,
-    input: Optional[str] = None,
-    output: Optional[str] = None,
+    input: Optional[FileName] = None,
+    output: Optional[FileName] = None,
     force: bool = False,
 ) -> None:
     """Continue a text and print what follows, or continue all texts of a JSONL file.
@@ -36,8 +36,8 @@ def complete(
     Args:
         prompt: the text; "-" for stdin, which is also read if no prompt is given and it is no
             terminal.
-        prompt_file: a file with the text, in UTF-8. One newline at the end of a file or of stdin
-            is removed.
+        prompt_file: a file with the text, in UTF-8; "-" for stdin. One newline at the end of a file
+            or of stdin is removed.
         image: a path or an address of an image that comes before the text, for models that see; may
             be given several times.
         shots: examples, 'sea => mer; bread => pain' (a ; or => that belongs to a text is written

@@ -30,9 +30,14 @@ def evaluate(
         json: print the harness's results as one JSON object instead of the table.
 
     Raises:
-        ValueError: the harness isn't installed, an unknown task, or what `Llama.build` raises.
+        ValueError: options out of range, the harness isn't installed, an unknown task, or what
+            `Llama.build` raises.
     """
     from json import dumps
+
+    for name, value, least in (("limit", limit, 1), ("num-fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}={value} must be at least {least}")
 
     from llama.apps import evaluation
     from llama.generation import Llama

@@ -32,10 +32,11 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     if left_out := getattr(source, "left_out", 0):
         print(f"left out: {left_out} weights that this network doesn't use")
     print(f"tokenizer: {source.tokenizer_path or 'none'}")
-    way = "by the CPU kernels"
+    way, obstacle = "by the CPU kernels", None
     try:
         cpu.check_shape(args, torch.device("cpu"), torch.float32, 1)
-    except ValueError as obstacle:
+    except ValueError as error:
+        obstacle = error
         way = f"on a CPU by plain layers, several times slower: {obstacle}"
     print(f"network: {family_of(args).name}, computed {way}")
     sees = getattr(args, "vision_layers", None)
@@ -50,6 +51,7 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
         for dtype in ("bf16", "fp32"):
             need = memory.estimate(args, world, pick_dtype(dtype, torch.device("cpu")))
             print(f"  {world:3} rank{'s' if world > 1 else ' '} {dtype}: {need}")
-        if about.kept:
-            need = memory.estimate(args, world, torch.bfloat16, "stored", source=source)
+        dense = memory.estimate(args, world, torch.bfloat16).weights
+        need = memory.estimate(args, world, torch.bfloat16, "stored", source=source)
+        if about.kept or (obstacle is None and need.weights < dense):
             print(f"  {world:3} rank{'s' if world > 1 else ' '} as stored, bf16: {need}")

@@ -7,8 +7,8 @@ import re
 import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from urllib.parse import urlsplit
 
@@ -87,25 +87,34 @@ def run(
 
     Raises:
         ValueError: an address that isn't http's; the server answers with an error, which is named.
-        OSError: it can't be reached.
+        OSError: it can't be reached, or is no HTTP server.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"url={url!r}: give http://HOST:PORT, as `llama serve` prints it")
-    began, failed = time.perf_counter(), threading.Event()
+    began, ended, left = time.perf_counter(), threading.Event(), iter([*jobs])
+    replies: SimpleQueue[Timing | BaseException] = SimpleQueue()
 
-    def one(job: Job) -> Optional[Timing]:
-        time.sleep(max(0.0, began + job.at - time.perf_counter()))
-        if failed.is_set():
-            return None
-        try:
-            return _ask(url, job, model, api_key, ignore_eos)
-        except BaseException:
-            failed.set()
-            raise
+    def work() -> None:
+        for job in left:
+            if ended.wait(max(0.0, began + job.at - time.perf_counter())):
+                return
+            try:
+                replies.put(_ask(url, job, model, api_key, ignore_eos))
+            except BaseException as error:
+                replies.put(error)
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        found = [timing for timing in pool.map(one, jobs) if timing is not None]
+    for _ in range(min(concurrency, len(jobs))):
+        threading.Thread(target=work, daemon=True).start()  # Ctrl-C doesn't wait for its request
+    found = []
+    try:
+        for _ in jobs:
+            reply = replies.get()
+            if isinstance(reply, BaseException):
+                raise reply
+            found.append(reply)
+    finally:
+        ended.set()
     return summary(found, time.perf_counter() - began, concurrency)
 
 
@@ -133,6 +142,16 @@ def _ask(
     url: str, job: Job, model: Optional[str], api_key: Optional[str], ignore_eos: bool
 ) -> Timing:
     """Send a request and read its stream to the end."""
+    try:
+        return _timed(url, job, model, api_key, ignore_eos)
+    except (OSError, http.client.HTTPException) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{url}: {why}; give the address that `llama serve` prints") from None
+
+
+def _timed(
+    url: str, job: Job, model: Optional[str], api_key: Optional[str], ignore_eos: bool
+) -> Timing:
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=600)
@@ -148,7 +167,8 @@ def _ask(
         connection.request("POST", f"{parts.path}/v1/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != 200:
-            raise ValueError(f"{url} answers {response.status}: {response.read(500).decode()}")
+            said = " ".join(response.read(500).decode(errors="replace").split())
+            raise ValueError(f"{url} answers {response.status}: {said}")
         times = []
         for line in response:
             if line.startswith(b"data: {"):

@@ -22,6 +22,7 @@ def is_utf8(hint: Any, value: Any) -> None:
 # --prompt '- a list'
 Text = Annotated[str, Parameter(allow_leading_hyphen=True, validator=is_utf8)]
 Texts = Annotated[List[str], Parameter(allow_leading_hyphen=True, validator=is_utf8)]
+FileName = Annotated[str, Parameter(allow_leading_hyphen=True)]  # in any encoding
 
 
 def flat(group: str, hidden: Collection[str] = ()) -> Callable[[Type[T]], Type[T]]:

@@ -16,7 +16,7 @@ from llama.apps.pictures import Picture, pasted, picture
 from llama.apps.terminal import Plain, is_capable
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
-from llama.engine.seeing import sees
+from llama.engine.seeing import check_sees, sees
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.chat import Message, check_dialog, content_of, read_calls
@@ -150,7 +150,7 @@ class Session:
             return self._image(image)
         self._before = [*self.dialog]
         text = line[1:] if line.startswith("//") else line
-        calls = bool(self.dialog) and "tool_calls" in self.dialog[-1]
+        calls = bool(self.dialog) and self.dialog[-1].get("tool_calls")
         parts = [{"type": "image", "image": one.source} for one in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self.dialog.append({"role": "tool" if calls else "user", "content": content})
@@ -174,6 +174,7 @@ class Session:
             return was_interrupted
 
         try:
+            check_sees(self.llama.model, [self.dialog])
             stats = Stats(len(self._format.encode_dialog_prompt(self.dialog, self.tools)))
             turn = Turn([*self.dialog], self.params, self.max_gen_len, self.speculate, self.tools)
             self.send(turn)
@@ -365,16 +366,22 @@ def check_packages() -> None:
             raise ValueError(f"llama chat needs {error.name}: pip install {error.name}") from None
 
 
-def talk(session: Session, terminal: Plain) -> None:
-    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't."""
+def talk(session: Session, terminal: Plain) -> int:
+    """Read and answer until the user leaves. At a terminal, Ctrl-C doesn't.
+
+    Returns:
+        How many messages couldn't be answered.
+    """
+    unanswered = 0
     while True:
+        reply = Reply()
         try:
             line = terminal.read()
             if line is None:
-                return
+                return unanswered
             reply = session.take(line)
             if reply.leaves:
-                return
+                return unanswered
             if reply.image is not None:
                 terminal.preview(reply.image)
             if reply.text:
@@ -390,6 +397,7 @@ def talk(session: Session, terminal: Plain) -> None:
             terminal.show("/exit or Ctrl-D leaves")
         except (ValueError, FileNotFoundError) as error:
             terminal.complain(str(error))
+            unanswered += reply.wants_answer
 
 
 def follow(llama: Llama) -> None:

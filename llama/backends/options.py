@@ -47,7 +47,7 @@ class ModelOptions:
         kv_cache: int8 stores keys and values in 8 bits, half the memory of bf16.
         compile: the CPU kernels, compiled once per machine in some seconds, or torch.compile on
             other devices. By default the kernels wherever they can serve, else the plain layers;
-            false: the plain layers, for training, hooks and masks.
+            False, or --no-compile: the plain layers, for training, hooks and masks.
         draft_ckpt_dir: a smaller model with the same tokenizer, for speculative decoding.
         draft_quantize: like quantize, for the draft model.
         prefix_cache_mb: memory for prefix caching, in MB (10^6 bytes) on each rank: keys and values

@@ -22,6 +22,21 @@ def takes_several(model: Transformer) -> bool:
     return sees(model) and hasattr(model, "image_layout")
 
 
+ONLY_TEXT = (
+    "this model reads only text, and it is given an image: use a checkpoint of Llama 3.2 Vision or "
+    "Llama 4, or leave images out"
+)
+
+
+def check_sees(model: Transformer, dialogs: Sequence[Sequence[Any]]) -> None:
+    """Raises ValueError for dialogs with images, and a model that can't be given any.
+
+    Asked before dialogs become ids: what a template says of images would hide the reason.
+    """
+    if not sees(model) and any(map(image_sources, dialogs)):
+        raise ValueError(ONLY_TEXT)
+
+
 def tiles_of(
     model: Transformer,
     sources: Sequence[Any],
@@ -35,10 +50,7 @@ def tiles_of(
     """
     args: Any = model.params
     if sources and not sees(model):
-        raise ValueError(
-            "this model reads only text, and it is given an image: use a checkpoint of Llama 3.2 "
-            "Vision or Llama 4, or leave images out"
-        )
+        raise ValueError(ONLY_TEXT)
     return [tile(load(source, limits, fetcher), **args.tiling) for source in sources]
 
 

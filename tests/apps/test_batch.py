@@ -276,8 +276,20 @@ def test_bad_prompts_keep_their_keys(run):
 
 def test_a_line_may_be_longer_than_a_servers_request(run):
     """As those with images are."""
-    _, [error] = run(GOOD.replace('"a"', f'"{"a" * 9_000_000}"'))
+    _, [error] = run(GOOD + "\n" + GOOD.replace("good", "x").replace('"a"', f'"{"a" * 9_000_000}"'))
     assert error["response"]["status_code"] == 400, error
+
+
+def test_a_file_of_which_no_line_succeeds_is_an_error(run, tmp_path):
+    """After both files are written."""
+    with pytest.raises(ValueError, match=r"no line succeeded: .*out.jsonl.errors.jsonl says why"):
+        run(GOOD.replace('"a"', f'"{"a" * 200}"'))
+    assert lines_of(tmp_path / "out.jsonl") == []
+    [error] = lines_of(tmp_path / "out.jsonl.errors.jsonl")
+    assert error["custom_id"] == "good"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.jsonl", "out.jsonl", "out.jsonl.errors.jsonl"
+    }  # fmt: skip
 
 
 def test_unknown_parameters_can_be_ignored(run):

@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,9 @@ def test_texts_are_left_as_they_are():
     for text in ("--hello", "-1", "1, 2", "['a']", "1e3", "None", "True", "a=b", "#", " x ", "@a"):
         for words in (["--prompt", text], [f"--prompt={text}"]):
             assert cli.parse(["complete", "ckpt", *words]).keywords["prompt"] == text
+    for name in ("prompt_file", "input", "output"):
+        for text in ("-", "-x.txt", os.fsdecode(b"caf\xe9")):
+            assert cli.parse(["complete", "c", f"--{name}", text]).keywords[name] == text
     assert cli.parse(["complete", "2024"]).args[0].ckpt_dir == "2024"
     stops = cli.parse(["complete", "c", "--stop", "a", "--stop", "-", "--stop", '["b"]'])
     assert stops.keywords["stop"] == ["a", "-", '["b"]']
@@ -184,6 +190,14 @@ USAGE = {  # exit code 2
     "stray word": ("complete c stray", "error: unexpected argument 'stray': a text with spaces"),
     "stray word of inspect": ("inspect c 2048", "error: unexpected argument '2048': "),
     "command": ("complet c", 'Unknown command "complet". Did you mean "complete"?'),
+    "a switch's value": (
+        "complete c --compile false",
+        "error: --compile false: write --no-compile, or --compile=false",
+    ),
+    "a value too much": (
+        "finetune c --out o --no-shard true",
+        "error: --no-shard true: write --shard, or --shard=true",
+    ),
     "no checkpoint": ("complete", "requires an argument"),
     "no value": ("complete c --seed", "--seed requires an argument"),
     "ray": (
@@ -239,12 +253,40 @@ def test_bash_completes(tmp_path):
     ]  # fmt: skip
 
 
+TABS = {  # what an interactive shell makes of words that end with Tab
+    "inspect a": ["inspect", "a folder/"],
+    "finetune dial": ["finetune", "dialogs.jsonl"],
+    "chat c --tokenizer-path a": ["chat", "c", "--tokenizer-path", "a folder/"],
+    "complete c --prompt-file dial": ["complete", "c", "--prompt-file", "dialogs.jsonl"],
+    "complete c --input=dial": ["complete", "c", "--input=dialogs.jsonl"],
+    "complete c --quantize de": ["complete", "c", "--quantize", "dense"],
+    "complete c --max-s": ["complete", "c", "--max-seq-len"],
+    "pla": ["plan"],  # and not the folder
+}
+
+
+def test_bash_completes_names_of_files_where_there_are_no_choices(tmp_path):
+    for folder in ("a folder", "plan"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dialogs.jsonl").touch()
+    show = """llama() { printf '%s\\0' "$@" >> shown; echo >> shown; }"""
+    (tmp_path / "rc").write_text(f"{ok('completion', 'bash')}\n{show}\n")
+    subprocess.run(
+        ["bash", "--noprofile", "--rcfile", "rc", "-i"], env={**os.environ, "HOME": str(tmp_path)},
+        input="".join(f"llama {words}\t\n" for words in TABS), cwd=tmp_path, text=True,
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    shown = (tmp_path / "shown").read_text().splitlines()
+    assert [line.split("\0")[:-1] for line in shown] == [*TABS.values()]
+
+
 def test_completion_is_installed_for_the_shell(tmp_path):
     home = {**os.environ, "HOME": str(tmp_path), "BASH_VERSION": "5", "ZSH_VERSION": ""}
     home.pop("XDG_DATA_HOME", None)
     done = llama("--install-completion", env=home)
     path = done.stdout.partition(":")[0]
-    assert done.returncode == 0 and path.startswith(str(tmp_path)) and "_llama" in read(path)
+    assert done.returncode == 0 and path.startswith(str(tmp_path))
+    assert read(path) + "\n" == ok("completion", "bash")
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -267,6 +309,8 @@ MISTAKES = {
     "a file of a checkpoint": ("inspect PARAMS", "a file of a checkpoint: name its directory"),
     "no answer": ("chat SRC --max_gen_len -3", "max_gen_len=-3 must be at least 1"),
     "no draft": ("chat SRC --speculate draft", "needs a draft model"),
+    "no server": ("bench load --url http://127.0.0.1:9", "http://127.0.0.1:9: [Errno "),
+    "no port": ("bench load http://127.0.0.1:80x0", "80x0'; give the address that `llama serve`"),
     "no address": ("bench load --url 127.0.0.1:1", "url='127.0.0.1:1': give http://HOST:PORT"),
     "no tokens": ("inspect SRC --max_seq_len 0", "max_seq_len=0 must be at least 1"),
 }
@@ -341,6 +385,47 @@ def test_ctrl_c_while_torch_is_imported_is_a_line(library, tiny_dir):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@contextmanager
+def replying(text):
+    """The address of a server that answers all with this text; None: with nothing, ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    kept.append(connection)
+                    if text is not None:
+                        connection.sendall(text)
+                        connection.shutdown(socket.SHUT_WR)
+
+        kept = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", kept
+
+
+def test_bench_names_the_address_of_what_is_no_server(capsys):
+    for text, says in ((b"SSH-2.0\r\n", "SSH-2.0"), (b"HTTP/1.1 404 No\r\n\r\na\nb", "404: a b")):
+        with replying(text) as (url, _):
+            code, out, err = here(capsys, "bench", "load", url, "--requests=2")
+        assert (code, out) == (1, "") and re.fullmatch(rf"error: {url}[^\n]+\n", err)
+        assert says in err and ("`llama serve`" in err or "404" in err)
+
+
+def test_ctrl_c_ends_a_bench_that_waits():
+    """For answers, and for the time of the next request."""
+    with replying(None) as (url, connections):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llama", "bench", "load", url, "--rate=0.01"], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while process.poll() is None and not connections:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
@@ -489,10 +574,11 @@ def test_inspect_of_the_demo_model(smollm2_path):
                   "rope_theta = 100000.0", "tied_embeddings = True"):  # fmt: skip
         assert f"  {field}" in lines
     table = lines[lines.index("memory per rank with a cache of 8 rows of 2048 tokens:") + 1 :]
-    assert [re.match(r" +(\d+) ranks? +(\w+): ", line).groups() for line in table] == [
-        (ranks, dtype) for ranks in ("1", "3", "9") for dtype in ("bf16", "fp32")
+    assert [re.match(r" +(\d+) ranks? +(.+): w", line).groups() for line in table] == [
+        (ranks, kind) for ranks in ("1", "3", "9") for kind in ("bf16", "fp32", "as stored, bf16")
     ]
     assert table[1] == "    1 rank  fp32: weights 0.54 GB + cache 0.75 GB"
+    assert table[2] == "    1 rank  as stored, bf16: weights 96.51 MB + cache 0.38 GB"
 
 
 def test_inspect_names_what_differs_from_llama(tmp_path):
@@ -501,6 +587,7 @@ def test_inspect_names_what_differs_from_llama(tmp_path):
     assert lines[3].startswith("network: variant of Llama, computed on a CPU by plain layers")
     assert "head_dim is 8" in lines[3]
     assert {"  no_rope_layers = (1,)", "  attention_bias = True"} <= {*lines}
+    assert not any("as stored, bf16" in line for line in lines)
 
 
 def test_inspect_of_metas_directory(tmp_path):

@@ -884,10 +884,11 @@ def test_script_hands_over(script, given, meant):
 
 
 def test_scripts_choice_of_python(script):
-    """The checkout's own virtual environment comes first, then python3; before both, PYTHON."""
-    for name in (".venv/bin/python", "own"):
+    """The checkout's own virtual environments come first, then python3; before all, PYTHON."""
+    for name in (".venv-cpu/bin/python", ".venv/bin/python", "own"):
         script.add(name, 'echo "$0"')
-    assert script.run("smollm2").stdout.endswith("/.venv/bin/python\n")
+        if name != "own":
+            assert script.run("smollm2").stdout.endswith(f"/{name}\n")
     script.env["PYTHON"] = str(script.path.parent / "own")
     assert script.run("smollm2").stdout.endswith("/own\n")
     script.env["PYTHON"] = "python-that-is-not-there"

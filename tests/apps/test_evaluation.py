@@ -218,6 +218,19 @@ def test_unknown_tasks_are_named_before_weights_are_read(names, own_tasks_only):
         evaluate("nowhere", names)
 
 
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"limit": 0}, "--limit=0 must be at least 1"),
+        ({"limit": -1}, "--limit=-1 must be at least 1"),
+        ({"num_fewshot": -1}, "--num-fewshot=-1 must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_named_before_weights_are_read(options, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate("nowhere", "arc_easy", **options)
+
+
 def test_without_the_harness_the_way_out_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "llama.apps.evaluation")
     monkeypatch.setitem(sys.modules, "lm_eval", None)

@@ -181,6 +181,15 @@ def test_save_and_load(session, tmp_path, monkeypatch):
     assert session.dialog == said
 
 
+def test_only_calls_are_answered_with_a_tools_result(session, tmp_path):
+    for calls, role in (([], "user"), ([{"name": "f", "arguments": {}}], "tool")):
+        dialog = [USER, {**ANSWER, "tool_calls": calls}]
+        (tmp_path / "dialog.json").write_text(json.dumps(dialog))
+        session.take(f"/load {tmp_path / 'dialog.json'}")
+        session.take("And then?")
+        assert session.dialog[-1]["role"] == role
+
+
 def test_save_that_fails_leaves_the_old_file(session, tmp_path, monkeypatch):
     path = tmp_path / "dialog.json"
     say(session, "Hi")
@@ -424,6 +433,26 @@ def test_pipes_get_plain_text(tmp_path):
     )  # fmt: skip
     assert done.stdout == "one two \none two \ntaken back: of two \nlines\none two \n"
     assert done.stderr.startswith("no command /nope") and done.returncode == 0
+
+
+def test_a_pipes_messages_without_an_answer_are_counted(monkeypatch, capsys):
+    """The others are answered; commands that don't exist aren't messages."""
+    lines = iter(["/nope", "Hi", "word " * 40, "Hi", "/exit"])
+    terminal = Plain()
+    monkeypatch.setattr(terminal, "read", lambda: next(lines))
+    assert repl.talk(repl.Session(FakeLlama()), terminal) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "one two \none two \n" and "shorten it" in printed.err
+
+
+def test_chat_in_a_pipe_ends_with_1_where_an_answer_is_missing(tiny_dir):
+    chat = ["chat", tiny_dir, "--device=cpu", "--max-seq-len=64", "--max-gen-len=2"]
+    for text, code, says in (("Hi\n", 0, ""), ("a" * 99 + "\nHi\n", 1, "error: 1 of the ")):
+        done = subprocess.run(
+            [*llama_command(), *map(str, chat)], input=text, capture_output=True, text=True,
+            timeout=120, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == code and says in done.stderr, done
 
 
 def test_a_dumb_terminal_gets_plain_text_and_ctrl_c_as_a_signal(tmp_path):

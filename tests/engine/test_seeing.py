@@ -130,11 +130,15 @@ def test_images_of_turns_that_are_dropped_are_dropped(llama):
         llama.chat_completion([system + long + last], **OPTIONS)
 
 
-def test_a_model_that_reads_only_text_says_so(tiny):
-    with pytest.raises(ValueError, match="reads only text.*Llama 3.2 Vision"):
-        tiny.chat_completion([[user(part("not/opened.png"), "What?")]])
-    with pytest.raises(ValueError, match="reads only text"):
-        tiny.text_completion([[part("not/opened.png"), "What?"]])
+def test_a_model_that_reads_only_text_says_so(tiny, smollm2):
+    """Whether its vocabulary and its template know images, or don't."""
+    for llama in (tiny, smollm2):
+        for answer in (llama.chat_completion, llama.stream_chat):
+            with pytest.raises(ValueError, match="reads only text.*Llama 3.2 Vision"):
+                answer([[user(part("not/opened.png"), "What?")]])
+        for answer in (llama.text_completion, llama.stream_text):
+            with pytest.raises(ValueError, match="reads only text"):
+                answer([[part("not/opened.png"), "What?"]])
 
 
 def test_broken_images_are_errors_of_the_call(llama):
