@@ -26,14 +26,7 @@ from llama.engine.seeing import check_sees, tiles_of_dialogs
 from llama.engine.tool_formats import call_format
 from llama.layers import low_rank
 from llama.model import Transformer
-from llama.text.chat import (
-    PLAIN,
-    Format,
-    PromptOptions,
-    check_dialogs,
-    encode_parts,
-    read_calls,
-)
+from llama.text.chat import PLAIN, Format, PromptOptions, check_dialogs, encode_parts, read_calls
 from llama.text.context import encode_dialogs, without
 from llama.text.messages import Answer, texts_alone
 from llama.text.templates import chat_format
