@@ -238,7 +238,7 @@ class TemplateFormat:
                 ids.append(int(part))
                 continue
             for piece in filter(None, self._cut.split(part)):
-                ids.extend(self.tokenizer.encode(piece, bos=False, eos=False))
+                ids += self.tokenizer.encode(piece, bos=False, eos=False, begins=not ids)
         return ids
 
 

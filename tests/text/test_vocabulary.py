@@ -25,7 +25,9 @@ from llama.checkpoint import InMemory, meta
 from llama.checkpoint.convert import convert
 from llama.model import ModelArgs
 from llama.text.llama2 import Llama2Format
+from llama.text.templates import chat_format
 from llama.text.vocabulary import writing
+from llama.text.vocabulary.spm import metaspace
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 ODD = [
@@ -348,6 +350,45 @@ def test_a_sentencepiece_model_beside_tokenizer_json_is_taken(spm_path, theirs, 
     path = write_gguf(ours, tmp_path / "v.gguf", ours.n_words)
     again = Tokenizer(path)
     assert again.special_tokens == ours.special_tokens and again.stop_tokens == ours.stop_tokens
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("kept", ["tokenizer.model", "tokenizer.json", "both"])
+@pytest.mark.parametrize("once", [False, True])
+def test_a_space_comes_before_the_sections_that_transformers_puts_it_before(
+    spm_path, theirs, tmp_path, name, kept, once
+):
+    """Before a text alone, or after each special token, too: by the class, or by tokenizer.json."""
+    if name == "PreTrainedTokenizerFast" and kept == "tokenizer.model":
+        pytest.skip("transformers leaves the space out altogether")
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>",
+              "legacy": not once, "chat_template": TEMPLATE + "{{ eos_token }}x"}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if kept != "tokenizer.json":
+        (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    if kept != "tokenizer.model":
+        data = json.loads(like_llama_2(theirs).to_str())
+        if once and name != "LlamaTokenizer":  # which has a rule of its own
+            data |= {"normalizer": None, "pre_tokenizer": metaspace("first")}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    file = tmp_path / ("tokenizer.model" if kept == "tokenizer.model" else "tokenizer.json")
+    ours, peer = Tokenizer(file), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Hi", "Hi</s>Hi", "</s>Hi", "Hi</s>\nHi", "<s>Hi</s></s>Hi <unk>Hi"]
+    texts += [" Hi", "  Hi</s> Hi"] if once else []  # SentencePiece itself has one more
+
+    def assert_alike(ours, peer):
+        for text in texts:
+            ids = ours.encode(text, bos=False, eos=False, allowed_special="all")
+            assert ids == peer.encode(text, add_special_tokens=False), text
+        dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hi"}]
+        expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+    assert_alike(ours, peer)
+    again = tmp_path / "again"
+    again.mkdir()
+    writing.write_for_hugging_face(ours.vocabulary, again)
+    assert_alike(Tokenizer(again / "tokenizer.json"), AutoTokenizer.from_pretrained(again))
 
 
 def test_a_vocabulary_that_gguf_has_no_kind_for_is_refused(packaged, tmp_path):

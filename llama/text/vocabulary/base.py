@@ -19,6 +19,7 @@ STOP_NAMES = {
     "<|eot|>", "<|eom|>",
 }  # fmt: skip
 
+PREFIX_ONCE = '"prepend_scheme": "first"'  # how a tokenizer.json says it
 MAX_WORDS = 1 << 24  # far beyond any vocabulary: a damaged id must not take all memory
 
 
@@ -43,6 +44,9 @@ class Vocabulary(NamedTuple):
     cuts: Tuple[Optional[int], int] = (None, 0)  # see byte_level.META_CUTS
     # spm: a serialized ModelProto; json: the text of tokenizer.json
     model: bytes = b""
+    # spm: whether the space that is put before a text comes at its beginning alone, rather
+    # than after each special token, too
+    prefix_once: bool = False
 
 
 def check_ids(path: Path, ids: List[Optional[int]], n_words: int) -> None:

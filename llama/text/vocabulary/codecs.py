@@ -12,7 +12,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary.base import Kind, Names, Vocabulary
+from llama.text.vocabulary.base import PREFIX_ONCE, Kind, Names, Vocabulary
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -29,9 +29,10 @@ class Codec(Protocol):
     word_starts: FrozenSet[int]
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
-        """Ids of a text in which the allowed names of special tokens become these."""
+        """Ids of a text in which the allowed names of special tokens become these. It begins
+        a text, or goes on with one."""
 
 
 def codec(vocabulary: Vocabulary) -> Codec:
@@ -70,7 +71,7 @@ class ByteLevel:
         self.word_starts: FrozenSet[int] = frozenset()
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
         def plain(text: str) -> List[int]:
             return self.model.encode(text, allowed_special=allowed, disallowed_special=disallowed)
@@ -142,7 +143,7 @@ class _Pieces(ABC):
         }
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
         if disallowed:
             names = self._special.keys() if disallowed == "all" else set(disallowed)
@@ -152,26 +153,28 @@ class _Pieces(ABC):
                 raise ValueError(f"the text holds the disallowed special token {found[0]!r}")
         ids: List[int] = []
         for i, piece in enumerate(names_in(self._cut_at, allowed).split(s)):
-            ids += [self._special[piece]] if i % 2 else self._text(piece)
+            ids += [self._special[piece]] if i % 2 else self._text(piece, begins and i == 0)
         return ids
 
-    def _text(self, text: str) -> List[int]:
+    def _text(self, text: str, begins: bool) -> List[int]:
         """Ids of ordinary text: what would become a control token is cut in two.
 
         Should a vocabulary make one even so, it is left out: no text may become a control token.
         """
-        ids = self._plain(text) if text else []
+        ids = self._plain(text, begins) if text else []
         if self._control.isdisjoint(ids):
             return ids
         ids = []
         for i, piece in enumerate(names_in(self._special, "all").split(text)):
             parts = [piece[:1], piece[1:]] if i % 2 else [piece]
-            ids += [i for part in parts if part for i in self._plain(part)]
+            for part in filter(None, parts):
+                ids += self._plain(part, begins and not ids)
         return [i for i in ids if i not in self._control or i == self._unknown]
 
     @abstractmethod
-    def _plain(self, text: str) -> List[int]:
-        """Ids of a text as the library gives them."""
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        """Ids of a text as the library gives them; of one that doesn't begin without the space
+        that is put before texts, should it come but once."""
 
     _unknown: Any = None  # what stands for text that has no token
 
@@ -184,6 +187,12 @@ class SentencePiece(_Pieces):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(vocabulary.model)
         saved = proto.ModelProto.FromString(vocabulary.model)
+        self._once = saved.normalizer_spec.add_dummy_prefix and vocabulary.prefix_once
+        if self._once:
+            goes_on = proto.ModelProto.FromString(vocabulary.model)
+            goes_on.normalizer_spec.add_dummy_prefix = False
+            self._goes_on = sentencepiece.SentencePieceProcessor()
+            self._goes_on.LoadFromSerializedProto(goes_on.SerializeToString())
         self._unknown = self.model.unk_id()
         self._control.discard(self._unknown)
         self.token_bytes = [b""] * vocabulary.n_words
@@ -204,8 +213,10 @@ class SentencePiece(_Pieces):
             i for i, piece in enumerate(saved.pieces) if prefixed and piece.piece[:1] == SPACE
         )
 
-    def _plain(self, text: str) -> List[int]:
-        return self.model.encode(_without_surrogates(text))
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        # Those who put it there once, as Hugging Face's Metaspace, do so where there is none.
+        bare = self._once and (not begins or text[0] in (" ", SPACE))
+        return (self._goes_on if bare else self.model).encode(_without_surrogates(text))
 
 
 class HuggingFace(_Pieces):
@@ -217,11 +228,12 @@ class HuggingFace(_Pieces):
 
     def __init__(self, vocabulary: Vocabulary):
         super().__init__(vocabulary)
-        self.model = tokenizers.Tokenizer.from_str(vocabulary.model.decode())
-        self.model.no_truncation()
-        self.model.no_padding()
-        self.model.encode_special_tokens = True
         data = json.loads(vocabulary.model)
+        self.model = self._goes_on = _package(data)
+        cuts = json.dumps(data.get("pre_tokenizer"))
+        if PREFIX_ONCE in cuts:
+            without = json.loads(cuts.replace(PREFIX_ONCE, '"prepend_scheme": "never"'))
+            self._goes_on = _package(data | {"pre_tokenizer": without})
         decoder = json.dumps(data.get("decoder"), ensure_ascii=False)
         by_bytes, by_spaces = '"ByteLevel"' in decoder, SPACE in decoder or '"Metaspace"' in decoder
         if not by_bytes and not by_spaces:
@@ -246,8 +258,18 @@ class HuggingFace(_Pieces):
         strips = '"Strip"' in decoder or ('"Metaspace"' in decoder and "never" not in decoder)
         self.word_starts = frozenset(starts) if strips else frozenset()
 
-    def _plain(self, text: str) -> List[int]:
-        return self.model.encode(_without_surrogates(text), add_special_tokens=False).ids
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        model = self.model if begins else self._goes_on
+        return model.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+
+def _package(data: Dict[str, Any]) -> tokenizers.Tokenizer:
+    """The package's tokenizer of a tokenizer.json, for texts of any length."""
+    model = tokenizers.Tokenizer.from_str(json.dumps(data))
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    return model
 
 
 def _without_surrogates(text: str) -> str:

@@ -16,6 +16,8 @@ class TokenizerConfig:
         stop: the ids at which generation ends, as configured.
         added: the tokens added to a vocabulary, by name, as tokenizer_config.json has them.
         user_defined: of these, those that text may contain.
+        prefix_once: what transformers' LlamaTokenizer makes of it (see `Vocabulary`); None where
+            another class leaves that to tokenizer.json.
         chat_template: the template, or None; where there is another one for dialogs with tools,
             both in one.
 
@@ -38,6 +40,7 @@ class TokenizerConfig:
         self.user_defined: FrozenSet[str] = frozenset(
             token["content"] for token in added.values() if not token.get("special")
         )
+        self.prefix_once = self._prefix_once()
         self.chat_template = self._template()
 
     def _read(self, name: str) -> Dict[str, Any]:
@@ -59,6 +62,13 @@ class TokenizerConfig:
                     raise self._wrong("eos_token_id", eos, "an id or a list of ids", name)
                 return ids
         return []
+
+    def _prefix_once(self) -> Optional[bool]:
+        ours = self.config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        # For other models transformers takes another class than is named.
+        if not ours or self._read("config.json").get("model_type", "llama") != "llama":
+            return None
+        return not self._flag("legacy")
 
     def _template(self) -> Optional[str]:
         given = self.config.get("chat_template")
@@ -87,10 +97,14 @@ class TokenizerConfig:
 
     def add_bos(self, bos_id: Optional[int], default: bool) -> bool:
         """Whether a text to complete begins with bos."""
-        configured = self.config.get("add_bos_token")
-        if configured is not None and not isinstance(configured, bool):
-            raise self._wrong("add_bos_token", configured, "true or false")
+        configured = self._flag("add_bos_token")
         return bos_id is not None and (default if configured is None else configured)
+
+    def _flag(self, key: str) -> Optional[bool]:
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
 
 
 def _content(token: Any) -> Optional[str]:

@@ -17,6 +17,12 @@ proto: Any = sentencepiece_model_pb2  # its classes are made as it is imported
 SPACE = "\u2581"  # how pieces write a space
 
 
+def metaspace(scheme: str) -> Dict[str, Any]:
+    """What makes SPACE of spaces in a tokenizer.json, and puts one before a text by a scheme."""
+    rule = {"replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    return {"type": "Metaspace", **rule}
+
+
 def read(path: Path) -> Vocabulary:
     """A SentencePiece model, with what Hugging Face's files beside it say of it."""
     return from_model(path, path.read_bytes(), TokenizerConfig(path))
@@ -57,6 +63,7 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
         add_bos=config.add_bos(bos_id, default=bos_id is not None),
         chat_template=config.chat_template,
         model=data,
+        prefix_once=bool(config.prefix_once),
     )
     check_ids(path, [bos_id, eos_id, vocabulary.pad_id, *stop], n_words)
     return vocabulary

@@ -13,7 +13,14 @@ import tokenizers
 
 from llama.text.files import read_object
 from llama.text.vocabulary import spm
-from llama.text.vocabulary.base import MAX_WORDS, STOP_NAMES, Kind, Vocabulary, check_ids
+from llama.text.vocabulary.base import (
+    MAX_WORDS,
+    PREFIX_ONCE,
+    STOP_NAMES,
+    Kind,
+    Vocabulary,
+    check_ids,
+)
 from llama.text.vocabulary.byte_level import NotByteLevelError, build, pre_of
 from llama.text.vocabulary.config import TokenizerConfig
 
@@ -53,6 +60,11 @@ def read(path: Path) -> Vocabulary:
             f"{path}: model or added_tokens is of no known tokenizer.json: {error!r}"
         ) from None
 
+    if config.prefix_once is None:
+        config.prefix_once = PREFIX_ONCE in json.dumps(data["pre_tokenizer"])
+    elif data["model"].get("byte_fallback"):  # LlamaTokenizer takes its own rule
+        scheme = "first" if config.prefix_once else "always"
+        data |= {"normalizer": None, "pre_tokenizer": spm.metaspace(scheme)}
     original = path.with_name("tokenizer.model")
     if original.is_file() and original.read_bytes()[:1] == b"\n":
         names = {token["content"]: token["id"] for token in data["added_tokens"]}

@@ -14,7 +14,7 @@ from llama.text.vocabulary.byte_level import (
     meta_special_tokens,
     split_rule,
 )
-from llama.text.vocabulary.spm import SPACE, proto
+from llama.text.vocabulary.spm import SPACE, metaspace, proto
 
 
 def tokens_of(vocabulary: Vocabulary) -> List[str]:
@@ -84,7 +84,7 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
         path = directory / "tokenizer.model"
         path.write_bytes(vocabulary.model)
         if (twin := _pieces_json(vocabulary)) is None:
-            config["tokenizer_class"] = "LlamaTokenizer"
+            config |= {"tokenizer_class": "LlamaTokenizer", "legacy": not vocabulary.prefix_once}
         else:
             write_json(directory / "tokenizer.json", twin)
         added = _added_tokens(vocabulary)
@@ -153,6 +153,7 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
     for name, i in vocabulary.special_tokens.items():
         tokens[i] = name
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    once = normalizer.add_dummy_prefix and vocabulary.prefix_once
     prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
@@ -160,8 +161,8 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
     return _bpe_json(
         vocabulary,
         tokens,
-        normalizer={"type": "Sequence", "normalizers": [*prefixed, replace]},
-        pre_tokenizer=None,
+        normalizer=None if once else {"type": "Sequence", "normalizers": [*prefixed, replace]},
+        pre_tokenizer=metaspace("first") if once else None,
         decoder={"type": "Sequence", "decoders": decoders},
         unk_token=tokens[model.trainer_spec.unk_id],
         fuse_unk=True,
