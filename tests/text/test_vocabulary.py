@@ -391,6 +391,89 @@ def test_a_space_comes_before_the_sections_that_transformers_puts_it_before(
     assert_alike(Tokenizer(again / "tokenizer.json"), AutoTokenizer.from_pretrained(again))
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def assert_chats_alike(ours: Tokenizer, peer) -> None:
+    """The same ids as transformers' of a text and of a dialog, by a checkpoint's own template."""
+    assert (ours.eos_id, ours.n_words) == (peer.eos_token_id, len(peer))
+    dialog = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}]
+    expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+    assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("make", [like_llama_2, odd_byte_level])
+def test_tokens_that_only_the_configuration_declares_are_added(
+    theirs, texts, tmp_path, make, added
+):
+    """In added_tokens_decoder; or as bos and eos, which are in model.vocab alone."""
+    data = json.loads(make(theirs if make is like_llama_2 else texts).to_str())
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}x</s>"}
+    if added:
+        names = ["<|im_start|>", "<|turn|>"]
+        template = CHATML.replace("<|im_end|>", "<|turn|>")
+        first = len({*data["model"]["vocab"], *(t["content"] for t in data["added_tokens"])})
+        decoder = {i: {"content": name, "special": True} for i, name in enumerate(names, first)}
+        config |= {"eos_token": names[1], "added_tokens_decoder": decoder}
+        config["chat_template"] = template
+    else:
+        data["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_added_tokens_of_older_files_are_read(spm_path, theirs, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    n = theirs.get_piece_size()
+    added = tmp_path / "added_tokens.json"
+    added.write_text(json.dumps({"<|im_end|>": n, "<|im_start|>": n + 1}))
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>",
+              "chat_template": CHATML}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.model")
+    assert ours.vocabulary.user_defined == {"<|im_start|>"} and ours.stop_tokens == {2, n}
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+    added.write_text('{"<|im_end|>": "2"}')
+    with pytest.raises(ValueError, match=r"added_tokens\.json.*isn't ids by name"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    added.unlink()
+    with pytest.raises(ValueError, match=r"eos_token='<\|im_end\|>' isn't one of"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_pieces_may_be_renamed_in_tokenizer_json(tmp_path):
+    model = train(vocab_size=900, control_symbols=["[8]", "[9]"])
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    whole = writing._pieces_json(Tokenizer(tmp_path / "tokenizer.model").vocabulary)
+    names = {"[8]": "<|im_start|>", "[9]": "<|im_end|>"}
+    text = json.dumps(whole)
+    for old, new in names.items():
+        text = text.replace(json.dumps(old), json.dumps(new))
+    (tmp_path / "tokenizer.json").write_text(text)
+    config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.vocabulary.kind == "json"
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_gguf_files_template_for_tools_is_taken_with_tools(spm, smollm2_path, tmp_path, kind):
+    vocabulary = spm.vocabulary if kind == "llama" else Tokenizer(smollm2_path).vocabulary
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writing.write_gguf(vocabulary._replace(chat_template=None), writer, vocabulary.n_words)
+    writer.add_chat_template([{"name": "default", "template": "Hello"},
+                              {"name": "tool_use", "template": "{{ tools }}"}])  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours = Tokenizer(tmp_path / "v.gguf")
+    assert ours.chat_template == "{% if tools +%}{{ tools }}{%+ else +%}Hello{%+ endif %}"
+
+
 def test_a_vocabulary_that_gguf_has_no_kind_for_is_refused(packaged, tmp_path):
     ours, _ = packaged
     with pytest.raises(ValueError, match="GGUF knows no other kind"):
