@@ -444,6 +444,42 @@ def test_added_tokens_of_older_files_are_read(spm_path, theirs, tmp_path):
         Tokenizer(tmp_path / "tokenizer.model")
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("make", [like_llama_2, odd_byte_level, "smollm2", "spm"])
+def test_tokens_take_white_space_with_them_as_in_tokenizers(
+    spm_path, theirs, texts, smollm2_path, tmp_path, make, special
+):
+    """Tokens with lstrip and rstrip, in texts, dialogs, and after conversion."""
+    if make == "smollm2":
+        writing.write_for_hugging_face(Tokenizer(smollm2_path).vocabulary, tmp_path)
+        peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    else:
+        peer = odd_byte_level(texts) if make is odd_byte_level else like_llama_2(theirs)
+    if make == "spm":
+        (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    names = {"<|user|>": {"rstrip": True}, "<|sep|>": {"lstrip": True, "rstrip": True}}
+    added = [AddedToken(n, normalized=False, special=special, **on) for n, on in names.items()]
+    (peer.add_special_tokens if special else peer.add_tokens)(added)
+    peer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<|user|>\n{{ m.content }} <|sep|>\n{% endfor %}"
+    eos = "<|im_end|>" if make == "smollm2" else "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": eos, "chat_template": template})
+    )
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    again = tmp_path / "again"
+    again.mkdir()
+    writing.write_for_hugging_face(ours.vocabulary, again)
+    dialog = [{"role": "user", "content": text} for text in ("Hi", "  Hi", "Hi\n")]
+    for path in (tmp_path, again):
+        ours, peer = Tokenizer(path / "tokenizer.json"), AutoTokenizer.from_pretrained(path)
+        for text in ("<|user|> \n Hi", "Hi <|sep|> Hi", "<|sep|><|user|> \t<|sep|>  ", " <|user|>"):
+            ids = ours.encode(text, bos=False, eos=False, allowed_special="all")
+            assert ids == peer.encode(text, add_special_tokens=False), text
+        expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+
 def test_pieces_may_be_renamed_in_tokenizer_json(tmp_path):
     model = train(vocab_size=900, control_symbols=["[8]", "[9]"])
     (tmp_path / "tokenizer.model").write_bytes(model)

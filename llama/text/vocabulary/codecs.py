@@ -12,7 +12,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary.base import PREFIX_ONCE, Kind, Names, Vocabulary
+from llama.text.vocabulary.base import PREFIX_ONCE, Kind, Names, Vocabulary, strip_around
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -64,7 +64,9 @@ class ByteLevel:
             special_tokens=self._special,
         )
         # Of two names that begin alike tiktoken may find the shorter one in a text.
-        self._nested = any(b.startswith(a) for a, b in pairwise(sorted(self._special)))
+        nested = any(b.startswith(a) for a, b in pairwise(sorted(self._special)))
+        self._split = nested or bool(vocabulary.lstrip or vocabulary.rstrip)
+        self._vocabulary = vocabulary
         table = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
         table.update({i: name.encode() for name, i in self._special.items()})
         self.token_bytes = [table[i] for i in range(self._n_words)]
@@ -77,11 +79,10 @@ class ByteLevel:
             return self.model.encode(text, allowed_special=allowed, disallowed_special=disallowed)
 
         parts = [*self._parts(s)] or [s]
-        if self._nested:
+        if self._split:
             ids: List[int] = []
-            named = names_in(self._special, allowed)
             for part in parts:
-                for i, piece in enumerate(named.split(part)):
+                for i, piece in enumerate(sections(part, self._special, allowed, self._vocabulary)):
                     ids += [self._special[piece]] if i % 2 else plain(piece)
         elif len(parts) == 1:
             ids = plain(parts[0])
@@ -131,11 +132,17 @@ def names_in(special: Dict[str, int], allowed: Names) -> Pattern[str]:
     return re.compile(f"({longest_first or '(?!)'})")
 
 
+def sections(s: str, special: Dict[str, int], allowed: Names, vocabulary: Vocabulary) -> List[str]:
+    """A text split at allowed names, which are at the odd places."""
+    parts = names_in(special, allowed).split(s)
+    return strip_around(parts, [special[name] for name in parts[1::2]], vocabulary)
+
+
 class _Pieces(ABC):
     """Shared by codecs of libraries without special tokens: text is split at their names first."""
 
     def __init__(self, vocabulary: Vocabulary):
-        self._special = vocabulary.special_tokens
+        self._special, self._vocabulary = vocabulary.special_tokens, vocabulary
         self._cut_at = self._special  # the library finds the others
         # No text may become one of these unless its name is allowed.
         self._control = {
@@ -152,7 +159,7 @@ class _Pieces(ABC):
             if forbidden and found:
                 raise ValueError(f"the text holds the disallowed special token {found[0]!r}")
         ids: List[int] = []
-        for i, piece in enumerate(names_in(self._cut_at, allowed).split(s)):
+        for i, piece in enumerate(sections(s, self._cut_at, allowed, self._vocabulary)):
             ids += [self._special[piece]] if i % 2 else self._text(piece, begins and i == 0)
         return ids
 

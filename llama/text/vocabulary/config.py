@@ -62,6 +62,13 @@ class TokenizerConfig:
             raise self._wrong("added_tokens_decoder", added, what)
         return tokens | {int(i): token for i, token in added.items()}
 
+    def strips(self) -> Dict[str, Any]:
+        """The tokens that take white space with them: `Vocabulary.lstrip` and `rstrip`."""
+        return {
+            side: frozenset(i for i, token in self.tokens.items() if token.get(side))
+            for side in ("lstrip", "rstrip")
+        }
+
     def _read(self, name: str) -> Dict[str, Any]:
         file = self._path and self._path.with_name(name)
         return read_object(file) if file and file.exists() else {}

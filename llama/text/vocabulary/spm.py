@@ -70,6 +70,7 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
         chat_template=config.chat_template,
         model=data,
         prefix_once=bool(config.prefix_once),
+        **config.strips(),
     )
     check_ids(path, [bos_id, eos_id, vocabulary.pad_id, *stop], n_words)
     return vocabulary

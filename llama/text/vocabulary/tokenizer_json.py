@@ -52,7 +52,8 @@ def read(path: Path) -> Vocabulary:
             pre, merges = _byte_level(data, by_id)
             tokens = [by_id[i] for i in range(len(by_id))]
             kinds = [types[i] for i in range(len(by_id))]
-            return build(path, pre, tokens, kinds, merges, stop=stop, **common)
+            vocabulary = build(path, pre, tokens, kinds, merges, stop=stop, **common)
+            return vocabulary._replace(**config.strips())
         except NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
@@ -69,7 +70,6 @@ def read(path: Path) -> Vocabulary:
     model = original.read_bytes() if original.is_file() else b""
     # Its pieces may have been renamed, to the names of a chat format's tokens.
     if model[:1] == b"\n" and spm.has_pieces(original, model, by_id):
-        config.tokens = {token["id"]: token for token in data["added_tokens"]}
         vocabulary = spm.from_model(original, model, config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
@@ -89,6 +89,7 @@ def read(path: Path) -> Vocabulary:
         stop_tokens=stop | {special[name] for name in STOP_NAMES if name in special},
         model=json.dumps(data).encode(),
         **common,
+        **config.strips(),
     )
 
 
@@ -122,7 +123,7 @@ def _tokens(path: Path, data: Dict[str, Any], config: TokenizerConfig) -> Any:
     """All tokens by id, and the type of each.
 
     Added tokens that only tokenizer_config.json has are put into `data`, as transformers does: with
-    the id that their name has, or else the next one.
+    the id that their name has, or else the next one. `config` has all of them then.
     """
     vocab = data["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pairs of token and score
@@ -143,6 +144,7 @@ def _tokens(path: Path, data: Dict[str, Any], config: TokenizerConfig) -> Any:
         if name in ids and ids[name] not in added:
             added[ids[name]] = {**flags, "id": ids[name], "content": name, "special": True}
     data["added_tokens"] = [added[i] for i in sorted(added)]
+    config.tokens = added
     types = dict.fromkeys(by_id, Kind.NORMAL)
     types |= {i: Kind.CONTROL if t.get("special") else Kind.USER_DEFINED for i, t in added.items()}
     return by_id, types
@@ -164,8 +166,7 @@ def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Tuple[str, List[
     if pre is None or (pre == "llama-bpe") != bool(model.get("ignore_merges")):
         raise NotByteLevelError
     for token in data["added_tokens"]:
-        odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
-        if odd and not token.get("special"):
+        if token.get("single_word") and not token.get("special"):
             raise NotByteLevelError
     if sorted(by_id) != list(range(len(by_id))):
         raise NotByteLevelError

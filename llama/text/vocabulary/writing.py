@@ -108,9 +108,16 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
 
 
 def _added_tokens(vocabulary: Vocabulary) -> List[Dict[str, Any]]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": i, "content": name, **flags, "special": name not in vocabulary.user_defined}
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": i in vocabulary.lstrip,
+            "rstrip": i in vocabulary.rstrip,
+            "normalized": False,
+            "special": name not in vocabulary.user_defined,
+        }
         for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
     ]
 
