@@ -480,6 +480,34 @@ def test_tokens_take_white_space_with_them_as_in_tokenizers(
         assert chat_format(ours).encode_dialog_prompt(dialog) == expected
 
 
+def test_unigram_models_are_written_as_such(tmp_path, texts):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(vocab_size=900, model_type="unigram"))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    written = tmp_path / "written"
+    written.mkdir()
+    writing.write_for_hugging_face(Tokenizer(path).vocabulary, written)
+    peer = AutoTokenizer.from_pretrained(written)
+    # Not runs of spaces, which may be cut in several ways of the same score.
+    words = [re.sub(r"\s\s+", " ", text) for text in texts[:600]]
+    words = [text for text in words if "<" not in text and "\u2581" not in text]
+    assert_same_ids(lambda s: peer(s, add_special_tokens=False).input_ids, theirs.encode, words)
+    assert_same_ids(plain(Tokenizer(written / "tokenizer.json")), theirs.encode, texts[:600])
+
+
+def test_unigram_models_that_transformers_would_take_for_bpe_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(vocab_size=900, model_type="unigram", remove_extra_whitespaces=True))
+    ours = Tokenizer(path)
+    written = tmp_path / "written"
+    written.mkdir()
+    with pytest.raises(ValueError, match="transformers would take it for BPE"):
+        writing.write_for_hugging_face(ours.vocabulary, written)
+    assert not [*written.iterdir()]
+    again = Tokenizer(writing.write_tokenizer(ours.vocabulary, written))  # for ourselves
+    assert plain(again)("a  b") == plain(ours)("a  b")
+
+
 def test_pieces_may_be_renamed_in_tokenizer_json(tmp_path):
     model = train(vocab_size=900, control_symbols=["[8]", "[9]"])
     (tmp_path / "tokenizer.model").write_bytes(model)
