@@ -61,6 +61,7 @@ class Tokenizer:
         eos: bool,
         allowed_special: Names = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
+        begins: bool = True,
     ) -> List[int]:
         """Token ids of a text of any length.
 
@@ -69,6 +70,8 @@ class Tokenizer:
             allowed_special: names of special tokens that become their ids where the text has them
                 ("all" for every one). By default they are text like any other.
             disallowed_special: names at which to raise instead.
+            begins: whether the text comes first. Some vocabularies of SentencePiece put a space
+                before a text there alone, and none where it goes on after a special token.
 
         Raises:
             ValueError: a disallowed name in the text, or bos where the vocabulary has none.
@@ -78,7 +81,7 @@ class Tokenizer:
             raise TypeError(f"encode takes a str, not {type(s).__name__}")
         if allowed_special != "all":
             allowed_special = self._user_defined | allowed_special
-        ids = self._codec.encode(s, allowed_special, disallowed_special)
+        ids = self._codec.encode(s, allowed_special, disallowed_special, begins)
         if bos:
             if self.bos_id is None:
                 raise ValueError("this vocabulary has no bos token: pass bos=False")

@@ -12,7 +12,8 @@ from llama.text.vocabulary.config import TOOL_TEMPLATE
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json and what it names
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", TOOL_TEMPLATE, modelopt.FILE,
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_TEMPLATE,
+    modelopt.FILE,
 )  # fmt: skip
 
 

@@ -17,7 +17,13 @@ class Encoder(Protocol):
     vocabulary: Vocabulary
 
     def encode(
-        self, s: str, *, bos: bool, eos: bool, allowed_special: Names = frozenset()
+        self,
+        s: str,
+        *,
+        bos: bool,
+        eos: bool,
+        allowed_special: Names = frozenset(),
+        begins: bool = True,
     ) -> List[int]:
         """Token ids of a text; names of special tokens in it stay text unless they are allowed."""
 

@@ -29,6 +29,7 @@ from llama.text.llama4 import Llama4Format
 from llama.text.llama31 import Llama31Format
 from llama.text.messages import image_sources, parts_of
 from llama.text.tools import BUILTINS, Tools, plain_json, split_tools
+from llama.text.vocabulary.base import strip_around
 
 
 def chat_format(tokenizer: Encoder, scaled_rope: bool = False) -> Optional[Format]:
@@ -233,12 +234,14 @@ class TemplateFormat:
 
     def _encode(self, rendered: str) -> List[int]:
         ids: List[int] = []
-        for i, part in enumerate(self._mark.split(rendered)):
+        parts = self._mark.split(rendered)
+        parts = strip_around(parts, map(int, parts[1::2]), self.tokenizer.vocabulary)
+        for i, part in enumerate(parts):
             if i % 2:
                 ids.append(int(part))
                 continue
             for piece in filter(None, self._cut.split(part)):
-                ids.extend(self.tokenizer.encode(piece, bos=False, eos=False))
+                ids += self.tokenizer.encode(piece, bos=False, eos=False, begins=not ids)
         return ids
 
 

@@ -25,7 +25,9 @@ from llama.checkpoint import InMemory, meta
 from llama.checkpoint.convert import convert
 from llama.model import ModelArgs
 from llama.text.llama2 import Llama2Format
+from llama.text.templates import chat_format
 from llama.text.vocabulary import writing
+from llama.text.vocabulary.spm import metaspace
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 ODD = [
@@ -348,6 +350,192 @@ def test_a_sentencepiece_model_beside_tokenizer_json_is_taken(spm_path, theirs, 
     path = write_gguf(ours, tmp_path / "v.gguf", ours.n_words)
     again = Tokenizer(path)
     assert again.special_tokens == ours.special_tokens and again.stop_tokens == ours.stop_tokens
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("kept", ["tokenizer.model", "tokenizer.json", "both"])
+@pytest.mark.parametrize("once", [False, True])
+def test_a_space_comes_before_the_sections_that_transformers_puts_it_before(
+    spm_path, theirs, tmp_path, name, kept, once
+):
+    """Before a text alone, or after each special token, too: by the class, or by tokenizer.json."""
+    if name == "PreTrainedTokenizerFast" and kept == "tokenizer.model":
+        pytest.skip("transformers leaves the space out altogether")
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>",
+              "legacy": not once, "chat_template": TEMPLATE + "{{ eos_token }}x"}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if kept != "tokenizer.json":
+        (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    if kept != "tokenizer.model":
+        data = json.loads(like_llama_2(theirs).to_str())
+        if once and name != "LlamaTokenizer":  # which has a rule of its own
+            data |= {"normalizer": None, "pre_tokenizer": metaspace("first")}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    file = tmp_path / ("tokenizer.model" if kept == "tokenizer.model" else "tokenizer.json")
+    ours, peer = Tokenizer(file), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Hi", "Hi</s>Hi", "</s>Hi", "Hi</s>\nHi", "<s>Hi</s></s>Hi <unk>Hi"]
+    texts += [" Hi", "  Hi</s> Hi"] if once else []  # SentencePiece itself has one more
+
+    def assert_alike(ours, peer):
+        for text in texts:
+            ids = ours.encode(text, bos=False, eos=False, allowed_special="all")
+            assert ids == peer.encode(text, add_special_tokens=False), text
+        dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hi"}]
+        expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+    assert_alike(ours, peer)
+    again = tmp_path / "again"
+    again.mkdir()
+    writing.write_for_hugging_face(ours.vocabulary, again)
+    assert_alike(Tokenizer(again / "tokenizer.json"), AutoTokenizer.from_pretrained(again))
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def assert_chats_alike(ours: Tokenizer, peer) -> None:
+    """The same ids as transformers' of a text and of a dialog, by a checkpoint's own template."""
+    assert (ours.eos_id, ours.n_words) == (peer.eos_token_id, len(peer))
+    dialog = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}]
+    expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+    assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("make", [like_llama_2, odd_byte_level])
+def test_tokens_that_only_the_configuration_declares_are_added(
+    theirs, texts, tmp_path, make, added
+):
+    """In added_tokens_decoder; or as bos and eos, which are in model.vocab alone."""
+    data = json.loads(make(theirs if make is like_llama_2 else texts).to_str())
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}x</s>"}
+    if added:
+        names = ["<|im_start|>", "<|turn|>"]
+        template = CHATML.replace("<|im_end|>", "<|turn|>")
+        first = len({*data["model"]["vocab"], *(t["content"] for t in data["added_tokens"])})
+        decoder = {i: {"content": name, "special": True} for i, name in enumerate(names, first)}
+        config |= {"eos_token": names[1], "added_tokens_decoder": decoder}
+        config["chat_template"] = template
+    else:
+        data["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_added_tokens_of_older_files_are_read(spm_path, theirs, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    n = theirs.get_piece_size()
+    added = tmp_path / "added_tokens.json"
+    added.write_text(json.dumps({"<|im_end|>": n, "<|im_start|>": n + 1}))
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>",
+              "chat_template": CHATML}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.model")
+    assert ours.vocabulary.user_defined == {"<|im_start|>"} and ours.stop_tokens == {2, n}
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+    added.write_text('{"<|im_end|>": "2"}')
+    with pytest.raises(ValueError, match=r"added_tokens\.json.*isn't ids by name"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    added.unlink()
+    with pytest.raises(ValueError, match=r"eos_token='<\|im_end\|>' isn't one of"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("make", [like_llama_2, odd_byte_level, "smollm2", "spm"])
+def test_tokens_take_white_space_with_them_as_in_tokenizers(
+    spm_path, theirs, texts, smollm2_path, tmp_path, make, special
+):
+    """Tokens with lstrip and rstrip, in texts, dialogs, and after conversion."""
+    if make == "smollm2":
+        writing.write_for_hugging_face(Tokenizer(smollm2_path).vocabulary, tmp_path)
+        peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    else:
+        peer = odd_byte_level(texts) if make is odd_byte_level else like_llama_2(theirs)
+    if make == "spm":
+        (tmp_path / "tokenizer.model").write_bytes(spm_path.read_bytes())
+    names = {"<|user|>": {"rstrip": True}, "<|sep|>": {"lstrip": True, "rstrip": True}}
+    added = [AddedToken(n, normalized=False, special=special, **on) for n, on in names.items()]
+    (peer.add_special_tokens if special else peer.add_tokens)(added)
+    peer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<|user|>\n{{ m.content }} <|sep|>\n{% endfor %}"
+    eos = "<|im_end|>" if make == "smollm2" else "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": eos, "chat_template": template})
+    )
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    again = tmp_path / "again"
+    again.mkdir()
+    writing.write_for_hugging_face(ours.vocabulary, again)
+    dialog = [{"role": "user", "content": text} for text in ("Hi", "  Hi", "Hi\n")]
+    for path in (tmp_path, again):
+        ours, peer = Tokenizer(path / "tokenizer.json"), AutoTokenizer.from_pretrained(path)
+        for text in ("<|user|> \n Hi", "Hi <|sep|> Hi", "<|sep|><|user|> \t<|sep|>  ", " <|user|>"):
+            ids = ours.encode(text, bos=False, eos=False, allowed_special="all")
+            assert ids == peer.encode(text, add_special_tokens=False), text
+        expected = peer.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        assert chat_format(ours).encode_dialog_prompt(dialog) == expected
+
+
+def test_unigram_models_are_written_as_such(tmp_path, texts):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(vocab_size=900, model_type="unigram"))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    written = tmp_path / "written"
+    written.mkdir()
+    writing.write_for_hugging_face(Tokenizer(path).vocabulary, written)
+    peer = AutoTokenizer.from_pretrained(written)
+    # Not runs of spaces, which may be cut in several ways of the same score.
+    words = [re.sub(r"\s\s+", " ", text) for text in texts[:600]]
+    words = [text for text in words if "<" not in text and "\u2581" not in text]
+    assert_same_ids(lambda s: peer(s, add_special_tokens=False).input_ids, theirs.encode, words)
+    assert_same_ids(plain(Tokenizer(written / "tokenizer.json")), theirs.encode, texts[:600])
+
+
+def test_unigram_models_that_transformers_would_take_for_bpe_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(vocab_size=900, model_type="unigram", remove_extra_whitespaces=True))
+    ours = Tokenizer(path)
+    written = tmp_path / "written"
+    written.mkdir()
+    with pytest.raises(ValueError, match="transformers would take it for BPE"):
+        writing.write_for_hugging_face(ours.vocabulary, written)
+    assert not [*written.iterdir()]
+    again = Tokenizer(writing.write_tokenizer(ours.vocabulary, written))  # for ourselves
+    assert plain(again)("a  b") == plain(ours)("a  b")
+
+
+def test_pieces_may_be_renamed_in_tokenizer_json(tmp_path):
+    model = train(vocab_size=900, control_symbols=["[8]", "[9]"])
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    whole = writing._pieces_json(Tokenizer(tmp_path / "tokenizer.model").vocabulary)
+    names = {"[8]": "<|im_start|>", "[9]": "<|im_end|>"}
+    text = json.dumps(whole)
+    for old, new in names.items():
+        text = text.replace(json.dumps(old), json.dumps(new))
+    (tmp_path / "tokenizer.json").write_text(text)
+    config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.vocabulary.kind == "json"
+    assert_chats_alike(ours, AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_gguf_files_template_for_tools_is_taken_with_tools(spm, smollm2_path, tmp_path, kind):
+    vocabulary = spm.vocabulary if kind == "llama" else Tokenizer(smollm2_path).vocabulary
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writing.write_gguf(vocabulary._replace(chat_template=None), writer, vocabulary.n_words)
+    writer.add_chat_template([{"name": "default", "template": "Hello"},
+                              {"name": "tool_use", "template": "{{ tools }}"}])  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours = Tokenizer(tmp_path / "v.gguf")
+    assert ours.chat_template == "{% if tools +%}{{ tools }}{%+ else +%}Hello{%+ endif %}"
 
 
 def test_a_vocabulary_that_gguf_has_no_kind_for_is_refused(packaged, tmp_path):

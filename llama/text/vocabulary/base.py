@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 from pathlib import Path
-from typing import AbstractSet, Dict, List, Literal, NamedTuple, Optional, Set, Tuple
+from typing import AbstractSet, Dict, Iterable, List, Literal, NamedTuple, Optional, Set, Tuple
 
 Names = Literal["all"] | AbstractSet[str]  # of special tokens
 
@@ -19,6 +19,7 @@ STOP_NAMES = {
     "<|eot|>", "<|eom|>",
 }  # fmt: skip
 
+PREFIX_ONCE = '"prepend_scheme": "first"'  # how a tokenizer.json says it
 MAX_WORDS = 1 << 24  # far beyond any vocabulary: a damaged id must not take all memory
 
 
@@ -36,6 +37,9 @@ class Vocabulary(NamedTuple):
     stop_tokens: Set[int]
     add_bos: bool  # whether a text to complete begins with bos
     chat_template: Optional[str]
+    # special tokens that take white space before them, or after them, with them
+    lstrip: AbstractSet[int] = frozenset()
+    rstrip: AbstractSet[int] = frozenset()
     # byte-level
     pre: str = ""  # the rule by which text is cut into words: a key of PATTERNS
     ranks: Dict[bytes, int] = {}  # noqa: RUF012  # mergeable bytes -> id; a lower id merges first
@@ -43,6 +47,19 @@ class Vocabulary(NamedTuple):
     cuts: Tuple[Optional[int], int] = (None, 0)  # see byte_level.META_CUTS
     # spm: a serialized ModelProto; json: the text of tokenizer.json
     model: bytes = b""
+    # spm: whether the space that is put before a text comes at its beginning alone, rather
+    # than after each special token, too
+    prefix_once: bool = False
+
+
+def strip_around(parts: List[str], ids: Iterable[int], vocabulary: Vocabulary) -> List[str]:
+    """Text with special tokens at the odd places, without the white space that these take."""
+    for at, i in zip(range(1, len(parts), 2), ids, strict=True):
+        if i in vocabulary.lstrip:
+            parts[at - 1] = parts[at - 1].rstrip()
+        if i in vocabulary.rstrip:
+            parts[at + 1] = parts[at + 1].lstrip()
+    return parts
 
 
 def check_ids(path: Path, ids: List[Optional[int]], n_words: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import AbstractSet, Any, Dict, List, Optional
 
 from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
+from llama.text.vocabulary.config import gguf_template
 
 # How text is cut into words before BPE, by the names that GGUF gives these patterns.
 PATTERNS = {
@@ -183,7 +184,7 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
         pad_id=metadata.get("tokenizer.ggml.padding_token_id", eos_id),
         stop={eos_id, *also},
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", named == "llama-bpe"),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=gguf_template(metadata),
     )
 
 

@@ -12,7 +12,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from llama.text.vocabulary.base import Kind, Names, Vocabulary
+from llama.text.vocabulary.base import PREFIX_ONCE, Kind, Names, Vocabulary, strip_around
 from llama.text.vocabulary.byte_level import PATTERNS, bytes_of
 from llama.text.vocabulary.spm import SPACE, proto
 
@@ -29,9 +29,10 @@ class Codec(Protocol):
     word_starts: FrozenSet[int]
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
-        """Ids of a text in which the allowed names of special tokens become these."""
+        """Ids of a text in which the allowed names of special tokens become these. It begins
+        a text, or goes on with one."""
 
 
 def codec(vocabulary: Vocabulary) -> Codec:
@@ -63,24 +64,25 @@ class ByteLevel:
             special_tokens=self._special,
         )
         # Of two names that begin alike tiktoken may find the shorter one in a text.
-        self._nested = any(b.startswith(a) for a, b in pairwise(sorted(self._special)))
+        nested = any(b.startswith(a) for a, b in pairwise(sorted(self._special)))
+        self._split = nested or bool(vocabulary.lstrip or vocabulary.rstrip)
+        self._vocabulary = vocabulary
         table = {i: token for token, i in vocabulary.ranks.items()} | vocabulary.decode_only
         table.update({i: name.encode() for name, i in self._special.items()})
         self.token_bytes = [table[i] for i in range(self._n_words)]
         self.word_starts: FrozenSet[int] = frozenset()
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
         def plain(text: str) -> List[int]:
             return self.model.encode(text, allowed_special=allowed, disallowed_special=disallowed)
 
         parts = [*self._parts(s)] or [s]
-        if self._nested:
+        if self._split:
             ids: List[int] = []
-            named = names_in(self._special, allowed)
             for part in parts:
-                for i, piece in enumerate(named.split(part)):
+                for i, piece in enumerate(sections(part, self._special, allowed, self._vocabulary)):
                     ids += [self._special[piece]] if i % 2 else plain(piece)
         elif len(parts) == 1:
             ids = plain(parts[0])
@@ -130,11 +132,17 @@ def names_in(special: Dict[str, int], allowed: Names) -> Pattern[str]:
     return re.compile(f"({longest_first or '(?!)'})")
 
 
+def sections(s: str, special: Dict[str, int], allowed: Names, vocabulary: Vocabulary) -> List[str]:
+    """A text split at allowed names, which are at the odd places."""
+    parts = names_in(special, allowed).split(s)
+    return strip_around(parts, [special[name] for name in parts[1::2]], vocabulary)
+
+
 class _Pieces(ABC):
     """Shared by codecs of libraries without special tokens: text is split at their names first."""
 
     def __init__(self, vocabulary: Vocabulary):
-        self._special = vocabulary.special_tokens
+        self._special, self._vocabulary = vocabulary.special_tokens, vocabulary
         self._cut_at = self._special  # the library finds the others
         # No text may become one of these unless its name is allowed.
         self._control = {
@@ -142,7 +150,7 @@ class _Pieces(ABC):
         }
 
     def encode(
-        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str]
+        self, s: str, allowed: Names, disallowed: Literal["all"] | Collection[str], begins: bool
     ) -> List[int]:
         if disallowed:
             names = self._special.keys() if disallowed == "all" else set(disallowed)
@@ -151,27 +159,29 @@ class _Pieces(ABC):
             if forbidden and found:
                 raise ValueError(f"the text holds the disallowed special token {found[0]!r}")
         ids: List[int] = []
-        for i, piece in enumerate(names_in(self._cut_at, allowed).split(s)):
-            ids += [self._special[piece]] if i % 2 else self._text(piece)
+        for i, piece in enumerate(sections(s, self._cut_at, allowed, self._vocabulary)):
+            ids += [self._special[piece]] if i % 2 else self._text(piece, begins and i == 0)
         return ids
 
-    def _text(self, text: str) -> List[int]:
+    def _text(self, text: str, begins: bool) -> List[int]:
         """Ids of ordinary text: what would become a control token is cut in two.
 
         Should a vocabulary make one even so, it is left out: no text may become a control token.
         """
-        ids = self._plain(text) if text else []
+        ids = self._plain(text, begins) if text else []
         if self._control.isdisjoint(ids):
             return ids
         ids = []
         for i, piece in enumerate(names_in(self._special, "all").split(text)):
             parts = [piece[:1], piece[1:]] if i % 2 else [piece]
-            ids += [i for part in parts if part for i in self._plain(part)]
+            for part in filter(None, parts):
+                ids += self._plain(part, begins and not ids)
         return [i for i in ids if i not in self._control or i == self._unknown]
 
     @abstractmethod
-    def _plain(self, text: str) -> List[int]:
-        """Ids of a text as the library gives them."""
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        """Ids of a text as the library gives them; of one that doesn't begin without the space
+        that is put before texts, should it come but once."""
 
     _unknown: Any = None  # what stands for text that has no token
 
@@ -184,6 +194,12 @@ class SentencePiece(_Pieces):
         self.model = sentencepiece.SentencePieceProcessor()
         self.model.LoadFromSerializedProto(vocabulary.model)
         saved = proto.ModelProto.FromString(vocabulary.model)
+        self._once = saved.normalizer_spec.add_dummy_prefix and vocabulary.prefix_once
+        if self._once:
+            goes_on = proto.ModelProto.FromString(vocabulary.model)
+            goes_on.normalizer_spec.add_dummy_prefix = False
+            self._goes_on = sentencepiece.SentencePieceProcessor()
+            self._goes_on.LoadFromSerializedProto(goes_on.SerializeToString())
         self._unknown = self.model.unk_id()
         self._control.discard(self._unknown)
         self.token_bytes = [b""] * vocabulary.n_words
@@ -204,8 +220,10 @@ class SentencePiece(_Pieces):
             i for i, piece in enumerate(saved.pieces) if prefixed and piece.piece[:1] == SPACE
         )
 
-    def _plain(self, text: str) -> List[int]:
-        return self.model.encode(_without_surrogates(text))
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        # Those who put it there once, as Hugging Face's Metaspace, do so where there is none.
+        bare = self._once and (not begins or text[0] in (" ", SPACE))
+        return (self._goes_on if bare else self.model).encode(_without_surrogates(text))
 
 
 class HuggingFace(_Pieces):
@@ -217,11 +235,12 @@ class HuggingFace(_Pieces):
 
     def __init__(self, vocabulary: Vocabulary):
         super().__init__(vocabulary)
-        self.model = tokenizers.Tokenizer.from_str(vocabulary.model.decode())
-        self.model.no_truncation()
-        self.model.no_padding()
-        self.model.encode_special_tokens = True
         data = json.loads(vocabulary.model)
+        self.model = self._goes_on = _package(data)
+        cuts = json.dumps(data.get("pre_tokenizer"))
+        if PREFIX_ONCE in cuts:
+            without = json.loads(cuts.replace(PREFIX_ONCE, '"prepend_scheme": "never"'))
+            self._goes_on = _package(data | {"pre_tokenizer": without})
         decoder = json.dumps(data.get("decoder"), ensure_ascii=False)
         by_bytes, by_spaces = '"ByteLevel"' in decoder, SPACE in decoder or '"Metaspace"' in decoder
         if not by_bytes and not by_spaces:
@@ -246,8 +265,18 @@ class HuggingFace(_Pieces):
         strips = '"Strip"' in decoder or ('"Metaspace"' in decoder and "never" not in decoder)
         self.word_starts = frozenset(starts) if strips else frozenset()
 
-    def _plain(self, text: str) -> List[int]:
-        return self.model.encode(_without_surrogates(text), add_special_tokens=False).ids
+    def _plain(self, text: str, begins: bool) -> List[int]:
+        model = self.model if begins else self._goes_on
+        return model.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+
+def _package(data: Dict[str, Any]) -> tokenizers.Tokenizer:
+    """The package's tokenizer of a tokenizer.json, for texts of any length."""
+    model = tokenizers.Tokenizer.from_str(json.dumps(data))
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    return model
 
 
 def _without_surrogates(text: str) -> str:

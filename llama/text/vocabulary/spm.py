@@ -6,15 +6,21 @@ of. So such a model is built from them, and the `sentencepiece` package encodes 
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
-from llama.text.vocabulary.config import TokenizerConfig
+from llama.text.vocabulary.config import TokenizerConfig, gguf_template
 
 proto: Any = sentencepiece_model_pb2  # its classes are made as it is imported
 SPACE = "\u2581"  # how pieces write a space
+
+
+def metaspace(scheme: str) -> Dict[str, Any]:
+    """What makes SPACE of spaces in a tokenizer.json, and puts one before a text by a scheme."""
+    rule = {"replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    return {"type": "Metaspace", **rule}
 
 
 def read(path: Path) -> Vocabulary:
@@ -32,7 +38,13 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
     pieces = proto.ModelProto.FromString(data).pieces
     special = {p.piece: i for i, p in enumerate(pieces) if p.type in (Kind.UNKNOWN, Kind.CONTROL)}
     user_defined = {p.piece: i for i, p in enumerate(pieces) if p.type == Kind.USER_DEFINED}
-    added = {name: i for name, i in config.added.items() if i >= len(pieces)}
+    added = {
+        token["content"]: i
+        for i, token in config.tokens.items()
+        if i >= len(pieces)
+        or (pieces[i].type == Kind.NORMAL and pieces[i].piece == token["content"])
+    }
+    in_text = {name for name, i in added.items() if not config.tokens[i].get("special")}
     special |= user_defined | added
     n_words = max(len(pieces) - 1, *added.values(), 0) + 1
     bos_id = config.named("bos_token", special)
@@ -48,7 +60,7 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
         name=path.name,
         kind="spm",
         special_tokens=special,
-        user_defined=frozenset(user_defined) | (config.user_defined & added.keys()),
+        user_defined=frozenset(user_defined) | in_text,
         n_words=n_words,
         bos_id=bos_id,
         eos_id=eos_id,
@@ -57,6 +69,8 @@ def from_model(path: Path, data: bytes, config: TokenizerConfig) -> Vocabulary:
         add_bos=config.add_bos(bos_id, default=bos_id is not None),
         chat_template=config.chat_template,
         model=data,
+        prefix_once=bool(config.prefix_once),
+        **config.strips(),
     )
     check_ids(path, [bos_id, eos_id, vocabulary.pad_id, *stop], n_words)
     return vocabulary
@@ -77,6 +91,13 @@ def load(path: Path, data: bytes) -> SentencePieceProcessor:
         if not isinstance(piece.piece, str) or not re.fullmatch(pattern, piece.piece):
             raise ValueError(f"{path} isn't a usable SentencePiece model: its piece {i} is damaged")
     return model
+
+
+def has_pieces(path: Path, data: bytes, by_id: Mapping[int, str]) -> bool:
+    """Whether the pieces of a serialized SentencePiece model have the names that are given."""
+    load(path, data)
+    pieces = proto.ModelProto.FromString(data).pieces
+    return all(by_id.get(i, p.piece) == p.piece for i, p in enumerate(pieces))
 
 
 def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
@@ -132,5 +153,5 @@ def from_gguf(path: Path, metadata: Dict[str, Any]) -> Vocabulary:
         pad_id=pad_id if pad_id >= 0 else eos_id,
         stop_tokens=vocabulary.stop_tokens | {eos_id} | also,
         add_bos=bool(optional("add_bos_token", bos_id >= 0)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=gguf_template(metadata),
     )

@@ -13,16 +13,23 @@ import tokenizers
 
 from llama.text.files import read_object
 from llama.text.vocabulary import spm
-from llama.text.vocabulary.base import MAX_WORDS, STOP_NAMES, Kind, Vocabulary, check_ids
+from llama.text.vocabulary.base import (
+    MAX_WORDS,
+    PREFIX_ONCE,
+    STOP_NAMES,
+    Kind,
+    Vocabulary,
+    check_ids,
+)
 from llama.text.vocabulary.byte_level import NotByteLevelError, build, pre_of
-from llama.text.vocabulary.config import TokenizerConfig
+from llama.text.vocabulary.config import FLAGS, TokenizerConfig
 
 
 def read(path: Path) -> Vocabulary:
     """Raises ValueError for what is no tokenizer.json, or one without an end of text."""
     config, data = TokenizerConfig(path), _checked(path)
     try:
-        by_id, types = _tokens(path, data)
+        by_id, types = _tokens(path, data, config)
         ids = {token: i for i, token in by_id.items()}
         eos_id = config.named("eos_token", ids)
         eos_id = config.stop[0] if eos_id is None and config.stop else eos_id
@@ -45,7 +52,8 @@ def read(path: Path) -> Vocabulary:
             pre, merges = _byte_level(data, by_id)
             tokens = [by_id[i] for i in range(len(by_id))]
             kinds = [types[i] for i in range(len(by_id))]
-            return build(path, pre, tokens, kinds, merges, stop=stop, **common)
+            vocabulary = build(path, pre, tokens, kinds, merges, stop=stop, **common)
+            return vocabulary._replace(**config.strips())
         except NotByteLevelError:
             pass
     except (KeyError, TypeError, AttributeError) as error:
@@ -53,12 +61,16 @@ def read(path: Path) -> Vocabulary:
             f"{path}: model or added_tokens is of no known tokenizer.json: {error!r}"
         ) from None
 
+    if config.prefix_once is None:
+        config.prefix_once = PREFIX_ONCE in json.dumps(data["pre_tokenizer"])
+    elif data["model"].get("byte_fallback"):  # LlamaTokenizer takes its own rule
+        scheme = "first" if config.prefix_once else "always"
+        data |= {"normalizer": None, "pre_tokenizer": spm.metaspace(scheme)}
     original = path.with_name("tokenizer.model")
-    if original.is_file() and original.read_bytes()[:1] == b"\n":
-        names = {token["content"]: token["id"] for token in data["added_tokens"]}
-        config.added = names | config.added
-        config.user_defined |= {by_id[i] for i, kind in types.items() if kind == Kind.USER_DEFINED}
-        vocabulary = spm.from_model(original, original.read_bytes(), config)
+    model = original.read_bytes() if original.is_file() else b""
+    # Its pieces may have been renamed, to the names of a chat format's tokens.
+    if model[:1] == b"\n" and spm.has_pieces(original, model, by_id):
+        vocabulary = spm.from_model(original, model, config)
         if vocabulary.n_words == max(by_id) + 1:
             return vocabulary
     if refusal := _refusal(data):
@@ -77,6 +89,7 @@ def read(path: Path) -> Vocabulary:
         stop_tokens=stop | {special[name] for name in STOP_NAMES if name in special},
         model=json.dumps(data).encode(),
         **common,
+        **config.strips(),
     )
 
 
@@ -106,8 +119,12 @@ def _refusal(data: Dict[str, Any]) -> str:
     return ""
 
 
-def _tokens(path: Path, data: Dict[str, Any]) -> Any:
-    """All tokens by id, and the type of each."""
+def _tokens(path: Path, data: Dict[str, Any], config: TokenizerConfig) -> Any:
+    """All tokens by id, and the type of each.
+
+    Added tokens that only tokenizer_config.json has are put into `data`, as transformers does: with
+    the id that their name has, or else the next one. `config` has all of them then.
+    """
     vocab = data["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pairs of token and score
         vocab = {pair[0]: i for i, pair in enumerate(vocab)}
@@ -116,6 +133,18 @@ def _tokens(path: Path, data: Dict[str, Any]) -> Any:
     by_id |= {i: token["content"] for i, token in added.items()}
     if not vocab or not all(type(i) is int and 0 <= i < MAX_WORDS for i in by_id):
         raise ValueError(f"{path}: ids in model.vocab or added_tokens aren't numbers from 0 up")
+    ids = {token: i for i, token in by_id.items()}
+    flags = dict.fromkeys(FLAGS, False)
+    for _, token in sorted(config.tokens.items()):
+        i = ids.setdefault(token["content"], max(by_id) + 1)
+        by_id[i] = token["content"]
+        normalized = {"normalized": not token.get("special")}
+        added[i] = {**flags, **normalized, **added.get(i, {}), **token, "id": i}
+    for name in config.named_tokens.values():
+        if name in ids and ids[name] not in added:
+            added[ids[name]] = {**flags, "id": ids[name], "content": name, "special": True}
+    data["added_tokens"] = [added[i] for i in sorted(added)]
+    config.tokens = added
     types = dict.fromkeys(by_id, Kind.NORMAL)
     types |= {i: Kind.CONTROL if t.get("special") else Kind.USER_DEFINED for i, t in added.items()}
     return by_id, types
@@ -137,8 +166,7 @@ def _byte_level(data: Dict[str, Any], by_id: Dict[int, str]) -> Tuple[str, List[
     if pre is None or (pre == "llama-bpe") != bool(model.get("ignore_merges")):
         raise NotByteLevelError
     for token in data["added_tokens"]:
-        odd = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
-        if odd and not token.get("special"):
+        if token.get("single_word") and not token.get("special"):
             raise NotByteLevelError
     if sorted(by_id) != list(range(len(by_id))):
         raise NotByteLevelError

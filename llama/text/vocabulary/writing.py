@@ -14,7 +14,7 @@ from llama.text.vocabulary.byte_level import (
     meta_special_tokens,
     split_rule,
 )
-from llama.text.vocabulary.spm import SPACE, proto
+from llama.text.vocabulary.spm import SPACE, metaspace, proto
 
 
 def tokens_of(vocabulary: Vocabulary) -> List[str]:
@@ -51,7 +51,8 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
     That is Meta's tokenizer.model where it can express the whole vocabulary, else tokenizer.json.
     """
     if vocabulary.kind != "byte-level":
-        return write_for_hugging_face(vocabulary, directory)
+        twin = _pieces_json(vocabulary) if vocabulary.kind == "spm" else None
+        return _write(vocabulary, directory, twin)
     pre, ordinary = vocabulary.pre, len(vocabulary.ranks)
     by_rule = meta_special_tokens(pre, ordinary) == vocabulary.special_tokens
     whole = sorted(vocabulary.ranks.values()) == list(range(ordinary))
@@ -67,7 +68,24 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
 def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
     """Write the tokenizer (SentencePiece's tokenizer.model, if it is one, and tokenizer.json),
     tokenizer_config.json and generation_config.json, as transformers reads them; returns the first.
+
+    Raises:
+        ValueError: a SentencePiece model of a kind that transformers would take for BPE.
     """
+    twin = _pieces_json(vocabulary) if vocabulary.kind == "spm" else None
+    if vocabulary.kind == "spm" and twin is None:
+        model_type = proto.ModelProto.FromString(vocabulary.model).trainer_spec.model_type
+        if model_type != proto.TrainerSpec.BPE:
+            raise ValueError(
+                f"{vocabulary.name} is a SentencePiece model that isn't BPE, and normalizes its "
+                "text; transformers would take it for BPE: pass a tokenizer.json that comes with "
+                "the model as tokenizer_path"
+            )
+    return _write(vocabulary, directory, twin)
+
+
+def _write(vocabulary: Vocabulary, directory: Path, twin: Optional[Dict[str, Any]]) -> Path:
+    """The files, with a SentencePiece model's tokenizer.json if it has one."""
     names: Dict[Optional[int], str] = {i: name for name, i in vocabulary.special_tokens.items()}
     for key, i in (("bos", vocabulary.bos_id), ("eos", vocabulary.eos_id)):
         if i is not None and i not in names:
@@ -83,8 +101,8 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
     if vocabulary.kind == "spm":
         path = directory / "tokenizer.model"
         path.write_bytes(vocabulary.model)
-        if (twin := _pieces_json(vocabulary)) is None:
-            config["tokenizer_class"] = "LlamaTokenizer"
+        if twin is None:
+            config |= {"tokenizer_class": "LlamaTokenizer", "legacy": not vocabulary.prefix_once}
         else:
             write_json(directory / "tokenizer.json", twin)
         added = _added_tokens(vocabulary)
@@ -108,9 +126,16 @@ def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
 
 
 def _added_tokens(vocabulary: Vocabulary) -> List[Dict[str, Any]]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": i, "content": name, **flags, "special": name not in vocabulary.user_defined}
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": i in vocabulary.lstrip,
+            "rstrip": i in vocabulary.rstrip,
+            "normalized": False,
+            "special": name not in vocabulary.user_defined,
+        }
         for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
     ]
 
@@ -131,16 +156,48 @@ def _post_processor(vocabulary: Vocabulary, tokens: List[str]) -> Any:
 
 
 def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
-    """tokenizer.json of a SentencePiece model of the kind BPE; None where it takes more.
-
-    SentencePiece joins the two neighbours that make the piece of the highest score, so the merges
-    are all ways to make each piece, in the order of the scores.
+    """tokenizer.json of a SentencePiece model, of the kinds BPE and Unigram; None where it takes
+    more.
     """
     model = proto.ModelProto.FromString(vocabulary.model)
     normalizer = model.normalizer_spec
     plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
-    if model.trainer_spec.model_type != proto.TrainerSpec.BPE or not plain:
+    kinds = {proto.TrainerSpec.BPE: _merging, proto.TrainerSpec.UNIGRAM: _unigram}
+    if model.trainer_spec.model_type not in kinds or not plain:
         return None
+    tokens = [piece.piece for piece in model.pieces]
+    tokens += [""] * (vocabulary.n_words - len(tokens))
+    for name, i in vocabulary.special_tokens.items():
+        tokens[i] = name
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    once = normalizer.add_dummy_prefix and vocabulary.prefix_once
+    prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    return _json(
+        vocabulary,
+        tokens,
+        normalizer=None if once else {"type": "Sequence", "normalizers": [*prefixed, replace]},
+        pre_tokenizer=metaspace("first") if once else None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        model=kinds[model.trainer_spec.model_type](model, tokens),
+    )
+
+
+def _unigram(model: Any, tokens: List[str]) -> Dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": model.trainer_spec.unk_id,
+        "byte_fallback": model.trainer_spec.byte_fallback,
+        "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+    }
+
+
+def _merging(model: Any, tokens: List[str]) -> Dict[str, Any]:
+    """SentencePiece joins the two neighbours that make the piece of the highest score, so the
+    merges are all ways to make each piece, in the order of the scores.
+    """
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     made = {piece.piece: piece.score for piece in model.pieces if piece.type == Kind.NORMAL}
     merges: List[Tuple[str, str]] = []
@@ -148,21 +205,7 @@ def _pieces_json(vocabulary: Vocabulary) -> Optional[Dict[str, Any]]:
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         pairs = [(a, b) for a, b in splits if a in made and b in made]
         merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    tokens = [piece.piece for piece in model.pieces]
-    tokens += [""] * (vocabulary.n_words - len(tokens))
-    for name, i in vocabulary.special_tokens.items():
-        tokens[i] = name
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefixed = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-    return _bpe_json(
-        vocabulary,
-        tokens,
-        normalizer={"type": "Sequence", "normalizers": [*prefixed, replace]},
-        pre_tokenizer=None,
-        decoder={"type": "Sequence", "decoders": decoders},
+    return _bpe(
         unk_token=tokens[model.trainer_spec.unk_id],
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,
@@ -177,12 +220,7 @@ def _tokenizer_json(vocabulary: Vocabulary) -> Dict[str, Any]:
     tokens = tokens_of(vocabulary)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     rules = [split_rule(vocabulary.pre), {**byte_level, "use_regex": False}]
-    return _bpe_json(
-        vocabulary,
-        tokens,
-        normalizer=None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": rules},
-        decoder={**byte_level, "use_regex": False},
+    model = _bpe(
         unk_token=None,
         fuse_unk=False,
         byte_fallback=False,
@@ -190,18 +228,29 @@ def _tokenizer_json(vocabulary: Vocabulary) -> Dict[str, Any]:
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges_of(vocabulary),
     )
+    return _json(
+        vocabulary,
+        tokens,
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": rules},
+        decoder={**byte_level, "use_regex": False},
+        model=model,
+    )
 
 
-def _bpe_json(
+def _bpe(**model: Any) -> Dict[str, Any]:
+    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    return {"type": "BPE", **dict.fromkeys(unset), **model}
+
+
+def _json(
     vocabulary: Vocabulary,
     tokens: List[str],
     normalizer: Any,
     pre_tokenizer: Any,
     decoder: Any,
-    **model: Any,
+    model: Dict[str, Any],
 ) -> Dict[str, Any]:
-    """tokenizer.json with a model of the kind BPE."""
-    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     return {
         "version": "1.0",
         "truncation": None,
@@ -211,7 +260,7 @@ def _bpe_json(
         "pre_tokenizer": pre_tokenizer,
         "post_processor": _post_processor(vocabulary, tokens),
         "decoder": decoder,
-        "model": {"type": "BPE", **dict.fromkeys(unset), **model},
+        "model": model,
     }
 
 
