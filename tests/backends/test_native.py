@@ -379,6 +379,36 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_library_may_be_read_by_all_and_is_compiled_again_if_it_is_broken(tmp_path):
+    """Other users may share the cache. A name without a slash isn't looked for elsewhere."""
+    code = (
+        "import os, sys\n"
+        "from llama.backends.cpu import kernels\n"
+        "os.chdir(sys.argv[0].removesuffix('code.py'))\n"
+        "os.umask(0o022)\n"
+        "kernels.library()"
+    )
+    for _ in range(2):
+        done = in_a_process(tmp_path, code, CXXFLAGS="-O0", LLAMA_CACHE=".")
+        assert done.returncode == 0 and "compiling the CPU kernels" in done.stderr, done.stderr
+        [path] = tmp_path.glob("*.so")
+        assert path.stat().st_mode & 0o777 == 0o755 and path.stat().st_size > 1000
+        path.write_bytes(b"")
+
+
+def test_a_library_that_cant_be_loaded_leaves_the_plain_layers(tmp_path):
+    path, compiler = write_checkpoint(tmp_path / "model", SMALL), tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo > "$last"'
+    )
+    compiler.chmod(0o755)
+    code = f"from llama import Llama; Llama.build({str(path)!r}, max_seq_len=64, device='cpu')"
+    done = in_a_process(tmp_path, code, CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    [note] = [line for line in done.stderr.splitlines() if line.startswith("note: plain layers")]
+    assert "can't be loaded" in note and "LLAMA_CACHE" in note
+
+
 # How it is compiled, and what is multiplied: whole products are the native ones'. `make soak` does
 # what users' processors do.
 OTHERS = "-O3" if THOROUGH else "-O0"
@@ -393,8 +423,7 @@ def test_other_processors_compute_the_same(tmp_path, instructions):
         "import test_adapters, torch\n"
         "from test_native import OTHERS, SIZES, SMALL, check_a_product, difference, ids, kernels\n"
         "from test_native import pair, stepped\n"
-        "source = 'tests/backends/other_processor.cpp'\n"
-        "kernels._compile([*kernels._command(), source], kernels._library(''))\n"
+        "kernels.SOURCE = kernels.Path('tests/backends/other_processor.cpp')\n"
         "kernels.library().add_all_types()\n"
         "kernels.add_types = lambda kinds: None\n"
         "sizes = ((1, 256), (7, 768), (70, 512)) if OTHERS == '-O0' else SIZES\n"

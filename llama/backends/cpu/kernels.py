@@ -16,7 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, List
+from typing import Iterable, List, Sequence
 
 import torch
 
@@ -182,8 +182,9 @@ def _key() -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _library(name: str) -> Path:
-    return cache_dir() / f"kernels-{_key()}{name}.so"
+def _library(kind: str) -> Path:
+    """The file of a block type's products; of all else, if kind is empty."""
+    return cache_dir() / f"kernels-{_key()}{kind and '-' + kind}.so"
 
 
 @lru_cache
@@ -193,11 +194,9 @@ def library() -> ctypes.CDLL:
     Raises:
         ValueError: no compiler, or one that can't compile them; a cache that can't be written to.
     """
-    path = _library("")
-    if not path.exists():
-        print("compiling the CPU kernels (once)", file=sys.stderr, flush=True)
-        _compile([*_command(), str(SOURCE)], path)
-    found = ctypes.CDLL(str(path))
+    if not os.path.exists(_library("")):  # False where one may not look
+        _compile([""])
+    found = _loaded("")
     ptr, f32 = Pointer, ctypes.c_float
     for name, types in {
         "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, ptr, Int, Int],
@@ -226,48 +225,66 @@ def add_types(kinds: Iterable[str] = KINDS) -> None:
     """
     wanted = sorted(set(kinds))
     library()
-    missing = [kind for kind in wanted if not _library(f"-{kind}").exists()]
+    missing = [kind for kind in wanted if not os.path.exists(_library(kind))]
     if missing:
-        what = f"the CPU kernels for {', '.join(missing)} (once)"
-        print(f"compiling {what}", file=sys.stderr, flush=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_compile_type, missing))
+        _compile(missing)
     for kind in wanted:
         _add_type(kind)
 
 
 @lru_cache
 def _add_type(kind: str) -> None:
-    products = ctypes.CDLL(str(_library(f"-{kind}")))
+    products = _loaded(kind)
     products.functions.restype = Pointer
     library().add_type(KINDS.index(kind), products.functions())
 
 
-def _compile_type(kind: str) -> None:
-    _compile([*_command(), f"-DKIND={kind}", str(PRODUCTS)], _library(f"-{kind}"))
+def _loaded(kind: str, again: bool = True) -> ctypes.CDLL:
+    """A compiled library. One that is broken or only another user's is compiled again."""
+    try:  # by the whole path: a name without a slash would be searched for elsewhere
+        return ctypes.CDLL(str(_library(kind).absolute()))
+    except OSError as error:
+        # "failed to map segment": nothing in this directory may be executed.
+        if not again or "failed to map segment" in str(error):
+            raise ValueError(
+                f"compiled kernels can't be loaded ({error}): name another directory in the "
+                "environment variable LLAMA_CACHE, or build with compile=False"
+            ) from None
+    _compile([kind])
+    return _loaded(kind, again=False)
 
 
-def _compile(command: List[str], path: Path) -> None:
-    """Compile to a temporary file and rename it: other processes may be compiling too."""
+def _compile(kinds: Sequence[str]) -> None:
+    """Compile libraries side by side.
+
+    In a temporary directory, from which they are moved when they are whole: other processes may be
+    compiling too. The compiler gives them the permissions of any new file.
+    """
+    place = cache_dir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            what = f" for {', '.join(kinds)}" if any(kinds) else ""
+            print(f"compiling the CPU kernels{what} (once)", file=sys.stderr, flush=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_compile_one, kinds, [Path(folder)] * len(kinds)))
     except OSError as error:
         raise ValueError(
-            f"compiled kernels can't be kept in {path.parent} ({error.strerror}): name another "
+            f"compiled kernels can't be kept in {place} ({error.strerror}): name another "
             "directory in the environment variable LLAMA_CACHE, or build with compile=False"
         ) from None
-    os.close(handle)
-    try:
-        done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(
-                f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "
-                f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
-            )
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+
+
+def _compile_one(kind: str, folder: Path) -> None:
+    command = [*_command(), *([f"-DKIND={kind}", str(PRODUCTS)] if kind else [str(SOURCE)])]
+    partial = folder / _library(kind).name
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode or not partial.exists():
+        raise ValueError(
+            f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "
+            f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
+        )
+    os.replace(partial, _library(kind))
 
 
 def address(tensor: torch.Tensor) -> Pointer:
