@@ -519,6 +519,31 @@ def test_embeddings_of_another_kind_are_refused(dtype, width):
         compiled(torch.zeros(1, 3, width, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_another_dtype_are_the_same_ids(dtype):
+    _, compiled = pair(SHAPES["tied, odd vocabulary"])
+    with torch.inference_mode():
+        assert torch.equal(compiled(ids(2, 9).to(dtype)), compiled(ids(2, 9)))
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16])
+def test_hidden_states_of_another_kind_are_normed_as_by_the_plain_layers(model_dtype, dtype):
+    """Their logits are refused, as there."""
+    eager, compiled = pair(SMALL, dtype=model_dtype)
+    h = torch.randn(2, 3, SMALL.dim).to(dtype)
+    with torch.inference_mode():
+        found, expected = compiled.norm(h), eager.norm(h)
+        assert found.dtype == expected.dtype and difference(found, expected) < 1e-2
+        with pytest.raises(ValueError, match="64 wide, for a layer of"):
+            compiled.logits(h[..., :64])
+        if dtype != model_dtype:
+            with pytest.raises(
+                ValueError, match=f"hidden states of {dtype}, 128 wide, for a layer"
+            ):
+                compiled.logits(h)
+
+
 def test_a_cache_of_another_dtype_is_refused():
     _, compiled = pair(SMALL)
     cache = KVCache(2, 1, 64, 2, 32, dtype=torch.bfloat16, device=torch.device("cpu"))
