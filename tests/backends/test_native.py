@@ -364,6 +364,7 @@ def test_compiled_once(tmp_path):
     [
         ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
         ({"CXX": "false"}, "can't compile"),
+        ({"CXX": "g++-99 -m64"}, "CXX='g++-99 -m64': there is no g++-99"),
         ({"LLAMA_NATIVE": "avx3"}, "LLAMA_NATIVE='avx3': choose one of avx512, avx2, plain"),
         ({"XDG_CACHE_HOME": "/dev/null"}, "can't be kept in /dev/null/llama-reference"),
     ],
@@ -377,6 +378,38 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
     done = in_a_process(tmp_path, code, **environment)
     assert message in done.stdout and "compile=False" in done.stdout, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_full_disk_is_no_fault_of_the_compiler(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2; exit 1"
+    )
+    compiler.chmod(0o755)
+    code = "from llama.backends.cpu import kernels; kernels.library()"
+    done = in_a_process(tmp_path, code, CXX=str(compiler))
+    assert "can't be kept in" in done.stderr and "No space left on device" in done.stderr
+
+
+def test_the_compiler_may_be_a_command_and_has_options_but_for_the_processor(monkeypatch):
+    """Conda sets -march=nocona, which would take this processor's instructions away."""
+    monkeypatch.setenv("CXX", "env g++")
+    monkeypatch.setenv("CXXFLAGS", "-march=nocona -mtune=haswell -O2 -DNAME='a b' -mcpu=x")
+    command = kernels._command.__wrapped__()
+    assert command[:2] == ["env", "g++"] and command[-2:] == ["-O2", "-DNAME=a b"]
+    assert [word for word in command if word.startswith("-m")] == [kernels._instructions()]
+
+
+def test_an_arm_processor_is_known_by_its_features(monkeypatch):
+    """Libraries for one aren't taken on another that shares a home."""
+
+    def processor(part: str, features: str) -> str:
+        text = f"processor : 0\nFeatures : {features}\nCPU implementer : 0x41\nCPU part : {part}\n"
+        monkeypatch.setattr(kernels.Path, "read_text", lambda self: text)
+        return kernels._processor()
+
+    found = {processor("0xd0c", "asimd"), processor("0xd40", "asimd"), processor("0xd40", "sve")}
+    assert len(found) == 3
 
 
 def test_a_library_may_be_read_by_all_and_is_compiled_again_if_it_is_broken(tmp_path):

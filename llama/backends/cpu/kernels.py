@@ -6,9 +6,11 @@ their own, since a model has one to three of the types, and to compile all takes
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -123,10 +125,19 @@ class Adapters(ctypes.Structure):
 ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return name
+def _compiler() -> List[str]:
+    """The command of the compiler: CXX's, which may have arguments, or the first that there is."""
+    own = os.environ.get("CXX", "")
+    if words := shlex.split(own):
+        if not shutil.which(words[0]):
+            raise ValueError(
+                f"CXX={own!r}: there is no {words[0]}: name a C++ compiler that is installed, or "
+                "build with compile=False"
+            )
+        return words
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
     raise ValueError(
         "compile=True needs a C++ compiler on a CPU, and there is none: install g++ or clang++, "
         "name one in the environment variable CXX, or build with compile=False"
@@ -161,22 +172,28 @@ def _processor() -> str:
     """The properties of this processor that compiled code depends on: its name and features."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else platform.processor()
-    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    known = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # x86's, then ARM's
+    lines = [line for line in text.splitlines() if line.startswith(known)]
     return platform.machine() + "".join(sorted(set(lines)))
 
 
 @lru_cache
 def _command() -> List[str]:
-    """The compiler and its options."""
+    """The compiler and its options; CXXFLAGS' last, but for other processors than LLAMA_NATIVE's.
+
+    Conda's -march=nocona, for example, is for programs that are to run anywhere.
+    """
     flags = ["-std=c++17", "-O3", _instructions(), "-fopenmp", "-shared", "-fPIC"]
-    return [_compiler(), *flags, *os.environ.get("CXXFLAGS", "").split()]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    processors = ("-march=", "-mcpu=", "-mtune=")
+    return [*_compiler(), *flags, *(word for word in own if not word.startswith(processors))]
 
 
 @lru_cache
 def _key() -> str:
     """What compiled code depends on."""
     command = _command()
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout
     text = "".join(file.read_text() for file in (SOURCE, PRODUCTS, *HEADERS))
     key = "\n".join([text, version, *command, _processor()])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -279,9 +296,12 @@ def _compile_one(kind: str, folder: Path) -> None:
     command = [*_command(), *([f"-DKIND={kind}", str(PRODUCTS)] if kind else [str(SOURCE)])]
     partial = folder / _library(kind).name
     done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    full = [line for line in done.stderr.splitlines() if "No space left on device" in line]
+    if done.returncode and full:
+        raise OSError(errno.ENOSPC, full[-1])
     if done.returncode or not partial.exists():
         raise ValueError(
-            f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "
+            f"{shlex.join(_compiler())} can't compile {SOURCE}: name another compiler in the environment "
             f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
         )
     os.replace(partial, _library(kind))
