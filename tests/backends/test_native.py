@@ -291,7 +291,7 @@ def test_what_the_kernels_are_not_for_is_said_and_runs(tmp_path, capfd):
     llama = Llama.build(path, max_seq_len=64, device="cpu")
     assert type(llama.model) is Transformer
     [note] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note")]
-    assert "several times slower" in note and "head_dim is 8" in note
+    assert "several times slower" in note and "head_dim is 8" in note and "compile" not in note
 
 
 def test_a_quantized_file_with_broken_scales_is_told(file_of):
@@ -362,7 +362,7 @@ def test_compiled_once(tmp_path):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
+        ({"PATH": "/nowhere", "CXX": ""}, "need a C++ compiler"),
         ({"CXX": "false"}, "can't compile"),
         ({"CXX": "g++-99 -m64"}, "CXX='g++-99 -m64': there is no g++-99"),
         ({"LLAMA_NATIVE": "avx3"}, "LLAMA_NATIVE='avx3': choose one of avx512, avx2, plain"),
@@ -376,8 +376,28 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
         "except ValueError as error: print(error)"
     )
     done = in_a_process(tmp_path, code, **environment)
-    assert message in done.stdout and "compile=False" in done.stdout, done.stderr
+    assert message in done.stdout, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("fails", ["kernels.cpp", "-DKIND=Q4_K"])
+def test_what_cant_be_compiled_leaves_the_plain_layers_before_loading(tmp_path, file_of, fails):
+    """By default; asked for, it is an error with the way out."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *{fails}*) exit 1;; esac\nexec c++ "$@"')
+    compiler.chmod(0o755)
+    code = (
+        "import sys\n"
+        "from llama import Llama\n"
+        f"options = dict(max_seq_len=64, device='cpu')\n"
+        f"Llama.build({str(file_of('Q4_K'))!r}, **options)\n"
+        f"try: Llama.build({str(file_of('Q4_K'))!r}, compile=True, **options)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = in_a_process(tmp_path, code, CXX=str(compiler), CXXFLAGS="-O0")
+    [note] = [line for line in done.stderr.splitlines() if line.startswith("note: plain layers")]
+    assert "can't compile" in note and "compile=" not in note
+    assert done.stdout.startswith("compile=True can't serve here, compile=False can"), done.stderr
 
 
 def test_a_full_disk_is_no_fault_of_the_compiler(tmp_path):
@@ -504,17 +524,21 @@ def test_broken_weights_are_still_told(smollm2):
             llama.generate([prompt], 4, temperature=0, stop_tokens=set())
 
 
+@pytest.mark.parametrize("cache_type", [KVCache, Int8KVCache])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [8, 200])
-def test_one_token_that_is_no_number_spoils_what_sees_it(length):
+def test_one_token_that_is_no_number_spoils_what_sees_it(length, dtype, cache_type):
     """As with the plain layers: its key's score is NaN, and so is all that is summed up with it."""
     weights = random_weights(SMALL)
     weights["tok_embeddings.weight"][500] = float("nan")
     with pytest.warns(UserWarning, match="NaN"):
-        model = checkpoint.load(InMemory(SMALL, weights), Transformer(SMALL, device="meta"))
+        model = Transformer(SMALL, device="meta")
+        checkpoint.load(InMemory(SMALL, weights), model, dtype=dtype)
     tokens = ids(1, length)
     tokens[0, 5] = 500
     with torch.inference_mode():
-        logits = native.swap(model)(tokens)[0]
+        cache = model.new_cache(1, cache_type=cache_type)
+        logits = native.swap(model)(tokens, 0, cache)[0]
     assert logits[5:].isnan().all()
 
 

@@ -131,16 +131,16 @@ def _compiler() -> List[str]:
     if words := shlex.split(own):
         if not shutil.which(words[0]):
             raise ValueError(
-                f"CXX={own!r}: there is no {words[0]}: name a C++ compiler that is installed, or "
-                "build with compile=False"
+                f"CXX={own!r}: there is no {words[0]}: name a C++ compiler that is installed"
             )
         return words
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
     raise ValueError(
-        "compile=True needs a C++ compiler on a CPU, and there is none: install g++ or clang++, "
-        "name one in the environment variable CXX, or build with compile=False"
+        "the CPU kernels need a C++ compiler, and there is none: install GCC 12 or newer, or clang "
+        "with OpenMP (on macOS, Homebrew's llvm and libomp), or name one in the environment "
+        "variable CXX"
     )
 
 
@@ -162,8 +162,8 @@ def _instructions() -> str:
     name = os.environ.get("LLAMA_NATIVE", "")
     if name and name not in INSTRUCTIONS:
         raise ValueError(
-            f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, leave it out for "
-            "this processor's own instructions, or build with compile=False"
+            f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, or leave it out for "
+            "this processor's own instructions"
         )
     return INSTRUCTIONS.get(name) or ("-march=native" if X86 else "-mcpu=native")
 
@@ -265,7 +265,7 @@ def _loaded(kind: str, again: bool = True) -> ctypes.CDLL:
         if not again or "failed to map segment" in str(error):
             raise ValueError(
                 f"compiled kernels can't be loaded ({error}): name another directory in the "
-                "environment variable LLAMA_CACHE, or build with compile=False"
+                "environment variable LLAMA_CACHE"
             ) from None
     _compile([kind])
     return _loaded(kind, again=False)
@@ -288,7 +288,7 @@ def _compile(kinds: Sequence[str]) -> None:
     except OSError as error:
         raise ValueError(
             f"compiled kernels can't be kept in {place} ({error.strerror}): name another "
-            "directory in the environment variable LLAMA_CACHE, or build with compile=False"
+            "directory in the environment variable LLAMA_CACHE"
         ) from None
 
 
@@ -301,8 +301,9 @@ def _compile_one(kind: str, folder: Path) -> None:
         raise OSError(errno.ENOSPC, full[-1])
     if done.returncode or not partial.exists():
         raise ValueError(
-            f"{shlex.join(_compiler())} can't compile {SOURCE}: name another compiler in the environment "
-            f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
+            f"{shlex.join(_compiler())} can't compile {SOURCE}: name GCC 12 or newer, or clang "
+            "with OpenMP (on macOS, Homebrew's llvm and libomp), in the environment variable CXX. "
+            f"It says:\n{done.stderr[-2000:]}"
         )
     os.replace(partial, _library(kind))
 
