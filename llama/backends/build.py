@@ -46,12 +46,19 @@ def assemble(options: ModelOptions) -> Built:
     world = parallel.world_size()
     parallel.check_world(world, args.n_heads)
     kv_cache, offload = options.kv_cache, options.offload
-    compile, obstacle = resolve_compile(options.compile, args, device, dtype)
+    compile, obstacle = resolve_compile(
+        options.compile, args, device, dtype, source, options.quantize
+    )
     if obstacle:
         say(f"note: plain layers, several times slower than the CPU kernels: {obstacle}")
     quantize = resolve_quantize(options.quantize, source, device, compile)
     reserve = options.prefix_cache_mb * 1_000_000
     say(memory.preflight(args, world, dtype, device, quantize, kv_cache, reserve, offload, source))
+    if cut := quantized.cut(source, quantize):
+        say(
+            f"note: {len(cut)} weights, as {cut[0]}, aren't kept as they are stored: their blocks "
+            f"can't be shared out to {world} ranks"
+        )
     if args.max_seq_len > source.args.max_seq_len:
         say(f"note: {options.ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
     if left_out := getattr(source, "left_out", 0):
@@ -140,9 +147,16 @@ def open_tokenizer(
 
 
 def resolve_compile(
-    compile: Optional[bool], args: ModelArgs, device: torch.device, dtype: torch.dtype
+    compile: Optional[bool],
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    source: Checkpoint,
+    quantize: Optional[str],
 ) -> Tuple[bool, Optional[str]]:
     """Whether to compile: as asked, or, by default, where the CPU kernels can serve; and why not.
+
+    The kernels are compiled for the types that the weights will have.
 
     Raises:
         ValueError: compile=True, and they can't.
@@ -154,11 +168,13 @@ def resolve_compile(
         )
     if device.type != "cpu" or compile is False:
         return bool(compile), None
+    kind = resolve_quantize(quantize, source, device, True)
+    types = quantized.types(source, kind, dtype)
     try:
-        cpu.check(args, device, dtype)
+        cpu.check(args, device, dtype, types)
     except ValueError as error:
         if compile:
-            raise
+            raise ValueError(f"compile=True can't serve here, compile=False can: {error}") from None
         return False, str(error)
     return True, None
 
@@ -196,7 +212,8 @@ def prepare(
         ValueError: an unknown quantize, kv_cache or offload, a model that can't be compiled, or one
             that doesn't fit even with offload; and what `checkpoint.load` raises.
     """
-    compiled, _ = resolve_compile(compile, args, device, dtype)  # before loading, which takes long
+    # Before loading, which takes long.
+    compiled, _ = resolve_compile(compile, args, device, dtype, source, quantize)
     quantize = resolve_quantize(quantize, source, device, compiled)
     plan = None
     if offload is not None:
@@ -260,7 +277,7 @@ def prepare_draft(
     args = _draft_args(source, args)
     world = parallel.world_size()
     parallel.check_world(world, args.n_heads)
-    compiled, _ = resolve_compile(compile, args, device, dtype)
+    compiled, _ = resolve_compile(compile, args, device, dtype, source, quantize)
     kind = resolve_quantize(quantize, source, device, compiled)
     memory.preflight(args, world, dtype, device, kind, source=source)
     return prepare(source, args, device=device, dtype=dtype, quantize=quantize, compile=compile)

@@ -55,7 +55,7 @@ def estimate(
     def per_value(name: str) -> float:
         if quantize is None or not is_quantizable(name):
             return dtype.itemsize
-        return bytes_per_value(name, quantize, dtype, source)
+        return bytes_per_value(name, quantize, dtype, source, world)
 
     heads = len(parallel.kv_heads(0, world, args.n_heads, args.n_kv_heads))
     row = args.head_dim * dtype.itemsize if kv_cache is None else args.head_dim + 4  # and a scale

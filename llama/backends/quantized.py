@@ -9,7 +9,7 @@ time. On a CPU, `llama.backends.cpu` computes with the blocks directly.
 """
 
 import warnings
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from llama import checkpoint
 from llama.checkpoint import Checkpoint, ggml
 from llama.checkpoint.mapped import own_memory
 from llama.checkpoint.shapes import chunks
+from llama.checkpoint.source import dtype_name
 from llama.layers import parallel
 from llama.model import Transformer
 
@@ -164,20 +165,54 @@ def has_blocks(source: Checkpoint) -> bool:
 
 
 def bytes_per_value(
-    name: str, kind: str, dtype: torch.dtype, source: Optional[Checkpoint] = None
+    name: str,
+    kind: str,
+    dtype: torch.dtype,
+    source: Optional[Checkpoint] = None,
+    world: int = 1,
 ) -> float:
-    """Of a matrix that is loaded as this kind from a checkpoint, or from one of dense weights.
+    """Of a matrix that ranks load as this kind from a checkpoint, or from one of dense weights.
 
     Raises:
         ValueError: an unknown kind.
     """
-    target, kept = _types(name, kind)
-    stored = source.stored_as(name) if source else None
-    block = stored if stored in kept else target
+    block = _type(name, kind, source, world)
     if block is None:
         return dtype.itemsize
     values, size = ggml.block(block)
     return size / values
+
+
+def types(source: Checkpoint, kind: Optional[str], dtype: torch.dtype) -> Set[str]:
+    """The types, of blocks or dense, that the matrices of layers and of the output will have."""
+    tied, world = source.args.tied_embeddings, parallel.world_size()
+    return {
+        (kind and _type(name, kind, source, world)) or dtype_name(dtype)
+        for name in checkpoint.weight_shapes(source.args)
+        if is_quantizable(name) and (tied or name != "tok_embeddings.weight")
+    }
+
+
+def cut(source: Checkpoint, kind: Optional[str]) -> List[str]:
+    """Weights that are stored as such a model keeps them, but in blocks that several ranks share:
+    they are dense, or quantized anew."""
+    if kind is None or parallel.world_size() == 1:
+        return []
+    return [
+        name
+        for name in filter(is_quantizable, checkpoint.weight_shapes(source.args))
+        if (stored := source.stored_as(name)) in _types(name, kind)[1]
+        and _ranges(source, name, 0, parallel.world_size(), stored) is None
+    ]
+
+
+def _type(name: str, kind: str, source: Optional[Checkpoint], world: int) -> Optional[str]:
+    """The block type of a matrix that ranks load as this kind; None: dense."""
+    target, kept = _types(name, kind)
+    stored = source.stored_as(name) if source else None
+    if source is None or stored is None or stored not in kept:
+        return target
+    return target if _ranges(source, name, 0, world, stored) is None else stored
 
 
 def _types(name: str, kind: str) -> Tuple[Optional[str], Tuple[str, ...]]:
@@ -218,18 +253,28 @@ def read(source: Checkpoint, name: str, kind: str) -> Optional[Blocks]:
     return found
 
 
+def _ranges(
+    source: Checkpoint, name: str, rank: int, world: int, stored: str
+) -> Optional[List[Tuple[int, int]]]:
+    """The rows or columns of a rank's shard; None if its boundaries fall within stored blocks."""
+    args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
+    axis, (values, _) = parallel.shard_axis(name) or 0, ggml.block(stored)
+    ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)
+    width = checkpoint.local_shape(args, name, rank, world)[1]
+    inside = axis == 1 and any(start % values or stop % values for start, stop in ranges)
+    return None if width % values or inside else ranges
+
+
 def _stored_blocks(
     source: Checkpoint, name: str, rank: int, world: int, stored: str
 ) -> Optional[torch.Tensor]:
     """The blocks of this rank's shard in the file; None if its boundaries fall within blocks."""
     args, shape = source.args, checkpoint.weight_shapes(source.args)[name]
     axis, (values, size) = parallel.shard_axis(name) or 0, ggml.block(stored)
-    ranges = parallel.shard_ranges(name, shape[axis], rank, world, args.n_heads, args.n_kv_heads)
-    width = checkpoint.local_shape(args, name, rank, world)[1]
-    if width % values or (
-        axis == 1 and any(start % values or stop % values for start, stop in ranges)
-    ):
+    ranges = _ranges(source, name, rank, world, stored)
+    if ranges is None:
         return None
+    width = checkpoint.local_shape(args, name, rank, world)[1]
     blocks: Any = source  # other formats have none
     if ranges == [(0, shape[axis])]:
         axis, ranges = 0, [(0, shape[0])]

@@ -291,7 +291,7 @@ def test_what_the_kernels_are_not_for_is_said_and_runs(tmp_path, capfd):
     llama = Llama.build(path, max_seq_len=64, device="cpu")
     assert type(llama.model) is Transformer
     [note] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note")]
-    assert "several times slower" in note and "head_dim is 8" in note
+    assert "several times slower" in note and "head_dim is 8" in note and "compile" not in note
 
 
 def test_a_quantized_file_with_broken_scales_is_told(file_of):
@@ -362,8 +362,9 @@ def test_compiled_once(tmp_path):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"PATH": "/nowhere", "CXX": ""}, "needs a C++ compiler"),
+        ({"PATH": "/nowhere", "CXX": ""}, "need a C++ compiler"),
         ({"CXX": "false"}, "can't compile"),
+        ({"CXX": "g++-99 -m64"}, "CXX='g++-99 -m64': there is no g++-99"),
         ({"LLAMA_NATIVE": "avx3"}, "LLAMA_NATIVE='avx3': choose one of avx512, avx2, plain"),
         ({"XDG_CACHE_HOME": "/dev/null"}, "can't be kept in /dev/null/llama-reference"),
     ],
@@ -375,8 +376,90 @@ def test_without_a_compiler_or_a_cache_there_is_a_way_out(tmp_path, environment,
         "except ValueError as error: print(error)"
     )
     done = in_a_process(tmp_path, code, **environment)
-    assert message in done.stdout and "compile=False" in done.stdout, done.stderr
+    assert message in done.stdout, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("fails", ["kernels.cpp", "-DKIND=Q4_K"])
+def test_what_cant_be_compiled_leaves_the_plain_layers_before_loading(tmp_path, file_of, fails):
+    """By default; asked for, it is an error with the way out."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *{fails}*) exit 1;; esac\nexec c++ "$@"')
+    compiler.chmod(0o755)
+    code = (
+        "import sys\n"
+        "from llama import Llama\n"
+        f"options = dict(max_seq_len=64, device='cpu')\n"
+        f"Llama.build({str(file_of('Q4_K'))!r}, **options)\n"
+        f"try: Llama.build({str(file_of('Q4_K'))!r}, compile=True, **options)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = in_a_process(tmp_path, code, CXX=str(compiler), CXXFLAGS="-O0")
+    [note] = [line for line in done.stderr.splitlines() if line.startswith("note: plain layers")]
+    assert "can't compile" in note and "compile=" not in note
+    assert done.stdout.startswith("compile=True can't serve here, compile=False can"), done.stderr
+
+
+def test_a_full_disk_is_no_fault_of_the_compiler(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2; exit 1"
+    )
+    compiler.chmod(0o755)
+    code = "from llama.backends.cpu import kernels; kernels.library()"
+    done = in_a_process(tmp_path, code, CXX=str(compiler))
+    assert "can't be kept in" in done.stderr and "No space left on device" in done.stderr
+
+
+def test_the_compiler_may_be_a_command_and_has_options_but_for_the_processor(monkeypatch):
+    """Conda sets -march=nocona, which would take this processor's instructions away."""
+    monkeypatch.setenv("CXX", "env g++")
+    monkeypatch.setenv("CXXFLAGS", "-march=nocona -mtune=haswell -O2 -DNAME='a b' -mcpu=x")
+    command = kernels._command.__wrapped__()
+    assert command[:2] == ["env", "g++"] and command[-2:] == ["-O2", "-DNAME=a b"]
+    assert [word for word in command if word.startswith("-m")] == [kernels._instructions()]
+
+
+def test_an_arm_processor_is_known_by_its_features(monkeypatch):
+    """Libraries for one aren't taken on another that shares a home."""
+
+    def processor(part: str, features: str) -> str:
+        text = f"processor : 0\nFeatures : {features}\nCPU implementer : 0x41\nCPU part : {part}\n"
+        monkeypatch.setattr(kernels.Path, "read_text", lambda self: text)
+        return kernels._processor()
+
+    found = {processor("0xd0c", "asimd"), processor("0xd40", "asimd"), processor("0xd40", "sve")}
+    assert len(found) == 3
+
+
+def test_a_library_may_be_read_by_all_and_is_compiled_again_if_it_is_broken(tmp_path):
+    """Other users may share the cache. A name without a slash isn't looked for elsewhere."""
+    code = (
+        "import os, sys\n"
+        "from llama.backends.cpu import kernels\n"
+        "os.chdir(sys.argv[0].removesuffix('code.py'))\n"
+        "os.umask(0o022)\n"
+        "kernels.library()"
+    )
+    for _ in range(2):
+        done = in_a_process(tmp_path, code, CXXFLAGS="-O0", LLAMA_CACHE=".")
+        assert done.returncode == 0 and "compiling the CPU kernels" in done.stderr, done.stderr
+        [path] = tmp_path.glob("*.so")
+        assert path.stat().st_mode & 0o777 == 0o755 and path.stat().st_size > 1000
+        path.write_bytes(b"")
+
+
+def test_a_library_that_cant_be_loaded_leaves_the_plain_layers(tmp_path):
+    path, compiler = write_checkpoint(tmp_path / "model", SMALL), tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\nfor last; do :; done\n[ "$last" = --version ] || echo > "$last"'
+    )
+    compiler.chmod(0o755)
+    code = f"from llama import Llama; Llama.build({str(path)!r}, max_seq_len=64, device='cpu')"
+    done = in_a_process(tmp_path, code, CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    [note] = [line for line in done.stderr.splitlines() if line.startswith("note: plain layers")]
+    assert "can't be loaded" in note and "LLAMA_CACHE" in note
 
 
 # How it is compiled, and what is multiplied: whole products are the native ones'. `make soak` does
@@ -393,8 +476,7 @@ def test_other_processors_compute_the_same(tmp_path, instructions):
         "import test_adapters, torch\n"
         "from test_native import OTHERS, SIZES, SMALL, check_a_product, difference, ids, kernels\n"
         "from test_native import pair, stepped\n"
-        "source = 'tests/backends/other_processor.cpp'\n"
-        "kernels._compile([*kernels._command(), source], kernels._library(''))\n"
+        "kernels.SOURCE = kernels.Path('tests/backends/other_processor.cpp')\n"
         "kernels.library().add_all_types()\n"
         "kernels.add_types = lambda kinds: None\n"
         "sizes = ((1, 256), (7, 768), (70, 512)) if OTHERS == '-O0' else SIZES\n"
@@ -442,17 +524,21 @@ def test_broken_weights_are_still_told(smollm2):
             llama.generate([prompt], 4, temperature=0, stop_tokens=set())
 
 
+@pytest.mark.parametrize("cache_type", [KVCache, Int8KVCache])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [8, 200])
-def test_one_token_that_is_no_number_spoils_what_sees_it(length):
+def test_one_token_that_is_no_number_spoils_what_sees_it(length, dtype, cache_type):
     """As with the plain layers: its key's score is NaN, and so is all that is summed up with it."""
     weights = random_weights(SMALL)
     weights["tok_embeddings.weight"][500] = float("nan")
     with pytest.warns(UserWarning, match="NaN"):
-        model = checkpoint.load(InMemory(SMALL, weights), Transformer(SMALL, device="meta"))
+        model = Transformer(SMALL, device="meta")
+        checkpoint.load(InMemory(SMALL, weights), model, dtype=dtype)
     tokens = ids(1, length)
     tokens[0, 5] = 500
     with torch.inference_mode():
-        logits = native.swap(model)(tokens)[0]
+        cache = model.new_cache(1, cache_type=cache_type)
+        logits = native.swap(model)(tokens, 0, cache)[0]
     assert logits[5:].isnan().all()
 
 
@@ -488,6 +574,31 @@ def test_embeddings_of_another_kind_are_refused(dtype, width):
     _, compiled = pair(SMALL)
     with pytest.raises(ValueError, match=f"embeddings of {dtype}, {width} wide, for a model of"):
         compiled(torch.zeros(1, 3, width, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_another_dtype_are_the_same_ids(dtype):
+    _, compiled = pair(SHAPES["tied, odd vocabulary"])
+    with torch.inference_mode():
+        assert torch.equal(compiled(ids(2, 9).to(dtype)), compiled(ids(2, 9)))
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16])
+def test_hidden_states_of_another_kind_are_normed_as_by_the_plain_layers(model_dtype, dtype):
+    """Their logits are refused, as there."""
+    eager, compiled = pair(SMALL, dtype=model_dtype)
+    h = torch.randn(2, 3, SMALL.dim).to(dtype)
+    with torch.inference_mode():
+        found, expected = compiled.norm(h), eager.norm(h)
+        assert found.dtype == expected.dtype and difference(found, expected) < 1e-2
+        with pytest.raises(ValueError, match="64 wide, for a layer of"):
+            compiled.logits(h[..., :64])
+        if dtype != model_dtype:
+            with pytest.raises(
+                ValueError, match=f"hidden states of {dtype}, 128 wide, for a layer"
+            ):
+                compiled.logits(h)
 
 
 def test_a_cache_of_another_dtype_is_refused():

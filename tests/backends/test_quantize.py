@@ -1,5 +1,6 @@
 """Weights in blocks: what a dense model of the rounded weights computes, whoever rounded them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llama import Llama, Transformer, checkpoint
 from llama.backends import memory
 from llama.backends import quantized as quantize
 from llama.backends.quantized import EDGES, QuantizedEmbedding, QuantizedLinear
-from llama.checkpoint import InMemory, convert, ggml, meta, read_shard, weight_shapes
+from llama.checkpoint import InMemory, convert, ggml, local_shape, meta, read_shard, weight_shapes
 from llama.checkpoint.gguf import write as write_gguf
 from llama.families.names import GGUF
 from llama.layers import parallel
@@ -63,6 +64,24 @@ def logits(model, tokens=TOKENS):
 def as_rank(monkeypatch, rank, world):
     monkeypatch.setattr(parallel, "rank", lambda: rank)
     monkeypatch.setattr(parallel, "world_size", lambda: world)
+
+
+def test_blocks_that_ranks_would_share_are_counted_as_they_become(tmp_path, monkeypatch):
+    """Of 256 values each; a rank of two has rows of 384 of them."""
+    args = replace(TINY, dim=512, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=768)
+    path = write_gguf(InMemory(args, random_weights(args)), tmp_path / "m.gguf", "q4_k_m")
+    source, shapes = checkpoint.open(path), weight_shapes(args)
+    as_rank(monkeypatch, 1, 2)
+    for kind in ("stored", "int8"):
+        loaded = 0
+        for name in shapes:
+            found = quantize.read(source, name, kind) if quantize.is_quantizable(name) else None
+            dense = 4 * math.prod(local_shape(args, name, 1, 2))
+            loaded += dense if found is None else found.data.nbytes
+        assert memory.estimate(args, 2, torch.float32, kind, source=source).weights == loaded
+        assert quantize.cut(source, kind) == [name for name in shapes if name.endswith("w2.weight")]
+    as_rank(monkeypatch, 0, 1)
+    assert quantize.cut(source, "stored") == []
 
 
 # --- what is computed ----------------------------------------------------------------------------

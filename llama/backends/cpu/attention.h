@@ -59,12 +59,13 @@ template <class C> struct Cache {
     }
     void set(size_t row, const float *x) {
         if constexpr (std::is_same<C, int8_t>::value) {
-            float most = 0;
-            for (int d = 0; d < head_dim; d++) most = std::max(most, std::fabs(x[d]));
+            float most = 0, broken = 0;  // NaN stays NaN
+            for (int d = 0; d < head_dim; d++)
+                most = std::max(most, std::fabs(x[d])), broken += x[d] * 0.0f;
             float inverse = most > 0 ? 127 / most : 0;
             for (int d = 0; d < head_dim; d++)
                 values[row * head_dim + d] = int8_t(std::nearbyint(x[d] * inverse));
-            scales[row] = most / 127;
+            scales[row] = most / 127 + broken;
         } else {
             for (int d = 0; d < head_dim; d += LANES)
                 store(values + row * head_dim + d, load(x + d));

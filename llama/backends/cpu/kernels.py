@@ -6,9 +6,11 @@ their own, since a model has one to three of the types, and to compile all takes
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, List
+from typing import Iterable, List, Sequence
 
 import torch
 
@@ -123,13 +125,22 @@ class Adapters(ctypes.Structure):
 ATTENTION, FEED_FORWARD, ADD = 1, 2, 4  # parts of a step
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return name
+def _compiler() -> List[str]:
+    """The command of the compiler: CXX's, which may have arguments, or the first that there is."""
+    own = os.environ.get("CXX", "")
+    if words := shlex.split(own):
+        if not shutil.which(words[0]):
+            raise ValueError(
+                f"CXX={own!r}: there is no {words[0]}: name a C++ compiler that is installed"
+            )
+        return words
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
     raise ValueError(
-        "compile=True needs a C++ compiler on a CPU, and there is none: install g++ or clang++, "
-        "name one in the environment variable CXX, or build with compile=False"
+        "the CPU kernels need a C++ compiler, and there is none: install GCC 12 or newer, or clang "
+        "with OpenMP (on macOS, Homebrew's llvm and libomp), or name one in the environment "
+        "variable CXX"
     )
 
 
@@ -151,8 +162,8 @@ def _instructions() -> str:
     name = os.environ.get("LLAMA_NATIVE", "")
     if name and name not in INSTRUCTIONS:
         raise ValueError(
-            f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, leave it out for "
-            "this processor's own instructions, or build with compile=False"
+            f"LLAMA_NATIVE={name!r}: choose one of {', '.join(INSTRUCTIONS)}, or leave it out for "
+            "this processor's own instructions"
         )
     return INSTRUCTIONS.get(name) or ("-march=native" if X86 else "-mcpu=native")
 
@@ -161,29 +172,36 @@ def _processor() -> str:
     """The properties of this processor that compiled code depends on: its name and features."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else platform.processor()
-    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    known = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # x86's, then ARM's
+    lines = [line for line in text.splitlines() if line.startswith(known)]
     return platform.machine() + "".join(sorted(set(lines)))
 
 
 @lru_cache
 def _command() -> List[str]:
-    """The compiler and its options."""
+    """The compiler and its options; CXXFLAGS' last, but for other processors than LLAMA_NATIVE's.
+
+    Conda's -march=nocona, for example, is for programs that are to run anywhere.
+    """
     flags = ["-std=c++17", "-O3", _instructions(), "-fopenmp", "-shared", "-fPIC"]
-    return [_compiler(), *flags, *os.environ.get("CXXFLAGS", "").split()]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    processors = ("-march=", "-mcpu=", "-mtune=")
+    return [*_compiler(), *flags, *(word for word in own if not word.startswith(processors))]
 
 
 @lru_cache
 def _key() -> str:
     """What compiled code depends on."""
     command = _command()
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout
     text = "".join(file.read_text() for file in (SOURCE, PRODUCTS, *HEADERS))
     key = "\n".join([text, version, *command, _processor()])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _library(name: str) -> Path:
-    return cache_dir() / f"kernels-{_key()}{name}.so"
+def _library(kind: str) -> Path:
+    """The file of a block type's products; of all else, if kind is empty."""
+    return cache_dir() / f"kernels-{_key()}{kind and '-' + kind}.so"
 
 
 @lru_cache
@@ -193,11 +211,9 @@ def library() -> ctypes.CDLL:
     Raises:
         ValueError: no compiler, or one that can't compile them; a cache that can't be written to.
     """
-    path = _library("")
-    if not path.exists():
-        print("compiling the CPU kernels (once)", file=sys.stderr, flush=True)
-        _compile([*_command(), str(SOURCE)], path)
-    found = ctypes.CDLL(str(path))
+    if not os.path.exists(_library("")):  # False where one may not look
+        _compile([""])
+    found = _loaded("")
     ptr, f32 = Pointer, ctypes.c_float
     for name, types in {
         "step": [Int, ptr, ptr, Int, Int, ptr, ptr, ptr, ptr, Int, Int],
@@ -226,48 +242,70 @@ def add_types(kinds: Iterable[str] = KINDS) -> None:
     """
     wanted = sorted(set(kinds))
     library()
-    missing = [kind for kind in wanted if not _library(f"-{kind}").exists()]
+    missing = [kind for kind in wanted if not os.path.exists(_library(kind))]
     if missing:
-        what = f"the CPU kernels for {', '.join(missing)} (once)"
-        print(f"compiling {what}", file=sys.stderr, flush=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_compile_type, missing))
+        _compile(missing)
     for kind in wanted:
         _add_type(kind)
 
 
 @lru_cache
 def _add_type(kind: str) -> None:
-    products = ctypes.CDLL(str(_library(f"-{kind}")))
+    products = _loaded(kind)
     products.functions.restype = Pointer
     library().add_type(KINDS.index(kind), products.functions())
 
 
-def _compile_type(kind: str) -> None:
-    _compile([*_command(), f"-DKIND={kind}", str(PRODUCTS)], _library(f"-{kind}"))
+def _loaded(kind: str, again: bool = True) -> ctypes.CDLL:
+    """A compiled library. One that is broken or only another user's is compiled again."""
+    try:  # by the whole path: a name without a slash would be searched for elsewhere
+        return ctypes.CDLL(str(_library(kind).absolute()))
+    except OSError as error:
+        # "failed to map segment": nothing in this directory may be executed.
+        if not again or "failed to map segment" in str(error):
+            raise ValueError(
+                f"compiled kernels can't be loaded ({error}): name another directory in the "
+                "environment variable LLAMA_CACHE"
+            ) from None
+    _compile([kind])
+    return _loaded(kind, again=False)
 
 
-def _compile(command: List[str], path: Path) -> None:
-    """Compile to a temporary file and rename it: other processes may be compiling too."""
+def _compile(kinds: Sequence[str]) -> None:
+    """Compile libraries side by side.
+
+    In a temporary directory, from which they are moved when they are whole: other processes may be
+    compiling too. The compiler gives them the permissions of any new file.
+    """
+    place = cache_dir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            what = f" for {', '.join(kinds)}" if any(kinds) else ""
+            print(f"compiling the CPU kernels{what} (once)", file=sys.stderr, flush=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_compile_one, kinds, [Path(folder)] * len(kinds)))
     except OSError as error:
         raise ValueError(
-            f"compiled kernels can't be kept in {path.parent} ({error.strerror}): name another "
-            "directory in the environment variable LLAMA_CACHE, or build with compile=False"
+            f"compiled kernels can't be kept in {place} ({error.strerror}): name another "
+            "directory in the environment variable LLAMA_CACHE"
         ) from None
-    os.close(handle)
-    try:
-        done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(
-                f"{command[0]} can't compile {SOURCE}: name another compiler in the environment "
-                f"variable CXX, or build with compile=False. It says:\n{done.stderr[-2000:]}"
-            )
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+
+
+def _compile_one(kind: str, folder: Path) -> None:
+    command = [*_command(), *([f"-DKIND={kind}", str(PRODUCTS)] if kind else [str(SOURCE)])]
+    partial = folder / _library(kind).name
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    full = [line for line in done.stderr.splitlines() if "No space left on device" in line]
+    if done.returncode and full:
+        raise OSError(errno.ENOSPC, full[-1])
+    if done.returncode or not partial.exists():
+        raise ValueError(
+            f"{shlex.join(_compiler())} can't compile {SOURCE}: name GCC 12 or newer, or clang "
+            "with OpenMP (on macOS, Homebrew's llvm and libomp), in the environment variable CXX. "
+            f"It says:\n{done.stderr[-2000:]}"
+        )
+    os.replace(partial, _library(kind))
 
 
 def address(tensor: torch.Tensor) -> Pointer:

@@ -28,7 +28,7 @@ from llama.families.variants import VariantArgs, VariantTransformer
 from llama.layers import parallel
 from llama.layers.cache import Int8KVCache
 from llama.layers.paged import PagedRows
-from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock
+from llama.model import ModelArgs, RMSNorm, Step, Transformer, TransformerBlock, rms_norm
 
 TOKENS = 512  # computed together, which bounds the memory of activations
 CHUNK = 512  # as in attention.h
@@ -142,6 +142,8 @@ class NativeNorm(nn.Module):
         self.eps, self.weight = norm.eps, norm.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype or x.shape[-1] != len(self.weight):
+            return rms_norm(x, self.weight, self.eps)
         x, dim = x.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
         kernels.library().norm(
@@ -163,6 +165,11 @@ class NativeOutput(nn.Module):
         return out if parallel.world_size() == 1 else gather_from_model_parallel_region(out)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self._work.dtype or x.shape[-1] != self._weight.cols:
+            raise ValueError(
+                f"hidden states of {x.dtype}, {x.shape[-1]} wide, for a layer of "
+                f"{self._work.dtype}, {self._weight.cols} wide: convert them"
+            )
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self._weight.rows)
         flat, into = x.view(-1, x.shape[-1]), out.view(-1, self._weight.rows)

@@ -1,7 +1,7 @@
 """What the layers of each family of networks are to the CPU kernels."""
 
 from ctypes import addressof
-from typing import Any, List, Optional
+from typing import Any, Iterable, List, Optional
 
 import torch
 from fairscale.nn.model_parallel.layers import RowParallelLinear
@@ -20,14 +20,19 @@ WIDTH = 32  # the kernels take widths that are multiples of this
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
 
 
-def check(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+def check(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, types: Iterable[str] = ()
+) -> None:
     """Check, before a model is loaded, that `swap` supports it, and compile the kernels.
+
+    Args:
+        types: of its weights, as in kernels.KINDS.
 
     Raises:
         ValueError: what `check_shape` raises; no compiler.
     """
     check_shape(args, device, dtype, parallel.world_size())
-    kernels.library()
+    kernels.add_types(types)
 
 
 def check_shape(args: ModelArgs, device: torch.device, dtype: torch.dtype, world: int) -> None:
@@ -37,14 +42,14 @@ def check_shape(args: ModelArgs, device: torch.device, dtype: torch.dtype, world
         ValueError: an unsupported device, dtype or shape.
     """
     if type(args) not in (ModelArgs, VisionArgs, Llama4Args, VariantArgs):
-        raise ValueError(f"compile=True supports Llama's own network, not {type(args).__name__}'s")
+        raise ValueError(f"the CPU kernels don't know the network of {type(args).__name__}")
     for what, value, known in (
         ("device", device.type, ("cpu",)),
         ("dtype", dtype, DTYPES),
     ):
         if value not in known:
             choices = " or ".join(map(str, known))
-            raise ValueError(f"compile=True supports {what} {choices}, not {value}")
+            raise ValueError(f"the CPU kernels take {what} {choices}, not {value}")
     widths = {
         "dim": args.dim,
         "head_dim": args.head_dim,
@@ -55,18 +60,16 @@ def check_shape(args: ModelArgs, device: torch.device, dtype: torch.dtype, world
         widths["expert_dim of a rank"] = parallel.padded(args.expert_dim, world) // world
     for name, width in widths.items():
         if width % WIDTH:
+            way = ": another number of ranks may do" if world > 1 and "rank" in name else ""
             raise ValueError(
-                f"compile=True takes widths that are multiples of {WIDTH}, and {name} is {width}: "
-                "build with compile=False, or on another number of ranks"
+                f"the CPU kernels take widths that are multiples of {WIDTH}, and {name} is "
+                f"{width}{way}"
             )
     sizes = {"head_dim": (args.head_dim, MAX_HEAD)}
     sizes["n_heads / n_kv_heads"] = (args.n_heads // args.n_kv_heads, MAX_GROUP)
     for name, (size, most) in sizes.items():
         if size > most:
-            raise ValueError(
-                f"compile=True takes a {name} of at most {most}, and this is {size}: "
-                "build with compile=False"
-            )
+            raise ValueError(f"the CPU kernels take a {name} of at most {most}, and this is {size}")
 
 
 def linears_of(block: TransformerBlock) -> List[nn.Module]:

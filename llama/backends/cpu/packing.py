@@ -41,7 +41,7 @@ class Packed:
 
     def take_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows (...,) of the weight, dequantized: (..., cols)."""
-        ids = ids.contiguous()
+        ids = ids.to(torch.int64).contiguous()  # as the kernels read them
         out = torch.empty(*ids.shape, self.cols, dtype=dtype)
         kernels.library().rows(
             dtype == torch.bfloat16, byref(self.struct), address(ids), ids.numel(), address(out),

@@ -18,7 +18,7 @@ class Workspace:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._buffers: Dict[str, torch.Tensor] = {}
         self.lock = threading.Lock()  # threads may share a model, but not the buffers
 
@@ -35,7 +35,7 @@ class Workspace:
         """Buffers for the inputs of products with weights of these block types, as the kernels take
         them, and their tensors: who keeps the first keeps these, too, since a later call may
         replace a buffer by a larger one. floats: as fp32, too."""
-        pairs = self._dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
+        pairs = self.dtype == torch.bfloat16 and bool(kernels.library().multiplies_bf16())
         dense = kinds & FLOATS
         height = kernels.library().group_height(tokens)
         n, found = -(-tokens // height) * height * cols, kernels.Inputs(cols=cols, height=height)
