@@ -177,7 +177,8 @@ def preflight(
         + (f" on each of {world} ranks" if world > 1 else "")
         + f"; {size(have)} available on {device}"
     )
-    if (need.total + prefix_cache) * sharers(device) <= have:
+    around = prefix_cache + (working(args, world, dtype) if device.type != "cpu" else 0)
+    if (need.total + around) * sharers(device) <= have:
         return line
     if offload is None:
         raise ValueError(

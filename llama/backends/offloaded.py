@@ -80,7 +80,9 @@ def plan(
     need = memory.estimate(args, world, dtype, quantize, kv_cache, source)
     have = memory.available(device)
     have //= memory.sharers(device)
-    if need.total + reserve <= have:
+    # A CPU's is known less precisely, and has room beside it.
+    of_a_pass = memory.working(args, world, dtype) if device.type != "cpu" else 0
+    if need.total + reserve + of_a_pass <= have:
         return None
     if quantize == "stored":  # they are dequantized as they are streamed
         quantize, need = None, memory.estimate(args, world, dtype, None, kv_cache)
