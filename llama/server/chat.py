@@ -127,7 +127,7 @@ async def start(
     except RecursionError:
         raise invalid("tools: a schema is nested too deeply", "tools") from None
     more |= {"response_format": form} if form else {}
-    ids, images = await encode(service.llama, body, tools or None, truncate)
+    ids, images = await encode(service, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     running = await service.submit(request, [ids], body, most, images, **more)
     return ChatAnswer(service, running, body)
