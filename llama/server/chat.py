@@ -68,7 +68,9 @@ class ChatAnswer:
     def _read(self, choice: int, event: Event) -> List[Delta]:
         if not self._tools:
             return [Delta(event.text)] if event.text else []
-        stream = self._streams.setdefault(choice, ToolCallStream(self._tools))
+        if choice not in self._streams:  # clients know only the tools that they declare
+            self._streams[choice] = ToolCallStream(self._tools, builtins=())
+        stream = self._streams[choice]
         deltas = stream.feed(event.text)
         if event.finish_reason is not None:
             deltas += stream.finish()

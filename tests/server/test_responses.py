@@ -19,7 +19,8 @@ from llama import Llama
 from llama.engine.predictions import Event
 from llama.layers.paged import PAGE
 from llama.server.app import make_app
-from llama.server.chat import Piece
+from llama.server.bodies import Chat, FunctionTool
+from llama.server.chat import ChatAnswer, Piece
 from llama.server.items import Output
 from llama.server.responses import KEPT, Store, Stored
 from llama.server.service import Service, limits
@@ -420,6 +421,27 @@ def test_truncation_is_to_what_the_cache_holds(llama):
             assert "max_gen_len" not in error["message"]
 
     serving(llama, test, engine={"cache_tokens": 256})
+
+
+@pytest.mark.parametrize("name, calls", [("weather", 0), ("brave_search", 1)])
+def test_only_declared_tools_are_called(name, calls):
+    """Clients know no others; a model may have been trained on some."""
+
+    async def events():
+        for text, reason in (('brave_search.call(query="a")', None), ("", "stop")):
+            yield 0, Event(0, 0, None, text, finish_reason=reason)
+
+    service = SimpleNamespace(llama=SimpleNamespace(tokenizer=None))
+    running = SimpleNamespace(answers=[None], each=1, events=events)
+    tool = FunctionTool({"name": name})
+    answer = ChatAnswer(service, running, Chat(messages=[], tools=[tool]))
+
+    async def run():
+        return [piece async for piece in answer.pieces()]
+
+    deltas = [delta for piece in asyncio.run(run()) for delta in piece.deltas]
+    assert len({delta.index for delta in deltas} - {None}) == calls
+    assert any(delta.text for delta in deltas) == (not calls)
 
 
 def test_half_of_a_surrogate_pair_becomes_a_replacement_character(llama):
