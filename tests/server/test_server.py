@@ -292,6 +292,49 @@ def test_a_call_that_was_cut_off_can_be_answered(server):
     assert server.client.post("/v1/responses", json=second).status_code == 200
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_tools_beside_a_format(server, strict):
+    """A call, or an answer of the format, as the model decides; or the call that must be."""
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer", "maximum": 99}},
+              "required": ["degrees"], "additionalProperties": False}  # fmt: skip
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": strict}}
+    format_ = {"name": "r", "strict": True, "schema": schema}
+    asked = {"role": "user", "content": "How is the weather in Paris?"}
+
+    def ask(messages, **more):
+        body = {"messages": messages, "tools": [tool], "max_tokens": 60, "temperature": 0, **more,
+                "response_format": {"type": "json_schema", "json_schema": format_}}  # fmt: skip
+        [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+        return choice["message"]
+
+    for more in ({}, {"tool_choice": "required"}):
+        message = ask([asked], **more)
+        [call] = message["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert not (strict or more) or set(arguments) == {"city"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": '{"degrees": 20}'}
+    told = ask([asked, message, result], tool_choice="none")
+    assert set(json.loads(told["content"])) == {"degrees"}
+    for choice, likely in (("auto", "degrees"), ("auto", "name"), ("required", "degrees")):
+        body = {"tool_choice": choice, "logit_bias": {}}
+        for token in server.client.post("/tokenize", json={"prompt": likely}).json()["tokens"]:
+            body["logit_bias"][str(token)] = 20
+        message = ask([asked], **body)
+        assert ("tool_calls" in message) == (choice == "required" or likely == "name"), message
+    own = {"type": "function", "name": "get_weather", **{
+        k: v for k, v in tool["function"].items() if k != "name"}}  # fmt: skip
+    body = {"input": [asked], "tools": [own], "max_output_tokens": 60, "temperature": 0,
+            "text": {"format": {"type": "json_schema", **format_}}}  # fmt: skip
+    [item] = server.client.post("/v1/responses", json=body).json()["output"]
+    assert item["type"] == "function_call"
+    for name in ("guided_regex", "guided_grammar"):
+        body = {"messages": [asked], "tools": [tool], name: "start: /a/"}
+        error = server.client.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == name and "tool_choice" in error["message"]
+        body["tool_choice"] = "required"
+        assert server.client.post("/v1/chat/completions", json=body).status_code == 200
+
+
 def test_a_stop_text_within_a_call_ends_no_call(server):
     body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "stop": ["ity"]}
     [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
@@ -510,8 +553,12 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
             400, "messages[0].content", "image_url",
         ),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "none"),
-        (CHAT, {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required",
-                "guided_choice": ["a"]}, 400, "tool_choice", "guided_choice"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER], "guided_choice": ["a"]}, 400,
+         "guided_choice", "tool_choice"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER], "guided_json": {"if": {}}}, 400,
+         "guided_json", "'if'"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER],
+                "guided_json": deep(400)["function"]["parameters"]}, 400, "guided_json", "nested"),
         (CHAT, {"messages": HELLO, "tools": [deep(400)], "tool_choice": "required"}, 400, "tools",
          "nested"),
         (CHAT, {"messages": HELLO, "guided_regex": "(["}, 400, "guided_regex", ""),
