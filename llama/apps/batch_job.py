@@ -74,7 +74,8 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
             _answer(job, lines, opened[0], cluster)
         else:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends first, and then this one
-            follow(load(job.build, job.settings).engine(**limits(job.settings)))
+            llama = load(job.build, job.settings)
+            follow(llama.engine(**limits(llama, job.settings)))
         for results in opened:
             _write(job, lines, results)
     finally:

@@ -8,11 +8,16 @@ from llama.apps.options import flat
 from llama.backends.options import ModelOptions
 from llama.server.settings import Replicas, Settings
 
+BATCH = (
+    "contexts of max_seq_len tokens that the cache holds, unless cache_tokens says otherwise; four "
+    "times as many answers are computed at once."
+)
+
 
 @flat("Model", hidden=("prefix_cache_mb",))  # the engine caches all prefixes
 class ServedModel(ModelOptions):
     ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct"
-    max_batch_size: Annotated[int, Parameter(alias="--batch_size")] = 16
+    max_batch_size: Annotated[int, Parameter(alias="--batch_size", help=BATCH)] = 16
 
 
 @flat("Server")

@@ -91,7 +91,7 @@ class GrammarCompiler:
         if key not in self._compiled:
             kind = str(format_.get("type"))
             check_size(key, partial(_refuse, kind))
-            _check(format_)
+            check_format(format_)
             grammar = _grammar(self.library, format_)
             check_cost(key, grammar, partial(_refuse, kind))
             matcher = self.library(self.trie, grammar, log_level=0)
@@ -245,8 +245,9 @@ class _Vocabulary:
         return ids[before:]
 
 
-def _check(format_: Dict[str, Any]) -> None:
-    """Check a response format, except its schema or grammar; OpenAI's spelling becomes ours."""
+def check_format(format_: Dict[str, Any]) -> None:
+    """Check a response format, except its schema or grammar; OpenAI's spelling becomes ours, in
+    place."""
     kind = format_.get("type")
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"response_format has the type {kind!r}: it is one of {', '.join(_KEYS)}")

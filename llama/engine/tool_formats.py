@@ -4,7 +4,7 @@ import json
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from llama.engine.json_schema import LISTS, plain_schema
-from llama.engine.structured import JSON_STYLE, ResponseFormat
+from llama.engine.structured import JSON_STYLE, ResponseFormat, check_format
 from llama.text.tools import Tool, plain_json, split_tools
 
 
@@ -112,6 +112,47 @@ TAGS: /(?s:.)*({_TAGS})(?s:.)*/
 ANY: /(?s:.)*/
 """
     return {"type": "grammar", "grammar": "\n".join([grammar, *rules])}
+
+
+def call_or_format(schemas: Sequence[Dict[str, Any]], form: ResponseFormat) -> ResponseFormat:
+    """The format of one or several calls, or else of an answer in JSON.
+
+    Calls are as in `strict_format`, but have no text around them. Of those without tags, what is
+    an answer of that format too needn't fit a strict tool's schema.
+
+    Args:
+        form: a response format of type json_schema or json_object.
+
+    Raises:
+        ValueError: one of another type, or what is wrong with it.
+    """
+    plain = plain_json(dict(form), "response_format")
+    check_format(plain)
+    where = f"response_format {plain['type']}"
+    if plain["type"] not in ("json_schema", "json_object"):
+        raise ValueError(
+            f"{where}: no call of a tool would fit it; choose tool_choice 'required' or 'none', or "
+            "a JSON schema"
+        )
+    answer = plain_schema(plain.get("schema", {"type": "object"}), where, "#/$defs/answer")
+    anything = {"type": "object", "additionalProperties": True}
+    given = [
+        schema if schema["function"].get("strict") is True
+        else {"function": {"name": schema["function"]["name"], "parameters": anything}}
+        for schema in schemas
+    ]  # fmt: skip
+    whole = {**tool_call_format(given, parallel=True)["schema"], "x-guidance": JSON_STYLE}
+    whole["$defs"]["answer"] = answer
+    whole["anyOf"].append({"$ref": "#/$defs/answer"})
+    rules, tagged = [f"answer: %json {json.dumps(whole)}"], []
+    for i, tool in enumerate(schema["function"] for schema in given):
+        taken = {**plain_schema(_parameters(tool), tool["name"]), "x-guidance": JSON_STYLE}
+        rules.append(f"arguments_{i}: %json {json.dumps(taken)}")
+        name = json.dumps(tool["name"], ensure_ascii=False)
+        head = json.dumps(f'<tool_call>\n{{"name": {name}, "arguments": ')
+        tagged.append(f'{head} arguments_{i} "}}\\n</tool_call>"')
+    rules += ['start: answer | tagged ("\\n" tagged)*', f"tagged: {' | '.join(tagged)}"]
+    return {"type": "grammar", "grammar": "\n".join(rules)}
 
 
 def _parameters(tool: Dict[str, Any]) -> Dict[str, Any]:

@@ -39,7 +39,7 @@ class Replica:
         self, options: Mapping[str, Any], settings: Settings, keys: List[str]
     ):
         llama = await asyncio.to_thread(load, options, settings)
-        self._engine = llama.async_engine(**limits(settings))
+        self._engine = llama.async_engine(**limits(llama, settings))
         await self._engine.__aenter__()  # to the end of the process
         name = settings.served_name or model_name(str(options["ckpt_dir"]))
         self._name = ray.serve.get_replica_context().replica_id.unique_id

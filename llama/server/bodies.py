@@ -3,7 +3,19 @@
 import asyncio
 import json
 import re
-from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Type, TypeVar, Union
+from typing import (
+    Annotated,
+    Any,
+    Dict,
+    List,
+    Literal,
+    Mapping,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -67,9 +79,16 @@ class Generation(Body, kw_only=True):
     cache_prompt: Optional[bool] = None
     priority: Optional[int] = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_completion_tokens", "seed", "top_k"):
+            if getattr(self, name, None) == -1:  # as other servers spell what isn't given
+                setattr(self, name, None)
+
 
 class Completion(Generation, kw_only=True):
     prompt: Optional[Inputs] = None
+    add_special_tokens: bool = True
+    parse_special: bool = False
     echo: Optional[bool] = None
     logprobs: Optional[int] = None
     suffix: Optional[Literal[""]] = None
@@ -166,7 +185,11 @@ class Tokenize(Body, kw_only=True):
     content: Optional[str] = None
     messages: Optional[List[ChatMessage]] = None
     tools: Optional[List[FunctionTool]] = None
+    add_generation_prompt: Optional[bool] = None
+    continue_final_message: Optional[bool] = None
+    chat_template_kwargs: Optional[Dict[str, Any]] = None
     add_special_tokens: bool = True
+    parse_special: bool = False
     with_pieces: bool = False
 
 
@@ -177,6 +200,18 @@ class Detokenize(Body, kw_only=True):
 # What msgspec says of an unknown key, and the steps of the path that it names.
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)` - at `\$\.([^`]*)`")
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+# Escapes in JSON: a half of a surrogate pair, and whatever else (1), pairs included.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_PAIR = r"\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
+_ESCAPE = re.compile(rf"({_PAIR}|\\(?!u[dD][89a-fA-F]).)|\\u[dD][89a-fA-F][\da-fA-F]{{2}}")
+# The objects within a body that aren't a client's own, as schemas and arguments are.
+_OBJECTS: Mapping[str, Any] = {
+    "messages": {"content": {}, "tool_calls": {"function": {}}},
+    "input": {"content": {}, "output": {}},
+    "tools": {"function": {}},
+    "stream_options": {},
+    "text": {},
+}
 MOST_IGNORED = 1000
 
 B = TypeVar("B", bound=Body)
@@ -202,9 +237,13 @@ async def read(request: Request, kind: Type[B], lenient: bool) -> Tuple[B, List[
 
 
 def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
-    """JSON to a body. NaN, keys that occur twice and unknown parameters are errors."""
+    """JSON to a body. NaN, keys that occur twice and unknown parameters are errors; half of a
+    surrogate pair becomes U+FFFD."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_refuse)
+        text = data.decode()
+        if _SURROGATE.search(text):
+            text = _ESCAPE.sub(lambda found: found[1] or r"\ufffd", text)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
     except RecursionError:
         raise invalid("the body isn't valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -212,9 +251,6 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object")
     value = _given(value)
-    for name in ("messages", "input"):
-        if isinstance(value.get(name), list):
-            value[name] = [_given(one) if isinstance(one, dict) else one for one in value[name]]
     known = {one.encode_name for one in msgspec.structs.fields(kind)}
     ignored = [name for name in value if name not in known]
     if ignored and not lenient:
@@ -267,9 +303,19 @@ def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
         raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
 
 
-def _given(value: Dict[str, Any]) -> Dict[str, Any]:
-    """Without what is null: clients write so what they don't give, known or not."""
-    return {name: one for name, one in value.items() if one is not None}
+def _given(value: Dict[str, Any], within: Mapping[str, Any] = _OBJECTS) -> Dict[str, Any]:
+    """Without what is null: clients write so what they don't give, known or not.
+
+    Args:
+        within: the names of objects, or of lists of them, for which the same holds.
+    """
+
+    def plain(name: str, one: Any) -> Any:
+        if name in within and isinstance(one, list):
+            return [_given(x, within[name]) if isinstance(x, dict) else x for x in one]
+        return _given(one, within[name]) if name in within and isinstance(one, dict) else one
+
+    return {name: plain(name, one) for name, one in value.items() if one is not None}
 
 
 def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

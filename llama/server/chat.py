@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.engine.predictions import Event
-from llama.engine.tool_formats import strict_format, tool_call_format
+from llama.engine.tool_formats import call_or_format, strict_format, tool_call_format
 from llama.server.bodies import AllowedTools, Chat, NamedTool
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
@@ -68,7 +68,9 @@ class ChatAnswer:
     def _read(self, choice: int, event: Event) -> List[Delta]:
         if not self._tools:
             return [Delta(event.text)] if event.text else []
-        stream = self._streams.setdefault(choice, ToolCallStream(self._tools))
+        if choice not in self._streams:  # clients know only the tools that they declare
+            self._streams[choice] = ToolCallStream(self._tools, builtins=())
+        stream = self._streams[choice]
         deltas = stream.feed(event.text)
         if event.finish_reason is not None:
             deltas += stream.finish()
@@ -115,29 +117,32 @@ async def start(
     more: Dict[str, Any] = {"logprobs": bool(body.logprobs), "top_logprobs": top}
     choice: Any = body.tool_choice or "auto"
     choice = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+    given, form = constraint(body), None
     try:
-        if choice == "auto" and constraint(body) is None:
-            form = strict_format(tools)
-        elif choice not in ("auto", "none"):
-            form = tool_call_format(_wanted(body, tools, choice), body.parallel_tool_calls is True)
+        if choice not in ("auto", "none"):
+            form = tool_call_format(_wanted(tools, choice), body.parallel_tool_calls is True)
+        elif given is not None:
+            form = call_or_format(tools, given) if tools else given
         else:
-            form = None
+            form = strict_format(tools)
     except ValueError as error:
-        raise invalid(str(error), "tools") from None
+        text, name = str(error), "tools"
+        if text.startswith("response_format"):
+            name = constraint_name(body)
+            text = text.replace("response_format", name, 1)
+        raise invalid(text, name) from None
     except RecursionError:
-        raise invalid("tools: a schema is nested too deeply", "tools") from None
+        name = "tools" if given is None else constraint_name(body)
+        raise invalid(f"{name}: a schema is nested too deeply", name) from None
     more |= {"response_format": form} if form else {}
-    ids, images = await encode(service.llama, body, tools or None, truncate)
+    ids, images = await encode(service, body, tools or None, truncate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     running = await service.submit(request, [ids], body, most, images, **more)
     return ChatAnswer(service, running, body)
 
 
-def _wanted(body: Chat, tools: List[Dict[str, Any]], choice: Any) -> List[Dict[str, Any]]:
+def _wanted(tools: List[Dict[str, Any]], choice: Any) -> List[Dict[str, Any]]:
     """The tools of which one must be called."""
-    if constraint(body) is not None:
-        given = constraint_name(body)
-        raise invalid(f"tool_choice and {given}: choose one", "tool_choice")
     name = choice.function.name if isinstance(choice, NamedTool) else None
     wanted = [tool for tool in tools if name in (None, tool["function"]["name"])]
     if not wanted:

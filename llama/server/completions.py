@@ -30,7 +30,8 @@ async def completions(request: Request) -> Response:
     if body.prompt is None:
         raise invalid("prompt is missing", "prompt")
     tokenizer = service.llama.tokenizer
-    prompts = await token_ids(tokenizer, body.prompt, "prompt")
+    bos = tokenizer.add_bos and body.add_special_tokens
+    prompts = await token_ids(tokenizer, body.prompt, "prompt", bos, body.parse_special)
     most = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     running = await service.submit(
         request, prompts, body, most, logprobs=body.logprobs is not None, top_logprobs=top,
@@ -46,8 +47,13 @@ async def completions(request: Request) -> Response:
     return EventStream(events, service.settings.timeout, headers=headers, close=running.end)
 
 
-async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[List[int]]:
+async def token_ids(
+    tokenizer: Tokenizer, inputs: Inputs, name: str, bos: bool, special: bool = False
+) -> List[List[int]]:
     """Texts or token ids, one or several, as token ids.
+
+    Args:
+        special: the names of control tokens in texts are these tokens.
 
     Raises:
         ApiError: none, too many, an empty one, or ids outside of the vocabulary.
@@ -61,10 +67,7 @@ async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[Lis
         raise invalid(f"{name}: give 1 to {MOST_PROMPTS} at once, not {len(several)}", name)
 
     def run() -> List[List[int]]:
-        return [
-            tokenizer.encode(one, bos=tokenizer.add_bos, eos=False) if isinstance(one, str) else one
-            for one in several
-        ]
+        return [text_ids(tokenizer, x, bos, special) if isinstance(x, str) else x for x in several]
 
     found = await asyncio.to_thread(run)
     for ids in found:
@@ -76,6 +79,13 @@ async def token_ids(tokenizer: Tokenizer, inputs: Inputs, name: str) -> List[Lis
                 f"{name}: token id {wrong}; this vocabulary has 0 to {tokenizer.n_words - 1}", name
             )
     return found
+
+
+def text_ids(tokenizer: Tokenizer, text: str, bos: bool, special: bool) -> List[int]:
+    """A text's ids. The names of control tokens in it are text, unless they are asked for: it may
+    hold what strangers wrote."""
+    allowed: Any = "all" if special else frozenset()
+    return tokenizer.encode(text, bos=bos, eos=False, allowed_special=allowed)
 
 
 async def _collected(

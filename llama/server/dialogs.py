@@ -5,11 +5,11 @@ import json
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from llama.engine.seeing import sees
-from llama.generation import Llama
 from llama.server.bodies import Chat, ChatMessage, Part
 from llama.server.errors import invalid
+from llama.server.service import Service
 from llama.text.chat import Message, PromptOptions
-from llama.text.context import encode_dialogs, without
+from llama.text.context import TooLong, encode_dialogs, without
 from llama.text.messages import image_sources
 
 MOST_MESSAGES = 4096
@@ -21,7 +21,7 @@ _PARAMETERS = {
 
 
 async def encode(
-    llama: Llama, body: Chat, tools: Optional[Sequence[Any]], truncate: Optional[str] = None
+    service: Service, body: Chat, tools: Optional[Sequence[Any]], truncate: Optional[str] = None
 ) -> Tuple[List[int], List[Any]]:
     """The token ids of a body's dialog and its images as they are given, in another thread:
     templates may take long.
@@ -32,14 +32,14 @@ async def encode(
     Raises:
         ApiError, ValueError: messages that aren't a dialog, or that the chat format can't express.
     """
-    dialog = messages_of(body.messages, sees(llama.model))
+    dialog = messages_of(body.messages, sees(service.llama.model))
     given = {
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
         "template_kwargs": body.chat_template_kwargs,
     }
     options = PromptOptions(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-    formatter = llama.formatter
+    formatter = service.llama.formatter
     if formatter is None:
         raise invalid("this model has no chat format: use /v1/completions", "messages")
 
@@ -47,8 +47,14 @@ async def encode(
         try:
             [ids], [dropped] = encode_dialogs(
                 formatter, [dialog], tools, truncate, body.max_tokens,
-                llama.model.params.max_seq_len, options, assistant_first=True,
+                service.context, options, assistant_first=True,
             )  # fmt: skip
+        except TooLong as error:
+            raise invalid(
+                f"the last turn and system messages take {error.tokens} tokens, and beside the "
+                f"answer the context has {error.limit}: shorten them, or ask for a shorter answer "
+                "(max_output_tokens)", "messages", "context_length_exceeded",
+            ) from None  # fmt: skip
         except ValueError as error:
             text = str(error).removeprefix("dialog 0: ").replace("dialog 0", "the dialog")
             raise invalid(text, _PARAMETERS.get(text.partition(":")[0], "messages")) from None

@@ -23,7 +23,8 @@ async def embeddings(request: Request) -> Response:
     width = service.llama.model.params.dim
     if body.dimensions is not None and not 1 <= body.dimensions <= width:
         raise invalid(f"dimensions={body.dimensions} must lie between 1 and {width}", "dimensions")
-    texts = await token_ids(service.llama.tokenizer, body.input, "input")
+    tokenizer = service.llama.tokenizer
+    texts = await token_ids(tokenizer, body.input, "input", tokenizer.add_bos)
     for ids in texts:
         service.check_length(ids, "input", answer=0)
     at_once = min(len(texts), service.llama.model.params.max_batch_size)

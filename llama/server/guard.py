@@ -25,6 +25,7 @@ CORS = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",
 }
+EXPOSED = "X-Ignored-Parameters, Retry-After, x-request-id"  # to pages, beside the usual ones
 
 
 class Guard:
@@ -33,6 +34,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, keys: Sequence[str]):
         self._app, self._settings = app, settings
         self._digests = [_digest(key.encode()) for key in keys]
+        self._origins = {origin.rstrip("/") for origin in settings.cors}  # browsers send no slash
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +43,7 @@ class Guard:
         headers, began = Headers(scope=scope), time.perf_counter()
         scope["state"] = {**scope.get("state", {}), "notes": (notes := {})}
         origin = headers.get("origin")
-        allowed = origin if origin in self._settings.cors or "*" in self._settings.cors else None
+        allowed = origin if self._origins & {origin, "*"} else None
         received = 0
 
         async def receive_some() -> Message:
@@ -60,6 +62,7 @@ class Guard:
                 more["x-request-id"] = uuid.uuid4().hex
                 if allowed:
                     more["access-control-allow-origin"] = allowed
+                    more["access-control-expose-headers"] = EXPOSED
                     more.add_vary_header("Origin")
             await send(message)
 

@@ -32,7 +32,8 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     if not parallel.is_rank_zero():
         for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends first, and then this one
             signal.signal(number, signal.SIG_IGN)
-        follow(load(options, settings).engine(**limits(settings)))
+        llama = load(options, settings)
+        follow(llama.engine(**limits(llama, settings)))
         return
     listening = _listen(settings)
     failure: Dict[str, Exception] = {}
@@ -49,7 +50,7 @@ def run(options: Mapping[str, Any], settings: Settings) -> None:
     async def serve() -> None:
         try:
             llama = await asyncio.to_thread(load, options, settings)
-            async with llama.async_engine(**limits(settings)) as engine:
+            async with llama.async_engine(**limits(llama, settings)) as engine:
                 name = settings.served_name or model_name(str(options["ckpt_dir"]))
                 app.state.service = Service(llama, engine, settings, name)
                 host, port = listening.getsockname()[:2]

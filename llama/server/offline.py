@@ -15,8 +15,6 @@ from llama.server.app import make_app
 from llama.server.service import Service, limits, load, model_name
 from llama.server.settings import Settings
 
-WINDOW = 128  # requests under way: twice as many as rows run at once, so that none waits for them
-
 
 class Request(NamedTuple):
     """A request by its number: where it goes, its JSON, and a seed for want of one in it."""
@@ -61,7 +59,9 @@ class Offline:
 
     def __init__(self, options: Mapping[str, Any], settings: Settings):
         llama = load(options, settings)
-        engine = llama.async_engine(**limits(settings))
+        most = limits(llama, settings)
+        engine = llama.async_engine(**most)
+        self._window = 2 * most["max_rows"]  # requests under way, so that no row waits for one
         name = settings.served_name or model_name(str(options["ckpt_dir"]))
         self._app, self._stop = make_app(settings, nullcontext, []), asyncio.Event()
         loop: Future[asyncio.AbstractEventLoop] = Future()
@@ -87,11 +87,8 @@ class Offline:
         """The reply to come. Its exception may be EngineFailed."""
         return asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
 
-    def answers(self, requests: Iterable[Request], window: int = WINDOW) -> Iterator[List[Reply]]:
+    def answers(self, requests: Iterable[Request]) -> Iterator[List[Reply]]:
         """The replies, some at a time, in the order in which they are finished.
-
-        Args:
-            window: requests under way at once, at most.
 
         Raises:
             EngineFailed: the engine has failed.
@@ -99,7 +96,7 @@ class Offline:
         done: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
         running, waiting = 0, iter(requests)
         while True:
-            for request in islice(waiting, window - running):
+            for request in islice(waiting, self._window - running):
                 self.submit(request).add_done_callback(done.put)
                 running += 1
             if not running:

@@ -183,10 +183,11 @@ async def responses(request: Request) -> Response:
 async def input_tokens(request: Request) -> Response:
     """How many tokens a request's input has."""
     service, body, headers = await received(request, Responses)
+    service.adapter(body.model)
     _, _, chat = _read(body, request.app.state.store)
     try:
         truncate = "oldest_turns" if body.truncation == "auto" else None
-        asked = await encode(service.llama, chat, shown_tools(chat) or None, truncate)
+        asked = await encode(service, chat, shown_tools(chat) or None, truncate)
         ids = await service.computed(*asked)
     except (ApiError, ValueError) as error:
         raise _renamed(error) from None

@@ -27,15 +27,23 @@ FINGERPRINT = f"llama-reference-{__version__}"
 
 def load(options: Mapping[str, Any], settings: Settings) -> Llama:
     """The model, with the adapters of the settings; see `Llama.build` for options and errors."""
+    name = settings.served_name or model_name(str(options["ckpt_dir"]))
+    if name in settings.adapters:
+        raise ValueError(
+            f"adapter={name}={settings.adapters[name]}: that is the model's own name for clients; "
+            "rename one of them (--served_name)"
+        )
     llama = Llama.build(**options)
     for name, path in settings.adapters.items():
         llama.add_adapter(name, path)
     return llama
 
 
-def limits(settings: Settings) -> Dict[str, Any]:
-    """Those of the engine."""
+def limits(llama: Llama, settings: Settings) -> Dict[str, Any]:
+    """Those of the engine: in a cache for max_batch_size whole contexts, four times as many rows,
+    since most requests are shorter."""
     return {
+        "max_rows": 4 * llama.model.params.max_batch_size,
         "max_tokens_per_step": settings.max_tokens_per_step,
         "cache_tokens": settings.cache_tokens,
     }

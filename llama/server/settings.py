@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, Optional
+from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -23,8 +24,8 @@ class Settings:
         port: 0 takes a free one.
         api_key_file: a file with one API key per line; requests need one of them. The environment
             variable LLAMA_API_KEY may hold a single one.
-        cors: origins of web pages that may call the server, such as https://example.org; none by
-            default.
+        cors: origins of web pages that may read the server's answers, such as https://example.org;
+            none by default.
         served_name: the model's name for clients; by default that of its folder or file.
         adapter: NAME=DIR, a LoRA adapter in PEFT's layout, which clients choose as a model; may be
             given several times.
@@ -41,8 +42,8 @@ class Settings:
         max_connections: open connections at most; further ones are closed.
         timeout: seconds that a client may take to send a request, or to read a part of an answer.
         max_tokens_per_step: tokens of a forward pass at most; longer prompts take several.
-        cache_tokens: positions of the KV cache; by default what a quarter of the context for each
-            row takes, or half of the available memory.
+        cache_tokens: positions of the KV cache; by default max_batch_size times max_seq_len, or
+            what half of the available memory holds.
         workers: always 1.
 
     Raises:
@@ -88,6 +89,15 @@ class Settings:
         for entry in self.adapter:
             if not all(entry.partition("=")[::2]):
                 raise ValueError(f"adapter={entry!r}: give NAME=DIR")
+        if len(self.adapters) < len(self.adapter):
+            names = [entry.partition("=")[0] for entry in self.adapter]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"adapter={twice}: two adapters have this name; rename one")
+        for origin in self.cors:
+            address = urlsplit(origin)
+            whole = address.scheme and address.netloc and address.path in ("", "/")
+            if not (whole or origin in ("*", "null")):
+                raise ValueError(f"cors={origin!r}: give SCHEME://HOST or SCHEME://HOST:PORT, or *")
 
     @property
     def public(self) -> bool:

@@ -49,7 +49,7 @@ def text_logprobs(
     """A text completion's logprobs.
 
     Args:
-        best: most probable tokens of each.
+        best: most probable tokens of each; its own is added if it is none of them.
         offsets: of the choice; it is advanced.
     """
     found: Dict[str, Any] = {
@@ -57,12 +57,11 @@ def text_logprobs(
     }  # fmt: skip
     for event in events:
         if event.token is not None:
-            found["tokens"].append(token_text(tokenizer, event.token))
+            text = token_text(tokenizer, event.token)
+            found["tokens"].append(text)
             found["token_logprobs"].append(event.logprob)
             found["text_offset"].append(offsets.of(event.token))
             if best:
-                pairs = event.top_logprobs
-                found["top_logprobs"].append(
-                    pairs and {token_text(tokenizer, t): value for t, value in pairs}
-                )
+                top = {token_text(tokenizer, t): value for t, value in event.top_logprobs or ()}
+                found["top_logprobs"].append({text: event.logprob, **top} if top else None)
     return found

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from llama.server.bodies import Chat, Detokenize, Tokenize
 from llama.server.chat import shown_tools
+from llama.server.completions import text_ids
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
 from llama.server.service import received
@@ -19,17 +20,23 @@ from llama.tokenizer import Tokenizer
 async def tokenize(request: Request) -> Response:
     """Token ids of a text ("prompt" as vLLM, "content" as llama.cpp says) or of a dialog."""
     service, body, headers = await received(request, Tokenize)
+    service.adapter(body.model)
     tokenizer = service.llama.tokenizer
     given = [x for x in (body.prompt, body.content, body.messages) if x is not None]
     if len(given) != 1:
         raise invalid("give one of prompt, content and messages", "prompt")
     if body.messages is not None:
-        dialog = Chat(messages=body.messages, tools=body.tools)
-        asked = await encode(service.llama, dialog, shown_tools(dialog) or None)
+        dialog = Chat(
+            messages=body.messages, tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )  # fmt: skip
+        asked = await encode(service, dialog, shown_tools(dialog) or None)
         ids = await service.computed(*asked)
     else:
-        bos = tokenizer.add_bos and body.add_special_tokens
-        ids = await asyncio.to_thread(tokenizer.encode, given[0], bos=bos, eos=False)  # type: ignore[arg-type]
+        bos, text = tokenizer.add_bos and body.add_special_tokens, str(given[0])
+        ids = await asyncio.to_thread(text_ids, tokenizer, text, bos, body.parse_special)
     tokens: List[Any] = list(ids)
     if body.with_pieces:
         tokens = [{"id": i, "piece": _piece(_bytes(tokenizer, i))} for i in ids]
@@ -51,6 +58,7 @@ def _piece(data: bytes) -> Any:
 
 async def detokenize(request: Request) -> Response:
     service, body, headers = await received(request, Detokenize)
+    service.adapter(body.model)
     try:
         text = await asyncio.to_thread(service.llama.tokenizer.decode, body.tokens)
     except ValueError as error:
@@ -62,7 +70,8 @@ async def detokenize(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text of a chat request as the model sees it, and its token ids."""
     service, body, headers = await received(request, Chat)
-    ids = await service.computed(*await encode(service.llama, body, shown_tools(body) or None))
+    service.adapter(body.model)
+    ids = await service.computed(*await encode(service, body, shown_tools(body) or None))
     pieces = (_bytes(service.llama.tokenizer, i) for i in ids)
     text = b"".join(pieces).decode("utf-8", "replace")
     return json({"prompt": text, "tokens": ids, "count": len(ids)}, headers)

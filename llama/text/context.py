@@ -6,6 +6,18 @@ from llama.text.chat import PLAIN, Dialog, Format, Message, PromptOptions, check
 from llama.text.tools import Tool
 
 
+class TooLong(ValueError):
+    """What can't be dropped from a dialog takes so many tokens, more than the limit."""
+
+    def __init__(self, tokens: int, limit: int):
+        super().__init__(
+            f"the last turn and system messages take {tokens} tokens, and the limit is {limit}: "
+            "shorten them, ask for a shorter answer (max_gen_len), or build with a larger "
+            "max_seq_len"
+        )
+        self.tokens, self.limit = tokens, limit
+
+
 def encode_dialogs(
     formatter: Format,
     dialogs: Sequence[Dialog],
@@ -55,7 +67,7 @@ def oldest_turns_out(
         The ids, and the messages dropped.
 
     Raises:
-        ValueError: system messages and the last turn don't fit.
+        TooLong: system messages and the last turn don't fit.
     """
     kept = list(dialog)
     dropped: List[Message] = []
@@ -63,11 +75,7 @@ def oldest_turns_out(
         said = [i for i, message in enumerate(kept) if message["role"] != "system"]
         turns = [i for i in said[1:] if kept[i]["role"] == "user"]
         if not turns:
-            raise ValueError(
-                f"the last turn and system messages take {len(ids)} tokens, and the limit "
-                f"is {limit}: shorten them, ask for a shorter answer (max_gen_len), or build with "
-                "a larger max_seq_len"
-            )
+            raise TooLong(len(ids), limit)
         oldest = [kept[i] for i in said if i < turns[0]]
         kept = without(kept, oldest)
         dropped += oldest

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Collection, Dict, List, NamedTuple, Optional, Sequence
 
 from llama.text.scanner import Malformed, NotJSON, Scanner, Steps, loads
 from llama.text.tool_calls import (
@@ -98,6 +98,7 @@ class ToolCallStream(Scanner):
     rest of the reply is text.
 
     Args:
+        builtins: the names of built-in tools that can be called besides.
         make_id: makes the id of a call that has none before its arguments. By default it has nine
             letters and digits, as Mistral's templates ask of ids.
 
@@ -110,13 +111,14 @@ class ToolCallStream(Scanner):
         self,
         tools: Sequence[Tool],
         *,
+        builtins: Collection[str] = BUILTINS,
         make_id: Callable[[], str] = lambda: secrets.token_hex(5)[:9],
     ):
         super().__init__()
         schemas, _ = split_tools(tools)
-        self._names = {schema["function"]["name"] for schema in schemas} | set(BUILTINS)
+        self._names = {schema["function"]["name"] for schema in schemas} | set(builtins)
         self._queries = [f'{name}.call(query="' for name in self._names]
-        self._queries += [f"{name}.call(" for name in BUILTINS]
+        self._queries += [f"{name}.call(" for name in builtins]
         self._make_id = make_id
         self.calls: List[ToolCall] = []
         self.error: Optional[str] = None
@@ -189,8 +191,11 @@ class ToolCallStream(Scanner):
         elif (yield from self.one_of(_TAGS)):
             self._done = start
             yield from self._tagged()
-        else:
+        elif "code_interpreter" in self._names:
             yield from self._code(begin)
+        else:
+            self.at = 0
+            yield from self._tagged()
 
     def _calls(self) -> Steps:
         """Calls without tags. Raises NoCall, unless one has begun, for other text."""

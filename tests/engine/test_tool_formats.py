@@ -8,7 +8,7 @@ from conftest import with_user_defined
 
 from llama import Tokenizer
 from llama.engine.structured import GrammarCompiler
-from llama.engine.tool_formats import call_format, strict_format
+from llama.engine.tool_formats import call_format, call_or_format, strict_format
 from llama.text.tool_stream import parse_tool_calls
 
 ZONES = {"zone": {"enum": ["utc", "cet"]}}
@@ -31,9 +31,9 @@ def compiler(smollm2_path) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.n_words)
 
 
-def takes(compiler: GrammarCompiler, text: str) -> bool:
+def takes(compiler: GrammarCompiler, text: str, form: dict | None = None) -> bool:
     stop = min(compiler.tokenizer.stop_tokens)
-    constraint = compiler.constraint(strict_format(TOOLS), {stop})
+    constraint = compiler.constraint(form or strict_format(TOOLS), {stop})
     ids = [*compiler.tokenizer.encode(text, bos=False, eos=False), stop]
     return constraint.valid(ids) == len(ids)
 
@@ -128,3 +128,42 @@ def test_only_strict_tools_ask_for_it():
     format_ = {"type": "json_object"}
     assert call_format(TOOLS, "auto", {"response_format": format_}) is format_
     assert "clock" in json.dumps(call_format(TOOLS, "auto", {}))
+
+
+ANSWER = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "required": ["a"],
+          "$defs": {"b": {"type": "integer"}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form, fits, others",
+    [
+        ({"type": "json_schema", "json_schema": {"name": "r", "strict": True, "schema": ANSWER}},
+         '{"a": 5}', ['{"a": "x"}', '{"a": 5, "b": 1}', BAD, f"[{BAD}, {BAD}]"]),
+        ({"type": "json_schema", "schema": {"type": "object", "additionalProperties": False,
+                                            "properties": {"name": {"type": "string"}}}},
+         '{"name": "clock"}', [BAD]),
+        ({"type": "json_schema", "schema": {"type": "array", "items": {"type": "integer"}}},
+         "[1, 2]", ["[{}]", BAD]),
+        ({"type": "json_object"}, '{"x": [1]}', ["[1]"]),
+    ],
+    ids=["strict", "named", "array", "object"],
+)  # fmt: skip
+def test_a_call_or_an_answer_of_a_format(compiler, form, fits, others):
+    made = call_or_format(TOOLS, form)
+    tagged = f"<tool_call>\n{CET % 'arguments'}\n</tool_call>"
+    any_object = '{"name": "note", "parameters": {"anything": [1, {"a": null}]}}'
+    calls = [CET % "parameters", f"[{CET % 'parameters'}, {any_object}]", any_object, tagged,
+             f"{tagged}\n{tagged}"]  # fmt: skip
+    for text in (fits, *calls):
+        assert takes(compiler, text, made), text
+        assert bool(parse_tool_calls(text, TOOLS).calls) == (text in calls)
+    for text in ("", "It is noon.", f"So: {tagged}", tagged.replace("cet", "pst"), *others):
+        assert not takes(compiler, text, made), text
+
+
+def test_what_is_no_json_goes_beside_no_calls():
+    for form in ({"type": "regex", "regex": "a"}, {"type": "choice", "choice": ["a"]}):
+        with pytest.raises(ValueError, match=f"response_format {form['type']}: .*tool_choice"):
+            call_or_format(TOOLS, form)
+    with pytest.raises(ValueError, match="response_format json_schema: .*'if' isn't supported"):
+        call_or_format(TOOLS, {"type": "json_schema", "schema": {"if": {}}})

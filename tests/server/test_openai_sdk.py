@@ -576,7 +576,7 @@ def test_parsed_responses_and_the_helpers_stream(client):
         ("embeddings.create", {"input": "x", "dimensions": 10**9}, 400, "dimensions"),
         ("responses.create", {"input": []}, 400, "input"),
         ("responses.create", {"input": [{"role": "user", "content": None}]}, 400, "input"),
-        ("responses.create", {"input": "x", "max_output_tokens": -1}, 400, "max_output_tokens"),
+        ("responses.create", {"input": "x", "max_output_tokens": -2}, 400, "max_output_tokens"),
         ("responses.create", {"input": "x", "tools": [{"type": "web_search"}]}, 400,
          "tools[0].type"),
         ("responses.create", {"input": "x", "text": {"format": {"type": "x"}}}, 400, "text"),

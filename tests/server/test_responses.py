@@ -17,11 +17,13 @@ from conftest import TINY, write_checkpoint
 
 from llama import Llama
 from llama.engine.predictions import Event
+from llama.layers.paged import PAGE
 from llama.server.app import make_app
-from llama.server.chat import Piece
+from llama.server.bodies import Chat, FunctionTool
+from llama.server.chat import ChatAnswer, Piece
 from llama.server.items import Output
 from llama.server.responses import KEPT, Store, Stored
-from llama.server.service import Service
+from llama.server.service import Service, limits
 from llama.server.settings import Settings
 from llama.text.tool_stream import ToolCallStream
 
@@ -214,14 +216,14 @@ def llama(tmp_path_factory):
     return Llama.build(path, max_seq_len=2048, max_batch_size=4, device="cpu", dtype="fp32")
 
 
-def serving(llama, test, **settings):
+def serving(llama, test, engine=None, **settings):
     """Run a test with a client of a server with this model; it may replace the engine's answers."""
     given = Settings(log="off", **settings)
 
     async def run():
-        async with llama.async_engine() as engine:
+        async with llama.async_engine(**(engine or {})) as running:
             app = make_app(given, contextlib.nullcontext, [])
-            app.state.service = Service(llama, engine, given, "tiny")
+            app.state.service = Service(llama, running, given, "tiny")
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://localhost"
@@ -400,6 +402,87 @@ def test_a_dialog_that_is_too_long_is_refused_or_truncated(llama):
         assert found["usage"]["input_tokens"] >= short["usage"]["input_tokens"]
 
     serving(llama, test)
+
+
+def test_truncation_is_to_what_the_cache_holds(llama):
+    """And its refusal speaks of what clients can change."""
+
+    async def test(client, app):
+        turn = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 40}]
+        dialog = [*turn * 4, {"role": "user", "content": "z"}]
+        found = await post(client, input=dialog, truncation="auto", **BODY)
+        assert found["usage"]["total_tokens"] <= 256
+        body = {"input": "x" * 300, "truncation": "auto"}
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            reply = await client.post(path, json=body)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert error["param"] == "input" and "max_output_tokens" in error["message"]
+            assert "max_gen_len" not in error["message"]
+
+    serving(llama, test, engine={"cache_tokens": 256})
+
+
+@pytest.mark.parametrize("name, calls", [("weather", 0), ("brave_search", 1)])
+def test_only_declared_tools_are_called(name, calls):
+    """Clients know no others; a model may have been trained on some."""
+
+    async def events():
+        for text, reason in (('brave_search.call(query="a")', None), ("", "stop")):
+            yield 0, Event(0, 0, None, text, finish_reason=reason)
+
+    service = SimpleNamespace(llama=SimpleNamespace(tokenizer=None))
+    running = SimpleNamespace(answers=[None], each=1, events=events)
+    tool = FunctionTool({"name": name})
+    answer = ChatAnswer(service, running, Chat(messages=[], tools=[tool]))
+
+    async def run():
+        return [piece async for piece in answer.pieces()]
+
+    deltas = [delta for piece in asyncio.run(run()) for delta in piece.deltas]
+    assert len({delta.index for delta in deltas} - {None}) == calls
+    assert any(delta.text for delta in deltas) == (not calls)
+
+
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character(llama):
+    """JSON can spell it, and UTF-8 can't: it could be read, and not be answered."""
+
+    async def test(client, app):
+        texts = {  # as JSON has it, and as it is understood
+            r"a\ud83d": "a\ufffd", r"\ud83d\ude00": "\U0001f600", r"\\ud83d": r"\ud83d",
+            r"\ude00\ud83d": "\ufffd\ufffd", r"\\\ud83d\n": "\\\ufffd\n", r"\uD7FF": "\ud7ff",
+        }  # fmt: skip
+        for spelled, text in texts.items():
+            data = f'{{"input": "{spelled}", "instructions": "{spelled}", "max_output_tokens": 1,'
+            data += f'"metadata": {{"m": "{spelled}"}}}}'
+            reply = await client.post("/v1/responses", content=data)
+            assert reply.status_code == 200, reply.text
+            found = reply.json()
+            assert (found["instructions"], found["metadata"]) == (text, {"m": text})
+            items = await client.get(f"/v1/responses/{found['id']}/input_items")
+            assert items.json()["data"][0]["content"][0]["text"] == text
+
+    serving(llama, test)
+
+
+def test_prompts_have_a_bos_token_unless_it_is_declined(llama):
+    async def test(client, app):
+        for path in ("/v1/completions", "/tokenize"):
+            counts = []
+            for more in ({}, {"add_special_tokens": False}):
+                found = await post(client, path=path, prompt="abc", **more)
+                counts.append(found.get("count") or found["usage"]["prompt_tokens"])
+            assert counts == [4, 3]
+
+    serving(llama, test)
+
+
+def test_rows_at_once_follow_from_the_batch_size(llama):
+    """Four times as many, in the same cache: most requests are shorter than the context."""
+    for given, positions in ((None, 4 * 2048), (2048, 2048)):
+        engine = llama.engine(**limits(llama, Settings(cache_tokens=given)))
+        assert engine.scheduler.max_rows == 4 * 4
+        assert engine.stats.blocks * PAGE == positions
 
 
 def test_input_items_have_ids_and_pages(llama):

@@ -154,7 +154,9 @@ def test_echo_gives_the_prompt_with_log_probabilities(server, smollm2):
     )
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert found["text"][offset:].startswith(token)
-    assert all(len(best) == 2 for best in logprobs["top_logprobs"][1:])
+    for token, own, best in zip(*(logprobs[name][1:] for name in (
+        "tokens", "token_logprobs", "top_logprobs")), strict=True):  # fmt: skip
+        assert best[token] == own and len(best) == 2 + (own < sorted(best.values())[-2])
 
 
 def test_usage_counts_an_echoed_prompt_once(server):
@@ -290,6 +292,49 @@ def test_a_call_that_was_cut_off_can_be_answered(server):
     assert server.client.post("/v1/responses", json=second).status_code == 200
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_tools_beside_a_format(server, strict):
+    """A call, or an answer of the format, as the model decides; or the call that must be."""
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer", "maximum": 99}},
+              "required": ["degrees"], "additionalProperties": False}  # fmt: skip
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": strict}}
+    format_ = {"name": "r", "strict": True, "schema": schema}
+    asked = {"role": "user", "content": "How is the weather in Paris?"}
+
+    def ask(messages, **more):
+        body = {"messages": messages, "tools": [tool], "max_tokens": 60, "temperature": 0, **more,
+                "response_format": {"type": "json_schema", "json_schema": format_}}  # fmt: skip
+        [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+        return choice["message"]
+
+    for more in ({}, {"tool_choice": "required"}):
+        message = ask([asked], **more)
+        [call] = message["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert not (strict or more) or set(arguments) == {"city"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": '{"degrees": 20}'}
+    told = ask([asked, message, result], tool_choice="none")
+    assert set(json.loads(told["content"])) == {"degrees"}
+    for choice, likely in (("auto", "degrees"), ("auto", "name"), ("required", "degrees")):
+        body = {"tool_choice": choice, "logit_bias": {}}
+        for token in server.client.post("/tokenize", json={"prompt": likely}).json()["tokens"]:
+            body["logit_bias"][str(token)] = 20
+        message = ask([asked], **body)
+        assert ("tool_calls" in message) == (choice == "required" or likely == "name"), message
+    own = {"type": "function", "name": "get_weather", **{
+        k: v for k, v in tool["function"].items() if k != "name"}}  # fmt: skip
+    body = {"input": [asked], "tools": [own], "max_output_tokens": 60, "temperature": 0,
+            "text": {"format": {"type": "json_schema", **format_}}}  # fmt: skip
+    [item] = server.client.post("/v1/responses", json=body).json()["output"]
+    assert item["type"] == "function_call"
+    for name in ("guided_regex", "guided_grammar"):
+        body = {"messages": [asked], "tools": [tool], name: "start: /a/"}
+        error = server.client.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == name and "tool_choice" in error["message"]
+        body["tool_choice"] = "required"
+        assert server.client.post("/v1/chat/completions", json=body).status_code == 200
+
+
 def test_a_stop_text_within_a_call_ends_no_call(server):
     body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "stop": ["ity"]}
     [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
@@ -354,6 +399,107 @@ def test_tokens_and_texts(server, smollm2):
     )
 
 
+def test_control_tokens_of_prompts_are_read_only_if_asked_for(server, smollm2):
+    """Then the text of /apply-template is the dialog: its ids, and its answer."""
+    found = server.client.post("/apply-template", json={"messages": HELLO}).json()
+    special = set(smollm2.tokenizer.special_tokens.values())
+    text = {"prompt": found["prompt"]}
+    as_text = server.client.post("/tokenize", json=text).json()["tokens"]
+    assert not special.intersection(as_text)
+    read = {**text, "parse_special": True, "add_special_tokens": False}
+    assert server.client.post("/tokenize", json=read).json()["tokens"] == found["tokens"]
+    body = {"max_tokens": 8, "temperature": 0, "logprobs": True}
+    chat = server.client.post("/v1/chat/completions", json={"messages": HELLO, **body}).json()
+    body |= {"logprobs": 0}
+    texts = [
+        server.client.post("/v1/completions", json={**one, **body}).json()
+        for one in (read, {"prompt": found["tokens"]}, text)
+    ]
+    counts = [one["usage"]["prompt_tokens"] for one in (chat, *texts)]
+    assert counts == [len(found["tokens"])] * 3 + [len(as_text)]
+    expected = [one["logprob"] for one in chat["choices"][0]["logprobs"]["content"]]
+    for one in texts[:2]:
+        assert one["choices"][0]["text"] == chat["choices"][0]["message"]["content"]
+        assert one["choices"][0]["logprobs"]["token_logprobs"][: len(expected)] == expected
+
+
+def test_a_dialogs_options_count_as_they_are_answered(server):
+    messages = [*HELLO, {"role": "assistant", "content": "The capital"}]
+    lengths = []
+    for more in ({}, {"add_generation_prompt": False}, {"continue_final_message": True}):
+        body = {"messages": messages, "chat_template_kwargs": {}, **more}
+        found, shown = (
+            server.client.post(path, json=body).json() for path in ("/tokenize", "/apply-template")
+        )
+        assert found["tokens"] == shown["tokens"]
+        lengths.append(len(found["tokens"]))
+    assert len(set(lengths)) == 3
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/tokenize", {"prompt": "a"}), ("/tokenize", {"messages": HELLO}),
+        ("/detokenize", {"tokens": [1]}), ("/apply-template", {"messages": HELLO}),
+        ("/v1/responses/input_tokens", {"input": "a"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_counted_is_of_a_known_model(server, path, body):
+    assert server.client.post(path, json={**body, "model": MODEL}).status_code == 200
+    reply = server.client.post(path, json={**body, "model": "gpt-9"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def test_minus_one_is_as_if_it_were_not_given(server):
+    """As other servers read it: no limit, no seed, all tokens."""
+    body = {"max_tokens": -1, "top_k": -1, "temperature": 0, "guided_regex": "[a-z]{9}"}
+    found = server.chat("Say a word", seed=-1, **body).json()
+    assert found["usage"]["completion_tokens"] > 1
+    assert found["choices"][0]["finish_reason"] == "stop"
+    drawn = [
+        server.chat("Hi", seed=-1, temperature=2.0, top_p=1, max_tokens=12).json()["choices"][0]
+        for _ in range(2)
+    ]
+    assert drawn[0]["message"] != drawn[1]["message"]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a", "x": None}]},
+                {"role": "assistant", "content": None, "x": None, "tool_calls": [{
+                    "id": "1", "type": "function", "custom": None,
+                    "function": {"name": "f", "arguments": "{}", "x": None}}]},
+                {"role": "tool", "tool_call_id": "1", "content": "3"},
+            ],
+            "tools": [{**WEATHER, "strict": None}], "stream": True, "max_tokens": 1,
+            "stream_options": {"include_usage": None, "x": None},
+        }),
+        ("/v1/responses", {
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}],
+            "text": {"format": None, "verbosity": None, "x": None}, "max_output_tokens": 1,
+        }),
+    ],
+    ids=["chat", "responses"],
+)  # fmt: skip
+def test_null_is_as_if_it_were_not_given(server, path, body):
+    """Known or not, also within objects; but a schema's null is its own."""
+    reply = server.client.post(path, json=body)
+    assert reply.status_code == 200 and '"error":{' not in reply.text, reply.text
+    schema = {"type": "object", "properties": {"a": {"const": None}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = {"messages": HELLO, "tools": [tool], "tool_choice": "required", "max_tokens": 30}
+    [choice] = server.client.post("/v1/chat/completions", json=body).json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": None}
+
+
 # --- embeddings -----------------------------------------------------------------------------------
 
 
@@ -388,7 +534,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature", "-1"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature", "float"),
         (CHAT, {"messages": HELLO, "top_p": 2}, 400, "top_p", "between 0 and 1"),
-        (CHAT, {"messages": HELLO, "max_tokens": -1}, 400, "max_tokens", "-1"),
+        (CHAT, {"messages": HELLO, "max_tokens": -2}, 400, "max_tokens", "-2"),
         (CHAT, {"messages": HELLO, "n": 0}, 400, "n", "between"),
         (CHAT, {"messages": HELLO, "n": 10**30}, 400, "n", ""),
         (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
@@ -407,8 +553,12 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
             400, "messages[0].content", "image_url",
         ),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice", "none"),
-        (CHAT, {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required",
-                "guided_choice": ["a"]}, 400, "tool_choice", "guided_choice"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER], "guided_choice": ["a"]}, 400,
+         "guided_choice", "tool_choice"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER], "guided_json": {"if": {}}}, 400,
+         "guided_json", "'if'"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER],
+                "guided_json": deep(400)["function"]["parameters"]}, 400, "guided_json", "nested"),
         (CHAT, {"messages": HELLO, "tools": [deep(400)], "tool_choice": "required"}, 400, "tools",
          "nested"),
         (CHAT, {"messages": HELLO, "guided_regex": "(["}, 400, "guided_regex", ""),
@@ -547,6 +697,8 @@ def test_a_full_queue_refuses_and_a_signal_drains(smollm2_path):
     [
         (["--workers=2"], "one engine"), (["--port=99999"], "65535"), (["--adapter=x"], "NAME=DIR"),
         (["--api_key_file=/nowhere"], "/nowhere"), (["nowhere"], "nowhere"),
+        (["--adapter=a=x", "--adapter=a=y"], "two adapters"),
+        (["--adapter=a=x", "--served_name=a"], "served_name"),
     ],
     ids=str,
 )  # fmt: skip

@@ -93,6 +93,18 @@ def test_pages_of_other_origins_need_to_be_named():
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_an_origin_may_be_given_with_a_slash_but_no_path():
+    settings = Settings(log="off", cors=["https://a.example/"])
+    headers = ask(settings, headers={"Origin": "https://a.example"}).headers
+    assert headers["access-control-allow-origin"] == "https://a.example"
+    exposed = headers["access-control-expose-headers"].lower().split(", ")
+    assert exposed == ["x-ignored-parameters", "retry-after", "x-request-id"]
+    for origin in ("https://a.example/page", "a.example", "https://"):
+        with pytest.raises(ValueError, match=f"cors='{origin}'"):
+            Settings(cors=[origin])
+    assert Settings(cors=["*", "null", "http://localhost:3000"])
+
+
 def test_large_bodies_are_refused_before_they_are_read():
     settings = Settings(log="off", max_body_mb=0.001)
     reply = ask(settings, method="POST", path="/v1/completions", content=b"x" * 1001)

@@ -12,6 +12,7 @@ from test_tools import CALLS, MALFORMED, PIECES, TOOLS
 
 from llama import parse_tool_calls
 from llama.text.tool_stream import Delta, ToolCallStream
+from llama.text.tools import BUILTINS
 
 
 def streamed(pieces: List[str]) -> Tuple[ToolCallStream, List[Delta]]:
@@ -190,3 +191,26 @@ def test_long_replies_in_pieces():
             cuts = cut(one, [rng.randrange(len(one)) for _ in range(20_000)])
             content, calls = joined(streamed(cuts)[1])
             assert content or calls
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ('brave_search.call(query="llamas")', "brave_search"),
+        ("<|python_tag|>print(2**100)", "code_interpreter"),
+        ("<|python_start|>print(1)", "code_interpreter"),
+        ('<tool_call>{"name": "code_interpreter", "arguments": {"code": "1"}}</tool_call>',
+         "code_interpreter"),
+        ('{"name": "photogen", "parameters": {"query": "a"}}', "photogen"),
+    ],
+)  # fmt: skip
+def test_built_in_tools_may_have_to_be_declared(text, name):
+    def read(tools, builtins):
+        stream = ToolCallStream(tools, builtins=builtins)
+        deltas = [delta for char in text for delta in stream.feed(char)]
+        return joined(deltas + stream.finish()), [call["name"] for call in stream.calls]
+
+    assert read(TOOLS, ()) == ((text, []), [])
+    declared = {"type": "function", "function": {"name": name}}
+    for tools, builtins in ((TOOLS, BUILTINS), ([declared], ())):
+        assert read(tools, builtins)[1] == [name]
