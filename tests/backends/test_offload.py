@@ -368,6 +368,19 @@ def test_the_expected_speed_is_about_right(paths, squeeze, monkeypatch):
     )
 
 
+def test_on_a_gpu_a_pass_needs_room_beside_weights_and_cache(paths, monkeypatch):
+    source, gpu = open_checkpoint(paths["meta"]), torch.device("cuda")
+    args = replace(source.args, max_batch_size=1, max_seq_len=64)
+    need = memory.estimate(args, 1, torch.float32)
+    more = memory.working(args, 1, torch.float32)
+    for room, fits in ((need.total, False), (need.total + more, True)):
+        monkeypatch.setattr(memory, "available", lambda device, room=room: room)
+        found = offload.plan(source, args, 1, torch.float32, gpu)
+        assert (found is None) == fits
+        with nullcontext() if fits else pytest.raises(ValueError, match="this can't fit"):
+            memory.preflight(args, 1, torch.float32, gpu)
+
+
 ROOM = 160 << 20
 
 LIMITED = """
