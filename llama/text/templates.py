@@ -94,7 +94,11 @@ class TemplateFormat:
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
         self._names(marked=True)
         # Where such a name in text is cut. White space is no turn, and often a token of its own.
-        names = [n for n in self._written & tokenizer.vocabulary.user_defined if n.strip()]
+        # A pair of tags isn't one either: models write <think>...</think> and <tool_call>.
+        tags = {n for n in names if _TAG.fullmatch(n) and n.replace("<", "</") in names}
+        tags |= {n.replace("<", "</") for n in tags}
+        cut = (self._written & tokenizer.vocabulary.user_defined) - tags
+        names = [n for n in cut if n.strip()]
         cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
         self._cut = re.compile("|".join(cuts) or "(?!)")
 
@@ -268,6 +272,9 @@ def _for_template(message: Any) -> Dict[str, Any]:
         ]
     return plain
 
+
+# No tags of text are <s>, the beginning of a sequence, and those that say who speaks.
+_TAG = re.compile(rf"<(?!({'|'.join(ROLES)})>)\w{{2,}}>")
 
 # Variables that aren't anyone's to set.
 _OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")

@@ -12,7 +12,7 @@ import gguf
 import jinja2
 import pytest
 import tokenizers
-from conftest import DATA
+from conftest import DATA, with_user_defined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.datatypes import RawMessage, ToolPromptFormat
@@ -1129,6 +1129,22 @@ def test_text_adds_no_token_of_a_turn_that_text_may_contain_elsewhere(tmp_path):
         assert tokenizer.decode(ids) == f"<|user|>{text}<|end|><|assistant|>{text}<|end|><|end|>"
     ids = ours.encode_dialog_prompt([USER | {"content": "<|system|>"}])  # not the template's
     assert control_ids(tokenizer, ids) == [user, system, end, end]
+
+
+def test_tags_that_models_write_are_tokens_in_contents_too(smollm):
+    """SmolLM3's reasoning and Hermes 3's calls: both are in the vocabulary for text to hold."""
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    turns = ["<s>", "</s>", "<turn>", "<user>", "</user>"]
+    tokenizer = with_user_defined(smollm, *tags, *turns)
+    template = CHATML + "{% if 0 %}" + "".join(tags + turns) + "{% endif %}"
+    ours, text = TemplateFormat(tokenizer, template), "<think>\nHm.\n</think>\n<tool_call>{}"
+    dialog = [USER, {"role": "assistant", "content": text}]
+    rendered = by_transformers(tokenizer, template, dialog, add_generation_prompt=False)
+    assert ours.encode_dialog_prompt(dialog, None, NO_HEADER) == with_specials(tokenizer, rendered)
+    rendered = rendered[: rendered.index(text) + len(text)]
+    assert ours.encode_dialog_prompt(dialog, None, OPEN) == with_specials(tokenizer, rendered)
+    ids = ours.encode_dialog_prompt([USER | {"content": "".join(turns)}])
+    assert not set(ids) & {tokenizer.special_tokens[name] for name in turns}
 
 
 COMPOSED_OF_TOOLS = [
