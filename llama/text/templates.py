@@ -144,7 +144,8 @@ class TemplateFormat:
             tools = None if as_text else tools
         if options.continue_final_message:
             content_of(dialog[-1])  # raises for images, which nothing can continue
-        given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
+        messages = _with_ids([_for_template(message) for message in dialog])
+        given = {"messages": messages, **self._tools(tools)}
         harmless = {key: _harmless(value) for key, value in given.items()}
         given.update(kwargs)
         if self._special.search(json.dumps(kwargs, ensure_ascii=False)):
@@ -271,6 +272,22 @@ def _for_template(message: Any) -> Dict[str, Any]:
             for call in calls
         ]
     return plain
+
+
+def _with_ids(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The messages, in which calls and their results have ids, as Mistral's templates ask: those
+    that have none get nine letters and digits, by their position."""
+    count, waiting = 0, []
+    for message in messages:
+        if "tool_calls" in message:
+            waiting = []
+        for call in message.get("tool_calls", ()):
+            count += 1
+            waiting.append(call.setdefault("id", f"call{count:05d}"))
+        if message["role"] in ("tool", "ipython") and waiting:
+            message.setdefault("tool_call_id", waiting[0])
+            waiting = [i for i in waiting if i != message["tool_call_id"]]
+    return messages
 
 
 # No tags of text are <s>, the beginning of a sequence, and those that say who speaks.

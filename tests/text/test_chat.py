@@ -773,6 +773,15 @@ def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):
     assert first.id.isalnum() and text.count(f'"{first.id}"') == 2
 
 
+def test_calls_without_ids_get_some_for_mistrals_template(formats):
+    ours, calls = formats["Mistral with tools"], [{"name": "add", "arguments": {}}] * 2
+    results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
+    dialog = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results] * 2
+    text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [ADD]))
+    ids = re.findall('id": "([a-z0-9]{9})"', text)
+    assert ids == [*ids[:2] * 2, *ids[4:6] * 2] and len(set(ids)) == 4
+
+
 def test_built_in_tools_are_given_to_a_template_that_has_them(formats):
     ours, search = formats["Llama 3.1"], {"name": "brave_search", "arguments": {"query": "a b"}}
     dialog = [
