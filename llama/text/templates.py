@@ -161,7 +161,17 @@ class TemplateFormat:
             one["add_generation_prompt"] = options.begins_answer
             if options.continue_final_message:
                 one["messages"][-1]["content"] += self._open
-        plain = self._render(self._plain, harmless)
+        try:
+            plain = self._render(self._plain, harmless)
+        except ValueError as refused:
+            if not called:
+                raise
+            for one in (given, harmless):  # once more, with arguments as OpenAI's API has them
+                _write_arguments(one["messages"])
+            try:
+                plain = self._render(self._plain, harmless)
+            except ValueError:
+                raise refused from None
         ids = self._encode(self._render(self._marked, given))
         whole = self.tokenizer.encode(plain, bos=False, eos=False, allowed_special="all")
         if self._encode(self._render(self._marked, harmless)) != whole:
@@ -288,6 +298,13 @@ def _with_ids(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
             message.setdefault("tool_call_id", waiting[0])
             waiting = [i for i in waiting if i != message["tool_call_id"]]
     return messages
+
+
+def _write_arguments(messages: List[Dict[str, Any]]) -> None:
+    """Turn the arguments of calls into JSON texts, in place."""
+    for call in (call for message in messages for call in message.get("tool_calls", ())):
+        function = call["function"]
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
 
 
 # No tags of text are <s>, the beginning of a sequence, and those that say who speaks.

@@ -614,6 +614,19 @@ def test_calls_that_a_template_would_leave_out_are_written_as_text(smollm, conte
     assert '{"name": "get_weather", "arguments": ' in smollm.decode(ids)
 
 
+def test_a_template_that_wants_arguments_as_texts_gets_them(smollm):
+    """As functionary-medium-v3.2's."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    text = smollm.decode(TemplateFormat(smollm, template).encode_dialog_prompt(called()[1]))
+    assert 'get_weather{"city": "Köln", "days": 2}<|im_end|>' in text
+    broken = TemplateFormat(smollm, template + "{{ raise_exception('No') }}")
+    with pytest.raises(ValueError, match="refuses this dialog"):
+        broken.encode_dialog_prompt(called()[1])
+
+
 @pytest.mark.parametrize("name", ["Llama31Format", "tools in system"])
 @pytest.mark.parametrize("tools", [[WEATHER], [WEATHER, ADD], ["brave_search", ADD]])
 def test_llama31_tells_of_its_tools_as_its_published_template_does(formats, name, tools):
