@@ -287,7 +287,8 @@ def _for_template(message: Any) -> Dict[str, Any]:
 def _with_ids(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The messages, in which calls and their results have ids, as Mistral's templates ask: those
     that have none get nine letters and digits, by their position."""
-    count, waiting = 0, []
+    count = 0
+    waiting: List[str] = []
     for message in messages:
         if "tool_calls" in message:
             waiting = []
