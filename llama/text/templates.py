@@ -94,7 +94,11 @@ class TemplateFormat:
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
         self._names(marked=True)
         # Where such a name in text is cut. White space is no turn, and often a token of its own.
-        names = [n for n in self._written & tokenizer.vocabulary.user_defined if n.strip()]
+        # A pair of tags isn't one either: models write <think>...</think> and <tool_call>.
+        tags = {n for n in names if _TAG.fullmatch(n) and n.replace("<", "</") in names}
+        tags |= {n.replace("<", "</") for n in tags}
+        cut = (self._written & tokenizer.vocabulary.user_defined) - tags
+        names = [n for n in cut if n.strip()]
         cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
         self._cut = re.compile("|".join(cuts) or "(?!)")
 
@@ -140,7 +144,8 @@ class TemplateFormat:
             tools = None if as_text else tools
         if options.continue_final_message:
             content_of(dialog[-1])  # raises for images, which nothing can continue
-        given = {"messages": [_for_template(message) for message in dialog], **self._tools(tools)}
+        messages = _with_ids([_for_template(message) for message in dialog])
+        given = {"messages": messages, **self._tools(tools)}
         harmless = {key: _harmless(value) for key, value in given.items()}
         given.update(kwargs)
         if self._special.search(json.dumps(kwargs, ensure_ascii=False)):
@@ -156,7 +161,17 @@ class TemplateFormat:
             one["add_generation_prompt"] = options.begins_answer
             if options.continue_final_message:
                 one["messages"][-1]["content"] += self._open
-        plain = self._render(self._plain, harmless)
+        try:
+            plain = self._render(self._plain, harmless)
+        except ValueError as refused:
+            if not called:
+                raise
+            for one in (given, harmless):  # once more, with arguments as OpenAI's API has them
+                _write_arguments(one["messages"])
+            try:
+                plain = self._render(self._plain, harmless)
+            except ValueError:
+                raise refused from None
         ids = self._encode(self._render(self._marked, given))
         whole = self.tokenizer.encode(plain, bos=False, eos=False, allowed_special="all")
         if self._encode(self._render(self._marked, harmless)) != whole:
@@ -268,6 +283,33 @@ def _for_template(message: Any) -> Dict[str, Any]:
         ]
     return plain
 
+
+def _with_ids(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The messages, in which calls and their results have ids, as Mistral's templates ask: those
+    that have none get nine letters and digits, by their position."""
+    count = 0
+    waiting: List[str] = []
+    for message in messages:
+        if "tool_calls" in message:
+            waiting = []
+        for call in message.get("tool_calls", ()):
+            count += 1
+            waiting.append(call.setdefault("id", f"call{count:05d}"))
+        if message["role"] in ("tool", "ipython") and waiting:
+            message.setdefault("tool_call_id", waiting[0])
+            waiting = [i for i in waiting if i != message["tool_call_id"]]
+    return messages
+
+
+def _write_arguments(messages: List[Dict[str, Any]]) -> None:
+    """Turn the arguments of calls into JSON texts, in place."""
+    for call in (call for message in messages for call in message.get("tool_calls", ())):
+        function = call["function"]
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+
+
+# No tags of text are <s>, the beginning of a sequence, and those that say who speaks.
+_TAG = re.compile(rf"<(?!({'|'.join(ROLES)})>)\w{{2,}}>")
 
 # Variables that aren't anyone's to set.
 _OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")

@@ -44,8 +44,8 @@ class Delta(NamedTuple):
     arguments: str = ""  # a further piece of the JSON text of its arguments
 
 
-_TAG = re.compile(r"<function=([^<>]{1,200})>|<tool_call>|\[TOOL_CALLS\]")
-_TAGS = ("<function=", "<tool_call>", "[TOOL_CALLS]")
+_TAG = re.compile(r"<function=([^<>]{1,200})>|<tool_call>|<\|tool_call\|>|\[TOOL_CALLS\]")
+_TAGS = ("<function=", "<tool_call>", "<|tool_call|>", "[TOOL_CALLS]")
 _CLOSING = {"<function=": "</function>", "<tool_call>": "</tool_call>"}
 _MAY_BE_PYTHONIC = re.compile(r"\[\s*\w*")
 _BETWEEN = re.compile(r"[\s;]*")
@@ -65,6 +65,7 @@ def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
 
         <function=name>{...}</function>
         <tool_call>{...}</tool_call>
+        <|tool_call|> [{...}]
         [TOOL_CALLS] [{...}]
 
     After a leading <|python_tag|> or <|python_start|>: any of these, or else code for
@@ -285,7 +286,7 @@ class ToolCallStream(Scanner):
                 yield from (self._arguments(found[1]) if first == "{" else self.value())
                 value = loads(self.text[begin : self.at])
                 self._complete(read_call({"name": found[1], "arguments": value}, self._names))
-            elif found[0] == "[TOOL_CALLS]" and first == "[":
+            elif first == "[":
                 yield from self._list()
             else:
                 yield from self._object()

@@ -80,6 +80,7 @@ def test_text_and_calls_that_fit_are_allowed(compiler, text):
         '<tool_call>\n{"name": "clock", "arguments": {"zone": "pst"}}\n</tool_call>',
         'Now <function=clock>{"zone": "pst"}</function>',
         '[TOOL_CALLS] [{"name": "clock", "arguments": {"zone": "pst"}}]',
+        '<tool_call>[{"name": "clock", "arguments": {"zone": "pst"}}]',
         f"[{CET % 'parameters'}, {BAD}]", f"<|python_tag|>{BAD}", f"\u00a0{BAD}",
     ],
 )  # fmt: skip

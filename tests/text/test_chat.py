@@ -12,7 +12,7 @@ import gguf
 import jinja2
 import pytest
 import tokenizers
-from conftest import DATA
+from conftest import DATA, with_user_defined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.datatypes import RawMessage, ToolPromptFormat
@@ -614,6 +614,19 @@ def test_calls_that_a_template_would_leave_out_are_written_as_text(smollm, conte
     assert '{"name": "get_weather", "arguments": ' in smollm.decode(ids)
 
 
+def test_a_template_that_wants_arguments_as_texts_gets_them(smollm):
+    """As functionary-medium-v3.2's."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    text = smollm.decode(TemplateFormat(smollm, template).encode_dialog_prompt(called()[1]))
+    assert 'get_weather{"city": "Köln", "days": 2}<|im_end|>' in text
+    broken = TemplateFormat(smollm, template + "{{ raise_exception('No') }}")
+    with pytest.raises(ValueError, match="refuses this dialog"):
+        broken.encode_dialog_prompt(called()[1])
+
+
 @pytest.mark.parametrize("name", ["Llama31Format", "tools in system"])
 @pytest.mark.parametrize("tools", [[WEATHER], [WEATHER, ADD], ["brave_search", ADD]])
 def test_llama31_tells_of_its_tools_as_its_published_template_does(formats, name, tools):
@@ -771,6 +784,15 @@ def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):
     ours = formats["Mistral with tools"]
     text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [ADD]))
     assert first.id.isalnum() and text.count(f'"{first.id}"') == 2
+
+
+def test_calls_without_ids_get_some_for_mistrals_template(formats):
+    ours, calls = formats["Mistral with tools"], [{"name": "add", "arguments": {}}] * 2
+    results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
+    dialog = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results] * 2
+    text = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, [ADD]))
+    ids = re.findall('id": "([a-z0-9]{9})"', text)
+    assert ids == [*ids[:2] * 2, *ids[4:6] * 2] and len(set(ids)) == 4
 
 
 def test_built_in_tools_are_given_to_a_template_that_has_them(formats):
@@ -1129,6 +1151,22 @@ def test_text_adds_no_token_of_a_turn_that_text_may_contain_elsewhere(tmp_path):
         assert tokenizer.decode(ids) == f"<|user|>{text}<|end|><|assistant|>{text}<|end|><|end|>"
     ids = ours.encode_dialog_prompt([USER | {"content": "<|system|>"}])  # not the template's
     assert control_ids(tokenizer, ids) == [user, system, end, end]
+
+
+def test_tags_that_models_write_are_tokens_in_contents_too(smollm):
+    """SmolLM3's reasoning and Hermes 3's calls: both are in the vocabulary for text to hold."""
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    turns = ["<s>", "</s>", "<turn>", "<user>", "</user>"]
+    tokenizer = with_user_defined(smollm, *tags, *turns)
+    template = CHATML + "{% if 0 %}" + "".join(tags + turns) + "{% endif %}"
+    ours, text = TemplateFormat(tokenizer, template), "<think>\nHm.\n</think>\n<tool_call>{}"
+    dialog = [USER, {"role": "assistant", "content": text}]
+    rendered = by_transformers(tokenizer, template, dialog, add_generation_prompt=False)
+    assert ours.encode_dialog_prompt(dialog, None, NO_HEADER) == with_specials(tokenizer, rendered)
+    rendered = rendered[: rendered.index(text) + len(text)]
+    assert ours.encode_dialog_prompt(dialog, None, OPEN) == with_specials(tokenizer, rendered)
+    ids = ours.encode_dialog_prompt([USER | {"content": "".join(turns)}])
+    assert not set(ids) & {tokenizer.special_tokens[name] for name in turns}
 
 
 COMPOSED_OF_TOOLS = [

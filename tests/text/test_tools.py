@@ -286,6 +286,15 @@ CALLS = {
     '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}, "id": "123456789"}]': [
         {**F, "id": "123456789"}
     ],
+    '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": %s}]'.replace(
+        "%s", GJ
+    ): [
+        F,
+        G,
+    ],
+    '<|tool_call|> {"name": "f", "arguments": {"a": 1}}': [F],
+    '<tool_call>[{"name": "f", "arguments": {"a": 1}}]': [F],
+    '<tool_call>[{"name": "f", "arguments": {"a": 1}}]\n</tool_call>': [F],
     'brave_search.call(query="who? (me)")': [
         {"name": "brave_search", "arguments": {"query": "who? (me)"}}
     ],
@@ -436,7 +445,8 @@ def test_quotes_and_braces_that_metas_parser_trips_over_are_read():
 
 PIECES = [
     '{"name": "f", "parameters": {"a": 1}}', '{"name": "f", "arguments": ', "<function=f>", "{",
-    "}", "</function>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[", "]", "[f(a=", ")", "(",
+    "}", "</function>", "<tool_call>", "</tool_call>", "<|tool_call|>", "[TOOL_CALLS]", "[", "]",
+    "[f(a=", ")", "(",
     "f", 'brave_search.call(query="', '")', "<|python_tag|>", ";", "\n", " ", '"', "'", "\\",
     "\x00", ",", "-", "1e999", "NaN", "lambda: 0", "**x", "f'{1}'",
     "\ud800", "0x", "=", ":", "1" * 5000,
