@@ -12,7 +12,7 @@ from llama.server.bodies import Completion, Inputs
 from llama.server.errors import invalid
 from llama.server.service import Running, received
 from llama.server.streams import EventStream, whole
-from llama.server.texts import MOST_TOP_LOGPROBS, Offsets, text_logprobs
+from llama.server.texts import MOST_TOP_LOGPROBS, Offsets, text_ids, text_logprobs
 from llama.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -79,13 +79,6 @@ async def token_ids(
                 f"{name}: token id {wrong}; this vocabulary has 0 to {tokenizer.n_words - 1}", name
             )
     return found
-
-
-def text_ids(tokenizer: Tokenizer, text: str, bos: bool, special: bool) -> List[int]:
-    """A text's ids. The names of control tokens in it are text, unless they are asked for: it may
-    hold what strangers wrote."""
-    allowed: Any = "all" if special else frozenset()
-    return tokenizer.encode(text, bos=bos, eos=False, allowed_special=allowed)
 
 
 async def _collected(

@@ -1,11 +1,18 @@
-"""What clients are told of tokens."""
+"""Texts of clients to tokens, and what clients are told of tokens."""
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from llama.engine.predictions import Event
 from llama.tokenizer import Tokenizer
 
 MOST_TOP_LOGPROBS = 20
+
+
+def text_ids(tokenizer: Tokenizer, text: str, bos: bool, special: bool) -> List[int]:
+    """A text's ids. The names of control tokens in it are text, unless they are asked for: it may
+    hold what strangers wrote."""
+    allowed: Any = "all" if special else frozenset()
+    return tokenizer.encode(text, bos=bos, eos=False, allowed_special=allowed)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -8,11 +8,11 @@ from starlette.responses import Response
 
 from llama.server.bodies import Chat, Detokenize, Tokenize
 from llama.server.chat import shown_tools
-from llama.server.completions import text_ids
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
 from llama.server.service import received
 from llama.server.streams import json
+from llama.server.texts import text_ids
 from llama.text.encoder import IMAGE
 from llama.tokenizer import Tokenizer
 
