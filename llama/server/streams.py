@@ -1,13 +1,14 @@
 """Answers that end when their reader leaves: whole ones, and server-sent events."""
 
 import asyncio
+import math
 from contextlib import aclosing, suppress
 from typing import Any, AsyncGenerator, Callable, Coroutine, Mapping, Optional, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from llama.server.errors import as_api_error
 
@@ -85,40 +86,50 @@ class EventStream(Response):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        spoke = math.inf  # when the last event was sent; infinite while there must be no comment
+
         async def write(data: bytes, more: bool = True) -> None:
+            nonlocal spoke
+            spoke = math.inf
             async with asyncio.timeout(self._timeout):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
+            if more:
+                spoke = now()
 
         async def work() -> None:
+            nonlocal spoke
             async with aclosing(self._events) as events:
                 await send(
                     {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 )
+                spoke = now()
                 try:
-                    upcoming = None
-                    while True:
-                        upcoming = upcoming or asyncio.ensure_future(anext(events))
-                        await asyncio.wait([upcoming], timeout=KEEP_ALIVE)
-                        if not upcoming.done():
-                            await write(b": working\n\n")
-                            continue
-                        done, upcoming = upcoming, None
-                        await write(self._format(done.result()))
-                except StopAsyncIteration:
+                    async for value in events:
+                        await write(self._format(value))
                     await write(self._done, more=False)
                 except TimeoutError:
                     raise Left from None
                 except Exception as error:
                     await write(self._format({"type": "error", **as_api_error(error).body}))
                     await write(b"", more=False)
-                finally:
-                    if upcoming is not None:
-                        upcoming.cancel()
-                        await asyncio.gather(upcoming, return_exceptions=True)
+
+        async def heard() -> Message:
+            """What the client says, while comments are sent: here rather than where events are,
+            so that these need no timers."""
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(spoke, now()) + KEEP_ALIVE):
+                        return await receive()
+                if now() - spoke >= KEEP_ALIVE:
+                    try:
+                        await write(b": working\n\n")
+                    except TimeoutError:
+                        return {"type": "http.disconnect"}
 
         try:
             with suppress(Left):
-                await until_gone(receive, work())
+                await until_gone(heard, work())
         finally:
             self._close()
 
