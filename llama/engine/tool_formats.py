@@ -15,7 +15,8 @@ def call_format(
     parallel: bool = False,
 ) -> Any:
     """The response format for tool_choice: a call of any tool ("required") or of the named one; for
-    "auto" that of the options, or else `strict_format`, if any.
+    "auto" `strict_format`, if any, or `call_or_format` beside one of JSON among the options, or
+    one of another kind alone.
 
     Args:
         parallel: several calls are allowed too.
@@ -26,7 +27,10 @@ def call_format(
     given = options.get("response_format")
     schemas, _ = split_tools(tools or [])
     if tool_choice == "auto":
-        return strict_format(schemas) if given is None else given
+        if given is None:
+            return strict_format(schemas)
+        of_json = isinstance(given, Mapping) and given.get("type") in ("json_schema", "json_object")
+        return call_or_format(schemas, given) if schemas and of_json else given  # type: ignore[arg-type]
     if given is not None:
         raise ValueError(f"tool_choice={tool_choice!r} and response_format: choose one")
     names = [schema["function"]["name"] for schema in schemas]

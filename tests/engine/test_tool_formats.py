@@ -126,8 +126,11 @@ def test_whatever_is_drawn_has_no_other_calls(compiler):
 
 def test_only_strict_tools_ask_for_it():
     assert strict_format([NOTE]) is None and call_format([NOTE], "auto", {}) is None
-    format_ = {"type": "json_object"}
-    assert call_format(TOOLS, "auto", {"response_format": format_}) is format_
+    for format_ in ({"type": "regex", "regex": "a"}, {"type": "json_object"}):
+        options = {"response_format": format_}
+        assert call_format(["brave_search"], "auto", options) is format_
+        of_both = call_format(TOOLS, "auto", options)
+        assert of_both == (format_ if "regex" in format_ else call_or_format(TOOLS, format_))
     assert "clock" in json.dumps(call_format(TOOLS, "auto", {}))
 
 
