@@ -42,8 +42,8 @@ def batch(
     A line is a request in the format of OpenAI's Batch API, {"custom_id": ..., "method": "POST",
     "url": "/v1/chat/completions", "body": {...}}; or {"prompt": ...}, or {"messages": [...]}, of
     which other keys are kept. A file whose name ends in neither .jsonl nor .parquet has a prompt on
-    each line. The results stand in the order of the input. Lines that fail are in
-    OUTPUT.errors.jsonl.
+    each line, unless it begins with a request, as a pipe may. The results stand in the order of the
+    input. Lines that fail are in OUTPUT.errors.jsonl.
 
     The job can be killed at any moment: the same command goes on where it stopped, with or without
     Ray, on as many machines as there are then.

@@ -18,7 +18,7 @@ from llama.layers import parallel
 from llama.server.offline import Offline, Reply, Request, beginning
 from llama.server.service import limits, load
 from llama.server.settings import Settings
-from llama.text.files import Results
+from llama.text.files import Results, check_apart
 
 Cluster = Tuple[Optional[str], Optional[int], Optional[float]]  # address, engines, CPUs of each
 
@@ -63,7 +63,8 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
             content = job.source.read_bytes()  # once: it may be a pipe
         except FileNotFoundError:
             raise FileNotFoundError(f"no file at {job.source}") from None
-        lines.extend(read(job.source, content, job.plain, job.build["seed"]))
+        lenient = job.settings.lenient
+        lines.extend(read(job.source, content, job.plain, job.build["seed"], lenient))
         opened.append(_open(job, content, sum(isinstance(line.request, Request) for line in lines)))
         return bool(_unfinished(lines, opened[0]))
 
@@ -93,6 +94,7 @@ def _open(job: Job, source: bytes, count: int) -> Results:
     content = [hashlib.sha256(source).hexdigest(), job.plain]
     names = {"served_name": job.settings.served_name, "lenient": job.settings.lenient}
     settings = {**job.build, **names, "adapters": job.settings.adapters}
+    check_apart(job.source, job.target, job.failures)
     begun = job.target.with_name(f".{job.target.name}.partial").exists()
     if job.failures.exists() and not begun and not job.force:
         raise FileExistsError(

@@ -5,7 +5,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Literal, Mapping, Tuple, Type
 
 import msgspec
 
@@ -17,16 +17,19 @@ from llama.text.files import decode, json_line
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings")  # OpenAI's Batch API's
 PLAIN = {"prompt", "messages"}  # what a line may have in place of a request
-JSONL, PARQUET = (".jsonl", ".ndjson", ".json"), ".parquet"
+JSONL, PARQUET, BOM = (".jsonl", ".ndjson", ".json"), ".parquet", b"\xef\xbb\xbf"
 
 
-class Given(msgspec.Struct, forbid_unknown_fields=True):
+class Given(msgspec.Struct):
     """A line in OpenAI's format. The body is passed on as it is written."""
 
     custom_id: str
     method: Literal["POST"]
     url: str
     body: msgspec.Raw
+
+
+class Strict(Given, forbid_unknown_fields=True): ...
 
 
 ASKED = PLAIN.union(Given.__struct_fields__)
@@ -66,28 +69,33 @@ class Line:
         return {**self.value, "generation": text, "finish_reason": choice["finish_reason"]}
 
 
-def read(path: Path, content: bytes, plain: Mapping[str, Any], seed: int) -> List[Line]:
+def read(
+    path: Path, content: bytes, plain: Mapping[str, Any], seed: int, lenient: bool = False
+) -> List[Line]:
     """The lines of a file, empty ones left out.
 
     Args:
         path: for the format, and for messages.
         plain: the body's parameters for a prompt or messages.
         seed: of the requests that give none.
+        lenient: ignore what else is in lines of OpenAI's format.
 
     Raises:
-        ValueError: no lines, or no Parquet file.
+        ValueError: no lines, no text, or no Parquet file.
     """
+    kind = Given if lenient else Strict
     seen: Dict[str, int] = {}
+    is_json = path.suffix.lower() in (*JSONL, PARQUET) or _begins_with_request(content)
     lines = []
     for number, given in _given(path, content):
         value: Dict[str, Any] = {}
         name, is_plain = f"line {number}", False
         request: Request | Dict[str, Any]
         try:
-            raw = _raw(path, given)
+            raw = _raw(given, is_json)
             value = _value(raw)
             is_plain = "body" not in value and bool(PLAIN & value.keys())
-            to, body = _of_prompt(value, plain) if is_plain else _of_line(raw)
+            to, body = _of_prompt(value, plain) if is_plain else _of_line(raw, kind)
             if not is_plain and seen.setdefault(value["custom_id"], number) != number:
                 first = seen[value["custom_id"]]
                 raise ValueError(f"custom_id {value['custom_id']!r} is line {first}'s, too")
@@ -107,19 +115,31 @@ def _given(path: Path, content: bytes) -> Iterator[Tuple[int, bytes | Dict[str, 
     if path.suffix.lower() == PARQUET:
         yield from enumerate(_pyarrow().parquet.read_table(io.BytesIO(content)).to_pylist(), 1)
         return
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    if b"\0" in content[:1024]:  # later, it is a line's fault
+        raise ValueError(f"{path} is no text in UTF-8: unpack or convert it first")
+    for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), 1):
         if line.strip():
             yield number, line
 
 
-def _raw(path: Path, given: bytes | Dict[str, Any]) -> bytes:
+def _begins_with_request(content: bytes) -> bool:
+    """Whether it is JSONL without being called so, such as a pipe: no request is a prompt."""
+    with suppress(ValueError, RecursionError):
+        first = next((line for line in io.BytesIO(content) if line.strip(BOM + b" \t\r\n")), b"")
+        return bool(msgspec.json.decode(first.removeprefix(BOM), type=Given))
+    return False
+
+
+def _raw(given: bytes | Dict[str, Any], is_json: bool) -> bytes:
     """A line as JSON, whatever the file is."""
     if isinstance(given, dict):
         row = {name: _text(name, value) for name, value in given.items() if value is not None}
-        if isinstance(row.get("body"), str):  # JSON as text
-            row["body"] = msgspec.Raw(row["body"].encode())
+        for name in ("body", "messages"):
+            if isinstance(row.get(name), str):  # JSON as text
+                with suppress(ValueError, RecursionError):
+                    row[name] = msgspec.json.decode(row[name], type=msgspec.Raw)
         return msgspec.json.encode(row, enc_hook=str)
-    if path.suffix.lower() in JSONL:
+    if is_json:
         return given
     return msgspec.json.encode({"prompt": decode(given, "it").removesuffix("\r")})
 
@@ -164,9 +184,9 @@ def _of_prompt(value: Dict[str, Any], plain: Mapping[str, Any]) -> Tuple[str, by
     return (CHAT if name == "messages" else COMPLETIONS), body
 
 
-def _of_line(raw: bytes) -> Tuple[str, bytes]:
+def _of_line(raw: bytes, kind: Type[Given]) -> Tuple[str, bytes]:
     """The path and the body of a request in OpenAI's format."""
-    given = msgspec.json.decode(raw, type=Given)
+    given = msgspec.json.decode(raw, type=kind)
     body = msgspec.json.decode(given.body, type=Dict[str, Any])
     if given.url not in URLS:
         raise ValueError(f"url {given.url!r:.100}: it is one of {', '.join(URLS)}")

@@ -13,7 +13,7 @@ from llama.checkpoint import remote
 from llama.generation import Llama
 from llama.layers import parallel
 from llama.text.few_shot import FewShot
-from llama.text.files import Results, decode, json_line, objects, read_text, string
+from llama.text.files import Results, check_apart, decode, json_line, objects, read_text, string
 
 
 def read_stops(given: Sequence[str]) -> List[str]:
@@ -119,6 +119,7 @@ def complete_file(
         **build, **sampling, "params": asdict(sampling["params"]), "seed": seed,
         "few_shot": few_shot and asdict(few_shot), "ranks": parallel.world_size(),
     }  # fmt: skip
+    parallel.on_rank_zero(lambda: check_apart(source, target))
     lines: List[Line] = parallel.on_rank_zero(lambda: read_lines(source, few_shot))
     opened: List[Results] = []  # by rank 0
 

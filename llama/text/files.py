@@ -196,6 +196,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_apart(source: Path, *outputs: Path) -> None:
+    """Raises ValueError: what shall be written is what was read."""
+    for path in outputs:
+        if source.exists() and path.exists() and path.samefile(source):
+            raise ValueError(f"{path} is the input: choose another name for the output")
+
+
 class Results:
     """What is finished of a job, kept in `.NAME.partial` beside its output until all of it is.
 
@@ -222,6 +229,8 @@ class Results:
 
         if output.is_dir():
             raise FileExistsError(f"{output} is a directory: name a file")
+        if output.exists() and not output.is_file():  # /dev/stdout, /dev/null
+            raise FileExistsError(f"{output} is no file that can be replaced: name another")
         self.output = output
         self.partial = output.with_name(f".{output.name}.partial")
         exists = FileExistsError(

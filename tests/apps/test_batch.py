@@ -1,5 +1,6 @@
 """`llama batch`: the server's answers, a place for every line, and no kill that changes any."""
 
+import gzip
 import io
 import json
 import os
@@ -188,6 +189,18 @@ def test_text_of_spark_is_text():
     assert not errors and line.request.body == row["body"]
 
 
+def test_messages_may_be_json_as_text():
+    """As `llama batch` itself writes them to Parquet."""
+    import pyarrow
+
+    dialog = [{"role": "user", "content": "Hi"}]
+    [content] = batch_lines.written(Path("a.parquet"), [{"messages": dialog}])
+    [line], errors = read_lines("a.parquet", content)
+    assert not errors and line.value == {"messages": dialog}
+    rows = pyarrow.table({"messages": ["Hi"], "id": [1]})
+    assert parquet_lines(rows)[0][0].value == {"messages": "Hi", "id": 1}
+
+
 def test_values_that_json_lacks_are_text():
     import pyarrow
 
@@ -253,6 +266,25 @@ def test_a_line_that_is_no_utf8_fails_alone():
     assert errors == ["line 2: it isn't UTF-8: byte 0 can't be read"]
 
 
+def test_what_is_no_text_is_refused_at_once():
+    """Compressed files and UTF-16 were read as prompts."""
+    for name, content in (
+        ("in.jsonl.gz", gzip.compress(f"{GOOD}\n".encode() * 20)),
+        ("in.txt", "Hello\nWorld\n".encode("utf-16")),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is no text in UTF-8: unpack or convert it"):
+            read_lines(name, content)
+
+
+def test_requests_in_a_file_of_any_name():
+    """Such as a pipe's: nobody wants a request to be continued."""
+    for name in ("/dev/fd/63", "in.txt"):
+        [line], errors = read_lines(name, f"\ufeff\n{GOOD}\n".encode())
+        assert not errors and line.name == "good" and not line.plain
+    [line], _ = read_lines("in.txt", b'{"prompt": "a"}')
+    assert line.value == {"prompt": '{"prompt": "a"}'}
+
+
 def test_capitals_in_a_files_name():
     content = b'{"prompt": "a"}\n'
     assert read_lines("in.JSONL", content)[0] == read_lines("in.jsonl", content)[0]
@@ -293,8 +325,9 @@ def test_a_file_of_which_no_line_succeeds_is_an_error(run, tmp_path):
 
 
 def test_unknown_parameters_can_be_ignored(run):
-    out, errors = run(GOOD.replace('"a"', '"a", "best": 1'), "--lenient")
-    assert len(lines_of(out)) == 1 and not errors
+    for i, asked in enumerate((GOOD.replace('"a"', '"a", "best": 1'), f'{GOOD[:-1]}, "tag": 1}}')):
+        out, errors = run(asked, "--lenient", output=f"{i}.jsonl")
+        assert len(lines_of(out)) == 1 and not errors
 
 
 def test_a_failed_engine_is_no_line_of_the_error_file(run, tmp_path, monkeypatch):
@@ -426,6 +459,18 @@ def test_mistakes(run, tmp_path):
         run(GOOD, output="other.jsonl")
     out, errors = run(GOOD, "--force")
     assert len(lines_of(out)) == 1 and not errors
+
+
+def test_the_input_is_never_overwritten(run, tmp_path):
+    """Nor what is no file, such as /dev/null."""
+    for output, name in (("in.jsonl", "in.jsonl"), ("out", "out.errors.jsonl")):
+        with pytest.raises(ValueError, match=f"{name} is the input: choose another name"):
+            run(GOOD, "--force", name=name, output=output)
+        assert (tmp_path / name).read_text() == GOOD
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is no file that can be replaced"):
+        run(GOOD, "--force", output="pipe")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.errors.jsonl", "pipe"}
 
 
 @contextmanager
