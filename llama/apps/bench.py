@@ -23,7 +23,7 @@ def bench(
 
     Args:
         what: load, the only choice so far.
-        url: of the server, without /v1.
+        url: of the server, with or without /v1.
         requests: how many.
         concurrency: at most so many at a time.
         rate: requests per second, at random times (Poisson); by default as fast as answers come.
@@ -43,10 +43,12 @@ def bench(
     for name, value in (("requests", requests), ("concurrency", concurrency)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if rate is not None and rate <= 0:
+    if rate is not None and not rate > 0:
         raise ValueError(f"rate={rate} must be more than 0")
     jobs = load.make_jobs(requests, rate, seed)
-    found = load.run(url.rstrip("/"), jobs, concurrency, model=model, api_key=api_key)
+    found = load.run(
+        url.rstrip("/").removesuffix("/v1"), jobs, concurrency, model=model, api_key=api_key
+    )
     if json:
         print(dumps(found))
         return

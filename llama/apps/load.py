@@ -169,18 +169,24 @@ def _timed(
         if response.status != 200:
             said = " ".join(response.read(500).decode(errors="replace").split())
             raise ValueError(f"{url} answers {response.status}: {said}")
-        times = []
+        times: List[float] = []
+        reason = None
         for line in response:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
+            data = line.removeprefix(b"data:").lstrip()
+            if data != line and data.startswith(b"{"):
+                chunk = json.loads(data)
                 if "error" in chunk:
                     raise ValueError(f"{url} failed in the middle of an answer: {chunk['error']}")
-                times.append(time.perf_counter())
+                for choice in chunk.get("choices") or ():
+                    reason = choice.get("finish_reason") or reason
+                    if choice.get("text") or not times:  # some end with a chunk without text
+                        times.append(time.perf_counter())
     finally:
         connection.close()
     if not times:
         raise ValueError(f"{url}: a stream without any token")
-    return timing(job.max_tokens if ignore_eos else len(times), sent, times)
+    whole = ignore_eos and reason == "length"  # several tokens may come at once
+    return timing(job.max_tokens if whole else len(times), sent, times)
 
 
 def timing(tokens: int, sent: float, times: Sequence[float]) -> Timing:

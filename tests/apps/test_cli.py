@@ -27,7 +27,7 @@ from conftest import (
 )
 
 from llama import checkpoint
-from llama.apps import cli
+from llama.apps import cli, load
 from llama.backends.options import ModelOptions
 from llama.engine.params import SamplingParams
 from llama.families.variants import VariantArgs
@@ -413,6 +413,28 @@ def test_bench_names_the_address_of_what_is_no_server(capsys):
             code, out, err = here(capsys, "bench", "load", url, "--requests=2")
         assert (code, out) == (1, "") and re.fullmatch(rf"error: {url}[^\n]+\n", err)
         assert says in err and ("`llama serve`" in err or "404" in err)
+
+
+def test_bench_takes_the_address_that_clients_take(monkeypatch):
+    given = []
+    monkeypatch.setattr(load, "run", lambda url, *_, **options: given.append(url) or {})
+    for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/"):
+        cli.parse(["bench", "load", url])()
+    assert given == ["http://a:1"] * 4
+
+
+def test_bench_counts_what_came(monkeypatch):
+    """A server that doesn't know ignore_eos ends early, and says so in a chunk without text."""
+    monkeypatch.setattr(load, "summary", lambda found, *_: {"found": found})
+    chunk, [job] = (
+        'data:{"choices": [{"text": "%s", "finish_reason": %s}]}\n\n',
+        load.make_jobs(1, 1, 1),
+    )
+    for reason, tokens in (("stop", 3), ("length", job.max_tokens)):
+        text = "HTTP/1.1 200 OK\r\n\r\n" + chunk % ("a", "null") * 3 + chunk % ("", f'"{reason}"')
+        with replying((text + "data: [DONE]\n\n").encode()) as (url, _):
+            [timing] = load.run(url, [job], 1)["found"]
+        assert (timing.tokens, len(timing.between)) == (tokens, 2)
 
 
 def test_ctrl_c_ends_a_bench_that_waits():
