@@ -161,6 +161,8 @@ def _generation_options(given: Dict[str, Any]) -> Dict[str, Any]:
     temperature, top_p = left.pop("temperature", 1.0), left.pop("top_p", 1.0)
     if not left.pop("do_sample", False):
         temperature = 0.0
+    if left.get("num_beams") == 1:  # as some tasks say
+        del left["num_beams"]
     if left:
         raise ValueError(f"the task asks for {left} in generating, which isn't supported")
     return {

@@ -152,7 +152,7 @@ def test_sampling_is_passed_on(tiny, monkeypatch):
     monkeypatch.setattr(
         tiny, "generate", lambda prompts, **o: given.update(o) or ([[*b"!\n?"]], None)
     )
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "until": "\n"}
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "until": "\n", "num_beams": 1}
     assert HarnessModel(tiny).generate_until(
         instances("until", ("a", {**options, "max_new_tokens": 5})), True
     ) == ["!"]
