@@ -13,6 +13,7 @@ from llama.apps.plan_options import PlanOptions
 from llama.backends.build import resolve_quantize
 from llama.checkpoint import Checkpoint, remote
 from llama.engine.simulation import Cost, Pass, fit
+from llama.families.llama4 import Llama4Args
 from llama.model import ModelArgs
 
 LLAMA3: Dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256}
@@ -123,10 +124,15 @@ def identity(args: ModelArgs, options: PlanOptions, quantize: Optional[str]) -> 
 def work(args: ModelArgs, weights: int) -> Tuple[float, float]:
     """Bytes of weights that a pass reads, and floating-point operations of each of its tokens."""
     shapes = {name: math.prod(shape) for name, shape in checkpoint.weight_shapes(args).items()}
-    whole = used = sum(shapes.values())
+    whole = sum(shapes.values())
+    used = sum(n for name, n in shapes.items() if not name.startswith("vision_"))  # text has none
     if not args.tied_embeddings:
         used -= shapes["tok_embeddings.weight"]  # of which a token reads one row
-    return weights * used / whole, 2.0 * used
+    others = 0.0  # experts that a token doesn't take, and those of a pass together do
+    if isinstance(args, Llama4Args) and args.num_experts:
+        experts = sum(n for name, n in shapes.items() if ".experts." in name)
+        others = experts * (1 - args.top_k / args.num_experts)
+    return weights * used / whole, 2.0 * (used - others)
 
 
 def estimated(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from vision import TINY_LLAMA4, without_images
 
 from llama.apps import cli, machines, measuring, planning
 from llama.apps.plan_options import PlanOptions
@@ -38,6 +39,17 @@ def test_a_pass_takes_what_the_machine_needs():
     assert cost(8)(many) < cost(4)(many) < cost(2)(many) < cost(1)(many)
     assert cost(16)(many) > cost(8)(many)  # over the network
     assert cost(16, 1e11)(many) < cost(16)(many)
+
+
+def test_a_token_takes_its_own_experts():
+    """And a pass of text neither reads nor computes the image encoder."""
+    dense = machines.work(TINY_LLAMA4, 10**6)[1]
+    fewer = replace(TINY_LLAMA4, num_experts=2)
+    assert machines.work(fewer, 10**6)[1] == pytest.approx(dense, rel=0.01)  # but for the router
+    both = replace(TINY_LLAMA4, top_k=2)
+    expert = 3 * TINY_LLAMA4.dim * TINY_LLAMA4.expert_dim
+    assert machines.work(both, 10**6)[1] - dense == 2 * TINY_LLAMA4.n_layers * expert
+    assert machines.work(without_images(TINY_LLAMA4), 10**6)[1] == dense
 
 
 def test_memory_is_that_of_the_estimate():
