@@ -11,6 +11,7 @@ from llama.server.offline import Offline, Reply, Request
 from llama.server.settings import UNLIMITED, Settings
 
 PATHS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
+LOST = ("n", "stream", "tools", "logprobs")  # parameters whose answers are more than a text
 
 
 class Predictor:
@@ -34,6 +35,7 @@ class Predictor:
         options: of `Llama.build`.
 
     Raises:
+        ValueError: a parameter in `body` whose answer the columns can't hold.
         ValueError, OSError: what loading the model fails with.
     """
 
@@ -46,6 +48,12 @@ class Predictor:
     ):
         limits = Settings(**{**UNLIMITED, **(settings or {})})
         self._body = dict(body or {})
+        for name in LOST:
+            if self._body.get(name) and (name, self._body[name]) != ("n", 1):
+                raise ValueError(
+                    f"body: {name}={self._body[name]!r:.100}: a row gets one text; `llama batch` "
+                    "keeps whole answers"
+                )
         self._model = Offline({"ckpt_dir": ckpt_dir, **options}, limits)
 
     def __call__(self, batch: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:

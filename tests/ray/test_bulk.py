@@ -207,6 +207,14 @@ def test_predictor(model):
         predictor({"text": column})
 
 
+@pytest.mark.parametrize("body", [{"n": 2}, {"stream": True}, {"tools": [{}]}, {"logprobs": True}])
+def test_a_predictor_refuses_what_its_columns_would_lose(body):
+    with pytest.raises(ValueError, match=f"body: {next(iter(body))}=.*llama batch"):
+        llama.ray.Predictor("nowhere", body)
+    with pytest.raises(FileNotFoundError):
+        llama.ray.Predictor("nowhere", {"n": 1, "stream": False, "tools": None, "logprobs": False})
+
+
 @pytest.mark.slow
 def test_the_pipeline_of_the_docs(cluster, model):
     import ray
