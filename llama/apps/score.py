@@ -27,7 +27,7 @@ def score(
         files: texts in UTF-8.
         jsonl: a file with a text on each line.
         stride: tokens from the beginning of one window to that of the next; by default half a
-            window.
+            window. With a whole one, the first token of each has no context and isn't scored.
         json: print one JSON object per text: name, tokens, logprob, perplexity.
     """
     from llama.engine.scoring import perplexities
@@ -54,7 +54,7 @@ def read_lines(path: Path) -> List[Tuple[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not UTF-8, or a line that isn't an object with a "text".
+        ValueError: not UTF-8, no lines, or one that isn't an object with a "text".
     """
     texts = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -67,6 +67,8 @@ def read_lines(path: Path) -> List[Tuple[str, str]]:
         if not isinstance(text, str):
             raise ValueError(f'{path}:{number}: not a JSON object with a string "text"')
         texts.append((f"{path}:{number}", text))
+    if not texts:
+        raise ValueError(f'{path} has no lines: each is {{"text": ...}}')
     return texts
 
 

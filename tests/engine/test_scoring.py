@@ -318,6 +318,9 @@ def test_a_broken_line_is_named_before_weights_are_read(tmp_path, line):
     path.write_text(f'{{"text": "a"}}\n{line}\n')
     with pytest.raises(ValueError, match=r'texts.jsonl:2: not a JSON object with a string "text"'):
         score_command("nowhere", jsonl=str(path))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="texts.jsonl has no lines"):
+        score_command("nowhere", jsonl=str(path))
 
 
 def test_files_that_cannot_be_scored(tmp_path):
