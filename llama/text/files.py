@@ -1,11 +1,12 @@
 """Text, JSON and JSONL files, read strictly; files and directories replaced atomically."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 
 def unique_keys(complaint: str) -> Callable[[List[Tuple[str, Any]]], Dict[str, Any]]:
@@ -151,12 +152,10 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Holds a lock beside a path; ValueError if somebody else does."""
-    import fcntl  # not on Windows
-
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(file)
             held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
         except (BlockingIOError, FileNotFoundError):  # or was held until after it was opened here
             held = False
@@ -166,6 +165,23 @@ def _alone(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink()
+
+
+def hold(file: IO[Any]) -> None:
+    """Lock an open file for this process.
+
+    Where a file system has no locks, as Lustre's and NFS often don't, nobody is kept out.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
 
 
 def check_plain(path: Path) -> None:
@@ -225,8 +241,6 @@ class Results:
     """
 
     def __init__(self, output: Path, job: str, count: int, force: bool = False):
-        import fcntl  # not on Windows
-
         if output.is_dir():
             raise FileExistsError(f"{output} is a directory: name a file")
         if output.exists() and not output.is_file():  # /dev/stdout, /dev/null
@@ -241,7 +255,7 @@ class Results:
         output.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(self._file)
             self.found = self._read(job, force)
             # Killed between its last two steps, a job leaves its partial file beside the output.
             if output.exists() and not force and len(self.found) < count:

@@ -1,12 +1,16 @@
 """Files: one rule for text, atomic replacement."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from llama.apps.score import read_lines
-from llama.text.files import beside, read_object, read_text, write_json
+from llama.text.files import Results, beside, read_object, read_text, write_json
 
 
 def test_text_is_read_without_what_editors_add_unless_it_is_to_be_exact(tmp_path):
@@ -61,3 +65,19 @@ def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_leaves_is_clear
     with beside(path, force=True) as partial:
         write_json(partial, {"a": 2})
     assert read_object(path) == {"a": 2} and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_file_systems_without_locks_are_written_to(tmp_path, monkeypatch, number):
+    """As Lustre's are unless they are mounted with them, and NFS without its daemon."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    fails = number == errno.EIO
+    with pytest.raises(OSError, match="Input/output") if fails else nullcontext():
+        with beside(tmp_path / "a.json") as partial:
+            write_json(partial, {})
+        Results(tmp_path / "out", "job", 1).close()
+    assert (tmp_path / "a.json").exists() != fails
