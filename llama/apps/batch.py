@@ -16,7 +16,7 @@ class PromptSampling(SamplingParams):
     temperature: float = 0.0
 
 
-SAMPLING = PromptSampling()
+SAMPLING, MAX_GEN_LEN = PromptSampling(), 64  # as defaults
 
 
 def batch(
@@ -25,7 +25,7 @@ def batch(
     model: ServedModel = MODEL,
     sampling: PromptSampling = SAMPLING,
     *,
-    max_gen_len: int = 64,
+    max_gen_len: int = MAX_GEN_LEN,
     stop: Optional[Texts] = None,
     response_format: Optional[str] = None,
     ray: Union[bool, str] = False,
@@ -104,5 +104,12 @@ def batch(
         served_name=served_name, adapter=adapter or [], lenient=lenient, cache_tokens=cache_tokens,
         **UNLIMITED,
     )  # fmt: skip
-    job = Job(Path(input), Path(output), vars(model), settings, plain, force)
+    asked = {
+        "max_gen_len": max_gen_len != MAX_GEN_LEN,
+        "stop": stop,
+        "response_format": response_format,
+    }
+    asked |= {name: getattr(sampling, name) != getattr(SAMPLING, name) for name in sorted(names)}
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+    job = Job(Path(input), Path(output), vars(model), settings, plain, given, force)
     run(job, None if ray is False else (None if ray is True else str(ray), engines, cpus))

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import signal
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Generator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Generator, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ class Job:
     Attributes:
         build: options of `Llama.build`.
         plain: what the bodies say that are made of prompts.
+        given: options on the command line that say it.
     """
 
     source: Path
@@ -37,6 +39,7 @@ class Job:
     build: Mapping[str, Any]
     settings: Settings
     plain: Mapping[str, Any]
+    given: Sequence[str]
     force: bool
 
     @property
@@ -65,6 +68,8 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
             raise FileNotFoundError(f"no file at {job.source}") from None
         lenient = job.settings.lenient
         lines.extend(read(job.source, content, job.plain, job.build["seed"], lenient))
+        for text in _unheeded(job, lines):
+            print(f"note: {text}", file=sys.stderr)
         opened.append(_open(job, content, sum(isinstance(line.request, Request) for line in lines)))
         return bool(_unfinished(lines, opened[0]))
 
@@ -82,6 +87,21 @@ def run(job: Job, cluster: Optional[Cluster]) -> None:
     finally:
         for results in opened:
             results.close()
+
+
+def _unheeded(job: Job, lines: List[Line]) -> Iterator[str]:
+    """What is given and heeded by nothing."""
+    plain = [line for line in lines if line.plain]
+    if job.given and not plain:
+        options = ", ".join(job.given)
+        yield f"{options}: of prompts and messages; here are requests, whose bodies say it"
+    keys = {key for line in plain for key in line.value.keys() & {*job.plain, "tools"}}
+    if keys:
+        names = ", ".join(sorted(keys))
+        yield (
+            f"{names} in lines: kept, and not heeded; options are given on the command line, or in "
+            "the bodies of requests"
+        )
 
 
 def _open(job: Job, source: bytes, count: int) -> Results:

@@ -473,6 +473,21 @@ def test_the_input_is_never_overwritten(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.errors.jsonl", "pipe"}
 
 
+def test_options_that_nothing_heeds_are_named(run, capsys):
+    """Those of prompts for requests, and those in lines of prompts."""
+    run(GOOD, "--max-gen-len=3", "--top-p=0.5", output="a")
+    note = "note: --max-gen-len, --top-p: of prompts and messages; here are requests, whose bodies"
+    assert note in capsys.readouterr().err
+    line = '{"prompt": "a", "id": 1, "tools": [], "max_tokens": 9}'
+    for asked, option in ((line, "--top-p=0.5"), (f"{GOOD}\n{line}", "--max-gen-len=3")):
+        run(asked, option, "--force", output="a")
+        err = capsys.readouterr().err
+        assert "note: max_tokens, tools in lines: kept, and not heeded; options are" in err
+        assert err.count("note:") == 1
+    run(GOOD, "--force", output="a")
+    assert "note:" not in capsys.readouterr().err
+
+
 @contextmanager
 def interrupted(monkeypatch):
     """Runs in it are interrupted when their first results have been kept."""
