@@ -81,7 +81,7 @@ def read(
         lenient: ignore what else is in lines of OpenAI's format.
 
     Raises:
-        ValueError: no lines, no text, or no Parquet file.
+        ValueError: no lines, no text, a list, or no Parquet file.
     """
     kind = Given if lenient else Strict
     seen: Dict[str, int] = {}
@@ -117,6 +117,8 @@ def _given(path: Path, content: bytes) -> Iterator[Tuple[int, bytes | Dict[str, 
         return
     if b"\0" in content[:1024]:  # later, it is a line's fault
         raise ValueError(f"{path} is no text in UTF-8: unpack or convert it first")
+    if path.suffix.lower() in JSONL and content[:1024].removeprefix(BOM).lstrip()[:1] == b"[":
+        raise ValueError(f"{path} is a list: write each object on a line of its own: jq -c '.[]'")
     for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), 1):
         if line.strip():
             yield number, line

@@ -276,6 +276,13 @@ def test_what_is_no_text_is_refused_at_once():
             read_lines(name, content)
 
 
+def test_a_json_list_is_refused_at_once():
+    """Each of its lines failed, for want of the others."""
+    with pytest.raises(ValueError, match=r"in.json is a list: write .* line of its own: jq -c"):
+        read_lines("in.json", f"\ufeff[\n  {GOOD},\n  {GOOD}\n]\n".encode())
+    assert not read_lines("in.txt", b"[1] and [2]")[1]
+
+
 def test_requests_in_a_file_of_any_name():
     """Such as a pipe's: nobody wants a request to be continued."""
     for name in ("/dev/fd/63", "in.txt"):
