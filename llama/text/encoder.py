@@ -31,8 +31,9 @@ class Encoder(Protocol):
 def image_id(tokenizer: Encoder) -> int:
     """The id that stands for an image: the first after those of the embedding's ordinary rows.
 
-    Hugging Face's vocabularies have it there. Meta's has the name 244 ids earlier, where models
-    never see it: its `ChatFormat` writes the id beyond the vocabulary instead.
+    Hugging Face's vocabularies have it there, and perhaps tokens after it that were added later.
+    Meta's has the name 245 ids earlier, where models never see it: its `ChatFormat` writes the id
+    beyond the vocabulary instead.
 
     Raises:
         ValueError: a vocabulary without it.
@@ -40,4 +41,5 @@ def image_id(tokenizer: Encoder) -> int:
     if IMAGE not in tokenizer.special_tokens:
         raise ValueError(f"this model's vocabulary has no {IMAGE}: it can't be given images")
     named, n_words = tokenizer.special_tokens[IMAGE], tokenizer.vocabulary.n_words
-    return named if named == n_words - 1 else n_words
+    begin = tokenizer.special_tokens.get("<|begin_of_text|>", named)  # the first of Llama 3's 256
+    return named if named in (begin + 256, n_words - 1) else n_words

@@ -93,6 +93,9 @@ class TemplateFormat:
         except Exception as error:  # parsing a foreign program may raise anything
             raise ValueError(f"the checkpoint's chat template doesn't parse: {error}") from None
         self._names(marked=True)
+        text, parts = ({"role": "user", "content": c} for c in (self._nonce, _parts(self._nonce)))
+        self._in_parts = False
+        self._in_parts = not self._shows(text) and self._shows(parts)
         # Where such a name in text is cut. White space is no turn, and often a token of its own.
         # A pair of tags isn't one either: models write <think>...</think> and <tool_call>.
         tags = {n for n in names if _TAG.fullmatch(n) and n.replace("<", "</") in names}
@@ -101,6 +104,15 @@ class TemplateFormat:
         names = [n for n in cut if n.strip()]
         cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1]
         self._cut = re.compile("|".join(cuts) or "(?!)")
+
+    def _shows(self, message: Dict[str, Any]) -> bool:
+        """Whether the template writes a message. Llama Guard 3's leaves out contents that aren't a
+        list of parts, silently."""
+        try:
+            given = {"messages": [message], "add_generation_prompt": True}
+            return self._nonce in self._render(self._plain, given)
+        except ValueError:
+            return False
 
     def _tag(self, tree: nodes.Template) -> nodes.Template:
         """Replace special tokens in the template's own text by marks, in place."""
@@ -218,9 +230,13 @@ class TemplateFormat:
 
     def _render(self, template: jinja2.Template, given: Dict[str, Any]) -> str:
         marked = template is self._marked
-        variables = {"tools": None, "documents": None}
+        variables = {"tools": None, "documents": None, **self._names(marked), **given}
+        if self._in_parts:
+            variables["messages"] = [
+                {**m, "content": _parts(m["content"])} for m in given["messages"]
+            ]
         try:
-            text = template.render({**variables, **self._names(marked), **given})
+            text = template.render(variables)
         except Exception as error:  # raise_exception, the sandbox's, or a mistake in the template
             raise ValueError(
                 f"the checkpoint's chat template refuses this dialog: {error}"
@@ -282,6 +298,11 @@ def _for_template(message: Any) -> Dict[str, Any]:
             for call in calls
         ]
     return plain
+
+
+def _parts(content: Any) -> List[Any]:
+    """A content as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _with_ids(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -776,6 +776,20 @@ def test_of_two_templates_that_for_tools_is_taken_with_tools(formats, placed, en
             assert ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, tools)) == expected
 
 
+def test_the_template_of_a_processor_is_taken_before_its_tokenizers(tmp_path):
+    """transformers 4 wrote that of models that see, Llama 3.2 Vision for one, into a file of its
+    own, and reads it still, before others."""
+    tokenizer = {"chat_template": "old", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    file = tmp_path / "chat_template.json"
+    for template, expected in (("new", "new"), (None, "old")):
+        file.write_text(json.dumps({"chat_template": template}))
+        assert TokenizerConfig(tmp_path / "tokenizer.json").chat_template == expected
+    file.write_text(json.dumps({"chat_template": ["new"]}))
+    with pytest.raises(ValueError, match=r"chat_template.json: chat_template=.*isn't a template"):
+        TokenizerConfig(tmp_path / "tokenizer.json")
+
+
 def test_ids_that_are_made_for_calls_go_back_into_mistrals_template(formats):
     [first, *_] = ToolCallStream([ADD]).feed('[TOOL_CALLS] [{"name": "add", "arguments": {}}]')
     call = {"id": first.id, "name": "add", "arguments": {}}

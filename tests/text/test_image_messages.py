@@ -21,6 +21,7 @@ from llama.text.llama2 import Llama2Format
 from llama.text.llama31 import Llama31Format
 from llama.text.messages import image_sources
 from llama.text.templates import TemplateFormat
+from llama.text.vocabulary.byte_level import image_beyond
 
 TEMPLATE = """\
 {{- bos_token }}
@@ -113,6 +114,37 @@ def test_templates_with_images_give_what_transformers_renders(tmp_path):
         expected = tokenizer.encode(rendered, bos=False, eos=False, allowed_special="all")
         found = ours.encode_dialog_prompt(dialog)
         assert found == expected and found.count(512) == len(image_sources(dialog))
+
+
+def test_templates_that_read_lists_of_parts_alone_get_these(llama3):
+    """Llama Guard 3's of 1B and Vision: a text that isn't in a list would be lost, silently."""
+    head = TEMPLATE.index("    {%- if message.content is string")
+    alone = TEMPLATE[:head] + TEMPLATE[TEMPLATE.index("        {%- for part") :]
+    alone = alone.replace("    {%- endif %}\n    {{- '<|eot_id|>' }}", "    {{- '<|eot_id|>' }}")
+    dialog = [
+        {"role": "user", "content": "Hello <|image|>"},
+        {"role": "assistant", "content": "Well"},
+    ]
+    for end in ([], [USER]):
+        expected = TemplateFormat(llama3, TEMPLATE).encode_dialog_prompt([*dialog, *end])
+        assert TemplateFormat(llama3, alone).encode_dialog_prompt([*dialog, *end]) == expected
+    options = PromptOptions(None, True)
+    found, expected = (
+        TemplateFormat(llama3, template).encode_dialog_prompt(dialog, options=options)
+        for template in (alone, TEMPLATE)
+    )
+    assert found == expected
+
+
+def test_tokens_added_after_that_of_images_leave_it_its_place(tmp_path):
+    """Fine-tuning often adds one for padding, for which the embeddings have room."""
+    tokenizer = Tokenizer(write_byte_tokenizer(tmp_path / "tokenizer.model"))
+    assert image_id(tokenizer) == 512  # beyond Meta's
+    special = image_beyond(tokenizer.special_tokens) | {"<pad>": 513, "<tool>": 514}
+    for n_words in (513, 514, 515):
+        known = {name: i for name, i in special.items() if i < n_words}
+        vocabulary = tokenizer.vocabulary._replace(special_tokens=known, n_words=n_words)
+        assert image_id(Tokenizer(vocabulary)) == 512
 
 
 def test_the_name_of_the_image_token_in_a_text_is_text(llama3):

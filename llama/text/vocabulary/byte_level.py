@@ -7,8 +7,9 @@ import base64
 import binascii
 from functools import lru_cache
 from pathlib import Path
-from typing import AbstractSet, Any, Dict, List, Optional
+from typing import AbstractSet, Any, Dict, List, Mapping, Optional
 
+from llama.text.encoder import IMAGE
 from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary, check_ids
 from llama.text.vocabulary.config import gguf_template
 
@@ -124,6 +125,15 @@ def llama3_special_tokens(n_ordinary: int) -> Dict[str, int]:
     ]  # fmt: skip
     names += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(names) + 2)]
     return {name: n_ordinary + i for i, name in enumerate(names)}
+
+
+def image_beyond(special: Mapping[str, int]) -> Dict[str, int]:
+    """Llama 3's special tokens by Meta's rule, with <|image|> after them, where Llama 3.2 Vision
+    reads it, and where Hugging Face's have it."""
+    end = max(special.values()) + 1
+    return {n.replace(IMAGE, "<|reserved_special_token_246|>"): i for n, i in special.items()} | {
+        IMAGE: end
+    }
 
 
 @lru_cache

@@ -8,10 +8,12 @@ from llama.text.vocabulary.base import MAX_WORDS
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # as transformers writes it
+PROCESSOR_TEMPLATE = "chat_template.json"  # of models that see, as transformers 4 wrote it
 
 
 class TokenizerConfig:
-    """tokenizer_config.json, generation_config.json, config.json and chat_template.jinja.
+    """tokenizer_config.json, generation_config.json, config.json, chat_template.jinja, and
+    chat_template.json, which transformers takes before the others.
 
     Attributes:
         stop: the ids at which generation ends, as configured.
@@ -104,6 +106,10 @@ class TokenizerConfig:
         for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE)):
             if self._path and (path := self._path.parent / file).exists():
                 found[name] = read_text(path)
+        of_processor = self._read(PROCESSOR_TEMPLATE).get("chat_template")
+        if not isinstance(of_processor, str | None):
+            raise self._wrong("chat_template", of_processor, "a template", PROCESSOR_TEMPLATE)
+        found["default"] = of_processor or found.get("default")
         plain, with_tools = found.get("default"), found.get("tool_use")
         if not all(one is None or isinstance(one, str) for one in (plain, with_tools)):
             raise self._wrong("chat_template", given, "a template, nor a list of them by name")

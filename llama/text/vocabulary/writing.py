@@ -11,6 +11,7 @@ from llama.text.vocabulary.base import STOP_NAMES, Kind, Vocabulary
 from llama.text.vocabulary.byte_level import (
     LLAMA4_WORDS,
     byte_alphabet,
+    image_beyond,
     meta_special_tokens,
     split_rule,
 )
@@ -54,7 +55,8 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
         twin = _pieces_json(vocabulary) if vocabulary.kind == "spm" else None
         return _write(vocabulary, directory, twin)
     pre, ordinary = vocabulary.pre, len(vocabulary.ranks)
-    by_rule = meta_special_tokens(pre, ordinary) == vocabulary.special_tokens
+    rule = meta_special_tokens(pre, ordinary)
+    by_rule = vocabulary.special_tokens in (rule, image_beyond(rule))
     whole = sorted(vocabulary.ranks.values()) == list(range(ordinary))
     known = pre == ("llama4" if ordinary == LLAMA4_WORDS else "llama-bpe")
     if by_rule and whole and known and not vocabulary.chat_template:
@@ -63,6 +65,14 @@ def write_tokenizer(vocabulary: Vocabulary, directory: Path) -> Path:
         path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in lines))
         return path
     return write_for_hugging_face(vocabulary, directory)
+
+
+def for_images(vocabulary: Vocabulary) -> Vocabulary:
+    """Meta's of Llama 3.2 Vision with the token of images beyond it; others as they are."""
+    rule = meta_special_tokens("llama-bpe", len(vocabulary.ranks))
+    if vocabulary.kind != "byte-level" or vocabulary.special_tokens != rule:
+        return vocabulary
+    return vocabulary._replace(special_tokens=image_beyond(rule), n_words=vocabulary.n_words + 1)
 
 
 def write_for_hugging_face(vocabulary: Vocabulary, directory: Path) -> Path:
