@@ -5,6 +5,7 @@ Formats: transformers' LlamaConfig and LlamaForCausalLM; the weights are in `saf
 
 import math
 import re
+import warnings
 from pathlib import Path
 from types import MappingProxyType
 from typing import AbstractSet, Any, Callable, Dict, List, Mapping, Optional, Set
@@ -13,6 +14,7 @@ import torch
 
 from llama.checkpoint.config import config_of, read_config, read_scheme
 from llama.checkpoint.fused import Part, cut, plan, stored_as
+from llama.checkpoint.listing import PROCESSOR
 from llama.checkpoint.pth import index_pth
 from llama.checkpoint.safetensors import index_safetensors, interleave, under, write_safetensors
 from llama.checkpoint.schemes import assemble
@@ -74,6 +76,7 @@ class HFCheckpoint:
         if self.args.tied_embeddings:
             self._stored.pop("output.weight", None)  # as transformers does
         self.tokenizer_path: Optional[Path] = find_tokenizer(self.path)
+        _check_processor(self.path, family.processor(self.args))
 
     def _files(self) -> List[Path]:
         """The files with weights, by the index where there is one."""
@@ -132,6 +135,23 @@ class HFCheckpoint:
             return interleave(read(axis, start, stop), d)
         first, last = start // d * d, -(-stop // d) * d  # rows change places within a head
         return interleave(read(0, first, last), d)[start - first : stop - first]
+
+
+def _check_processor(path: Path, expected: Mapping[str, Any]) -> None:
+    """Warn of what a directory says of its images' preparation, and isn't done."""
+    for name, part in ((PROCESSOR, None), ("processor_config.json", "image_processor")):
+        if not expected or not (path / name).exists():
+            continue
+        found = read_object(path / name)
+        given = found if part is None else found.get(part)
+        for key, value in (given if isinstance(given, dict) else {}).items():
+            wanted = expected.get(key, value)
+            if value != wanted and not key.endswith(("_class", "_type")):
+                warnings.warn(
+                    f"{path / name}: {key}={value!r:.80} isn't followed: images are prepared with "
+                    f"{wanted!r}",
+                    stacklevel=2,
+                )
 
 
 def write(
@@ -193,11 +213,18 @@ def write(
             total = sum([*sizes.values(), *(weight.nbytes for weight in head.values())])
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(partial / "model.safetensors.index.json", index)
+        if processor := family_of(args).processor(args):
+            write_json(partial / PROCESSOR, processor)
         bos_id: Optional[int] = None
         eos: List[int] = []
         if tokenizer is not None:
             bos_id, eos = tokenizer.bos_id, sorted(tokenizer.stop_tokens)
-            writing_vocabulary.write_for_hugging_face(tokenizer.vocabulary, partial)
+            vocabulary = tokenizer.vocabulary
+            if family_of(args).extra_ids:
+                vocabulary = writing_vocabulary.for_images(vocabulary)
+            writing_vocabulary.write_for_hugging_face(vocabulary, partial)
+            if processor and vocabulary.chat_template:  # that of a tokenizer isn't a processor's
+                (partial / "chat_template.jinja").write_text(vocabulary.chat_template, "utf-8")
         config = config_of(args, next(iter(dtypes.values())), bos_id, eos)
         write_json(partial / "config.json", {**config, **settings})
     return path

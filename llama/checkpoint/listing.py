@@ -7,13 +7,14 @@ from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
 from llama.checkpoint.schemes import modelopt
-from llama.text.vocabulary.config import TOOL_TEMPLATE
+from llama.text.vocabulary.config import PROCESSOR_TEMPLATE, TOOL_TEMPLATE
 
+PROCESSOR = "preprocessor_config.json"  # how images are prepared
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json and what it names
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_TEMPLATE,
-    modelopt.FILE,
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", PROCESSOR_TEMPLATE,
+    TOOL_TEMPLATE, PROCESSOR, "processor_config.json", modelopt.FILE,
 )  # fmt: skip
 
 

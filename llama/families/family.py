@@ -110,6 +110,8 @@ class Family:
             what the reader of Llama's keys is to find (`checkpoint.config.FIELDS`).
         write_config: keys of config.json that take the place of Llama's, or add to them.
         nest_config: config.json of all these keys, where some are in others.
+        processor: preprocessor_config.json of a shape that reads images, without which transformers
+            doesn't; empty: it reads none.
         read_params, write_params: the same for params.json.
         meta_names: of weights in Meta's files, where they are others than in the model.
         module_name: transformers' name of a weight in its model, of the one in its files.
@@ -144,6 +146,7 @@ class Family:
     read_config: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda config: {}
     write_config: Callable[[Any], Dict[str, Any]] = lambda args: {}
     nest_config: Callable[[Any, Dict[str, Any]], Dict[str, Any]] = lambda args, config: config
+    processor: Callable[[Any], Dict[str, Any]] = lambda args: {}
     read_params: Callable[[Dict[str, Any]], Dict[str, Any]] = lambda params: params
     write_params: Callable[[Any], Dict[str, Any]] = lambda args: {}
     meta_names: Naming = SAME

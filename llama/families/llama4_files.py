@@ -357,6 +357,7 @@ LLAMA4 = Family(
     read_config=read_config,
     write_config=write_config,
     nest_config=vision.nest_config,
+    processor=vision.processor,
     read_params=read_params,
     write_params=write_params,
     hf_names=HFNames(HF.layers, HF_STEMS),

@@ -4,8 +4,8 @@ import re
 from typing import Any, Dict, Mapping
 
 from llama.families.family import Fused, Shape, whole
-from llama.families.llama4_vision import ROPE_THETA, ImageArgs
-from llama.families.vision_files import BLOCKS, IGNORED
+from llama.families.llama4_vision import ROPE_THETA, TILING, ImageArgs
+from llama.families.vision_files import BLOCKS, IGNORED, PROCESSING
 
 ENCODER = "vision_embeddings.vision_encoder."
 # How transformers calls parts of the encoder, and how the rest, where names begin.
@@ -141,6 +141,24 @@ def nest_config(args: ImageArgs, config: Dict[str, Any]) -> Dict[str, Any]:
         "model_type": "llama4",
         "text_config": {**config, "pad_token_id": None},  # by default one that small ones lack
         "vision_config": vision_config(args),
+    }
+
+
+def processor(args: ImageArgs) -> Dict[str, Any]:
+    """preprocessor_config.json, if there is an encoder."""
+    if args.vision_layers is None:
+        return {}
+    size = args.vision_chunk_size
+    return {
+        **{name: True for name in PROCESSING if name != "do_pad"},
+        "image_mean": [TILING["mean"]] * 3,
+        "image_processor_type": "Llama4ImageProcessorFast",
+        "image_std": [TILING["std"]] * 3,
+        "max_patches": TILING["max_tiles"],
+        "processor_class": "Llama4Processor",
+        "resample": 2,  # bilinear
+        "resize_to_max_canvas": False,
+        "size": {"height": size, "width": size},
     }
 
 

@@ -20,6 +20,7 @@ from llama.families.names import HF
 from llama.families.vision import VisionTransformer
 from llama.families.vision_encoder import EXTRA_IDS, VisionArgs
 from llama.model import ModelArgs
+from llama.vision.images import MEAN, STD
 
 ENCODER = "vision_model.vision_encoder."
 
@@ -146,6 +147,10 @@ def cross_layers(args: VisionArgs) -> List[int]:
     return [layer + i for i, layer in enumerate(args.cross_attention_before)]
 
 
+# What image processors do of what they can.
+PROCESSING = ("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize")
+
+
 def read_config(config: Dict[str, Any]) -> Dict[str, Any]:
     """The fields of VisionArgs; what is left in the config is Llama's."""
     parts = [config.pop(key, None) for key in ("text_config", "vision_config")]
@@ -212,6 +217,21 @@ def nest_config(args: VisionArgs, config: Dict[str, Any]) -> Dict[str, Any]:
         "model_type": "mllama",
         "text_config": config,
         "vision_config": vision_config(args),
+    }
+
+
+def processor(args: VisionArgs) -> Dict[str, Any]:
+    """preprocessor_config.json."""
+    size = args.vision_chunk_size
+    return {
+        **dict.fromkeys(PROCESSING, True),
+        "image_mean": list(MEAN),
+        "image_processor_type": "MllamaImageProcessor",
+        "image_std": list(STD),
+        "max_image_tiles": args.vision_max_num_chunks,
+        "processor_class": "MllamaProcessor",
+        "resample": 2,  # bilinear
+        "size": {"height": size, "width": size},
     }
 
 
@@ -337,6 +357,7 @@ LLAMA_VISION = Family(
     ),
     read_config=read_config,
     nest_config=nest_config,
+    processor=processor,
     write_params=write_params,
     meta_names=MetaNames(),
     hf_names=OnDisk(),

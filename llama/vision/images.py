@@ -22,8 +22,8 @@ TURNS = {
 }  # fmt: skip
 _BLANK = b" \t\n\f\r"  # ASCII white space, which URIs wrapped into lines have within
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 Channels = float | Tuple[float, float, float]
 
 
@@ -58,8 +58,8 @@ def tile(
     *,
     size: int = 560,
     max_tiles: int = 4,
-    mean: Channels = _MEAN,
-    std: Channels = _STD,
+    mean: Channels = MEAN,
+    std: Channels = STD,
     overview: bool = False,
 ) -> Tiles:
     """Fit an image into a rectangle of at most max_tiles squares, and cut it into these.

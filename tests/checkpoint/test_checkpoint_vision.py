@@ -1,19 +1,23 @@
 """Checkpoints of Llama 3.2 Vision: Hugging Face's against transformers, Meta's, and conversions."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_model, random_weights, run_ranks, write_checkpoint
 from transformers import BitsAndBytesConfig
-from vision import ARGS, IMAGE, ROWS, images_of, inputs, logits, tiled, transformers_model
+from vision import ARGS, GRIDS, IMAGE, ROWS, images_of, inputs, logits, tiled, transformers_model
 
 from llama import Llama, checkpoint
 from llama.backends.build import prepare
 from llama.checkpoint import InMemory, convert, huggingface, meta
 from llama.families.registry import build, family_of
 from llama.layers import parallel
+from llama.text.encoder import image_id
+from llama.tokenizer import Tokenizer
+from llama.vision.images import tile
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,53 @@ def test_gates_of_any_number_of_dimensions(source, tmp_path, shape):
     theirs = family_of(ARGS).meta_names.theirs
     torch.save({theirs(n): w for n, w in weights.items()}, path / "consolidated.00.pth")
     check_weights(checkpoint.open(path), source, lossy=False)
+
+
+def test_transformers_prepares_images_and_their_token_as_we_do(source, tmp_path):
+    """Meta's files say nothing of it, and their vocabulary lacks the token's id."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    write_checkpoint(tmp_path / "meta", ARGS)
+    convert.convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    image = Image.linear_gradient("L").convert("RGB").resize((90, 60))
+    found = processor(images=image, text="<|image|>What?", add_special_tokens=False)
+    assert found["input_ids"] == [[IMAGE, 256, *b"What?"]]  # bos after images, as it does
+    ours = tile(image, size=56)
+    assert found["aspect_ratio_ids"] == [[GRIDS.index(ours.aspect_ratio) + 1]]
+    theirs = torch.tensor(found["pixel_values"][0][0][: len(ours.pixels)])
+    assert (theirs - ours.pixels).abs().max() < 1e-5
+    tokenizer = Tokenizer(tmp_path / "hf" / "tokenizer.json")
+    assert image_id(tokenizer) == IMAGE == tokenizer.n_words - 1
+    convert.convert(tmp_path / "hf", tmp_path / "back", "meta")  # Meta's file again
+    names = [path / "tokenizer.model" for path in (tmp_path / "meta", tmp_path / "back")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_processors_template_comes_along(source, tmp_path):
+    write_checkpoint(tmp_path / "meta", ARGS)
+    convert.convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    template = json.dumps({"chat_template": "{{ messages[0].content }}é\n"})
+    (tmp_path / "hf" / "chat_template.json").write_text(template)
+    convert.convert(tmp_path / "hf", tmp_path / "again", "hf")
+    written = (tmp_path / "again" / "chat_template.jinja").read_text("utf-8")
+    assert written == "{{ messages[0].content }}é\n"
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_another_preparation_of_images_is_said_not_to_be_followed(source, tmp_path, file):
+    path = huggingface.write(source, tmp_path / "hf")
+    given = json.loads((path / "preprocessor_config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.open(path)
+    given |= {"max_image_tiles": 1, "image_processor_type": "Another", "of_no_one": 3}
+    given = {"image_processor": given} if file.startswith("processor") else given
+    (path / file).write_text(json.dumps(given))
+    with pytest.warns(UserWarning, match=rf"{file}: max_image_tiles=1 isn't followed.*with 4") as w:
+        checkpoint.open(path)
+    assert len(w) == 1
 
 
 def test_there_is_no_gguf_of_it(source, tmp_path):

@@ -103,12 +103,15 @@ def test_directory_in_hugging_faces_format(server, tmp_path):
     server.add(huggingface.write(source, tmp_path / "many", max_shard_bytes=50_000), "many")
     server.files["many/model.safetensors"] = b"to be ignored: there's an index"
     server.files["many/tokenizer.json"] = b"{}"
+    beside = ("chat_template.json", "preprocessor_config.json")  # of models that see
+    server.files |= {f"many/{name}": b"{}" for name in beside}
     server.files["many/additional_chat_templates/tool_use.jinja"] = b"{{ tools }}"
 
     assert_same_weights(local_path(f"{server.url}/one"))
     many = local_path(f"{server.url}/many")
     assert_same_weights(many)
     assert (many / "tokenizer.json").exists() and not (many / "model.safetensors").exists()
+    assert all((many / name).exists() for name in beside)
     assert (many / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     server.log.clear()
     assert local_path(f"{server.url}/many") == many
