@@ -28,7 +28,7 @@ from llama.layers import low_rank
 from llama.model import Transformer
 from llama.text.chat import PLAIN, Format, PromptOptions, check_dialogs, encode_parts, read_calls
 from llama.text.context import encode_dialogs, without
-from llama.text.messages import Answer, texts_alone
+from llama.text.messages import Answer, image_sources, texts_alone
 from llama.text.templates import chat_format
 from llama.text.tools import Tool
 from llama.tokenizer import Dialog, Message, Tokenizer
@@ -326,13 +326,15 @@ class Llama:
         """Save the keys and values of a text or dialog to a file, for `load_prefix`.
 
         Raises:
-            ValueError: a Llama built without prefix_cache_mb; more tokens than the context has.
+            ValueError: a Llama built without prefix_cache_mb; an image; a text beyond the context.
             FileExistsError: the file exists and isn't a saved prefix.
         """
         if isinstance(prefix, str):
             [ids] = self._encode([prefix])
         else:
             [ids], _ = self._encode_dialogs([prefix], None, None, None)
+            if image_sources(prefix):
+                raise ValueError("saved prefixes are of text: save what comes before the image")
         check(self.model, [ids], 0, 1)
         self._prefixes.save(path, ids)
 

@@ -104,8 +104,9 @@ def _content(
             continue
         text = part.text if part.type in ("text", "input_text", "output_text") else part.refusal
         if text is None:
+            reads = "texts, and images by image_url" if images else "only text"
             raise invalid(
-                f"{where}: no text in a part of type {part.type[:50]!r}; the model reads only text",
+                f"{where}: no text in a part of type {part.type[:50]!r}; the model reads {reads}",
                 f"{where}.content",
             )
         found.append(text)

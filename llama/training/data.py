@@ -8,6 +8,7 @@ import torch
 from llama.layers.ids import common_length, padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
 from llama.text.files import objects, read_text, string
+from llama.text.messages import image_sources
 from llama.tokenizer import Tokenizer
 from llama.training.losses import IGNORED
 
@@ -94,14 +95,16 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
     the end of a prompt with white space before the answer gets no label.
 
     Raises:
-        ValueError: not a dialog, no answer at its end, no chat format, or one that writes an answer
-            differently when messages follow.
+        ValueError: not a dialog, an image, no answer at its end, no chat format, or one that writes
+            an answer differently when messages follow.
     """
     if formatter is None:
         raise ValueError('this checkpoint has no chat format: train it on {"text": ...}')
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise ValueError(f"messages is a list of messages, not {dialog!r:.60}")
     check_dialog(0, dialog)
+    if image_sources(dialog):
+        raise ValueError("messages have an image, and texts alone are learned: leave it out")
     if dialog[-1]["role"] != "assistant":
         raise ValueError("the last message isn't the assistant's: there is nothing to learn of it")
     ids = formatter.encode_dialog_prompt([*dialog, {"role": "user", "content": "x"}])

@@ -141,6 +141,12 @@ def test_a_model_that_reads_only_text_says_so(tiny, smollm2):
                 answer([[part("not/opened.png"), "What?"]])
 
 
+def test_saved_prefixes_are_of_text(path, tmp_path):
+    llama = Llama.build(path, device="cpu", dtype="fp32", max_seq_len=256, prefix_cache_mb=9)
+    with pytest.raises(ValueError, match="saved prefixes are of text.*before the image"):
+        llama.save_prefix(tmp_path / "p", [user("What?", part(picture(1)))])
+
+
 def test_broken_images_are_errors_of_the_call(llama):
     with pytest.raises(ValueError, match="the image is empty"):
         llama.chat_completion([[user(part(b""), "What?")]])

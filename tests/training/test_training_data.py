@@ -140,6 +140,8 @@ BAD = {
     '{"messages": "hello"}': "line 1: messages is a list of messages, not 'hello'",
     '{"messages": [{"role": "user", "content": "a"}]}': "the last message isn't the assistant's",
     '{"messages": [{"role": "me", "content": "a"}]}': "unknown role 'me'",
+    '{"messages": [{"role": "user", "content": ["a", {"type": "image", "path": "b.png"}]}, '
+    '{"role": "assistant", "content": "c"}]}': "line 1: messages have an image, and texts alone",
     '{"text": 5}': "line 1",
     "[": "line 1: it isn't JSON",
     "": "no line, or nothing to learn",
