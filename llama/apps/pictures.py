@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -37,6 +38,8 @@ def pasted(line: str) -> Optional[str]:
         words = shlex.split(line.removeprefix("file://"))
     except ValueError:  # a quote that isn't closed
         return None
+    if line.startswith("file://"):  # from file managers, with %20 for spaces
+        words = [*map(unquote, words)]
     if len(words) != 1 or not words[0].lower().endswith(EXTENSIONS):
         return None
     path = Path(words[0]).expanduser()

@@ -232,7 +232,7 @@ class Session:
             raise ValueError("/image takes the path of an image: /image photo.jpg")
         if not sees(self.llama.model):
             raise ValueError("this model reads only text: images are for Llama 3.2 Vision and 4")
-        self._images.append(picture(os.path.expanduser(rest)))
+        self._images.append(picture(os.path.expanduser(pasted(rest) or rest)))
         text = f"{len(self._images)} image(s) for the next message"
         return Reply(text, image=self._images[-1].shown)
 

@@ -35,7 +35,7 @@ def photo(tmp_path):
 
 def test_what_terminals_paste_is_recognized(photo):
     escaped = str(photo).replace(" ", "\\ ")
-    for line in (escaped, f"'{photo}'", f'"{photo}"', f"file://{escaped}"):
+    for line in (escaped, f"'{photo}'", f'"{photo}"', f"file://{escaped}", photo.as_uri()):
         assert pasted(line) == str(photo), line
     assert pasted("data:image/png;base64,AAAA") == "data:image/png;base64,AAAA"
     assert pasted("https://example.org/a.jpg") == "https://example.org/a.jpg"
@@ -47,6 +47,9 @@ def test_a_conversation_with_images(llama, photo):
     session = repl.Session(llama, max_gen_len=4)
     reply = session.take(f"/image {photo}")
     assert reply.text == "1 image(s) for the next message" and reply.image.size == (36, 24)
+    for i, dropped in enumerate((str(photo).replace(" ", "\\ "), f"'{photo}'", photo.as_uri())):
+        other = repl.Session(llama, max_gen_len=4)  # after the command, as alone
+        assert other.take(f"/image {dropped}").text.startswith("1 image(s)"), i
     assert session.take(f"'{photo}'").text.startswith("2 image(s)")
     assert session.take("What?").wants_answer
     assert "".join(session.answer()) == session.dialog[-1]["content"]
