@@ -23,8 +23,8 @@ class Message(_Message):
 
     content is a string, or a list of parts: {"type": "text", "text": ...} and, for models that see,
     {"type": "image", "image": ...} with what `llama.vision.images.open_image` takes or an address.
-    The key may be "path", "url" or "data" as well (text in data is base64), and the part OpenAI's
-    {"type": "image_url", "image_url": {"url": ...}} or an object of Meta's, RawMediaItem.
+    The key may be "path", "url", "data" or "base64" as well (text in data is base64), and the part
+    OpenAI's {"type": "image_url", "image_url": {"url": ...}} or an object of Meta's, RawMediaItem.
 
     tool_calls are {"name": ..., "arguments": {...}}, with an "id" if the chat template needs one.
     OpenAI's format, {"type": "function", "function": {...}}, is accepted too.
@@ -158,14 +158,15 @@ def _part(part: Any) -> Union[str, ImagePart]:
     def get(name: str) -> Any:
         return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 
-    kind, data = get("type"), get("data")
+    kind = get("type")
     if kind == "text" and isinstance(get("text"), str):
         return str(get("text"))
     if kind in ("image", "image_url"):
         sources = [get("image_url"), *map(get, ("image", "path", "url"))]
         if isinstance(sources[0], dict):
             sources[0] = sources[0].get("url")
-        sources.append(f"data:;base64,{data}" if isinstance(data, str) else data)
+        for data in map(get, ("data", "base64")):
+            sources.append(f"data:;base64,{data}" if isinstance(data, str) else data)
         given = [source for source in sources if source is not None]
         if len(given) == 1:
             return ImagePart(given[0])

@@ -141,13 +141,28 @@ class TemplateFormat:
         self, dialog: Dialog, tools: Tools = None, options: PromptOptions = PLAIN
     ) -> List[int]:
         """The dialog with its tools, followed by the header of the assistant's answer. Tools and
-        calls for which the template has no place are written as text.
+        calls for which the template has no place are written as text, and the tokens of images
+        stand in the texts: Llama 3.2 Vision's has none for images beside tools.
 
         Raises:
             ValueError: the template refuses the dialog, has no place for built-in tools, has no
                 variable that is in template_kwargs, leaves out the message to be continued, or
                 composes control tokens at run time; or what `PromptOptions.check` raises.
         """
+        images = len(image_sources(dialog))
+        if not images:
+            return self._prompt(dialog, tools, options)
+        image, named = image_id(self.tokenizer), self.tokenizer.special_tokens[IMAGE]
+        for in_text in ("", f"<{self._nonce}:{named}>"):
+            ids = self._prompt(dialog, tools, options, in_text)
+            if ids.count(named) == images:
+                return [image if i == named else i for i in ids]
+        raise ValueError("the checkpoint's chat template has no place for an image")
+
+    def _prompt(
+        self, dialog: Dialog, tools: Tools, options: PromptOptions, image: str = ""
+    ) -> List[int]:
+        """The ids, with those of images by name; image: its mark, if it is to stand in texts."""
         options.check(dialog, takes_kwargs=True)
         kwargs = self._kwargs(options.template_kwargs)
         as_text = tools if "tools" not in self._reads else None
@@ -156,7 +171,7 @@ class TemplateFormat:
             tools = None if as_text else tools
         if options.continue_final_message:
             content_of(dialog[-1])  # raises for images, which nothing can continue
-        messages = _with_ids([_for_template(message) for message in dialog])
+        messages = _with_ids([_for_template(message, image) for message in dialog])
         given = {"messages": messages, **self._tools(tools)}
         harmless = {key: _harmless(value) for key, value in given.items()}
         given.update(kwargs)
@@ -192,17 +207,8 @@ class TemplateFormat:
                 "can't be told from a user who types them; such templates aren't supported"
             )
         if plain.count(self._nonce) < len(called):  # it writes calls beside some contents only
-            return self.encode_dialog_prompt(tools_as_text(dialog, None), tools, options)
-        return self._with_images(ids, len(image_sources(dialog)))
-
-    def _with_images(self, ids: List[int], images: int) -> List[int]:
-        """The ids with those of images as the model knows them."""
-        if not images:
-            return ids
-        image, named = image_id(self.tokenizer), self.tokenizer.special_tokens[IMAGE]
-        if ids.count(named) != images:
-            raise ValueError("the checkpoint's chat template has no place for an image")
-        return [image if i == named else i for i in ids]
+            return self._prompt(tools_as_text(dialog, None), tools, options, image)
+        return ids
 
     def _tools(self, tools: Tools) -> Dict[str, Any]:
         """The template variables for tools; Llama 3.1's has one for built-in tools."""
@@ -276,17 +282,18 @@ class TemplateFormat:
         return ids
 
 
-def _for_template(message: Any) -> Dict[str, Any]:
-    """A message as transformers passes it to templates, with tool calls in OpenAI's format."""
+def _for_template(message: Any, image: str) -> Dict[str, Any]:
+    """A message as transformers passes it to templates, with tool calls in OpenAI's format; images
+    are parts, or, where there is a mark of them, that in one text."""
     plain = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
-    plain["content"] = (
-        [
+    parts = parts_of(message)
+    if image or not image_sources([message]):
+        plain["content"] = "".join(part if isinstance(part, str) else image for part in parts)
+    else:
+        plain["content"] = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-            for part in parts_of(message)
+            for part in parts
         ]
-        if image_sources([message])
-        else content_of(message)
-    )
     calls = tool_calls(message)
     if calls:
         plain["tool_calls"] = [

@@ -136,6 +136,27 @@ def test_templates_that_read_lists_of_parts_alone_get_these(llama3):
     assert found == expected
 
 
+def test_images_beside_tools_stand_in_texts_where_the_template_takes_no_parts(llama3):
+    """Llama 3.2 Vision's template trims the first question, which it then writes with tools."""
+    loop = TEMPLATE.index("{%- for message")
+    trims = TEMPLATE[:loop] + (
+        "{%- if tools %}{{ tools | length }} {{ messages[0].content | trim }}<|eot_id|>"
+        "{%- set messages = messages[1:] %}{%- endif %}"
+    )
+    ours = TemplateFormat(llama3, trims + TEMPLATE[loop:])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    content = [USER["content"][0], "<|image|> 1?", {"type": "image", "image": "b"}]
+    dialog = [{"role": "user", "content": content}, {"role": "assistant", "content": "2"}]
+    ids = ours.encode_dialog_prompt([*dialog, USER], [tool])
+    header, end = llama3.special_tokens["<|start_header_id|>"], llama3.special_tokens["<|eot_id|>"]
+    first, rest = ids[: ids.index(end)], ids[ids.index(header) :]
+    one, after = llama3.encode("1 ", bos=False, eos=False), "<|image|> 1?"
+    said = llama3.encode(after, bos=False, eos=False)
+    assert first[1:] == [*one, 128_256, *said, 128_256]
+    plain = ours.encode_dialog_prompt([dialog[1], USER])
+    assert rest == plain[plain.index(header) :]
+
+
 def test_tokens_added_after_that_of_images_leave_it_its_place(tmp_path):
     """Fine-tuning often adds one for padding, for which the embeddings have room."""
     tokenizer = Tokenizer(write_byte_tokenizer(tmp_path / "tokenizer.model"))
@@ -166,8 +187,8 @@ def test_all_ways_to_write_an_image_are_the_same(llama3):
     ]  # fmt: skip
     assert image_sources([{"role": "user", "content": [*parts, "text"]}]) == [b"x"] * len(parts)
     assert image_sources([{"role": "user", "content": RawTextItem(text="a")}]) == []
-    base64 = [{"role": "user", "content": [{"type": "image", "data": "eA=="}]}]
-    assert image_sources(base64) == ["data:;base64,eA=="]
+    base64 = [{"type": "image", key: "eA=="} for key in ("data", "base64")]  # Meta's, transformers'
+    assert image_sources([{"role": "user", "content": base64}]) == ["data:;base64,eA=="] * 2
 
 
 def test_texts_of_a_dialog_without_images_are_as_before(llama3):
@@ -201,7 +222,7 @@ def test_tools_come_before_the_images_of_the_first_question(llama3):
 def test_formats_without_a_place_for_images_say_so(llama3, smollm2_path):
     for tested in (
         Llama2Format(llama3),
-        TemplateFormat(llama3, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+        TemplateFormat(llama3, "{% for m in messages %}{{ m.role }}{% endfor %}"),
         TemplateFormat(Tokenizer(smollm2_path), TEMPLATE.replace("<|", "<")),
     ):
         with pytest.raises(ValueError, match=r"image"):
