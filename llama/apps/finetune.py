@@ -55,7 +55,8 @@ def finetune(
 
     Args:
         data: a text file, or .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} or
-            {"text": ...} on each line. Of dialogs, only the assistant's tokens are learned.
+            {"text": ...} on each line; "tools" may stand beside messages. Of dialogs, only the
+            assistant's tokens are learned.
         out: a directory for the result.
         ckpt_dir: any checkpoint.
         tokenizer_path: found with the checkpoint by default.

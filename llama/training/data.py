@@ -1,7 +1,7 @@
 """Training data: JSONL of dialogs or texts, as token ids and labels."""
 
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -9,8 +9,12 @@ from llama.layers.ids import common_length, padded
 from llama.text.chat import Dialog, Format, check_dialog, content_of
 from llama.text.files import objects, read_text, string
 from llama.text.messages import image_sources
+from llama.text.tools import Tools
 from llama.tokenizer import Tokenizer
 from llama.training.losses import IGNORED
+
+LINES = (".jsonl", ".ndjson")  # an object on each line
+TABLES = (".json", ".csv", ".tsv", ".parquet")  # nobody means to learn these as they are written
 
 
 class Example(NamedTuple):
@@ -36,18 +40,24 @@ def read_examples(
 ) -> Examples:
     """Read the examples of a file.
 
-    Each line of a .jsonl file is {"messages": [{"role": ..., "content": ...}, ...]} or {"text":
-    ...}; any other file is one text. In dialogs, only the assistant's tokens are trained on, with
-    the token that ends each answer; a dialog longer than max_seq_len is truncated. In texts, all
-    tokens are trained on; a text longer than max_seq_len is split into several rows.
+    Each line of a .jsonl file is {"messages": [{"role": ..., "content": ...}, ...]}, with "tools"
+    if it has them, or {"text": ...}; any other file is one text. In dialogs, only the assistant's
+    tokens are trained on, with the token that ends each answer; a dialog longer than max_seq_len is
+    truncated. In texts, all tokens are trained on; a text longer than max_seq_len is split into
+    several rows. Keys that are null count as not given.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a line that is neither, by number; a dialog without an answer, or for a model
-            without a chat format; no token to train on.
+            without a chat format; no token to train on; a table, which is no text.
     """
     path = Path(path)
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() in TABLES:
+        raise ValueError(
+            f'{path}: no {path.suffix} is read. Write {{"messages": [...]}} or {{"text": "..."}} '
+            "on each line of a .jsonl file; a plain text is named .txt"
+        )
+    if path.suffix.lower() not in LINES:
         text = read_text(path)
         if not text.strip():
             raise ValueError(f"{path} is empty: nothing to learn")
@@ -55,17 +65,20 @@ def read_examples(
     rows: List[Example] = []
     cut = dropped = 0
     for number, line in objects(path):
-        if set(line) == {"text"}:
+        given = {key for key, value in line.items() if value is not None}
+        if given == {"text"}:
             text = string(path, number, line, "text")
             rows += text_examples(text, tokenizer, max_seq_len)
             continue
-        if set(line) != {"messages"}:
+        if given not in ({"messages"}, {"messages", "tools"}):
             raise ValueError(
                 f'{path}, line {number}: it has {", ".join(line)}; a line is {{"messages": [...]}} '
-                'or {"text": "..."}'
+                'or {"text": "..."}; "tools": [...] may stand beside messages'
             )
         try:
-            whole = dialog_example(line["messages"], tokenizer, formatter)
+            whole = dialog_example(
+                _without_nulls(line["messages"]), tokenizer, formatter, line.get("tools")
+            )
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         row = Example(whole.tokens[:max_seq_len], whole.labels[:max_seq_len])
@@ -79,6 +92,21 @@ def read_examples(
     return Examples(rows, cut, dropped)
 
 
+def _without_nulls(messages: Any) -> Any:
+    """The messages without keys that are null, which tables write for what a message lacks. Beside
+    tool calls, OpenAI's files leave out an empty content."""
+    if not isinstance(messages, list):
+        return messages
+    found = []
+    for message in messages:
+        if isinstance(message, dict):
+            message = {key: value for key, value in message.items() if value is not None}
+            if message.get("tool_calls"):
+                message.setdefault("content", None)
+        found.append(message)
+    return found
+
+
 def text_examples(text: str, tokenizer: Tokenizer, max_seq_len: int) -> List[Example]:
     """Split a text into rows. They overlap by one token, so that each but the first is a target."""
     ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=True)
@@ -87,12 +115,15 @@ def text_examples(text: str, tokenizer: Tokenizer, max_seq_len: int) -> List[Exa
     return [Example(piece, piece) for piece in pieces if len(piece) > 1]
 
 
-def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[Format]) -> Example:
+def dialog_example(
+    dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[Format], tools: Tools = None
+) -> Example:
     """A dialog's ids, with labels for the tokens that the model would generate.
 
     In the ids of the whole dialog, an answer begins where the prompt for it ends, and extends to
     its stop token. So training matches generation, whatever the chat format. A token that merges
-    the end of a prompt with white space before the answer gets no label.
+    the end of a prompt with white space before the answer gets no label, nor does a greeting that a
+    dialog begins with, which no prompt asks for.
 
     Raises:
         ValueError: not a dialog, an image, no answer at its end, no chat format, or one that writes
@@ -102,16 +133,16 @@ def dialog_example(dialog: Dialog, tokenizer: Tokenizer, formatter: Optional[For
         raise ValueError('this checkpoint has no chat format: train it on {"text": ...}')
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise ValueError(f"messages is a list of messages, not {dialog!r:.60}")
-    check_dialog(0, dialog)
+    check_dialog(0, dialog, assistant_first=True)
     if image_sources(dialog):
         raise ValueError("messages have an image, and texts alone are learned: leave it out")
-    if dialog[-1]["role"] != "assistant":
+    if len(dialog) < 2 or dialog[-1]["role"] != "assistant":
         raise ValueError("the last message isn't the assistant's: there is nothing to learn of it")
-    ids = formatter.encode_dialog_prompt([*dialog, {"role": "user", "content": "x"}])
+    ids = formatter.encode_dialog_prompt([*dialog, {"role": "user", "content": "x"}], tools)
     labels, end = [IGNORED] * len(ids), 0
     for i, message in enumerate(dialog):
-        if message["role"] == "assistant":
-            prompt = formatter.encode_dialog_prompt(dialog[:i])
+        if i and message["role"] == "assistant":
+            prompt = formatter.encode_dialog_prompt(dialog[:i], tools)
             same = common_length(prompt, ids)
             stops = (at for at in range(len(prompt), len(ids)) if ids[at] in tokenizer.stop_tokens)
             end = next(stops, -1) + 1

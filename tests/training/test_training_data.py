@@ -79,9 +79,9 @@ def test_a_format_that_writes_an_answer_differently_later_is_refused(tokenizer):
     """As templates do that leave thoughts out of earlier answers."""
 
     class Forgetful(ChatFormat):
-        def encode_dialog_prompt(self, dialog):
+        def encode_dialog_prompt(self, dialog, tools=None):
             kept = [m for m in dialog[:-2] if m["role"] != "assistant"] + [*dialog[-2:]]
-            return super().encode_dialog_prompt(kept)
+            return super().encode_dialog_prompt(kept, tools)
 
     with pytest.raises(ValueError, match="message 2: the chat format writes this answer diff"):
         dialog_example(DIALOG, tokenizer, Forgetful(tokenizer))
@@ -134,7 +134,51 @@ def test_files(tmp_path, tokenizer):
     assert read_examples(plain, tokenizer, None, 400).rows == [whole.rows[1]]
 
 
+CALL = {"id": "c1", "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Lisbon"}'}}  # fmt: skip
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},
+]
+
+
+def test_lines_as_openai_and_tables_have_them(tmp_path, tokenizer):
+    """With tools, without a content beside calls, and with null for what a message lacks."""
+    formatter, path = Llama31Format(tokenizer), tmp_path / "a.JSONL"
+    calls = {"role": "assistant", "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "Sunny"}
+    said = {"role": "assistant", "content": "It is sunny."}
+    dialog = [DIALOG[1], calls, result, said]
+    nulls = {"tool_calls": None, "name": None, "tool_call_id": None, "content": None}
+    lines = [
+        {"messages": dialog, "tools": TOOLS},
+        {"messages": [nulls | message for message in dialog], "tools": TOOLS, "text": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    one, other = read_examples(path, tokenizer, formatter, 1000).rows
+    assert one == other
+    (call, _), (text, _) = answers(one, tokenizer)
+    assert '"name": "weather"' in call and text == "It is sunny."
+    prompt = formatter.encode_dialog_prompt(dialog[:1], TOOLS)
+    assert one.tokens[: len(prompt)] == prompt != formatter.encode_dialog_prompt(dialog[:1])
+
+
+def test_a_greeting_is_not_learned(tokenizer):
+    """The server takes dialogs that begin so; no prompt asks for the greeting."""
+    greeting = {"role": "assistant", "content": "Welcome!"}
+    example = dialog_example([greeting, *DIALOG[1:3]], tokenizer, ChatFormat(tokenizer))
+    assert "Welcome!" in tokenizer.decode(example.tokens)
+    assert [text for text, _ in answers(example, tokenizer)] == ["First answer."]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.CSV", "a.tsv", "a.parquet"])
+def test_tables_are_not_learned_as_text(name, tmp_path, tokenizer):
+    (tmp_path / name).write_text(json.dumps([{"messages": DIALOG}]))
+    with pytest.raises(ValueError, match=r"a\.\w+: no \.\w+ is read.*jsonl.*named \.txt"):
+        read_examples(tmp_path / name, tokenizer, ChatFormat(tokenizer), 100)
+
+
 BAD = {
+    '{"messages": [{"role": "assistant", "content": "a"}]}': "the last message isn't the assist",
     '{"prompt": "a"}': r'line 1: it has prompt; a line is \{"messages"',
     '{"messages": []}': "line 1: dialog 0 is empty",
     '{"messages": "hello"}': "line 1: messages is a list of messages, not 'hello'",
