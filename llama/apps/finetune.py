@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -49,9 +50,9 @@ def finetune(
 ) -> None:
     """Fine-tune a model, all of its weights or a LoRA adapter, on dialogs or texts.
 
-    A run that was interrupted (Ctrl-C) continues from there when the same command is given again,
-    one that was killed from its last save; the result is the same as without the interruption. OUT
-    gets log.jsonl, loss.png and the result.
+    A run that was interrupted (Ctrl-C, after the step; a second one doesn't wait for it) continues
+    from there when the same command is given again, one that was killed from its last save; the
+    result is the same as without the interruption. OUT gets log.jsonl, loss.png and the result.
 
     Args:
         data: a text file, or .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} or
@@ -150,6 +151,8 @@ def finetune(
     ranks = f"{parallel.world_size()} rank(s)" + f" x {devices.copies()}" * (devices.copies() > 1)
     say(f"{len(learned)} examples to learn from, {held_out} held out, {trainer.steps} steps; "
         f"{n:,} values to learn on each of {ranks}")  # fmt: skip
+    if max_seq_len > source.args.max_seq_len:
+        say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
     if examples.cut:
         say(f"{examples.cut} dialogs were cut to {max_seq_len} tokens; {examples.dropped} left out")
 
@@ -186,10 +189,19 @@ def finetune(
 
 
 @contextmanager
-def _interrupts() -> Iterator[List[int]]:
-    """Ctrl-C ends a step later, with the state saved: the signals that came."""
-    found: List[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: found.append(number))
+def _interrupts() -> Iterator[List[float]]:
+    """Ctrl-C ends a step later, with the state saved: when the signals came. Another one, unless it
+    comes at once, as copies by launchers do, doesn't wait for the step."""
+    found: List[float] = []
+
+    def note(number: int, frame: Any) -> None:
+        found.append(time.monotonic())
+        if found[-1] - found[0] > 1:
+            raise KeyboardInterrupt(
+                "interrupted: without --force, the same command goes on from the last save"
+            )
+
+    previous = signal.signal(signal.SIGINT, note)
     try:
         yield found
     finally:

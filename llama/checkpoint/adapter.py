@@ -179,7 +179,8 @@ def write_adapter(
     """Write a directory that `peft.PeftModel.from_pretrained` loads; returns it.
 
     Args:
-        base: the name of the model that it is for, kept for those who look for it.
+        base: the name of the model that it is for, by which PEFT's Auto classes load it; of
+            hf://OWNER/NAME@REVISION, they know the parts.
 
     Raises:
         FileExistsError: the directory exists, without `force`.
@@ -193,6 +194,7 @@ def write_adapter(
         for name, theirs in in_files.items()
     }
     r, alpha = max(ranks.values()), max(alphas.values())
+    on_hub = re.fullmatch(r"hf:/+([^/]+/[^/@]+)(?:@([^/]+))?/?", base)
     tensors = {}
     for name, (A, B, _) in adapter.pairs.items():
         B = split_halves(B.contiguous(), args.head_dim) if family.is_rotated(name) else B
@@ -205,7 +207,8 @@ def write_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": on_hub[1] if on_hub else base,
+        "revision": on_hub[2] if on_hub else None,
         "r": r,
         "lora_alpha": alpha,
         "target_modules": _targets(list(modules.values()), 0 if stored else args.n_layers),

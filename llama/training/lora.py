@@ -196,11 +196,14 @@ def fresh(
             nor what only images need.
 
     Raises:
-        ValueError: a rank below 1, or matrices that are unknown or only in experts.
+        ValueError: a rank below 1, an alpha by which nothing is learned, or matrices that are
+            unknown or only in experts.
     """
     matrices = matrix_names(matrices)
     if rank < 1:
         raise ValueError(f"lora rank {rank} must be at least 1")
+    if not alpha or not math.isfinite(alpha):
+        raise ValueError(f"lora alpha {alpha} must be a number other than 0: it multiplies B A")
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for name, shape in weight_shapes(model.params).items():
         of_block = name.startswith("layers.") and "expert" not in name

@@ -128,7 +128,10 @@ def split(rows: List[Example], held_out: int) -> Tuple[List[Example], List[Examp
         ValueError: none left to learn from.
     """
     if held_out >= len(rows):
-        raise ValueError(f"--held_out={held_out} of {len(rows)} examples leaves none")
+        raise ValueError(
+            f"--held_out={held_out} of {len(rows)} examples leaves none to learn from: at most "
+            f"{len(rows) - 1} can be held out"
+        )
     return rows[: len(rows) - held_out], rows[len(rows) - held_out :]
 
 

@@ -117,9 +117,15 @@ def read(path: Path, wholes: Dict[str, Whole]) -> None:
     """Read them into the memory of their chunks, on all ranks.
 
     Raises:
-        ValueError: one isn't there, or of another shape.
+        ValueError: one isn't there, or of another shape; damaged files.
     """
-    dcp.load(dict(wholes), checkpoint_id=path, planner=_Reading())
+    try:
+        dcp.load(dict(wholes), checkpoint_id=path, planner=_Reading())
+    except CheckpointException as found:  # whose text is a traceback of each rank
+        [error, *_] = (error for error, _ in found.failures.values())
+        raise ValueError(
+            f"{path} can't be read, begin anew with force: {type(error).__name__}: {error}"
+        ) from None
 
 
 class _Writing(dcp.DefaultSavePlanner):

@@ -139,7 +139,8 @@ class Trainer:
         if not self.trained or not self.rows or not all(row.asked for row in self.rows):
             raise ValueError(
                 f"{len(self.trained)} parameters to learn and {len(self.rows)} examples, each of "
-                "which must have a label: nothing to learn"
+                "which must have a label: nothing to learn. Compiled layers and the CPU kernels, a "
+                "CPU's default, have no parameters: build with compile=False"
             )
         copies, in_pass = devices.copies(), self.recipe.batch_size // self.recipe.micro_batches
         if copies > in_pass:

@@ -209,7 +209,8 @@ def test_all_weights_on_two_ranks(base, tmp_path):
 ERRORS = {
     "--method='half': choose lora or full": {"method": "half"},
     "choose hf, meta or gguf, or for lora adapter": {"method": "full", "to": "adapter"},
-    "--held_out=20 of 20 examples leaves none": {"held_out": 20},
+    "--held_out=20 of 20 examples leaves none .* at most 19": {"held_out": 20},
+    "lora alpha 0 must be a number other than 0": {"lora_alpha": 0},
     "lora rank 0": {"lora_rank": 0},
     "--lora_rank=8 is for --method lora": {"method": "full", "lora_rank": 8},
     "--lora_alpha=8 is for --method lora": {"method": "full", "lora_alpha": 8},
@@ -228,6 +229,34 @@ def test_errors(complaint, base, tmp_path):
     with pytest.raises(ValueError, match=complaint):
         here(base, tmp_path / "run", **ERRORS[complaint])
     assert not (tmp_path / "run").exists()
+
+
+def test_examples_longer_than_the_model_was_trained_for_are_said(base, tmp_path, capfd):
+    known = checkpoint.open(base / "base").args.max_seq_len
+    for length in (known, known + 1):
+        here(base, tmp_path / str(length), epochs=1, held_out=16, max_seq_len=length)
+        noted = f"base was trained for {known} tokens at most" in capfd.readouterr().err
+        assert noted == (length > known)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(base, tmp_path, monkeypatch):
+    """The first waits, as do copies of it that launchers send; a step may take minutes."""
+    now, out, learned = [0.0], tmp_path / "run", Trainer.one_step
+
+    def slow(trainer):
+        if trainer.step == 3:
+            for now[0] in (5.0, 5.1, 9.0):
+                signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it waits")
+        return learned(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="the last save"):
+        patch.setattr("llama.apps.finetune.time.monotonic", lambda: now[0])
+        patch.setattr(Trainer, "one_step", slow)
+        here(base, out, save_every=2)
+    assert now == [9.0] and (out / "state" / "about.json").exists()
+    here(base, out, save_every=2)
+    assert [line["step"] for line in log(out) if "loss" in line] == [*range(1, 25)]
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused_before_data_is_read(base, tmp_path):

@@ -107,6 +107,22 @@ def test_ours_load_in_peft(kind, tmp_path):
         assert math.isclose(scale, one.pairs[name].scale)
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "revision"),
+    [
+        ("hf://owner/name", "owner/name", None),
+        ("hf://owner/name@v1", "owner/name", "v1"),
+        ("checkpoints/name", "checkpoints/name", None),
+    ],
+)
+def test_peft_finds_the_base(base, name, revision, tmp_path):
+    from peft import PeftConfig
+
+    write_adapter(adapter(), tmp_path / "ours", TINY, base)
+    config = PeftConfig.from_pretrained(tmp_path / "ours")
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)
+
+
 def test_every_setting_of_peft_is_known(tmp_path):
     """A version with new ones must be looked at: what isn't known, and isn't off, is refused."""
     from peft import LoraConfig

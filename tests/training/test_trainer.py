@@ -318,6 +318,19 @@ def test_a_full_disk_is_named_and_leaves_the_one_before(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
+def test_a_damaged_state_is_named(tmp_path):
+    """As a power failure leaves it."""
+    trainer, path = Trainer(random_model(TINY), examples(), RECIPE), tmp_path / "state"
+    trainer.save(path, {})
+    for file in sorted(path.glob("*.distcp")) + [path / ".metadata"]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="state can't be read, begin anew with force"):
+            trainer.load(path, {})
+        file.write_bytes(whole)
+    trainer.load(path, {})
+
+
 def test_nothing_to_learn():
     for model, rows in (
         (random_model(TINY), []),
