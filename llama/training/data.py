@@ -133,6 +133,8 @@ def dialog_example(
         raise ValueError('this checkpoint has no chat format: train it on {"text": ...}')
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise ValueError(f"messages is a list of messages, not {dialog!r:.60}")
+    if not isinstance(tools, (list, tuple, type(None))):
+        raise ValueError(f"tools is a list of definitions, not {tools!r:.60}")
     check_dialog(0, dialog, assistant_first=True)
     if image_sources(dialog):
         raise ValueError("messages have an image, and texts alone are learned: leave it out")

@@ -183,6 +183,7 @@ BAD = {
     '{"messages": []}': "line 1: dialog 0 is empty",
     '{"messages": "hello"}': "line 1: messages is a list of messages, not 'hello'",
     '{"messages": [{"role": "user", "content": "a"}]}': "the last message isn't the assistant's",
+    '{"messages": [{"role": "user", "content": "a"}], "tools": 5}': "tools is a list of definit",
     '{"messages": [{"role": "me", "content": "a"}]}': "unknown role 'me'",
     '{"messages": [{"role": "user", "content": ["a", {"type": "image", "path": "b.png"}]}, '
     '{"role": "assistant", "content": "c"}]}': "line 1: messages have an image, and texts alone",
