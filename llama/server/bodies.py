@@ -46,24 +46,20 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # as load testers for vLLM ask: in every chunk, so far
     include_obfuscation: Literal[False] = False
 
 
-class Generation(Body, kw_only=True):
-    """How an answer is generated: OpenAI's parameters, and below them the field's extras."""
+class Sampling(Body, kw_only=True):
+    """How tokens are chosen: OpenAI's parameters, and below them the field's extras."""
 
-    max_tokens: Optional[int] = None
     temperature: Optional[float] = None
     top_p: Optional[float] = None
-    n: Optional[int] = None
     stop: Optional[Texts] = None
     seed: Optional[int] = None
-    stream: Optional[bool] = None
-    stream_options: Optional[StreamOptions] = None
     logit_bias: Optional[Dict[str, float]] = None
     presence_penalty: Optional[float] = None
     frequency_penalty: Optional[float] = None
-    response_format: Optional[Dict[str, Any]] = None
 
     top_k: Optional[int] = None
     min_p: Optional[float] = None
@@ -83,6 +79,16 @@ class Generation(Body, kw_only=True):
         for name in ("max_tokens", "max_completion_tokens", "seed", "top_k"):
             if getattr(self, name, None) == -1:  # as other servers spell what isn't given
                 setattr(self, name, None)
+
+
+class Generation(Sampling, kw_only=True):
+    """How an answer is generated."""
+
+    max_tokens: Optional[int] = None
+    n: Optional[int] = None
+    stream: Optional[bool] = None
+    stream_options: Optional[StreamOptions] = None
+    response_format: Optional[Dict[str, Any]] = None
 
 
 class Completion(Generation, kw_only=True):
@@ -197,8 +203,12 @@ class Detokenize(Body, kw_only=True):
     tokens: List[int] = field(default_factory=list)
 
 
-# What msgspec says of an unknown key, and the steps of the path that it names.
-_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)` - at `\$\.([^`]*)`")
+# What msgspec says of an unknown key, and of a wish that can't be met; the steps of such a path.
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)` - at `\$\.(?P<path>[^`]*)`")
+_WISH = re.compile(
+    r".* - at `\$\.(?:(?P<path>reasoning|text)\.)?(?P<name>effort|summary|verbosity|"
+    r"reasoning_effort|store|service_tier|prompt_cache_retention)`", re.DOTALL,
+)  # fmt: skip
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 # Escapes in JSON: a half of a surrogate pair, and whatever else (1), pairs included.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -211,8 +221,10 @@ _OBJECTS: Mapping[str, Any] = {
     "tools": {"function": {}},
     "stream_options": {},
     "text": {},
+    "reasoning": {},
 }
 MOST_IGNORED = 1000
+LENIENT = " (--lenient ignores it)"
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
@@ -255,7 +267,8 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
     ignored = [name for name in value if name not in known]
     if ignored and not lenient:
         raise invalid(
-            f"unknown parameter {ignored[0][:100]!r}; known ones: {', '.join(sorted(known))}",
+            f"unknown parameter {ignored[0][:100]!r}{LENIENT}; known ones: "
+            f"{', '.join(sorted(known))}",
             ignored[0][:100],
         )
     for name in ignored:
@@ -266,22 +279,33 @@ def parse(data: bytes, kind: Type[B], lenient: bool) -> Tuple[B, List[str]]:
 
 
 def _drop_unknown(value: Any, kind: Type[B]) -> List[str]:
-    """Delete the unknown keys of objects within a body, messages and their parts; their names."""
+    """Delete the unknown keys of objects within a body, messages and their parts; what a client
+    wishes beside an answer and can't have; and tools that it doesn't run itself. Their names."""
     found: List[str] = []
+    if isinstance(value.get("tools"), list):
+        kept = [tool for tool in value["tools"] if _runs(tool)]
+        found += [f"tools.{tool['type']}" for tool in value["tools"] if not _runs(tool)]
+        value["tools"] = kept
     while len(found) < MOST_IGNORED:
         try:
             msgspec.convert(value, kind)
             break
         except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-            unknown = _UNKNOWN.fullmatch(str(error))
+            unknown = _UNKNOWN.fullmatch(str(error)) or _WISH.fullmatch(str(error))
             if unknown is None:
                 break  # `convert` says what
-        inner = value
-        for key, index in _STEP.findall(unknown[2]):
+        inner, path = value, unknown["path"] or ""
+        for key, index in _STEP.findall(path):
             inner = inner[int(index)] if index else inner[key]
-        del inner[unknown[1]]
-        found.append(f"{unknown[2]}.{unknown[1]}")
+        del inner[unknown["name"]]
+        found.append(f"{path}.{unknown['name']}".lstrip("."))
     return found
+
+
+def _runs(tool: Any) -> bool:
+    """Whether a client runs a tool; false: the API would, or it isn't of JSON."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return not isinstance(kind, str) or kind == "function"
 
 
 def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
@@ -300,7 +324,9 @@ def convert(value: Any, kind: Type[T], *, strict: bool = True) -> T:
         missing = re.search(r"required field (\S+)", text)
         param = path or (missing[1] if missing else None)
         place = f"{param}: " if path else ""
-        raise invalid(f"{place}{text[:1].lower()}{text[1:]}", param) from None
+        lenient = _UNKNOWN.fullmatch(str(error)) or _WISH.fullmatch(str(error))
+        hint = LENIENT if lenient else ""
+        raise invalid(f"{place}{text[:1].lower()}{text[1:]}{hint}", param) from None
 
 
 def _given(value: Dict[str, Any], within: Mapping[str, Any] = _OBJECTS) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from llama.engine.predictions import Event
 from llama.engine.tool_formats import call_or_format, strict_format, tool_call_format
-from llama.server.bodies import AllowedTools, Chat, NamedTool
+from llama.server.bodies import AllowedTools, Chat, NamedTool, StreamOptions
 from llama.server.dialogs import encode
 from llama.server.errors import invalid
 from llama.server.sampling import constraint, constraint_name
@@ -29,8 +29,7 @@ async def chat(request: Request) -> Response:
         reply = await whole(request, _collected(answer, head))
         reply.headers.update(headers)
         return reply
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _chunks(answer, {**head, "object": "chat.completion.chunk"}, usage)
+    events = _chunks(answer, {**head, "object": "chat.completion.chunk"}, body.stream_options)
     timeout, close = service.settings.timeout, answer.running.end
     return EventStream(events, timeout, headers=headers, close=close)
 
@@ -212,16 +211,14 @@ def _add(message: Dict[str, Any], delta: Delta) -> None:
 
 
 async def _chunks(
-    answer: ChatAnswer, head: Dict[str, Any], usage: bool
+    answer: ChatAnswer, head: Dict[str, Any], options: Optional[StreamOptions]
 ) -> AsyncGenerator[Dict[str, Any], None]:
-    nothing = {"usage": None} if usage else {}
-
     def chunk(choice: int, delta: Dict[str, Any], *rest: Any) -> Dict[str, Any]:
         logprobs, reason = rest or (None, None)
         only = {
             "index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason
         }  # fmt: skip
-        return {**head, "choices": [only], **nothing}
+        return {**head, "choices": [only], **answer.running.usage_of_chunk(options)}
 
     for i in range(answer.choices):
         yield chunk(i, {"role": "assistant", "content": None, "refusal": None})
@@ -234,7 +231,7 @@ async def _chunks(
             reason = answer.finish_reason(piece)
             if reason is not None:
                 yield chunk(piece.choice, {}, None, reason)
-    if usage:
+    if options is not None and options.include_usage:
         yield {**head, "choices": [], "usage": answer.running.usage()}
 
 

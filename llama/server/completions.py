@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.engine.predictions import Event
-from llama.server.bodies import Completion, Inputs
+from llama.server.bodies import Completion, Inputs, StreamOptions
 from llama.server.errors import invalid
 from llama.server.service import Running, received
 from llama.server.streams import EventStream, whole
@@ -42,8 +42,7 @@ async def completions(request: Request) -> Response:
         reply = await whole(request, _collected(tokenizer, running, head, body.logprobs))
         reply.headers.update(headers)
         return reply
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _chunks(tokenizer, running, head, body.logprobs, usage)
+    events = _chunks(tokenizer, running, head, body.logprobs, body.stream_options)
     return EventStream(events, service.settings.timeout, headers=headers, close=running.end)
 
 
@@ -104,9 +103,12 @@ async def _collected(
 
 
 async def _chunks(
-    tokenizer: Tokenizer, running: Running, head: Dict[str, Any], best: Optional[int], usage: bool
+    tokenizer: Tokenizer,
+    running: Running,
+    head: Dict[str, Any],
+    best: Optional[int],
+    options: Optional[StreamOptions],
 ) -> AsyncGenerator[Dict[str, Any], None]:
-    nothing = {"usage": None} if usage else {}
     offsets: Dict[int, Offsets] = {}
     async with aclosing(running.events()) as found:  # type: ignore[type-var]
         async for choice, event in found:
@@ -120,6 +122,6 @@ async def _chunks(
                 "index": choice, "text": event.text, "logprobs": details,
                 "finish_reason": event.finish_reason,
             }  # fmt: skip
-            yield {**head, "choices": [only], **nothing}
-    if usage:
+            yield {**head, "choices": [only], **running.usage_of_chunk(options)}
+    if options is not None and options.include_usage:
         yield {**head, "choices": [], "usage": running.usage()}

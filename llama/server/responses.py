@@ -22,7 +22,16 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.server.bodies import Body, Call, Chat, ChatMessage, FunctionCall, convert
+from llama.server.bodies import (
+    LENIENT,
+    Body,
+    Call,
+    Chat,
+    ChatMessage,
+    FunctionCall,
+    Sampling,
+    convert,
+)
 from llama.server.chat import shown_tools, start
 from llama.server.dialogs import encode
 from llama.server.errors import ApiError, as_api_error, invalid
@@ -32,6 +41,7 @@ from llama.server.streams import EventStream, json, whole
 
 KEPT = 1024  # responses
 LOGPROBS = "message.output_text.logprobs"
+_SAMPLING = set(Sampling.__struct_fields__) - set(Body.__struct_fields__)
 
 
 class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -58,7 +68,12 @@ class TextOptions(Struct, forbid_unknown_fields=True):
     verbosity: Optional[Literal["medium"]] = None
 
 
-class Responses(Body, kw_only=True):
+class Reasoning(Struct, forbid_unknown_fields=True):
+    effort: Optional[Literal["none"]] = None
+    summary: Optional[Literal["none"]] = None
+
+
+class Responses(Sampling, kw_only=True):
     input: Union[str, List[Item]]
     instructions: Optional[str] = None
     previous_response_id: Optional[str] = None
@@ -66,8 +81,6 @@ class Responses(Body, kw_only=True):
     stream: Optional[bool] = None
     stream_options: Optional[Dict[str, Literal[False]]] = None
     max_output_tokens: Optional[int] = None
-    temperature: Optional[float] = None
-    top_p: Optional[float] = None
     top_logprobs: Optional[int] = None
     include: Optional[
         List[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]]
@@ -79,7 +92,8 @@ class Responses(Body, kw_only=True):
     max_tool_calls: Optional[int] = None  # of OpenAI's own tools, which aren't offered
     truncation: Optional[Literal["auto", "disabled"]] = None
     background: Optional[Literal[False]] = None
-    reasoning: Optional[Dict[str, Optional[Literal["none"]]]] = None
+    reasoning: Optional[Reasoning] = None
+    chat_template_kwargs: Optional[Dict[str, Any]] = None
 
 
 class Page(Struct, forbid_unknown_fields=True):
@@ -241,13 +255,21 @@ def as_chat(body: Responses, messages: List[ChatMessage]) -> Chat:
         named = list(map(_nested, tools)) if isinstance(tools, list) else tools
         choice = _nested(choice | ({"tools": named} if tools else {}))
     form = body.text.format if body.text else None
+    for i, tool in enumerate(body.tools or ()):
+        if isinstance(tool.get("type"), str) and tool["type"] != "function":
+            raise invalid(
+                f"tools[{i}]: type {tool['type'][:50]!r}{LENIENT}; the server knows only functions",
+                f"tools[{i}].type",
+            )
     chat = {
         "tools": [_nested(tool) for tool in body.tools or ()] or None, "tool_choice": choice,
         "response_format": _nested(form) if form and form.get("type") == "json_schema" else form,
         "messages": [], "model": body.model, "max_tokens": body.max_output_tokens,
-        "temperature": body.temperature, "top_p": body.top_p, "top_logprobs": body.top_logprobs,
+        "top_logprobs": body.top_logprobs,
         "logprobs": bool(body.top_logprobs) or LOGPROBS in (body.include or ()),
         "parallel_tool_calls": body.parallel_tool_calls,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        **{name: getattr(body, name) for name in _SAMPLING},
     }  # fmt: skip
     return msgspec.structs.replace(convert(chat, Chat), messages=messages)
 

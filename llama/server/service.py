@@ -15,7 +15,7 @@ from llama.engine.predictions import Event
 from llama.engine.seeing import laid_out, takes_several
 from llama.generation import Llama
 from llama.layers.paged import PAGE
-from llama.server.bodies import B, Generation, read
+from llama.server.bodies import B, Generation, StreamOptions, read
 from llama.server.errors import ApiError, busy, invalid
 from llama.server.images import Held, Images
 from llama.server.metrics import Metrics
@@ -255,6 +255,12 @@ class Running:
         self._service.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._service.metrics.generation_tokens.inc(self.completion_tokens)
         self._notes.update(prompt=self.prompt_tokens, completion=self.completion_tokens)
+
+    def usage_of_chunk(self, options: Optional[StreamOptions]) -> Dict[str, Any]:
+        """What a stream's chunks have beside their choices."""
+        if options is None or not options.include_usage:
+            return {}
+        return {"usage": self.usage() if options.continuous_usage_stats else None}
 
     def usage(self) -> Dict[str, Any]:
         return {

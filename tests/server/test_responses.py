@@ -282,6 +282,30 @@ def test_a_chain_is_the_same_dialog_sent_whole(llama):
     serving(llama, test)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"top_k": 5, "min_p": 0.01, "ignore_eos": True, "repetition_penalty": 1.2, "seed": 1},
+        {"seed": 2, "stop": ["e"], "logit_bias": {"9": 3}, "presence_penalty": 1, "min_tokens": 2},
+        {"guided_regex": "[ab]{5}", "seed": 3, "priority": 1, "cache_prompt": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parameters_are_those_of_chat_requests(llama, more):
+    async def test(client, app):
+        given = {"temperature": 1.5, "top_p": 1, **more}
+        one = await post(client, input="a", max_output_tokens=12, **given)
+        other = await post(
+            client, path="/v1/chat/completions", messages=[{"role": "user", "content": "a"}],
+            max_tokens=12, **given,
+        )  # fmt: skip
+        [item], [choice] = one["output"], other["choices"]
+        assert item["content"][0]["text"] == choice["message"]["content"]
+        assert one["usage"]["output_tokens"] == other["usage"]["completion_tokens"]
+
+    serving(llama, test)
+
+
 def test_a_branch_leaves_its_origin_as_it_is(llama):
     async def test(client, app):
         first = await post(client, input="a", **BODY)

@@ -118,6 +118,22 @@ def test_a_stream_has_the_shape_that_clients_expect(server):
     ] == [e["logprob"] for e in whole["choices"][0]["logprobs"]["content"]]
 
 
+@pytest.mark.parametrize(
+    "path, given",
+    [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})],
+)
+def test_usage_so_far_in_each_chunk(server, path, given):
+    """As GuideLLM and other load testers ask for."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**given, "max_tokens": 5, "ignore_eos": True, "stream_options": options}
+    *chunks, last = (chunk["usage"] for chunk in stream(server, path, **body))
+    counts = [usage["completion_tokens"] for usage in chunks]
+    assert counts == sorted(counts) and counts[-1] == last["completion_tokens"] == 5
+    assert {usage["prompt_tokens"] for usage in chunks} == {last["prompt_tokens"]}
+    options["include_usage"] = False
+    assert all("usage" not in chunk for chunk in stream(server, path, **body))
+
+
 def test_several_choices_and_prompts(server, smollm2):
     prompts = ["One, two,", smollm2.tokenizer.encode("The sky is", bos=False, eos=False)]
     body = {"prompt": prompts[0], "n": 3, "seed": 5, "max_tokens": 6, "temperature": 1.0}
@@ -524,7 +540,7 @@ def test_embeddings_are_those_of_embed(server, smollm2, pooling):
 
 # --- errors ---------------------------------------------------------------------------------------
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 @pytest.mark.parametrize(
@@ -577,6 +593,10 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": [[]]}, 400, "prompt", "empty"),
         (TEXT, {"prompt": [99999999]}, 400, "prompt", "99999999"),
         (TEXT, {"prompt": [1.5]}, 400, "prompt[0]", ""),
+        (RESPONSES, {"input": "x", "top_k": -3}, 400, "top_k", "-3"),
+        (RESPONSES, {"input": "x", "chat_template_kwargs": {"x": 1}}, 400, "chat_template_kwargs",
+         "x"),
+        (RESPONSES, {"input": "x", "reasoning": {"effort": "low"}}, 400, "reasoning.effort", "low"),
         ("/v1/embeddings", {"input": "x", "dimensions": 0}, 400, "dimensions", "0"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens", "-1"),
         ("/v1/nothing", {}, 404, None, "/v1/nothing"),

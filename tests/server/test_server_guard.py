@@ -8,6 +8,8 @@ import httpx
 import pytest
 
 from llama.server.app import make_app
+from llama.server.bodies import Chat, parse
+from llama.server.responses import Responses
 from llama.server.settings import Settings
 
 
@@ -137,8 +139,45 @@ def test_ignored_parameters_are_named(capsys):
     body = {"prompt": "x", "unknwon": 1, "ü\n": 2}
     reply = ask(method="POST", path="/v1/completions", json=body)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "unknwon"
+    assert "--lenient" in reply.json()["error"]["message"]
     settings = Settings(log="off", lenient=True)
     assert ask(settings, method="POST", path="/v1/completions", json=body).status_code == 503
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+CODEX = {  # as Codex CLI asks
+    "input": [{"type": "message", "role": "user",
+               "content": [{"type": "input_text", "text": "x"}]}],
+    "tools": [{"type": "function", "name": "f"}, {"type": "web_search"}, {"type": "namespace"}],
+    "reasoning": {"effort": "medium", "summary": "auto"}, "text": {"verbosity": "low"},
+    "store": False, "client_metadata": {"a": "b"},
+}  # fmt: skip
+WISHES = {
+    "reasoning_effort": "low", "verbosity": "high", "store": True, "service_tier": "flex",
+    "prompt_cache_retention": "24h",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path, body, names",
+    [
+        ("/v1/chat/completions", {**CHAT, **WISHES}, list(WISHES)),
+        ("/v1/responses", CODEX, ["client_metadata", "tools.web_search", "tools.namespace",
+                                  "reasoning.effort", "reasoning.summary", "text.verbosity"]),
+    ],
+    ids=["chat", "codex"],
+)  # fmt: skip
+def test_what_a_lenient_server_leaves_out(path, body, names):
+    """Wishes that it can't meet, and tools that it would have to run itself."""
+    kind = Chat if path.endswith("completions") else Responses
+    found, ignored = parse(json.dumps(body).encode(), kind, True)
+    assert ignored == names
+    assert kind is Chat or [tool["name"] for tool in found.tools] == ["f"]
+    settings = Settings(log="off", lenient=True)
+    assert ask(settings, method="POST", path=path, json=body).status_code == 503
+    body.pop("client_metadata", None)
+    error = ask(method="POST", path=path, json=body).json()["error"]
+    assert error["param"] in names and "--lenient" in error["message"]
 
 
 def test_the_page_is_served_with_a_policy():
