@@ -40,8 +40,11 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.cat.out:  # a rank's part of a weight: there is nothing to copy,
+            return kwargs["out"]  # and meta's own imports dynamo first, see below
         device = {"device": "meta"} if func is torch.ops.aten.empty.memory_format else {}
-        return func(*args, **{**(kwargs or {}), **device})
+        return func(*args, **{**kwargs, **device})
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # or it would be imported first, which takes a second

@@ -148,7 +148,8 @@ def test_bfloat16_on_two_ranks(tiny_dir, tmp_path):
 def test_messages_and_starting_twice(tiny_dir, tmp_path):
     report = run_ranks(2, "messages", tmp_path / "a", ckpt=str(tiny_dir))
     assert report["gathered"] == [["said by rank 0", [7], [3.0, 3.0, 3.0]]] * 2
-    assert run_ranks(2, "twice", tmp_path / "b", ckpt=str(tiny_dir))["same"]
+    report = run_ranks(2, "twice", tmp_path / "b", ckpt=str(tiny_dir))
+    assert report["same"] and "torch._dynamo" not in report["modules"]  # it takes a second
 
 
 def test_only_rank_0_prints_and_fairscale_is_quiet(tiny_dir, tmp_path):
