@@ -78,7 +78,7 @@ TEXTS = [[CHANCE.randrange(500) for _ in range(90)] for _ in range(3)]
 TEXTS.append(TEXTS[0][:70] + TEXTS[1][:20])  # begins like another
 
 
-SCHEDULES = int(os.environ.get("LLAMA_SCHEDULES", 100))  # `make soak` takes more
+SCHEDULES = int(os.environ.get("LLAMA_SCHEDULES", 40))  # `make soak` takes more
 limits = (st.sampled_from([256, 320, 1024]), st.integers(1, 64), st.integers(1, 8))
 
 
@@ -443,7 +443,7 @@ def test_requests_are_made_while_a_step_runs(llama):
     assert engine.idle
 
 
-REQUESTS = int(os.environ.get("LLAMA_REQUESTS", 400))  # `make soak` takes more
+REQUESTS = int(os.environ.get("LLAMA_REQUESTS", 200))  # `make soak` takes more
 
 
 def test_many_requests_wait_and_memory_stays(llama):

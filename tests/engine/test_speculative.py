@@ -122,13 +122,14 @@ def test_the_real_models_texts_too(smollm2_path, monkeypatch):
     llama = Llama.build(smollm2_path, **options, draft_ckpt_dir=smollm2_path, draft_quantize="int4")
     text = [f"Repeat after me: {prompt}. Repeat after me:" for prompt in prompts(4)]
     text += [f"Question {i}: what is {i} + {i}? Answer:" for i in range(2, 6)]
+    new = 20 if THOROUGH else 10
     for size in (1, 8):
         accepted = {"lookup": 0, "draft": 0}
         for begin in range(0, 8, size):
             batch = text[begin : begin + size]
-            expected = llama.text_completion(batch, 0, max_gen_len=20, speculate="off")
+            expected = llama.text_completion(batch, 0, max_gen_len=new, speculate="off")
             for speculate in accepted:
-                found = llama.text_completion(batch, 0, max_gen_len=20, speculate=speculate)
+                found = llama.text_completion(batch, 0, max_gen_len=new, speculate=speculate)
                 accepted[speculate] += sum(one.pop("speculation")["accepted"] for one in found)
                 assert found == expected
         assert all(accepted.values())
