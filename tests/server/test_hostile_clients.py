@@ -17,7 +17,7 @@ import pytest
 from served import PATIENCE, serve
 
 CONNECTIONS = int(os.environ.get("LLAMA_CONNECTIONS", 1500))
-SECONDS = float(os.environ.get("LLAMA_LOAD_SECONDS", 10))
+SECONDS = float(os.environ.get("LLAMA_LOAD_SECONDS", 5))
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
