@@ -25,6 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # It would try each instruction set that the processor has by compiling programs, for 15 s.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Where it is set, as in containers, each process would compile all that it imports, and each worker
+# all the tests.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 
 # A job in a shell's background ignores Ctrl-C, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
