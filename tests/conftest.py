@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # It would try each instruction set that the processor has by compiling programs, for 15 s.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# XLA compiles each shape anew: that takes most of the time, and less without LLVM's optimizations.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Where it is set, as in containers, each process would compile all that it imports, and each worker
 # all the tests.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, random_model, random_weights
 from test_model import SHAPES, TOLERANCE, ids
 
-from llama import checkpoint
+from llama import Llama, checkpoint
 from llama.backends.flax import from_checkpoint, to_checkpoint
 from llama.checkpoint import InMemory
 from llama.families import flax_generation
@@ -183,8 +183,12 @@ def test_decode_compiles_once():
     assert (flax_generation._decode._cache_size(), flax_generation._prefill._cache_size()) == before
 
 
-def test_the_real_model_gives_the_same_logits_and_tokens(smollm2, smollm2_path):
-    model = from_checkpoint(smollm2_path, dtype="fp32")
+def test_the_real_model_gives_the_same_logits_and_tokens(shallow):
+    """Two of its layers, or all in `make soak`: XLA takes half a second to compile each."""
+    smollm2 = Llama.build(
+        shallow, max_batch_size=16, max_seq_len=64, device="cpu", dtype="fp32", quantize="dense"
+    )
+    model = from_checkpoint(shallow, dtype="fp32")
     texts = ["The capital of France is", "Once upon a time", "2 + 2 =", "def add(a, b):", "Water",
              "The largest planet of the solar system is called", "Dear Sir or Madam,", "Hello",
              "one two three four one two three", "Translate to French: sea =>"]  # fmt: skip
@@ -242,10 +246,7 @@ print(json.dumps([found, errors]))
 @pytest.mark.slow
 def test_sharded_equals_whole():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Compiling takes most of the time, and less of it without LLVM's optimizations.
-    environment["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    )
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES],
         env=environment,
