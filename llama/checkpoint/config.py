@@ -10,6 +10,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Tuple
 import torch
 
 from llama.checkpoint.schemes import Scheme, modelopt, open_scheme
+from llama.families import vision_files
 from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
@@ -23,17 +24,16 @@ HEADS = {
     "LlamaForQuestionAnswering": "token_classification.QuestionAnswerer",
 }
 
-# Keys of config.json that don't change what the network computes:
-IGNORED = {
-    "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
-    "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "max_window_layers", "num_labels",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "return_dict", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "transformers.js_config", "unk_token_id", "use_cache",
-    "_commit_hash", "max_sequence_length", "problem_type", "unsloth_fixed", "unsloth_version",
-    "is_encoder_decoder", "resid_pdrop", "embd_pdrop",
-    "quantization_config",  # see `read_scheme`
+# Keys of config.json that don't change what the network computes. Those that old transformers wrote
+# for generation are among them: the first config.json of Llama 2 has "max_length".
+IGNORED = vision_files.IGNORED | {
+    "_attn_implementation", "_commit_hash", "_flash_attn_2_enabled", "attention_dropout",
+    "attn_implementation", "auto_map", "embd_pdrop", "gradient_checkpointing", "is_llama_config",
+    "max_new_tokens", "max_sequence_length", "max_window_layers", "model_max_length",
+    "neftune_noise_alpha", "num_labels", "pretraining_tp", "resid_pdrop", "rope_interleaved",
+    "transformers.js_config", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_flash_attention_2",
+    "quantization_config", "quantization",  # see `read_scheme`
 }  # fmt: skip
 # Those that must have one of these values, because our model computes nothing else:
 REQUIRED: Dict[str, Tuple[Any, ...]] = {
@@ -51,6 +51,7 @@ REQUIRED: Dict[str, Tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "layer_types": (None,),
     "num_local_experts": (None, 0),
+    "pruned_heads": (None, {}),
 }
 
 
@@ -210,6 +211,8 @@ def _scheme(path: str | Path, config: Mapping[str, Any], apart: Any) -> Optional
     """apart: what is in hf_quant_config.json."""
     quantization = config.get("quantization_config")
     found = apart.get("quantization") if isinstance(apart, dict) else None
+    if isinstance(config.get("quantization"), dict):
+        quantization = {"quant_method": "mlx", **config["quantization"]}  # as mlx_lm writes it
     if quantization is None and isinstance(found, dict):
         quantization = {"quant_method": "modelopt", **found}
     try:

@@ -6,6 +6,7 @@ q and k into the interleaved rotary layout that Meta's weights have, so they are
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,13 @@ class GGUFCheckpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         header = read_header(self.path)
+        parts = header.metadata.get("split.count", 1)
+        if parts not in (0, 1):  # of which only the first says what they are
+            first = re.sub(r"-\d{5}-of-", "-00001-of-", self.path.name)
+            raise ValueError(
+                f"{self.path} is one of {parts} parts: join them, llama-gguf-split --merge "
+                f"{self.path.with_name(first)} JOINED.gguf"
+            )
         has_vocabulary = "tokenizer.ggml.model" in header.metadata
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
         architecture = str(header.metadata.get("general.architecture"))
@@ -87,8 +95,6 @@ class GGUFCheckpoint:
             own = self._family.read_gguf(metadata) | self._family.read_names(self._tensors)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise ValueError(f"{self.path} is one of several parts: join them (llama-gguf-split)")
         if metadata.get("expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of experts, which this model isn't")
         # Without a type it is linear; the other key is that of older files.

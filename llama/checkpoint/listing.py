@@ -7,6 +7,7 @@ from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
 from llama.checkpoint.schemes import modelopt
+from llama.text.gguf_header import are_parts
 from llama.text.vocabulary.config import PROCESSOR_TEMPLATE, TOOL_TEMPLATE
 
 PROCESSOR = "preprocessor_config.json"  # how images are prepared
@@ -75,7 +76,7 @@ def checkpoint_files(
     for weights in ("adapter_model.safetensors", "adapter_model.bin"):
         if has("adapter_config.json") and has(weights):
             return ["adapter_config.json", weights]
-    if len(ggufs) > 1:
+    if len(ggufs) > 1 and not are_parts(ggufs):
         raise ValueError(f"{where} holds several models, name one: {', '.join(ggufs)}")
     return ggufs
 

@@ -7,6 +7,7 @@ from llama.checkpoint.huggingface import HFCheckpoint
 from llama.checkpoint.listing import format_of
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.source import Checkpoint
+from llama.text.gguf_header import are_parts
 
 FILES = (".safetensors", ".pth", ".bin")  # of directories
 
@@ -38,11 +39,16 @@ def open(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} is a file of a checkpoint: name its directory, {path.parent}")
     if path.is_file():
         return GGUFCheckpoint(path)
-    if len(ggufs) == 1:
+    if len(ggufs) == 1 or are_parts([file.name for file in ggufs]):
         return GGUFCheckpoint(ggufs[0])
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
         raise ValueError(f"{path} holds several checkpoints, name one of them: {names}")
+    if (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{path} holds an adapter, not a model: name the model that it was trained for, and "
+            f"with it --adapter-dir {path}"
+        )
     raise ValueError(
         f"{path} holds no checkpoint: expected params.json with consolidated.*.pth, config.json "
         "with *.safetensors, or a .gguf file"

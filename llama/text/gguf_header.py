@@ -7,10 +7,11 @@ is imported.
 """
 
 import mmap
+import re
 import struct
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Collection, Dict, List, NamedTuple, Tuple
 
 MAGIC = b"GGUF"
 _SCALARS = {
@@ -33,6 +34,13 @@ class TensorInfo(NamedTuple):
 class Header(NamedTuple):
     metadata: Dict[str, Any]
     tensors: Dict[str, TensorInfo]
+
+
+def are_parts(names: Collection[str]) -> bool:
+    """Whether names of .gguf files are those of the parts of one, which llama-gguf-split wrote."""
+    found = [re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name) for name in names]
+    wholes = {match and match.groups() for match in found}
+    return len(wholes) == 1 and None not in wholes
 
 
 def is_gguf(path: Path) -> bool:

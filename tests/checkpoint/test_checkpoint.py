@@ -120,6 +120,10 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, tiny_dir):
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="isn't a GGUF file"):
         checkpoint.open(tmp_path / "empty.gguf")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter.*--adapter-dir .*/adapter"):
+        checkpoint.open(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("kind", ["meta", "hf", "gguf"])

@@ -181,6 +181,7 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
             "yarn_ext_factor",
         ),
         ({"metadata": {"split.count": 2}}, "llama-gguf-split"),
+        ({"metadata": {"general.architecture": None, "split.count": 2}}, "one of 2 parts"),
         (
             {"metadata": {"llama.rope.dimension_count": 16}},
             "dimension_count=16, but heads are 32 wide",
@@ -198,6 +199,14 @@ def test_what_this_model_is_not_is_refused_by_name(tmp_path, how, message):
     with pytest.raises(ValueError) as caught:
         checkpoint.check_shapes(checkpoint.open(path))
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_parts_in_a_directory_are_to_be_joined(tmp_path):
+    """As Llama 4 and other large models come: no part can be chosen."""
+    for i in (1, 2):
+        write(tmp_path / f"model-{i:05d}-of-00002.gguf", metadata={"split.count": 2})
+    with pytest.raises(ValueError, match=r"--merge .*model-00001-of-00002\.gguf JOINED\.gguf"):
+        checkpoint.open(tmp_path)
 
 
 def test_a_file_cut_off_within_the_weights_is_refused(tmp_path):

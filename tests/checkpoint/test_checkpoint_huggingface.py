@@ -171,11 +171,13 @@ def test_older_spellings_of_rope_are_understood_as_transformers_does(tmp_path, o
 
 
 def test_keys_and_values_of_published_configs(tmp_path):
-    """unsloth's, decapoda's, Gradient's."""
+    """unsloth's, decapoda's, Gradient's; those of generation are of the first Llama 2."""
     peer().save_pretrained(tmp_path)
     edit_json(
         tmp_path / "config.json", drop=["rope_parameters"], rope_theta=3580165449.0,
         unsloth_fixed=True, unsloth_version="2024.9", max_sequence_length=2048,
+        max_length=4096, do_sample=False, temperature=1.0, top_p=1.0, pruned_heads={},
+        _flash_attn_2_enabled=False,
     )  # fmt: skip
     assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path))
 
@@ -272,7 +274,9 @@ def test_names_are_translated_both_ways():
         ({"rope_parameters": None, "rope_theta": 0}, "rope_theta=0"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quant_method='mlx'"),
         ({"logit_scale": 0.0625}, "logit_scale"),
+        ({"pruned_heads": {"1": [0]}}, "pruned_heads={'1': [0]}"),
         ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
         ({"architectures": None, "model_type": "qwen2"}, "model_type='qwen2'"),

@@ -390,6 +390,9 @@ def test_bucket_with_a_gguf(bucket):
     path = local_path("gs://bucket/g")
     assert [p.name for p in path.glob("*.gguf")] == ["x.gguf"]
     assert (path / "x.gguf").read_bytes() == BIG
+    parts = {f"x-0000{i}-of-00002.gguf" for i in (1, 2)}
+    bucket.files |= {f"parts/{name}": BIG for name in parts}
+    assert {p.name for p in local_path("gs://bucket/parts").glob("*.gguf")} == parts
     bucket.files["g/y.gguf"] = BIG
     with pytest.raises(ValueError, match=r"gs://bucket/g holds several models.*x\.gguf, y\.gguf"):
         local_path("gs://bucket/g")
