@@ -52,7 +52,7 @@ class HFCheckpoint:
         tensors: Dict[str, Stored] = {}
         self.left_out = 0  # weights that the network doesn't use
         for file in self._files():
-            for name, stored in index_tensors(file, codes=scheme is not None).items():
+            for name, stored in index_tensors(file, codes=True).items():
                 if name.startswith("transformer."):  # in LlamaForQuestionAnswering
                     name = name.replace("transformer.", "model.", 1)
                 if name.startswith(family.left_out(fields)):

@@ -44,7 +44,10 @@ def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
             )
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not tensor.is_contiguous():
-            raise ValueError(f"{path}: {name} isn't stored as one contiguous block")
+            raise ValueError(
+                f"{path}: {name} isn't stored as one contiguous block, as in files of torch before "
+                "1.6: load it with torch, and save contiguous tensors anew"
+            )
         offset = start + tensor.storage_offset() * tensor.dtype.itemsize
         stored[name] = Stored(path, offset, tuple(tensor.shape), tensor.dtype)
     return stored

@@ -104,7 +104,9 @@ def assemble(
             plain[f"{module}.bias"] = bias
     for name, stored in plain.items():
         if stored.dtype not in DTYPES.values():
+            hint = "" if scheme else ". Quantized weights need a quantization_config in config.json"
             raise ValueError(
                 f"{stored.file}: {name} has the dtype {stored.dtype}: not a float; unsupported"
+                f"{hint}"
             )
     return plain, quantized
