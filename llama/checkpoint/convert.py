@@ -17,7 +17,7 @@ from llama.checkpoint.shapes import check_shapes, chunks, weight_shapes
 from llama.checkpoint.source import Checkpoint, Shape, dtype_name
 from llama.checkpoint.writing import bytes_of, dtype_of
 from llama.families.registry import family_of
-from llama.text.files import beside, check_plain
+from llama.text.files import beside, check_plain, read_object, write_json
 from llama.tokenizer import Tokenizer
 
 FORMATS = ("meta", "hf", "gguf")
@@ -108,6 +108,7 @@ def convert(
                 meta.write(opened, partial, model_parallel_size, dtype, **common)
             elif to == "hf":
                 huggingface.write(opened, partial, dtype, max_shard_bytes=max_shard_bytes, **common)
+                _keep_sampling(opened.path, partial)
             else:
                 kind = quant or dtype_name(dtype or _widest(opened)).lower()
                 gguf.write(opened, partial, kind, name=path.stem, **common)
@@ -115,6 +116,13 @@ def convert(
             kept = (quant or "").upper() in (keeping.KEEP, keeping.NEAREST)
             check_equal(opened, open_checkpoint(partial), quiet, kept)
     return path
+
+
+def _keep_sampling(source: Path, path: Path) -> None:
+    """How the model is to be sampled by default, which the tokenizer doesn't know."""
+    old, new = (directory / "generation_config.json" for directory in (source, path))
+    if old.exists():
+        write_json(new, read_object(old) | (read_object(new) if new.exists() else {}))
 
 
 def _widest(source: Checkpoint) -> torch.dtype:

@@ -377,6 +377,24 @@ def test_dtypes_are_converted_and_kept(tmp_path, name, dtype):
     assert_same_weights(again, weights_of(path))
 
 
+def test_how_a_model_is_to_be_sampled_goes_along(tmp_path):
+    """transformers and vLLM take it from generation_config.json; the ends are the tokenizer's."""
+    path = to(InMemory(TINY, random_weights(TINY)), tmp_path / "a", "hf")
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}
+    (path / "generation_config.json").write_text(json.dumps(said))
+
+    def found(name):
+        return json.loads((to(path, tmp_path / name, "hf") / "generation_config.json").read_text())
+
+    assert found("b") == said
+    tokenizer = Tokenizer(write_byte_tokenizer(path / "tokenizer.model"))
+    assert found("c") == said | {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(tokenizer.stop_tokens),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
 def test_rows_that_are_no_whole_blocks_are_written_as_f16(tmp_path):
     source = InMemory(THREE, random_weights(THREE))  # 48 wide, and 96 in w2
     path = convert(source, tmp_path / "q.gguf", "gguf", quant="q8_0", quiet=True, verify=True)
