@@ -46,6 +46,9 @@ class Delta(NamedTuple):
 
 _TAG = re.compile(r"<function=([^<>]{1,200})>|<tool_call>|<\|tool_call\|>|\[TOOL_CALLS\]")
 _TAGS = ("<function=", "<tool_call>", "<|tool_call|>", "[TOOL_CALLS]")
+# Around reasoning, which the prompt may have opened already.
+_THINK, _THOUGHT = "<think>", "</think>"
+_TAG_OR_THOUGHT = re.compile(f"{_TAG.pattern}|{_THOUGHT}")
 _CLOSING = {"<function=": "</function>", "<tool_call>": "</tool_call>"}
 _MAY_BE_PYTHONIC = re.compile(r"\[\s*\w*")
 _BETWEEN = re.compile(r"[\s;]*")
@@ -70,6 +73,9 @@ def parse_tool_calls(text: str, tools: Sequence[Tool] = ()) -> Reply:
 
     After a leading <|python_tag|> or <|python_start|>: any of these, or else code for
     code_interpreter.
+
+    Reasoning, from a leading <think> or what the prompt ends with, up to </think>, is text; what
+    follows it is read as a whole reply is, or, with a "strict" tool, tags in it are.
 
     Only the tools given and the built-in ones can be called; arguments aren't checked against the
     schemas. It is all or nothing: of a reply with a malformed call every call stays text.
@@ -118,6 +124,7 @@ class ToolCallStream(Scanner):
         super().__init__()
         schemas, _ = split_tools(tools)
         self._names = {schema["function"]["name"] for schema in schemas} | set(builtins)
+        self._strict = any(schema["function"].get("strict") is True for schema in schemas)
         self._queries = [f'{name}.call(query="' for name in self._names]
         self._queries += [f"{name}.call(" for name in builtins]
         self._make_id = make_id
@@ -174,29 +181,43 @@ class ToolCallStream(Scanner):
 
     def _reply(self) -> Steps:
         yield from self.next()
+        if (yield from self.one_of([_THINK])):
+            while self.text.find(_THOUGHT, self.at) < 0 and not self.ended:
+                self._say(self._safe())
+                yield
+            end = self.text.find(_THOUGHT, self.at)
+            self._say(end + len(_THOUGHT) if end >= 0 else len(self.text))
+        elif not (yield from self._answer(_TAG_OR_THOUGHT)):
+            return
+        # Formats of strict tools have calls without tags at the beginning only.
+        tagged = self._begun or self._strict
+        yield from (self._tagged(_TAG) if tagged else self._answer(_TAG))
+
+    def _answer(self, tags: "re.Pattern[str]") -> Steps:
+        """What isn't reasoning, or may be: whether </think>, if it is among the tags, ended it."""
+        whole = self.at
+        yield from self.next()
         code = yield from self.one_of([PYTHON_TAG, PYTHON_START])
         self.at = begin = self.at + len(code)
         yield from self.next()
         start = self.at
         try:
-            return (yield from self._calls())
+            yield from self._calls()
+            return False
         except NoCall:
             pass
         except Malformed:
             if self._begun or not code or self.text[start] != "[":  # Python may begin with [
                 raise
         self.at = start
-        if not code:
-            self.at = 0
-            yield from self._tagged()
-        elif (yield from self.one_of(_TAGS)):
-            self._done = start
-            yield from self._tagged()
-        elif "code_interpreter" in self._names:
+        if code and (yield from self.one_of(_TAGS)):
+            self._done = self._done if self._said else start
+        elif code and "code_interpreter" in self._names:
             yield from self._code(begin)
+            return False
         else:
-            self.at = 0
-            yield from self._tagged()
+            self.at = whole
+        return (yield from self._tagged(tags))
 
     def _calls(self) -> Steps:
         """Calls without tags. Raises NoCall, unless one has begun, for other text."""
@@ -251,9 +272,13 @@ class ToolCallStream(Scanner):
 
     # --- text and tags ---------------------------------------------------------------------------
 
-    def _tagged(self) -> Steps:
+    def _tagged(self, tags: "re.Pattern[str]") -> Steps:
+        begin = self.at
         while True:
-            while found := _TAG.search(self.text, self.at):
+            while found := tags.search(self.text, self.at):
+                if found[0] == _THOUGHT:
+                    self._say(found.end())
+                    return True
                 self._say(found.start())
                 self.at = found.end()
                 yield from self._tag(found)
@@ -262,16 +287,17 @@ class ToolCallStream(Scanner):
                 break
             yield
         if not self._begun:  # text that would call an unknown tool
-            body = self.text.strip()
+            body = self.text[begin:].strip()
             builtin_call(body, self._names)
             python_list(body, self._names)
+        return False
 
     def _safe(self) -> int:
         """Up to where the text holds no beginning of a tag."""
         for at in sorted(self.text.rfind(first, self.at) for first in "<["):
             rest = self.text[at : at + 300] if at >= 0 else "-"
             named = re.fullmatch(r"<function=[^<>]{1,200}", rest)
-            if not self.ended and (named or any(tag.startswith(rest) for tag in _TAGS)):
+            if not self.ended and (named or any(t.startswith(rest) for t in (*_TAGS, _THOUGHT))):
                 return at
         return len(self.text)
 

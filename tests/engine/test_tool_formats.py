@@ -47,6 +47,8 @@ def takes(compiler: GrammarCompiler, text: str, form: dict | None = None) -> boo
         CET % "parameters", f"[{CET % 'parameters'}, {CET % 'parameters'}]",
         '{"name": "note", "parameters": {"anything": [1, {"a": null}]}}',
         f"<tool_call>\n{CET % 'arguments'}\n</tool_call>",
+        "Why?\n</think>\n\nIt is noon.",
+        f"Why?\n</think>\n\n<tool_call>\n{CET % 'arguments'}\n</tool_call>",
         f"Let me see.\n<tool_call>\n{CET % 'arguments'}\n</tool_call>\n"
         f"<tool_call>\n{CET % 'arguments'}\n</tool_call> That is all.",
     ],

@@ -61,7 +61,13 @@ def check(pieces: List[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", [*CALLS, *MALFORMED, "Hello.", "\n a [b] <c>\n", "{", '{"a": 1}'])
+OTHERS = [
+    "Hello.", "\n a [b] <c>\n", "{", '{"a": 1}', "<think> <tool_call> </think>\n [f(a=1)]",
+    'Hm.\n</think> {"name": "f", "arguments": {"a": 1}}', "<thin", "</think></think>{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*CALLS, *MALFORMED, *OTHERS])
 def test_however_a_reply_is_cut_it_is_read_alike(text):
     check([*text])
     check([text])
@@ -71,7 +77,7 @@ def test_however_a_reply_is_cut_it_is_read_alike(text):
 
 PARTS = [
     *CALLS, *PIECES[:-2], "Look: ", " and\n", '{"x": 1}', '"id": "x1", ', '"name": "g"', "[1, 2]",
-    '"arguments": {"q": "a\\"}"}', ', "parameters": {"a": 2}}',
+    "<think>", "</think>", '"arguments": {"q": "a\\"}"}', ', "parameters": {"a": 2}}',
 ]  # fmt: skip
 
 

@@ -326,6 +326,31 @@ def test_text_around_tagged_calls_is_the_content():
     assert parse_tool_calls(text, TOOLS) == ("Well:", [F], None)
 
 
+@pytest.mark.parametrize(
+    "reasoning", ["<think>\nWhy [f(a=2)]? {x}\n</think>", "Why?\n</think>", "</think>"]
+)
+@pytest.mark.parametrize("text", CALLS)
+def test_calls_after_reasoning_are_read(reasoning, text):
+    assert parse_tool_calls(f"{reasoning}\n\n{text}", TOOLS) == (reasoning, CALLS[text], None)
+
+
+def test_calls_of_strict_tools_after_reasoning_have_tags():
+    """Others would get round their schemas: see `strict_format`."""
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    for thought in ("<think>Why?</think>", "Why?</think>"):
+        text = f'{thought} {{"name": "f", "parameters": {{"a": 1}}}}'
+        assert parse_tool_calls(text, tools) == (text, [], None)
+        text = f'{thought}<tool_call>{{"name": "f", "arguments": {{"a": 1}}}}</tool_call>'
+        assert parse_tool_calls(text, tools) == (thought, [F], None)
+
+
+def test_calls_within_reasoning_are_none():
+    thought = '<think>\n<tool_call>{"name": "g", "arguments": {}}</tool_call> or <tool_call>?'
+    text = f'{thought}</think> <function=f>{{"a": 1}}</function>'
+    assert parse_tool_calls(text, TOOLS) == (f"{thought}</think>", [F], None)
+    assert parse_tool_calls(thought, TOOLS) == (thought, [], None)  # cut off
+
+
 MALFORMED = {
     '{"name": "f", "parameters": {"a": 1}': "the call isn't JSON: .*char",
     '{"name": "f", "parameters": {"a": NaN}}': "arguments for 'f'.*can't be written as JSON",
@@ -450,7 +475,7 @@ PIECES = [
     "f", 'brave_search.call(query="', '")', "<|python_tag|>", ";", "\n", " ", '"', "'", "\\",
     "\x00", ",", "-", "1e999", "NaN", "lambda: 0", "**x", "f'{1}'",
     "\ud800", "0x", "=", ":", "1" * 5000,
-    "...",
+    "...", "<think>", "</think>",
 ]  # fmt: skip
 
 
@@ -482,6 +507,7 @@ LONG = 200_000
         'brave_search.call(query="' * LONG, "x" * LONG + ".call(query=", "; " * LONG, "[a" * LONG,
         "<|python_tag|>" + "[f(a=" * LONG, "<|python_tag|>" * LONG, "[f(a='" + "\\" * LONG + "')]",
         '{"name": "f", "parameters": {}};' * 9999, '<function=f>{"a": 1}</function>' * 9999,
+        "</think>" * LONG, '</think>{"a":' * LONG, "<think>" + "</thin" * LONG,
     ],
     ids=lambda text: text[:24],
 )  # fmt: skip
