@@ -15,13 +15,15 @@ _VALUES = {
     "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$schema", "$id", "$comment", "title",
     "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
 }  # fmt: skip
+# Of OpenAPI and pydantic: formats that any text has.
+_ANY_FORMAT = ("binary", "byte", "password", "path", "file-path", "directory-path")
 
 
 def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     """A copy in llguidance's keywords, whose references are relative to the pointer `base`."""
     if not isinstance(schema, dict):
         return schema
-    unknown = schema.keys() - _ONE - LISTS - _NAMED - _VALUES - {"nullable"}
+    unknown = schema.keys() - _ONE - LISTS - _NAMED - _VALUES - {"nullable", "discriminator"}
     if unknown:
         raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
     required, least = schema.get("required", []), schema.get("minProperties", 0)
@@ -42,9 +44,14 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         return plain_schema(value, where, base)
 
     copy = dict(schema)
+    if schema.get("format") in _ANY_FORMAT:
+        del copy["format"]
+    # Of OpenAPI, too: the parts differ in a property. llguidance doesn't see it.
+    if copy.pop("discriminator", None) and "anyOf" not in copy and "oneOf" in copy:
+        copy["anyOf"] = copy.pop("oneOf")
     if base != "#":  # references would be relative to it
         copy.pop("$id", None)
-    for key, value in schema.items():
+    for key, value in [*copy.items()]:
         if key in _ONE:
             if isinstance(value, list):
                 raise ValueError(f"{where}: {key!r} is a list: write 'prefixItems' instead")

@@ -79,6 +79,15 @@ SCHEMAS = {
     ),
     "tuple": ({"type": "array", "prefixItems": [DIGIT, SHORT], "items": False, "minItems": 2},
               [[1, "a"]]),
+    "discriminated": (  # by pydantic: a union with Field(discriminator="kind"), Path and SecretStr
+        {"$defs": {
+            "A": closed(kind={"const": "a"}, path={"type": "string", "format": "path"}),
+            "B": closed(kind={"const": "b"}, key={"type": "string", "format": "password"}),
+         },
+         "discriminator": {"mapping": {"a": "#/$defs/A", "b": "#/$defs/B"}, "propertyName": "kind"},
+         "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]},
+        [{"kind": "a", "path": "/tmp"}, {"kind": "b", "key": "x"}],
+    ),
     "allOf": ({"allOf": [closed(a=DIGIT, b=DIGIT), {"required": ["a"]}]}, [{"a": 1, "b": 2}]),
 }  # fmt: skip
 
@@ -864,6 +873,7 @@ def test_several_calls_where_they_are_allowed(bytewise):
     [
         ({"response_format": "json"}, "a dict, like"),
         ({"response_format": ["json_object"]}, "a dict, like"),
+        ({"response_format": SamplingParams}, "a dict, like"),
         ({"response_format": [None, None]}, "2 response formats for 1 prompts"),
         ({"response_format": {"type": "xml"}}, "has the type 'xml'"),
         ({"response_format": {"type": "json_object"}, "stop_tokens": set()}, "needs stop_tokens"),
