@@ -363,8 +363,9 @@ class Llama:
         options["images"] = self.tiles_of(dialogs) or options.get("images")
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one text: pass a list of texts")
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+            what = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+            raise ValueError(f"prompts is {what}: pass a list of texts")
         check_sees(self.model, [[{"content": prompt}] for prompt in prompts])
         start = self.tokenizer.encode("", bos=self.tokenizer.add_bos, eos=False)
         return [start + encode_parts(self.tokenizer, {"content": prompt}) for prompt in prompts]

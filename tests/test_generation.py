@@ -303,6 +303,14 @@ ERRORS = {
         r"options: min_p, stopp, top_k; pass params=SamplingParams\(min_p=..., top_k=...\)",
     ),
     "an engine's options": (lambda x: x.engine(1, 1, 9).add([1], 4, tempratur=1), ": tempratur"),
+    "prompts read once": (
+        lambda x: x.text_completion(str(i) for i in range(2)),
+        "prompts is a generator: pass a list of texts",
+    ),
+    "dialogs read once": (
+        lambda x: x.chat_completion(map(list, [[USER]])),
+        "dialogs is a map: pass a list of dialogs",
+    ),
     "a text to embed": (lambda x: x.embed("hello"), "texts is one text: pass a list"),
     "no dialogs": (lambda x: x.chat_completion([]), "no prompts"),
     "an empty dialog": (lambda x: x.chat_completion([[USER], []]), "dialog 1 is empty"),

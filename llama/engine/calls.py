@@ -70,8 +70,8 @@ class Calls:
         """`Engine.make_all`, for a call; max_gen_len None fills the context."""
         args = self._model.params
         check_batch(args, prompts, options.get("n", 1))
-        params = options.get("params")
-        engine = self.guided if params and params.guidance_scale != 1 else self.plain
+        scale = getattr(options.get("params"), "guidance_scale", 1)
+        engine = self.guided if scale != 1 else self.plain
         length = args.max_seq_len if max_gen_len is None else max_gen_len
         return engine.make_all(prompts, length, *how, **options)
 

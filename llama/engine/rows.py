@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Number
 from typing import (
     Any,
     Callable,
@@ -13,6 +13,7 @@ from typing import (
     Optional,
     Sequence,
     Set,
+    SupportsIndex,
     TypedDict,
     cast,
 )
@@ -202,11 +203,13 @@ def params_of(options: Options, temperature: float, top_p: float) -> SamplingPar
     """How the rows of a call are sampled.
 
     Raises:
-        ValueError: it is said twice, and differently.
+        ValueError: it is said twice, and differently; or in another way.
     """
     params = options.get("params")
     if params is None:
         return SamplingParams(temperature=temperature, top_p=top_p)
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params={params!r}: a SamplingParams(...), the same for all prompts")
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if value not in (getattr(SamplingParams, name), getattr(params, name)):
             raise ValueError(
@@ -280,7 +283,7 @@ def make_rows(
             or adapters, an unknown adapter.
     """
     check_options(options)
-    n, seed = options.get("n", 1), options.get("seed")
+    n, seed = options.get("n", 1), cast(Any, options.get("seed"))
     check(model, prompts, max_gen_len, n)
     top, most = options.get("top_logprobs", 0), model.params.vocab_size
     check_params(params, most)
@@ -289,8 +292,10 @@ def make_rows(
     if seed is None:
         seeds = torch.randint(1 << 62, (len(prompts),), generator=generator).tolist()
     else:
-        each = not isinstance(seed, Integral)  # NumPy's numbers are, too
-        seeds = list(cast(Sequence[int], seed)) if each else [cast(int, seed)] * len(prompts)
+        # NumPy's numbers are integral, too.
+        seeds = [seed] * len(prompts) if isinstance(seed, Number | str) else [*seed]
+    if not all(isinstance(one, SupportsIndex) for one in seeds):
+        raise ValueError(f"seed={seed!r} isn't a whole number, nor a list of them")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
     names = options.get("adapter")
@@ -322,9 +327,9 @@ def constrain(
         ValueError: not a response format, or not as many of them as prompts.
     """
     prompts = 1 + max(row.index for row in rows)
-    of_each = [formats] * prompts if isinstance(formats, Mapping) else list(formats)
-    wrong = [one for one in of_each if one is not None and not isinstance(one, Mapping)]
-    if isinstance(formats, str) or wrong:
+    several = isinstance(formats, Sequence) and not isinstance(formats, str)
+    of_each: Sequence[Any] = formats if several else [formats] * prompts  # type: ignore[assignment]
+    if any(one is not None and not isinstance(one, Mapping) for one in of_each):
         raise ValueError(f'response_format={formats!r}: a dict, like {{"type": "json_object"}}')
     if len(of_each) != prompts:
         raise ValueError(f"{len(of_each)} response formats for {prompts} prompts: one for each")

@@ -44,6 +44,8 @@ Dialog = Sequence[Message]
 
 def check_dialogs(dialogs: Sequence[Dialog], assistant_first: bool = False) -> None:
     """Raises ValueError unless it is a list of dialogs; see `check_dialog`."""
+    if not hasattr(dialogs, "__len__"):  # what is read once
+        raise ValueError(f"dialogs is a {type(dialogs).__name__}: pass a list of dialogs")
     for i, dialog in enumerate(dialogs):
         if not isinstance(dialog, Sequence) or isinstance(dialog, str):
             raise ValueError("dialogs is one dialog: pass a list of dialogs")

@@ -178,7 +178,10 @@ def test_closing_a_stream_frees_its_cache(tiny):
         ({"n": 0}, "n=0 must be at least 1"),
         ({"n": 9}, "2 prompts of 9 samples, and max_batch_size is 16"),
         ({"seed": [1]}, "1 seeds for 2 prompts"),
+        ({"seed": 1.5}, "seed=1.5 isn't a whole number"),
+        ({"seed": ["1", 2]}, "isn't a whole number, nor a list of them"),
         ({"stop": "x"}, "stop='x'"),
+        ({"params": {"top_k": 4}}, r"params={'top_k': 4}: a SamplingParams"),
     ],
 )
 def test_mistakes_are_named(tiny, options, message):
