@@ -26,8 +26,8 @@ def main(
     """Continue a few texts, among them a translation shown by example (few-shot).
 
     Args:
-        ckpt_dir: Meta's params.json and consolidated.*.pth, a directory with a .gguf file, or
-            the .gguf file; for any number of ranks, regardless of how the checkpoint is sharded.
+        ckpt_dir: Meta's params.json and consolidated.*.pth, Hugging Face's config.json and
+            *.safetensors, or a .gguf file; for any number of ranks, however it is sharded.
         tokenizer_path: by default the one found with the checkpoint.
         temperature: logits are divided by it; 0 is greedy decoding.
         top_p: sample from the most probable tokens that together have this probability.
