@@ -1,4 +1,5 @@
-"""GGUF, llama.cpp's format: one file with weights of many quantization types and the vocabulary.
+"""GGUF, llama.cpp's format: weights of many quantization types and the vocabulary, in one file or,
+as large models come, in parts.
 
 Names and metadata keys: github.com/ggml-org/ggml, docs/gguf.md. Its converter has already permuted
 q and k into the interleaved rotary layout that Meta's weights have, so they are taken as they are.
@@ -6,11 +7,10 @@ q and k into the interleaved rotary layout that Meta's weights have, so they are
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Optional
+from typing import Any, BinaryIO, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from llama.checkpoint.writing import Progress, bytes_of, dtype_of, no_progress
 from llama.families.registry import FAMILIES, family_of, of_gguf
 from llama.model import ModelArgs, rope_frequencies
 from llama.text.files import beside
-from llama.text.gguf_header import read_header
+from llama.text.gguf_header import part_names, read_header
 from llama.text.vocabulary import writing as writing_vocabulary
 from llama.tokenizer import Tokenizer
 
@@ -54,32 +54,65 @@ ROPE_BOUNDS = {
 PLAIN = {kind: DTYPES[kind] for kind in ("F32", "F16", "BF16")}  # not quantized
 
 
+class Tensor(NamedTuple):
+    """A tensor in a file, row-major."""
+
+    file: Path
+    shape: Shape
+    type: int  # gguf.GGMLQuantizationType
+    offset: int  # of its first byte
+
+
+def read_parts(path: Path) -> Tuple[Path, Dict[str, Any], Dict[str, Tensor]]:
+    """The first file of a model, its metadata, and the tensors in it and in its other parts.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: a damaged file, or parts that don't belong together.
+    """
+    count, files = read_header(path).metadata.get("split.count", 1), [path]
+    if count not in (0, 1):
+        files = [path.with_name(name) for name in part_names(path.name)]
+        if len(files) != count:
+            raise ValueError(
+                f"{path} is one of {count} parts: give them the names that llama-gguf-split does, "
+                "NAME-00001-of-00003.gguf and so on"
+            )
+    found: Dict[str, Tensor] = {}
+    for file in reversed(files):  # the first, which has the vocabulary too, is read last
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing, one of {count} parts: fetch it, too")
+        metadata, tensors = read_header(file)
+        if twice := found.keys() & tensors:
+            raise ValueError(f"{file} and another part hold {min(twice)}: not of one model")
+        found = {name: Tensor(file, *info) for name, info in tensors.items()} | found
+    expected = metadata.get("split.tensors.count", len(found))
+    if count not in (0, 1) and expected != len(found):
+        raise ValueError(
+            f"{files[0]} and its other parts hold {len(found)} tensors, not {expected}: not of one "
+            "model, or damaged"
+        )
+    return files[0], metadata, found
+
+
 class GGUFCheckpoint:
-    """A .gguf file of an architecture that a family has."""
+    """A .gguf file, in one or several parts, of an architecture that a family has."""
 
     def __init__(self, path: Path):
-        self.path = Path(path)
-        header = read_header(self.path)
-        parts = header.metadata.get("split.count", 1)
-        if parts not in (0, 1):  # of which only the first says what they are
-            first = re.sub(r"-\d{5}-of-", "-00001-of-", self.path.name)
-            raise ValueError(
-                f"{self.path} is one of {parts} parts: join them, llama-gguf-split --merge "
-                f"{self.path.with_name(first)} JOINED.gguf"
-            )
-        has_vocabulary = "tokenizer.ggml.model" in header.metadata
+        self.path, values, tensors = read_parts(Path(path))
+        has_vocabulary = "tokenizer.ggml.model" in values
         self.tokenizer_path: Optional[Path] = self.path if has_vocabulary else None
-        architecture = str(header.metadata.get("general.architecture"))
+        architecture = str(values.get("general.architecture"))
         prefix = f"{architecture}."
-        metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items()}
-        family = of_gguf(architecture, metadata, header.tensors)
+        metadata = {key.removeprefix(prefix): value for key, value in values.items()}
+        family = of_gguf(architecture, metadata, tensors)
         if family is None:
             known = ", ".join(sorted(name for one in FAMILIES for name in one.gguf))
             raise ValueError(
                 f"{self.path} is of the architecture {architecture!r}, and known are {known}"
             )
         self._family, names = family, family.gguf_names
-        self._tensors = {names.meta(name): info for name, info in header.tensors.items()}
+        self._tensors = {names.meta(name): info for name, info in tensors.items()}
         self.args = self._args(metadata, prefix)
         self._cut()
         self._tensors.pop(ROPE_FACTORS, None)
@@ -140,11 +173,13 @@ class GGUFCheckpoint:
 
     def _check_end(self) -> None:
         """Raises ValueError for a file that ends before its tensors do, as of half a download."""
-        ends = [0]
+        ends: Dict[Path, int] = {}
         for name, info in self._tensors.items():
             with suppress(ValueError):  # a type or a shape that is named when it is read
-                ends.append(info.offset + ggml.stored_bytes(info.shape, self.stored_as(name)))
-        check_length(self.path, max(ends))
+                end = info.offset + ggml.stored_bytes(info.shape, self.stored_as(name))
+                ends[info.file] = max(ends.get(info.file, 0), end)
+        for file, end in ends.items():
+            check_length(file, end)
 
     def _cut(self) -> None:
         """Matrices that a tensor holds become weights of their own."""
@@ -191,7 +226,7 @@ class GGUFCheckpoint:
     def read(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         info, kind = self._tensors[name], self.stored_as(name)
         if kind in PLAIN:
-            return read_slice(self.path, info.offset, info.shape, PLAIN[kind], axis, start, stop)
+            return read_slice(info.file, info.offset, info.shape, PLAIN[kind], axis, start, stop)
         # Quantized in blocks along the last axis: the rows, or of each row the blocks, asked for.
         values, skip = ggml.block(kind)[0], 0
         if axis == 1:
@@ -218,7 +253,7 @@ class GGUFCheckpoint:
         shape = (math.prod(info.shape[:-1]), info.shape[-1] // values * size)
         if axis == 1:
             start, stop = start // values * size, stop // values * size
-        return read_slice(self.path, info.offset, shape, torch.uint8, axis, start, stop)
+        return read_slice(info.file, info.offset, shape, torch.uint8, axis, start, stop)
 
 
 def write(

@@ -7,11 +7,12 @@ import contextlib
 import glob
 import re
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.transfer import Unreachable, check_space, failure, is_right, say
+from llama.text.gguf_header import part_names
 
 PART = r"[A-Za-z0-9][\w.-]*"
 NAME = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/{PART}|[^/@]+))?(?:/([^/].*))?", re.A)
@@ -165,7 +166,11 @@ def _choose(
     Meta's repositories have the weights twice: for Hugging Face's libraries, and in original/.
     """
     if name.path in names:
-        return name.path, [name.path]
+        path = PurePosixPath(name.path)
+        files = [str(path.with_name(part)) for part in part_names(path.name)]
+        if missing := [file for file in files if file not in names]:
+            raise FileNotFoundError(f"{name.repo} has {path}, but not its {missing[0]}")
+        return name.path, files
     for place in [name.path] if name.path else ["", "original"]:
         below = f"{place}/" if place else ""
         inside = [file.removeprefix(below) for file in names if file.startswith(below)]

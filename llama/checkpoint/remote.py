@@ -16,6 +16,7 @@ from llama.checkpoint import hub, transfer
 from llama.checkpoint.listing import checkpoint_files
 from llama.checkpoint.transfer import Files, Refused, Source, Unreachable, locked, say, shown
 from llama.text.cache_dir import cache_dir
+from llama.text.gguf_header import part_names
 
 RECORD = ".complete"  # in a folder of the cache whose files are: the name of the file, if one
 FILE_SUFFIXES = {".model", ".gguf", ".json", ".jinja", ".pth", ".pt", ".safetensors", ".bin"}
@@ -109,7 +110,8 @@ def _has(folder: Path, name: str, size: Optional[int]) -> bool:
 
 def _look(source: Source, url: str, folder: Path) -> Tuple[str, Files]:
     """What is at a URL: the name of a file, or "" for a directory, and what to fetch."""
-    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    parts = urlsplit(url)
+    name = PurePosixPath(unquote(parts.path)).name
     is_file = PurePosixPath(name).suffix.lower() in FILE_SUFFIXES  # to try first, at least
     failure: Exception = FileNotFoundError(
         f"{shown(url)}: there's no such file, nor a directory with a checkpoint (params.json and "
@@ -118,7 +120,12 @@ def _look(source: Source, url: str, folder: Path) -> Tuple[str, Files]:
     for as_file in (is_file, not is_file):
         try:
             if as_file and name:
-                return name, {name: (url, source.size(url))}
+                above, _, last = parts.path.rpartition("/")  # a .gguf file may come in parts
+                urls = [urlunsplit(parts._replace(path=f"{above}/{n}")) for n in part_names(last)]
+                return name, {
+                    part: (of, source.size(of))
+                    for part, of in zip(part_names(name), urls, strict=True)
+                }
             if not as_file and (files := _directory(source, url, folder)):
                 return "", files
         except FileNotFoundError:

@@ -36,11 +36,18 @@ class Header(NamedTuple):
     tensors: Dict[str, TensorInfo]
 
 
+def part_names(name: str) -> List[str]:
+    """The names of all parts of the file of which this is one, by its name: llama-gguf-split's
+    NAME-00001-of-00003.gguf. Of another file the name itself."""
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)
+    if not match:
+        return [name]
+    return [f"{match[1]}-{i:05d}-of-{match[2]}.gguf" for i in range(1, int(match[2]) + 1)]
+
+
 def are_parts(names: Collection[str]) -> bool:
-    """Whether names of .gguf files are those of the parts of one, which llama-gguf-split wrote."""
-    found = [re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name) for name in names]
-    wholes = {match and match.groups() for match in found}
-    return len(wholes) == 1 and None not in wholes
+    """Whether names of .gguf files are those of the parts of one."""
+    return len({*map(tuple, map(part_names, names))}) == 1
 
 
 def is_gguf(path: Path) -> bool:

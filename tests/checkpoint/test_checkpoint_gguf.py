@@ -18,8 +18,10 @@ ARGS = replace(TINY, dim=256, n_heads=8, n_kv_heads=2, hidden_dim=512, head_dim=
 Type = gguf.GGMLQuantizationType
 
 
-def write(path, args=ARGS, quantization=Type.F32, metadata=(), rope=None, drop=(), extra=()):
-    """A .gguf file with random weights; metadata, a value of None deletes a key."""
+def write(path, args=ARGS, quantization=Type.F32, metadata=(), rope=None, drop=(), extra=(),
+          split=0):  # fmt: skip
+    """A .gguf file with random weights; metadata, a value of None deletes a key; split, in parts of
+    at most so many tensors."""
     keys = {
         "llama.block_count": args.n_layers,
         "llama.embedding_length": args.dim,
@@ -30,7 +32,8 @@ def write(path, args=ARGS, quantization=Type.F32, metadata=(), rope=None, drop=(
         "llama.rope.freq_base": args.rope_theta,
         "llama.rope.dimension_count": args.head_dim,
     } | dict(metadata)
-    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", "llama"))
+    architecture = keys.pop("general.architecture", "llama")
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     for key, value in keys.items():
         if isinstance(value, str):
             writer.add_string(key, value)
@@ -97,9 +100,8 @@ def test_every_type_is_read_or_refused_by_name(tmp_path, kind):
     values, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 255, (4, 512 // values * size), dtype=np.uint8)
     (tmp_path / "raw").write_bytes(raw.tobytes())
-    source.path = tmp_path / "raw"
-    info = source._tensors["tok_embeddings.weight"]
-    source._tensors["w"] = info._replace(shape=(4, 512), type=int(kind), offset=0)
+    info = source._tensors["tok_embeddings.weight"]._replace(file=tmp_path / "raw", offset=0)
+    source._tensors["w"] = info._replace(shape=(4, 512), type=int(kind))
     try:
         expected = torch.from_numpy(np.array(gguf.dequantize(raw, kind), dtype=np.float32))
     except NotImplementedError:
@@ -181,7 +183,7 @@ def test_llama_3_1_rope_factors_are_recognised_and_checked(tmp_path, factor):
             "yarn_ext_factor",
         ),
         ({"metadata": {"split.count": 2}}, "llama-gguf-split"),
-        ({"metadata": {"general.architecture": None, "split.count": 2}}, "one of 2 parts"),
+        ({"metadata": {"split.count": "two"}}, "one of two parts"),
         (
             {"metadata": {"llama.rope.dimension_count": 16}},
             "dimension_count=16, but heads are 32 wide",
@@ -201,12 +203,41 @@ def test_what_this_model_is_not_is_refused_by_name(tmp_path, how, message):
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_parts_in_a_directory_are_to_be_joined(tmp_path):
-    """As Llama 4 and other large models come: no part can be chosen."""
-    for i in (1, 2):
-        write(tmp_path / f"model-{i:05d}-of-00002.gguf", metadata={"split.count": 2})
-    with pytest.raises(ValueError, match=r"--merge .*model-00001-of-00002\.gguf JOINED\.gguf"):
-        checkpoint.open(tmp_path)
+@pytest.mark.parametrize("named", ["", "model-00001-of-00003.gguf", "model-00003-of-00003.gguf"])
+def test_parts_are_read_as_the_whole(tmp_path, named):
+    """As the gguf package and llama-gguf-split write them; whichever is named, or their folder."""
+    whole = checkpoint.open(write(tmp_path / "whole.gguf", quantization=Type.Q8_0))
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "model.gguf", quantization=Type.Q8_0, split=8)
+    found = checkpoint.open(tmp_path / "parts" / named)
+    assert found.args == whole.args and found.shapes() == whole.shapes()
+    assert found.path.name == "model-00001-of-00003.gguf"
+    for name, (rows, *_) in whole.shapes().items():
+        assert torch.equal(found.read(name, 0, 0, rows), whole.read(name, 0, 0, rows)), name
+    assert checkpoint.fingerprint(found) == checkpoint.fingerprint(whole)
+
+
+def test_parts_that_are_not_all_there_or_not_of_one_model(tmp_path):
+    first, second, third = (tmp_path / f"model-{i:05d}-of-00003.gguf" for i in (1, 2, 3))
+    write(tmp_path / "model.gguf", split=8)
+    kept = second.read_bytes()
+    second.write_bytes(kept[:-100])
+    with pytest.raises(ValueError, match=f"{second} is cut off"):
+        checkpoint.open(first)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ValueError, match="and another part hold .*: not of one model"):
+        checkpoint.open(first)
+    write(second, metadata={"split.count": 3}, drop=[*random_weights(ARGS)][1:])
+    with pytest.raises(
+        ValueError, match=r"hold \d+ tensors, not \d+: not of one model|hold token_embd"
+    ):
+        checkpoint.open(first)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{second} is missing, one of 3 parts"):
+        checkpoint.open(third)
+    other = first.rename(tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="one of 3 parts: give them the names"):
+        checkpoint.open(other)
 
 
 def test_a_file_cut_off_within_the_weights_is_refused(tmp_path):

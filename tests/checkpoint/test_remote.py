@@ -392,7 +392,9 @@ def test_bucket_with_a_gguf(bucket):
     assert (path / "x.gguf").read_bytes() == BIG
     parts = {f"x-0000{i}-of-00002.gguf" for i in (1, 2)}
     bucket.files |= {f"parts/{name}": BIG for name in parts}
-    assert {p.name for p in local_path("gs://bucket/parts").glob("*.gguf")} == parts
+    for name in ("", *parts):
+        path = local_path(f"gs://bucket/parts/{name}")
+        assert {p.name for p in (path.parent if name else path).glob("*.gguf")} == parts
     bucket.files["g/y.gguf"] = BIG
     with pytest.raises(ValueError, match=r"gs://bucket/g holds several models.*x\.gguf, y\.gguf"):
         local_path("gs://bucket/g")
@@ -509,6 +511,15 @@ def test_hub_with_ggufs(hub):
     hub.commit = "b" * 40
     with pytest.raises(ValueError, match=r"o/n holds several models.*a\[1\]\.gguf, b\.gguf"):
         local_path("hf://o/n")
+    parts = {f"Q8/x-0000{i}-of-00002.gguf": BIG for i in (1, 2)}
+    hub.repo, hub.commit = hub.repo | parts, "c" * 40
+    second = local_path("hf://o/n/Q8/x-00002-of-00002.gguf")
+    assert names_in(second.parent) == {path.name for path in map(Path, parts)}
+    assert local_path("hf://o/n/Q8") == second.parent
+    del hub.repo["Q8/x-00001-of-00002.gguf"]
+    hub.commit = "d" * 40
+    with pytest.raises(FileNotFoundError, match="has Q8/x-00002-of-00002.gguf, but not its Q8/x-"):
+        local_path("hf://o/n/Q8/x-00002-of-00002.gguf")
 
 
 def test_a_changed_repository_is_fetched_anew(hub, tmp_path):
