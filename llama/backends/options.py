@@ -107,6 +107,11 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}, or None")
+        if self.draft_quantize and self.draft_ckpt_dir is None:
+            raise ValueError(
+                f"draft_quantize={self.draft_quantize!r}: there is no draft model; name it as "
+                "draft_ckpt_dir"
+            )
         if self.offload and self.broadcast_weights:
             raise ValueError("offload streams from each machine's disk: not with broadcast_weights")
 

@@ -100,7 +100,10 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
         name = family.hf_names.meta(match[1] + ".weight") if match else key
         name = ours.get(name, name)
         if match is None or len(shapes.get(name, ())) != 2 or not re.search(TAKE, name):
-            raise ValueError(f"{file} holds {key}, which is no LoRA of a matrix of this model")
+            raise ValueError(
+                f"{file} holds {key}, which is no LoRA of a matrix of this model's blocks. Of what "
+                "else an adapter changes, PEFT's merge_and_unload makes a checkpoint"
+            )
         modules[name] = match[1]
         halves.setdefault(name, {})[match[2]] = where.read(0, 0, where.shape[0]).float()
     if not halves:

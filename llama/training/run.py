@@ -24,7 +24,7 @@ from llama.families.registry import build
 from llama.families.vision import OF_IMAGES
 from llama.layers import parallel
 from llama.model import ModelArgs, Transformer
-from llama.text.files import beside, check_plain, read_object, recovered, remove
+from llama.text.files import beside, check_plain, read_object, read_text, recovered, remove
 from llama.training import devices, lora, saved
 from llama.training.data import Example
 from llama.training.gradients import origin, shard_of
@@ -304,9 +304,18 @@ def event_files() -> Any:
 
 
 def read_log(path: Path) -> List[Dict[str, Any]]:
-    """The lines of a log, which may be missing; a killed run may have left half of the last one."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+    """The lines of a log, which may be missing; a killed run may have left half of the last one.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    text, found = read_text(path) if path.exists() else "", []
+    for number, line in enumerate(text.rpartition("\n")[0].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {number} is damaged: take it out") from None
+    return found
 
 
 def write_result(

@@ -317,6 +317,8 @@ def test_an_unknown_kind_is_refused(tiny_dir):
             Llama.build(tiny_dir, device="cpu", quantize=kind)
         with pytest.raises(ValueError, match=message):
             load(InMemory(TINY, random_weights(TINY)), kind)
+    with pytest.raises(ValueError, match="draft_quantize='int8': there is no draft model"):
+        Llama.build(tiny_dir, device="cpu", draft_quantize="int8")
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llama.training.run import Log, event_files
+from llama.training.run import Log, event_files, read_log
 
 
 def test_tensorboard_reads_what_the_log_says(tmp_path):
@@ -30,3 +30,12 @@ def test_without_tensorboard(monkeypatch):
         ValueError, match=r"--tensorboard needs pip install 'llama-reference\[train\]'"
     ):
         event_files()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2, "los\n{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is damaged: take it out"):
+        read_log(log)
+    log.write_text('{"step": 1}\n{"st')  # what a killed run leaves
+    assert read_log(log) == [{"step": 1}]
