@@ -10,7 +10,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Tuple
 import torch
 
 from llama.checkpoint.schemes import Scheme, modelopt, open_scheme
-from llama.families import vision_files
+from llama.families.family import IGNORED as OF_ALL
 from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
 from llama.model import ModelArgs
@@ -26,7 +26,7 @@ HEADS = {
 
 # Keys of config.json that don't change what the network computes. Those that old transformers wrote
 # for generation are among them: the first config.json of Llama 2 has "max_length".
-IGNORED = vision_files.IGNORED | {
+IGNORED = OF_ALL | {
     "_attn_implementation", "_commit_hash", "_flash_attn_2_enabled", "attention_dropout",
     "attn_implementation", "auto_map", "embd_pdrop", "gradient_checkpointing", "is_llama_config",
     "max_new_tokens", "max_sequence_length", "max_window_layers", "model_max_length",

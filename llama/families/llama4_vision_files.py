@@ -3,9 +3,9 @@
 import re
 from typing import Any, Dict, Mapping
 
-from llama.families.family import Fused, Shape, whole
+from llama.families.family import IGNORED, Fused, Shape, whole
 from llama.families.llama4_vision import ROPE_THETA, TILING, ImageArgs
-from llama.families.vision_files import BLOCKS, IGNORED, PROCESSING
+from llama.families.vision_files import BLOCKS, PROCESSING
 
 ENCODER = "vision_embeddings.vision_encoder."
 # How transformers calls parts of the encoder, and how the rest, where names begin.
