@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any, Mapping, Set, Tuple
 
 # The supported keywords, by their values: a schema, a list of schemas, schemas by name, others.
@@ -17,6 +18,8 @@ _VALUES = {
 }  # fmt: skip
 # Of OpenAPI and pydantic: formats that any text has.
 _ANY_FORMAT = ("binary", "byte", "password", "path", "file-path", "directory-path")
+# pydantic's uuid4, for example; versions by RFC 9562.
+_UUID = "^[0-9a-f]{{8}}-[0-9a-f]{{4}}-{}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}$"
 
 
 def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
@@ -46,6 +49,9 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     copy = dict(schema)
     if schema.get("format") in _ANY_FORMAT:
         del copy["format"]
+    if version := re.fullmatch(r"uuid([1-8])", str(schema.get("format"))):
+        del copy["format"]
+        copy.setdefault("pattern", _UUID.format(version[1]))
     # Of OpenAPI, too: the parts differ in a property. llguidance doesn't see it.
     if copy.pop("discriminator", None) and "anyOf" not in copy and "oneOf" in copy:
         copy["anyOf"] = copy.pop("oneOf")

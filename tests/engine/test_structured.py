@@ -79,6 +79,7 @@ SCHEMAS = {
     ),
     "tuple": ({"type": "array", "prefixItems": [DIGIT, SHORT], "items": False, "minItems": 2},
               [[1, "a"]]),
+    "uuid4": ({"type": "string", "format": "uuid4"}, ["9c5b94b1-35ad-49bb-b118-8e8fc24abf80"]),
     "discriminated": (  # by pydantic: a union with Field(discriminator="kind"), Path and SecretStr
         {"$defs": {
             "A": closed(kind={"const": "a"}, path={"type": "string", "format": "path"}),
