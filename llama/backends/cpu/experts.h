@@ -26,11 +26,11 @@ inline vec silu_times(const float *gate, const float *up) {
     return g / (1.0f + exp2(g * -1.44269504f)) * load(up);
 }
 
-// This thread's columns, `mine`, of silu(gate) · up, both (tokens, rows).
-inline void activate(const float *gate, const float *up, int tokens, int rows, Share mine,
+// The columns `some` of silu(gate) · up, both (tokens, rows).
+inline void activate(const float *gate, const float *up, int tokens, int rows, Share some,
                      const Inputs &y) {
     for (int m = 0; m < tokens; m++)
-        for (int r = mine.begin; r < mine.end; r += BLOCK) {
+        for (int r = some.begin; r < some.end; r += BLOCK) {
             const float *g = gate + size_t(m) * rows + r, *u = up + size_t(m) * rows + r;
             y.set(m, r / BLOCK, silu_times(g, u), silu_times(g + LANES, u + LANES));
         }
@@ -72,10 +72,11 @@ void route(const Experts &e, const float *x, int tokens, int dim, const Routes &
     }
 }
 
-// Adds to `sum`, (tokens, dim), of which a thread has its columns, what experts make of x.
+// Adds to `sum`, (tokens, dim), what experts make of x.
 // in, between: room for the inputs of w1 and w3, and of w2; gate, up, out: for their results.
 void add_experts(const Experts &e, const float *x, int tokens, int dim, const Routes &routes,
-                 Inputs in, Inputs between, float *gate, float *up, float *out, float *sum) {
+                 Inputs in, Inputs between, float *gate, float *up, float *out, float *sum,
+                 Pieces &pieces) {
     route(e, x, tokens, dim, routes);
     for (int i = 0; i < e.n; i++) {
         const int first = routes.begins[i], n = routes.begins[i + 1] - first;
@@ -91,14 +92,18 @@ void add_experts(const Experts &e, const float *x, int tokens, int dim, const Ro
             in.set(j / blocks, b, load(at) * weight, load(at + LANES) * weight);
         }
 #pragma omp barrier
-        mine = multiply(w[0], in, n, gate);
-        multiply(w[1], in, n, up);
-        activate(gate, up, n, w[0].rows, mine, between);
+        pieces.each(w[0].rows, least_rows(n), [&](Share some) {
+            multiply(w[0], in, n, gate, some);
+            multiply(w[1], in, n, up, some);
+            activate(gate, up, n, w[0].rows, some, between);
+        });
 #pragma omp barrier
-        mine = multiply(w[2], between, n, out);
-        for (int j = 0; j < n; j++)
-            for (int r = mine.begin; r < mine.end; r++)
-                sum[size_t(routes.tokens[first + j]) * dim + r] += out[size_t(j) * dim + r];
+        pieces.each(dim, least_rows(n), [&](Share some) {
+            multiply(w[2], between, n, out, some);
+            for (int j = 0; j < n; j++)
+                for (int r = some.begin; r < some.end; r++)
+                    sum[size_t(routes.tokens[first + j]) * dim + r] += out[size_t(j) * dim + r];
+        });
     }
 }
 

@@ -62,86 +62,122 @@ struct Scratch {
 enum Parts : int32_t { ATTENTION = 1, FEED_FORWARD = 2, ADD = 4 };
 
 template <class A>
-void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, A *h,
-         const Scratch &z, const Adapters *adapters, int parts, int threads) {
+void run_layer(const Shape &s, const Layer &layer, int i, const Batch &b, A *h, const Scratch &z,
+               const Adapters *adapters, int parts, Pieces &pieces) {
     const int M = b.tokens;
-#pragma omp parallel num_threads(threads)
-    for (int i = first; i < first + n; i++) {
-        const Layer &layer = layers[i];
-        auto normalize = [&](const void *weight, float *copy) {
-            Share tokens = share(M);
-            for (int m = tokens.begin; m < tokens.end; m++)
-                norm_row(h + size_t(m) * s.dim, (const A *)weight, s.dim, s.eps,
-                         [&](int block, vec low, vec high) {
-                             z.x.set(m, block, low, high);
-                             if (!copy) return;
-                             float *at = copy + size_t(m) * s.dim + block * BLOCK;
-                             store(at, low), store(at + LANES, high);
-                         });
+    const int least = std::max(adapters ? 256 : 0, least_rows(M));  // `expand` begins with sums over x
+    auto normalize = [&](const void *weight, float *copy) {
+        Share tokens = share(M);
+        for (int m = tokens.begin; m < tokens.end; m++)
+            norm_row(h + size_t(m) * s.dim, (const A *)weight, s.dim, s.eps,
+                     [&](int block, vec low, vec high) {
+                         z.x.set(m, block, low, high);
+                         if (!copy) return;
+                         float *at = copy + size_t(m) * s.dim + block * BLOCK;
+                         store(at, low), store(at + LANES, high);
+                     });
+    };
+    // Before products of x with n matrices from `at` on.
+    auto begin = [&](int at, int n, const Inputs &x) {
+        if (!adapters) return;
+        reduce(*adapters, i, at, n, x, M);
+#pragma omp barrier
+    };
+    // Some rows of the product of x with the nth of them.
+    auto multiply_by = [&](int at, int nth, const Inputs &x, float *y, Share some) {
+        const Weight &w = layer.matrices[at + nth];
+        multiply(w, x, M, y, some);
+        if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, some);
+        if (const float *bias = layer.biases[at + nth])
+            for (int m = 0; m < M; m++)
+                for (int r = some.begin; r < some.end; r++) y[size_t(m) * w.rows + r] += bias[r];
+    };
+    auto add = [&](Share columns) {
+        if (parts & ADD) add_columns(h, z.sum, M, columns, s);
+    };
+    if (parts & ATTENTION) {
+        normalize(layer.attention_norm, nullptr);
+#pragma omp barrier
+        begin(WQ, 3, z.x);
+        auto padded = [&](int nth) {
+            return (layer.matrices[WQ + nth].rows + BLOCK - 1) / BLOCK * BLOCK;
         };
-        // This thread's rows of the products of x with the matrices from `at` on.
-        auto multiply_all = [&](int at, const Inputs &x, std::initializer_list<float *> results) {
-            Share mine;
-            if (adapters) {
-                reduce(*adapters, i, at, int(results.size()), x, M);
-#pragma omp barrier
+        // The rows of all three, one after the other.
+        pieces.each(padded(0) + padded(1) + padded(2), least, [&](Share some) {
+            for (int nth = 0; nth < 3; nth++) {
+                const int rows = layer.matrices[WQ + nth].rows;
+                Share its = {std::max(0, some.begin), std::min(rows, some.end)};
+                float *y[] = {z.q, z.k, z.v};
+                if (its.begin < its.end) multiply_by(WQ, nth, z.x, y[nth], its);
+                some.begin -= padded(nth), some.end -= padded(nth);
             }
-            for (int nth = 0; nth < int(results.size()); nth++) {
-                const Weight &w = layer.matrices[at + nth];
-                float *y = results.begin()[nth];
-                mine = multiply(w, x, M, y);
-                if (adapters) expand(*adapters, i, at, nth, x.cols, M, y, w.rows, mine);
-                if (const float *bias = layer.biases[at + nth])
-                    for (int m = 0; m < M; m++)
-                        for (int r = mine.begin; r < mine.end; r++) y[size_t(m) * w.rows + r] += bias[r];
-            }
-            return mine;
-        };
-        if (parts & ATTENTION) {
-            normalize(layer.attention_norm, nullptr);
+        });
 #pragma omp barrier
-            multiply_all(WQ, z.x, {z.q, z.k, z.v});
+        with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
+            auto *rotated = (typename Words<A>::Value *)z.rotated;
+            enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values, layer.attending);
 #pragma omp barrier
-            with_cache<A>(b, i, s.head_dim, [&](auto keys, auto values) {
-                auto *rotated = (typename Words<A>::Value *)z.rotated;
-                enter_cache(s, b, z.q, z.k, z.v, rotated, keys, values, layer.attending);
+            if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads,
+                                     layer.attending);
+            if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads,
+                                               layer.attending);
+        });
 #pragma omp barrier
-                if (b.few) attend_few<A>(s, b, rotated, keys, values, z.partial, z.heads,
-                                         layer.attending);
-                if (b.few < b.rows) attend_many<A>(s, b, rotated, keys, values, z.heads,
-                                                   layer.attending);
-            });
+        begin(WO, 1, z.heads);
+        pieces.each(layer.matrices[WO].rows, least, [&](Share some) {
+            multiply_by(WO, 0, z.heads, z.sum, some);
+            add(some);
+        });
 #pragma omp barrier
-            Share mine = multiply_all(WO, z.heads, {z.sum});
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
+    }
+    if (parts & FEED_FORWARD) {
+        Inputs y = z.y;
+        y.cols = layer.matrices[W2].cols;
+        normalize(layer.ffn_norm, layer.experts ? z.normalized : nullptr);
 #pragma omp barrier
+        begin(W1, 2, z.x);
+        pieces.each(y.cols, least, [&](Share some) {
+            multiply_by(W1, 0, z.x, z.gate, some);
+            multiply_by(W1, 1, z.x, z.up, some);
+            activate(z.gate, z.up, M, y.cols, some, y);
+        });
+#pragma omp barrier
+        begin(W2, 1, y);
+        pieces.each(s.dim, least, [&](Share some) {
+            multiply_by(W2, 0, y, z.sum, some);
+            if (!layer.experts) add(some);
+        });
+        if (layer.experts) {
+            add_experts(*layer.experts, z.normalized, M, s.dim, z.routes, z.x, y, z.gate, z.up,
+                        z.expert, z.sum, pieces);
+#pragma omp barrier
+            add(share(s.dim, BLOCK));
         }
-        if (parts & FEED_FORWARD) {
-            Inputs y = z.y;
-            y.cols = layer.matrices[W2].cols;
-            normalize(layer.ffn_norm, layer.experts ? z.normalized : nullptr);
 #pragma omp barrier
-            Share mine = multiply_all(W1, z.x, {z.gate, z.up});  // of w3 the same rows as of w1
-            activate(z.gate, z.up, M, y.cols, mine, y);
-#pragma omp barrier
-            mine = multiply_all(W2, y, {z.sum});
-            if (layer.experts)
-                add_experts(*layer.experts, z.normalized, M, s.dim, z.routes, z.x, y, z.gate, z.up,
-                            z.expert, z.sum);
-            if (parts & ADD) add_columns(h, z.sum, M, mine, s);
-#pragma omp barrier
-        }
     }
 }
 
-template <class A> void linear_of(const Weight &w, const A *x, int tokens, float *y, const Inputs &in) {
+template <class A>
+void run(const Shape &s, const Layer *layers, int first, int n, const Batch &b, A *h,
+         const Scratch &z, const Adapters *adapters, int parts, int threads) {
+    Taken taken(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Pieces pieces(taken);
+        for (int i = first; i < first + n; i++)
+            run_layer(s, layers[i], i, b, h, z, adapters, parts, pieces);
+    }
+}
+
+template <class A>
+void linear_of(const Weight &w, const A *x, int tokens, float *y, const Inputs &in, Pieces pieces) {
     Share mine = share(tokens * (w.cols / BLOCK));
     for (int i = mine.begin; i < mine.end; i++) {
         const A *at = x + size_t(i) * BLOCK;
         in.set(i / (w.cols / BLOCK), i % (w.cols / BLOCK), load(at), load(at + LANES));
     }
 #pragma omp barrier
-    multiply(w, in, tokens, y);
+    pieces.each(w.rows, least_rows(tokens), [&](Share some) { multiply(w, in, tokens, y, some); });
 }
 
 template <class A>
@@ -182,9 +218,10 @@ void step(int32_t is_bf16, const Shape *s, const Layer *layers, int32_t first, i
 
 void linear(int32_t is_bf16, const Weight *w, const void *x, int32_t tokens, float *y,
             const Inputs *in, int32_t threads) {
+    Taken taken(threads);
 #pragma omp parallel num_threads(threads)
-    if (is_bf16) linear_of(*w, (const bf16 *)x, tokens, y, *in);
-    else linear_of(*w, (const float *)x, tokens, y, *in);
+    if (is_bf16) linear_of(*w, (const bf16 *)x, tokens, y, *in, Pieces(taken));
+    else linear_of(*w, (const float *)x, tokens, y, *in, Pieces(taken));
 }
 
 void norm(int32_t is_bf16, const void *x, const void *weight, void *out, int32_t tokens,

@@ -28,12 +28,13 @@ struct Functions {
 };
 const Functions *types[KINDS];
 
-// This thread's rows of y = x wᵀ: x (tokens, cols), y (tokens, rows).
-inline Share multiply(const Weight &w, const Inputs &x, int tokens, float *y) {
-    Share mine = share(w.rows, BLOCK);
-    types[w.kind]->multiply(w, x, tokens, y, mine);
-    return mine;
+// The rows `some` of y = x wᵀ: x (tokens, cols), y (tokens, rows).
+inline void multiply(const Weight &w, const Inputs &x, int tokens, float *y, Share some) {
+    types[w.kind]->multiply(w, x, tokens, y, some);
 }
+// How many rows of weights a thread takes at least: so many that x, which is read anew for them, costs
+// little beside their products.
+inline int least_rows(int tokens) { return std::max(2 * BLOCK, tokens / 2 / BLOCK * BLOCK); }
 
 // Row r of a packed weight, dequantized.
 inline void unpack_row(const Weight &w, int r, float *out) { types[w.kind]->unpack_to_fp32(w, r, out); }

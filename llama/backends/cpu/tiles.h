@@ -10,6 +10,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "threads.h"
 
 namespace {
 
@@ -17,15 +18,6 @@ struct Weight {  // (rows, cols), packed
     const uint8_t *data;
     int32_t kind, rows, cols;
 };
-
-// This thread's share of n items, in multiples of `unit`.
-struct Share {
-    int begin, end;
-};
-inline Share share(int n, int unit = 1) {
-    long id = omp_get_thread_num(), all = omp_get_num_threads(), units = (n + unit - 1) / unit;
-    return {int(units * id / all * unit), std::min(n, int(units * (id + 1) / all * unit))};
-}
 
 // --- four unsigned bytes times four 16-bit activations, in each lane ------------------------------
 
