@@ -60,7 +60,7 @@ inline vec signed_byte_of(uvec words, int i) {
 template <class T, int VALUES_, int OFFSET_, int PARTS_ = 1, bool LEAST = false>
 struct Quantized : Block<T> {
     static constexpr int VALUES = VALUES_, OFFSET = OFFSET_, PARTS = PARTS_;
-    static constexpr bool IS_QUANTIZED = true, HAS_LEAST = LEAST;
+    static constexpr bool IS_QUANTIZED = true, HAS_LEAST = LEAST, IS_CACHED = false;
     vec d, m;
     vec scale(int, int) const { return d; }
     vec least(int, int) const { return m; }

@@ -39,16 +39,6 @@ template <class F> void with_dense(bool is_bf16, F f) {
     if (is_bf16) f(Type<BF16>());
     else f(Type<F32>());
 }
-// Calls f with the beginning and the number of at most MOST tokens, as a constant, until `end`.
-template <class F> void in_tiles(int m, int end, F f) {
-    for (; m + MOST <= end; m += MOST) f(m, std::integral_constant<int, MOST>());
-    if constexpr (MOST > 4)
-        if (end - m & 4) f(m, std::integral_constant<int, 4>()), m += 4;
-    if constexpr (MOST > 2)
-        if (end - m & 2) f(m, std::integral_constant<int, 2>()), m += 2;
-    if (end - m & 1) f(m, std::integral_constant<int, 1>());
-}
-
 // This thread's share of the partial sums of A x, for n matrices that have the same x.
 inline void reduce(const Adapters &a, int layer, int matrix, int n, const Inputs &x, int tokens) {
     const int parts = spans(x.cols);

@@ -167,43 +167,92 @@ constexpr int MOST = 2;
 // bandwidth, in bytes. In parts, since more than some requests at once would have to wait.
 constexpr int AHEAD = 4096;
 template <class T> inline void prefetch(const T &block, int i, int n) {
+    if (T::IS_CACHED) return;
     constexpr int lines = (LANES * block_bytes<T>() + 63) / 64;
     for (int line = lines * i / n; line < lines * (i + 1) / n; line++)
         PREFETCH(block.p[line * 64 + AHEAD]);
 }
 
-// Adds to M sums the products of a sub-block.
+// Adds to M sums the products of a part of a sub-block.
+template <class T, int M>
+inline __attribute__((always_inline)) void add_part(const T &w, unsigned s, int part, const Fixed **x,
+                                                    vec *sums) {
+    constexpr int PER = 8 / T::PARTS;
+    Sums acc[M];
+    for (int m = 0; m < M; m++) {
+        const int32_t *given = x[m]->sums;
+        int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
+        acc[m] = {ivec{}, ivec{} + (BIAS - T::OFFSET) * all};
+    }
+#pragma GCC unroll 8
+    for (int j = part * PER; j < part * PER + PER; j++) {
+        uvec q = w.quants(s, j);
+        for (int m = 0; m < M; m++) dot(acc[m], q, x[m]->a[j], x[m]->b[j]);
+    }
+    vec scale = w.scale(s, part), least = {};
+    if constexpr (T::HAS_LEAST) least = w.least(s, part);
+    for (int m = 0; m < M; m++) {
+        sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * x[m]->scale);
+        if constexpr (T::HAS_LEAST)
+            sums[m] += least * (T::PARTS == 1 ? x[m]->sum : x[m]->scale * float(x[m]->sums[part]));
+    }
+}
 template <class T, int M>
 inline void add_sub_block(const T &w, unsigned s, const Fixed **x, vec *sums) {
-    constexpr int PER = 8 / T::PARTS;
     prefetch(w, s, T::VALUES / BLOCK);
-    for (int part = 0; part < T::PARTS; part++) {
-        Sums acc[M];
-        for (int m = 0; m < M; m++) {
-            const int32_t *given = x[m]->sums;
-            int all = T::PARTS == 1 ? given[0] + given[1] : given[part];
-            acc[m] = {ivec{}, ivec{} + (BIAS - T::OFFSET) * all};
-        }
-#pragma GCC unroll 8
-        for (int j = part * PER; j < part * PER + PER; j++) {
-            uvec q = w.quants(s, j);
-            for (int m = 0; m < M; m++) dot(acc[m], q, x[m]->a[j], x[m]->b[j]);
-        }
-        vec scale = w.scale(s, part);
-        for (int m = 0; m < M; m++) {
-            sums[m] += __builtin_convertvector(total(acc[m]), vec) * (scale * x[m]->scale);
+    if constexpr (T::PARTS == 2 && T::IS_CACHED)  // unrolled, which is faster there
+        add_part<T, M>(w, s, 0, x, sums), add_part<T, M>(w, s, 1, x, sums);
+    else
+        for (int part = 0; part < T::PARTS; part++) add_part<T, M>(w, s, part, x, sums);
+    for (int m = 0; m < M; m++) x[m]++;
+}
+
+// Sub-blocks with all that `add_sub_block` needs of them: types that take long to unpack are unpacked to
+// the first-level cache, for several tiles or since compilers do better with the short loops.
+template <int OFFSET, int PARTS, bool LEAST>
+struct Prepared : Quantized<Prepared<OFFSET, PARTS, LEAST>, BLOCK, OFFSET, PARTS, LEAST> {
+    static constexpr bool IS_CACHED = true;
+    static constexpr int LEASTS = LEAST ? PARTS : 0;
+    static constexpr Field FIELDS[] = {{0, 4, 8}, {32, 4, PARTS}, {32 + 4 * PARTS, 4, LEASTS}};
+    void open() {}
+    uvec quants(unsigned, int j) const { return this->template word<0>(j); }
+    vec scale(unsigned, int part) const { return load((const float *)this->template at<1>(part)); }
+    vec least(unsigned, int part) const { return load((const float *)this->template at<2>(part)); }
+};
+template <class T> using PreparedOf = Prepared<T::OFFSET, T::PARTS, T::HAS_LEAST>;
+template <class T> constexpr int prepared_bytes() {  // of a block
+    return T::VALUES / BLOCK * LANES * block_bytes<PreparedOf<T>>();
+}
+template <class T> constexpr bool takes_long() {
+    return !T::IS_CACHED && (T::PARTS > 1 || T::VALUES > 128);
+}
+
+template <class T> void prepare(T from, int blocks, uint8_t *to) {
+    auto put = [&](auto v) { memcpy(to, &v, sizeof v), to += sizeof v; };
+    for (int b = 0; b < blocks; b++, from.p += LANES * block_bytes<T>()) {
+        from.open();
+        for (int s = 0; s < T::VALUES / BLOCK; s++) {
+            prefetch(from, s, T::VALUES / BLOCK);
+            for (int j = 0; j < 8; j++) put(from.quants(s, j));
+            for (int part = 0; part < T::PARTS; part++) put(from.scale(s, part));
             if constexpr (T::HAS_LEAST)
-                sums[m] += w.least(s, part) *
-                           (T::PARTS == 1 ? x[m]->sum : x[m]->scale * float(x[m]->sums[part]));
+                for (int part = 0; part < T::PARTS; part++) put(from.least(s, part));
         }
     }
-    for (int m = 0; m < M; m++) x[m]++;
 }
 
 // Each adds to M sums the products of a block of 16 rows of w with a block of M rows of x, which
 // begin at x[m] and are left behind.
 template <class T, int M> inline void add(T w, const Fixed **x, vec *sums) {
     constexpr unsigned SUBS = T::VALUES / BLOCK;
+    if constexpr (takes_long<T>() && T::PARTS > 1 && MOST > 2 && M > 1) {
+        alignas(64) uint8_t prepared[prepared_bytes<T>()];
+        prepare(w, 1, prepared);
+        PreparedOf<T> block;
+        for (block.p = prepared; block.p < std::end(prepared); block.p += prepared_bytes<T>() / SUBS)
+            add_sub_block<PreparedOf<T>, M>(block, 0, x, sums);
+        return;
+    }
 #ifdef __AVX512VNNI__
     // Unrolled, shifts are by constants. Types of two parts are slower from memory if wholly unrolled.
     constexpr unsigned SOME = T::PARTS == 1 || SUBS < 4 ? SUBS : 4;
@@ -251,10 +300,16 @@ struct Ahead {
 };
 
 // y[m][r] = w[r] · x[m] for M rows of x and `rows` <= 16 rows of w; `row` values of x are a row's.
+// If it continues, it adds to y what further columns give.
 template <class T, int M, class X>
-void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int rows, Ahead ahead) {
+void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int rows, Ahead ahead,
+          bool continues = false) {
     vec sums[M] = {};
+    if (continues)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) sums[m] = load(y + m * stride, rows);
     const X *at[M];
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) at[m] = x + m * row;
     for (int b = 0; b < blocks; b++, w.p += LANES * block_bytes<T>()) {
         if (!T::IS_QUANTIZED && M > 2)  // else the processor does it better
@@ -262,42 +317,81 @@ void tile(T w, const X *x, size_t row, int blocks, float *y, size_t stride, int 
                 PREFETCH(ahead.at[ahead.done]);
         add<T, M>(w, at, sums);
     }
-    for (int m = 0; m < M; m++)
-        if (rows == LANES) store(y + m * stride, sums[m]);
-        else
-            for (int r = 0; r < rows; r++) y[m * stride + r] = sums[m][r];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) store(y + m * stride, sums[m], rows);
+}
+
+// Calls f with the beginning and the number of at most MOST tokens, as a constant, until `end`.
+template <class F> void in_tiles(int m, int end, F f) {
+    for (; m + MOST <= end; m += MOST) f(m, std::integral_constant<int, MOST>());
+    if constexpr (MOST > 4)
+        if (end - m & 4) f(m, std::integral_constant<int, 4>()), m += 4;
+    if constexpr (MOST > 2)
+        if (end - m & 2) f(m, std::integral_constant<int, 2>()), m += 2;
+    if (end - m & 1) f(m, std::integral_constant<int, 1>());
+}
+
+// Compilers unroll and schedule these loops better in functions of their own.
+#define NOINLINE __attribute__((noinline))
+
+// Rows `begin` to `end` of y = x wᵀ, computed while the weights are read. `row`: of x, in its units.
+template <class T, class X>
+NOINLINE void few_rows(const Weight &w, const X *x, size_t row, int begin, int end, float *y, Share mine) {
+    const int blocks = w.cols / T::VALUES;
+    for (int r = mine.begin; r < mine.end; r += LANES) {
+        T from;
+        from.p = w.data + size_t(r) * blocks * block_bytes<T>();
+        // Each of several tiles fetches its part of the next 16 rows, so that reading takes as
+        // long as computing; one alone, what comes next.
+        const int tiles = (end - begin) / MOST, size = LANES * block_bytes<T>();
+        Ahead ahead = {from.p + AHEAD, size, 0};
+        if (tiles > 1) ahead = {from.p + blocks * size, size / tiles, 0};
+        in_tiles(begin, end, [&](int m, auto count) {
+            tile<T, decltype(count)::value>(from, x + m * row, row, blocks,
+                                            y + size_t(m) * w.rows + r, w.rows,
+                                            std::min(LANES, mine.end - r), ahead);
+            if (tiles > 1) ahead.at += blocks * ahead.step;
+        });
+    }
+}
+
+constexpr int SLICE = 1024;  // columns of x that are multiplied by what has been prepared
+
+template <class T>
+NOINLINE void many_rows(const Weight &w, const Fixed *x, size_t row, int begin, int end, float *y, Share mine) {
+    alignas(64) uint8_t prepared[SLICE / T::VALUES * prepared_bytes<T>()];
+    for (int col = 0; col < w.cols; col += SLICE)
+        for (int r = mine.begin; r < mine.end; r += LANES) {
+            const int cols = std::min(SLICE, w.cols - col);
+            T from;
+            from.p = w.data + (size_t(r) * w.cols + size_t(col) * LANES) / T::VALUES * block_bytes<T>();
+            prepare(from, cols / T::VALUES, prepared);
+            PreparedOf<T> block;
+            block.p = prepared;
+            in_tiles(begin, end, [&](int m, auto count) {
+                tile<PreparedOf<T>, decltype(count)::value>(
+                    block, x + m * row + col / BLOCK, row, cols / BLOCK, y + size_t(m) * w.rows + r,
+                    w.rows, std::min(LANES, mine.end - r), {}, col > 0);
+            });
+        }
 }
 
 constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
 
-// The same for any number of rows of each. `row`: of x, in its units.
+// The same for any number of rows of each.
 template <class T, class X>
 void product(const Weight &w, const X *x, size_t row, int tokens, float *y, Share mine) {
-    const int blocks = w.cols / T::VALUES, some = std::max(16, CACHED / (2 * w.cols) / 16 * 16);
-    for (int begin = 0; begin < tokens; begin += some)
-        for (int r = mine.begin; r < mine.end; r += LANES) {
-            T from;
-            from.p = w.data + size_t(r) * blocks * block_bytes<T>();
-            const int end = std::min(tokens, begin + some), rows = std::min(LANES, mine.end - r);
-            // Each of several tiles fetches its part of the next 16 rows, so that reading takes as
-            // long as computing; one alone, what comes next.
-            int m = begin, tiles = (end - m) / MOST, size = LANES * block_bytes<T>();
-            Ahead ahead = {from.p + AHEAD, size, 0};
-            if (tiles > 1) ahead = {from.p + blocks * size, size / tiles, 0};
-            auto run = [&](auto count) {
-                constexpr int M = decltype(count)::value;
-                tile<T, M>(from, x + m * row, row, blocks, y + size_t(m) * w.rows + r, w.rows, rows,
-                           ahead);
-                if (tiles > 1) ahead.at += blocks * ahead.step;
-                m += M;
-            };
-            while (m + MOST <= end) run(std::integral_constant<int, MOST>());
-            if constexpr (MOST > 4)
-                if (end - m & 4) run(std::integral_constant<int, 4>());
-            if constexpr (MOST > 2)
-                if (end - m & 2) run(std::integral_constant<int, 2>());
-            if (end - m & 1) run(std::integral_constant<int, 1>());
-        }
+    auto in_parts = [&](int cols, auto f) {
+        const int some = std::max(16, CACHED / (2 * cols) / 16 * 16);
+        for (int begin = 0; begin < tokens; begin += some) f(begin, std::min(tokens, begin + some));
+    };
+    if constexpr (std::is_same<X, Fixed>::value)
+        if constexpr (takes_long<T>())
+            if (tokens >= 4 * MOST)
+                return in_parts(std::min(SLICE, w.cols), [&](int begin, int end) {
+                    many_rows<T>(w, x, row, begin, end, y, mine);
+                });
+    in_parts(w.cols, [&](int begin, int end) { few_rows<T>(w, x, row, begin, end, y, mine); });
 }
 
 }  // namespace

@@ -41,6 +41,19 @@ inline vec load(const bf16 *p) {
     return read<vec>(&wide);
 }
 inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+// The first n of them.
+inline vec load(const float *p, int n) {
+    if (n == LANES) return load(p);
+    alignas(64) float values[LANES] = {};
+    memcpy(values, p, n * sizeof *p);
+    return load(values);
+}
+inline void store(float *p, vec v, int n) {
+    if (n == LANES) return store(p, v);
+    alignas(64) float values[LANES];
+    store(values, v);
+    memcpy(p, values, n * sizeof *p);
+}
 inline uvec rounded(vec v) {  // to bf16, in the upper bits; to nearest, ties to even
     uvec u = read<uvec>(&v);
     return u + 0x7fff + ((u >> 16) & 1);
