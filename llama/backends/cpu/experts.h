@@ -92,13 +92,13 @@ void add_experts(const Experts &e, const float *x, int tokens, int dim, const Ro
             in.set(j / blocks, b, load(at) * weight, load(at + LANES) * weight);
         }
 #pragma omp barrier
-        pieces.each(w[0].rows, least_rows(n), [&](Share some) {
+        pieces.each(w[0].rows, least_rows(n), most_rows(n), [&](Share some) {
             multiply(w[0], in, n, gate, some);
             multiply(w[1], in, n, up, some);
             activate(gate, up, n, w[0].rows, some, between);
         });
 #pragma omp barrier
-        pieces.each(dim, least_rows(n), [&](Share some) {
+        pieces.each(dim, least_rows(n), most_rows(n), [&](Share some) {
             multiply(w[2], between, n, out, some);
             for (int j = 0; j < n; j++)
                 for (int r = some.begin; r < some.end; r++)

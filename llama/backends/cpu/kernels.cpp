@@ -103,7 +103,7 @@ void run_layer(const Shape &s, const Layer &layer, int i, const Batch &b, A *h, 
             return (layer.matrices[WQ + nth].rows + BLOCK - 1) / BLOCK * BLOCK;
         };
         // The rows of all three, one after the other.
-        pieces.each(padded(0) + padded(1) + padded(2), least, [&](Share some) {
+        pieces.each(padded(0) + padded(1) + padded(2), least, most_rows(M), [&](Share some) {
             for (int nth = 0; nth < 3; nth++) {
                 const int rows = layer.matrices[WQ + nth].rows;
                 Share its = {std::max(0, some.begin), std::min(rows, some.end)};
@@ -124,7 +124,7 @@ void run_layer(const Shape &s, const Layer &layer, int i, const Batch &b, A *h, 
         });
 #pragma omp barrier
         begin(WO, 1, z.heads);
-        pieces.each(layer.matrices[WO].rows, least, [&](Share some) {
+        pieces.each(layer.matrices[WO].rows, least, most_rows(M), [&](Share some) {
             multiply_by(WO, 0, z.heads, z.sum, some);
             add(some);
         });
@@ -136,14 +136,14 @@ void run_layer(const Shape &s, const Layer &layer, int i, const Batch &b, A *h, 
         normalize(layer.ffn_norm, layer.experts ? z.normalized : nullptr);
 #pragma omp barrier
         begin(W1, 2, z.x);
-        pieces.each(y.cols, least, [&](Share some) {
+        pieces.each(y.cols, least, most_rows(M), [&](Share some) {
             multiply_by(W1, 0, z.x, z.gate, some);
             multiply_by(W1, 1, z.x, z.up, some);
             activate(z.gate, z.up, M, y.cols, some, y);
         });
 #pragma omp barrier
         begin(W2, 1, y);
-        pieces.each(s.dim, least, [&](Share some) {
+        pieces.each(s.dim, least, most_rows(M), [&](Share some) {
             multiply_by(W2, 0, y, z.sum, some);
             if (!layer.experts) add(some);
         });
@@ -177,7 +177,7 @@ void linear_of(const Weight &w, const A *x, int tokens, float *y, const Inputs &
         in.set(i / (w.cols / BLOCK), i % (w.cols / BLOCK), load(at), load(at + LANES));
     }
 #pragma omp barrier
-    pieces.each(w.rows, least_rows(tokens), [&](Share some) { multiply(w, in, tokens, y, some); });
+    pieces.each(w.rows, least_rows(tokens), most_rows(tokens), [&](Share some) { multiply(w, in, tokens, y, some); });
 }
 
 template <class A>

@@ -36,6 +36,9 @@ inline void multiply(const Weight &w, const Inputs &x, int tokens, float *y, Sha
 // little beside their products.
 inline int least_rows(int tokens) { return std::max(2 * BLOCK, tokens / 2 / BLOCK * BLOCK); }
 
+// And at most: of many tokens, so few that the weights stay in a cache for all of them.
+inline int most_rows(int tokens) { return tokens < 4 * MOST ? 1 << 30 : 4 * least_rows(tokens); }
+
 // Row r of a packed weight, dequantized.
 inline void unpack_row(const Weight &w, int r, float *out) { types[w.kind]->unpack_to_fp32(w, r, out); }
 inline void unpack_row(const Weight &w, int r, bf16 *out) { types[w.kind]->unpack_to_bf16(w, r, out); }

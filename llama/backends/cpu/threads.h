@@ -47,8 +47,8 @@ public:
     explicit Pieces(Taken &taken) : taken(taken) {}
 
     // Calls f with each Share of n items that this thread takes: each time half of what is left of a
-    // thread's, but not less than `least`, since memory is read fastest in one go.
-    template <class F> void each(int n, int least, F f) {
+    // thread's, but at least `least`, since memory is read fastest in one go, and at most `most`.
+    template <class F> void each(int n, int least, int most, F f) {
         const int id = omp_get_thread_num(), all = omp_get_num_threads();
         counter(round + 1, id) = 0;
         for (int i = 0; i < all; i++) {
@@ -56,7 +56,8 @@ public:
             const Share part = share_of(whose, n, BLOCK);
             std::atomic<int> &taken = counter(round, whose);
             for (int begin = taken.load(), size; part.begin + begin < part.end;) {
-                size = std::max(least, (part.end - part.begin - begin) / 2 / BLOCK * BLOCK);
+                size = (part.end - part.begin - begin) / 2 / BLOCK * BLOCK;
+                size = std::max(least, std::min(most, size));
                 if (!taken.compare_exchange_weak(begin, begin + size)) continue;
                 f(Share{part.begin + begin, std::min(part.end, part.begin + begin + size)});
                 begin = taken;

@@ -224,7 +224,8 @@ template <class T> constexpr int prepared_bytes() {  // of a block
     return T::VALUES / BLOCK * LANES * block_bytes<PreparedOf<T>>();
 }
 template <class T> constexpr bool takes_long() {
-    return !T::IS_CACHED && (T::PARTS > 1 || T::VALUES > 128);
+    if constexpr (T::IS_QUANTIZED) return !T::IS_CACHED && (T::PARTS > 1 || T::VALUES > 128);
+    return false;
 }
 
 template <class T> void prepare(T from, int blocks, uint8_t *to) {
@@ -334,37 +335,41 @@ template <class F> void in_tiles(int m, int end, F f) {
 // Compilers unroll and schedule these loops better in functions of their own.
 #define NOINLINE __attribute__((noinline))
 
-// Rows `begin` to `end` of y = x wᵀ, computed while the weights are read. `row`: of x, in its units.
+// Rows `begin` to `end` of y = x wᵀ, `slice` columns at a time. `row`: of x, in its units.
 template <class T, class X>
-NOINLINE void few_rows(const Weight &w, const X *x, size_t row, int begin, int end, float *y, Share mine) {
-    const int blocks = w.cols / T::VALUES;
-    for (int r = mine.begin; r < mine.end; r += LANES) {
-        T from;
-        from.p = w.data + size_t(r) * blocks * block_bytes<T>();
-        // Each of several tiles fetches its part of the next 16 rows, so that reading takes as
-        // long as computing; one alone, what comes next.
-        const int tiles = (end - begin) / MOST, size = LANES * block_bytes<T>();
-        Ahead ahead = {from.p + AHEAD, size, 0};
-        if (tiles > 1) ahead = {from.p + blocks * size, size / tiles, 0};
-        in_tiles(begin, end, [&](int m, auto count) {
-            tile<T, decltype(count)::value>(from, x + m * row, row, blocks,
-                                            y + size_t(m) * w.rows + r, w.rows,
-                                            std::min(LANES, mine.end - r), ahead);
-            if (tiles > 1) ahead.at += blocks * ahead.step;
-        });
-    }
+NOINLINE void multiply_as_read(const Weight &w, const X *x, size_t row, int begin, int end, int slice,
+                               float *y, Share mine) {
+    const size_t size = LANES * block_bytes<T>();
+    for (int col = 0; col < w.cols; col += slice)
+        for (int r = mine.begin; r < mine.end; r += LANES) {
+            const int blocks = std::min(slice, w.cols - col) / T::VALUES;
+            T from;
+            from.p = w.data + (size_t(r / LANES) * w.cols + col) / T::VALUES * size;
+            // Each of several tiles fetches its part of the next 16 rows, so that reading takes as
+            // long as computing; one alone, what comes next.
+            const int tiles = (end - begin) / MOST;
+            Ahead ahead = {from.p + AHEAD, int(size), 0};
+            if (tiles > 1) ahead = {from.p + w.cols / T::VALUES * size, int(size) / tiles, 0};
+            in_tiles(begin, end, [&](int m, auto count) {
+                tile<T, decltype(count)::value>(
+                    from, x + m * row + col * row / w.cols, row, blocks, y + size_t(m) * w.rows + r,
+                    w.rows, std::min(LANES, mine.end - r), ahead, col > 0);
+                if (tiles > 1) ahead.at += blocks * ahead.step;
+            });
+        }
 }
 
-constexpr int SLICE = 1024;  // columns of x that are multiplied by what has been prepared
-
+// The same for types that take long to unpack.
+constexpr int PREPARED = 1024;  // columns, that fit into the first-level cache
 template <class T>
-NOINLINE void many_rows(const Weight &w, const Fixed *x, size_t row, int begin, int end, float *y, Share mine) {
-    alignas(64) uint8_t prepared[SLICE / T::VALUES * prepared_bytes<T>()];
-    for (int col = 0; col < w.cols; col += SLICE)
+NOINLINE void multiply_prepared(const Weight &w, const Fixed *x, size_t row, int begin, int end,
+                                float *y, Share mine) {
+    alignas(64) uint8_t prepared[PREPARED / T::VALUES * prepared_bytes<T>()];
+    for (int col = 0; col < w.cols; col += PREPARED)
         for (int r = mine.begin; r < mine.end; r += LANES) {
-            const int cols = std::min(SLICE, w.cols - col);
+            const int cols = std::min(PREPARED, w.cols - col);
             T from;
-            from.p = w.data + (size_t(r) * w.cols + size_t(col) * LANES) / T::VALUES * block_bytes<T>();
+            from.p = w.data + (size_t(r / LANES) * w.cols + col) / T::VALUES * LANES * block_bytes<T>();
             prepare(from, cols / T::VALUES, prepared);
             PreparedOf<T> block;
             block.p = prepared;
@@ -378,20 +383,21 @@ NOINLINE void many_rows(const Weight &w, const Fixed *x, size_t row, int begin, 
 
 constexpr int CACHED = 1 << 19;  // bytes of x that stay in the second-level cache
 
-// The same for any number of rows of each.
+// The same for any number of rows of each: of many rows of x, as many at a time as stay in the cache.
 template <class T, class X>
 void product(const Weight &w, const X *x, size_t row, int tokens, float *y, Share mine) {
-    auto in_parts = [&](int cols, auto f) {
-        const int some = std::max(16, CACHED / (2 * cols) / 16 * 16);
-        for (int begin = 0; begin < tokens; begin += some) f(begin, std::min(tokens, begin + some));
-    };
-    if constexpr (std::is_same<X, Fixed>::value)
+    const bool many = tokens >= 4 * MOST, prepares = many && takes_long<T>();
+    const int slice = std::min(w.cols, prepares ? PREPARED : many ? 2 * PREPARED : w.cols);
+    const int some = std::max(16, CACHED / (2 * slice) / 16 * 16);
+    for (int begin = 0; begin < tokens; begin += some) {
+        const int end = std::min(tokens, begin + some);
         if constexpr (takes_long<T>())
-            if (tokens >= 4 * MOST)
-                return in_parts(std::min(SLICE, w.cols), [&](int begin, int end) {
-                    many_rows<T>(w, x, row, begin, end, y, mine);
-                });
-    in_parts(w.cols, [&](int begin, int end) { few_rows<T>(w, x, row, begin, end, y, mine); });
+            if (prepares) {
+                multiply_prepared<T>(w, x, row, begin, end, y, mine);
+                continue;
+            }
+        multiply_as_read<T>(w, x, row, begin, end, slice, y, mine);
+    }
 }
 
 }  // namespace
