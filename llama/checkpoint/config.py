@@ -9,7 +9,7 @@ from typing import AbstractSet, Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from llama.checkpoint.schemes import Scheme, modelopt, open_scheme
+from llama.checkpoint.schemes import APART, Scheme, config_apart, open_scheme
 from llama.families.family import IGNORED as OF_ALL
 from llama.families.family import Family
 from llama.families.registry import FAMILIES, family_of, of_config
@@ -94,17 +94,18 @@ def read_config(
     return parse_config(path, read_object(path), known)
 
 
-def check_config(path: str, content: bytes, apart: Optional[bytes] = None) -> None:
+def check_config(path: str, content: bytes, apart: Mapping[str, bytes]) -> None:
     """Check that a config.json can be read, before the weights beside it are fetched.
 
     Args:
-        apart: what is in the hf_quant_config.json beside it.
+        apart: what is in those of the files `APART` that are beside it.
 
     Raises:
         ValueError: an architecture, a key or a quantization that can't be read; it is named.
     """
     try:
-        config, quantization = json.loads(content), json.loads(apart or b"{}")
+        config = json.loads(content)
+        quantization = {name: json.loads(one) for name, one in apart.items()}
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}") from None
     if not isinstance(config, dict):
@@ -203,22 +204,24 @@ def read_scheme(path: Path) -> Optional[Scheme]:
     Raises:
         ValueError: a scheme that can't be read.
     """
-    apart = path.with_name(modelopt.FILE)
-    return _scheme(path, read_object(path), read_object(apart) if apart.exists() else {})
+    files = [file for file in map(path.with_name, APART) if file.exists()]
+    return _scheme(path, read_object(path), {file.name: read_object(file) for file in files})
 
 
-def _scheme(path: str | Path, config: Mapping[str, Any], apart: Any) -> Optional[Scheme]:
-    """apart: what is in hf_quant_config.json."""
-    quantization = config.get("quantization_config")
-    found = apart.get("quantization") if isinstance(apart, dict) else None
+def _scheme(
+    path: str | Path, config: Mapping[str, Any], apart: Mapping[str, Any]
+) -> Optional[Scheme]:
+    """apart: what is in the files `APART`."""
+    quantization, source = config.get("quantization_config"), ""
     if isinstance(config.get("quantization"), dict):
         quantization = {"quant_method": "mlx", **config["quantization"]}  # as mlx_lm writes it
-    if quantization is None and isinstance(found, dict):
-        quantization = {"quant_method": "modelopt", **found}
+    for name, found in apart.items():
+        if quantization is None and isinstance(found, dict):
+            quantization, source = config_apart(name, found), f" (in {name})"
     try:
         return None if quantization is None else open_scheme(quantization)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}{source}") from None
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype, bos_id: Optional[int], eos: List[int]) -> dict:

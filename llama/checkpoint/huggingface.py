@@ -90,7 +90,11 @@ class HFCheckpoint:
                 return self._indexed(index, suffix, {str(name) for name in weight_map.values()})
             if single.is_file():
                 return [single]
-        raise ValueError(f"{self.path} has no model.safetensors, pytorch_model.bin or their index")
+        others = [file.name for file in self.path.glob("*.safetensors")]
+        hint = f": if {others[0]} has all weights, rename it so" if len(others) == 1 else ""
+        raise ValueError(
+            f"{self.path} has no model.safetensors, pytorch_model.bin or their index{hint}"
+        )
 
     def _indexed(self, index: Path, suffix: str, names: Set[str]) -> List[Path]:
         """The files that an index names, all of which must be there, and no others."""

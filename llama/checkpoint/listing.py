@@ -6,7 +6,7 @@ import re
 from typing import Callable, Collection, List
 
 from llama.checkpoint.config import check_config
-from llama.checkpoint.schemes import modelopt
+from llama.checkpoint.schemes import APART
 from llama.text.gguf_header import are_parts
 from llama.text.vocabulary.config import PROCESSOR_TEMPLATE, TOOL_TEMPLATE
 
@@ -15,7 +15,7 @@ HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or NAME.index.json an
 BESIDE_HF_WEIGHTS = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", PROCESSOR_TEMPLATE,
-    TOOL_TEMPLATE, PROCESSOR, "processor_config.json", modelopt.FILE,
+    TOOL_TEMPLATE, PROCESSOR, "processor_config.json", *APART,
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def checkpoint_files(
         scales = itertools.takewhile(has, (f"fp8_scales_{n}.pt" for n in range(len(files))))
         return ["params.json", *files, *scales, *filter(has, ["tokenizer.model"])]
     if kind == "hf":
-        apart = read(modelopt.FILE) if has(modelopt.FILE) else None
+        apart = {name: read(name) for name in APART if has(name)}
         check_config(f"{where}: config.json", read("config.json"), apart)
         for weights in HF_WEIGHTS:
             if has(index := f"{weights}.index.json"):

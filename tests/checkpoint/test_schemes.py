@@ -148,6 +148,43 @@ def test_older_files_of_modelopt_say_what_they_are_apart(tmp_path):
             refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "case, file, about",
+    [
+        ("GPTQ", "quantize_config.json", {"bits": 4, "group_size": 64, "damp_percent": 0.01}),
+        ("AWQ, groups of 32", "quant_config.json", {"w_bit": 4, "q_group_size": 32}),
+        ("AWQ, groups of 32", "quant_config.json", {"bits": 4, "group_size": 32}),
+        ("AWQ, groups of 32", "quantize_config.json", {"w_bit": 4, "q_group_size": 32}),
+    ],
+)
+def test_older_files_of_auto_gptq_and_auto_awq_say_what_they_are_apart(tmp_path, case, file, about):
+    publish(tmp_path, INTEGERS[case])
+    name = "layers.0.attention.wq.weight"
+    expected = checkpoint.open(tmp_path).read(name, 0, 0, 64)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"not a float; .* or a quantize_config.json beside it"):
+        checkpoint.open(tmp_path)
+    (tmp_path / file).write_text(json.dumps(about))
+    source = checkpoint.open(tmp_path)
+    assert source.stored_as(name) == INTEGERS[case].kind
+    assert torch.equal(source.read(name, 0, 0, 64), expected)
+    assert files_of(tmp_path) == ["config.json", "model.safetensors", file]
+    for wrong in ({"bits": 3}, {"w_bit": 3}, {"is_marlin_format": True, "bits": 4, "version": 1}):
+        (tmp_path / file).write_text(json.dumps(wrong))
+        for refused in (files_of, checkpoint.open):
+            with pytest.raises(ValueError, match=rf"(awq|gptq): .*; read .* \(in {file}\)"):
+                refused(tmp_path)
+
+
+def test_weights_of_another_name_are_named(tmp_path):
+    publish(tmp_path, INTEGERS["GPTQ"])
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-128g.safetensors")
+    with pytest.raises(ValueError, match=r"if gptq_model-4bit-128g.safetensors has all weights"):
+        checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     "name",

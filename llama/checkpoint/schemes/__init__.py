@@ -50,6 +50,21 @@ SCHEMES: Dict[str, SchemeType] = {
     "mxfp4": MXFP4,
     "modelopt": ModelOpt,
 }
+# Where older tools say it instead, beside a config.json that doesn't: ModelOpt, AutoGPTQ, AutoAWQ.
+APART = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def config_apart(name: str, found: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
+    """What one of the files `APART` holds, as a `quantization_config`; None: nothing of that."""
+    if name == "hf_quant_config.json":
+        inner = found.get("quantization")
+        return {"quant_method": "modelopt", **inner} if isinstance(inner, dict) else None
+    if {"w_bit", "q_group_size"} & found.keys():  # early AutoAWQ gave its file the other's name
+        own = {"w_bit": "bits", "q_group_size": "group_size"}
+        return {"quant_method": "awq", **{own.get(key, key): found[key] for key in found}}
+    marlin = {"checkpoint_format": "marlin"} if found.get("is_marlin_format") else {}
+    method = "awq" if name == "quant_config.json" else "gptq"
+    return {"quant_method": method, **found, **marlin}
 
 
 def open_scheme(config: Any) -> Scheme:
@@ -104,7 +119,14 @@ def assemble(
             plain[f"{module}.bias"] = bias
     for name, stored in plain.items():
         if stored.dtype not in DTYPES.values():
-            hint = "" if scheme else ". Quantized weights need a quantization_config in config.json"
+            hint = (
+                ""
+                if scheme
+                else (
+                    ". Quantized weights need a quantization_config in config.json, or a "
+                    "quantize_config.json beside it"
+                )
+            )
             raise ValueError(
                 f"{stored.file}: {name} has the dtype {stored.dtype}: not a float; unsupported"
                 f"{hint}"

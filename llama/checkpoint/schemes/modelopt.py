@@ -20,7 +20,6 @@ from llama.checkpoint.schemes.fp8 import UNUSED, Block, FP8Weight
 from llama.checkpoint.schemes.weight import QuantizedWeight, only
 from llama.checkpoint.source import Stored
 
-FILE = "hf_quant_config.json"
 ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION",
 )  # fmt: skip
