@@ -47,10 +47,13 @@ _SAMPLING = set(Sampling.__struct_fields__) - set(Body.__struct_fields__)
 class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """An item of the input: a message, a call of a tool, its result, or an earlier item's id.
 
-    What follows `status` is in answers of the API, and comes back with them.
+    What follows `status` is in answers of the API, and comes back with them, as does the reasoning
+    that OpenAI's own models and other servers put before an answer. No prompt has it.
     """
 
-    type: Literal["message", "function_call", "function_call_output", "item_reference"] = "message"
+    type: Literal[
+        "message", "function_call", "function_call_output", "item_reference", "reasoning"
+    ] = "message"
     role: Optional[str] = None
     content: Union[str, List[Dict[str, Any]], None] = None
     name: Optional[str] = None
@@ -60,6 +63,8 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True)
     id: Optional[str] = None
     status: Optional[str] = None
     phase: Optional[str] = None
+    summary: Optional[List[Dict[str, Any]]] = None  # of reasoning, as is the next one
+    encrypted_content: Optional[str] = None
     parsed_arguments: Any = None  # the SDK's own
 
 
@@ -238,7 +243,7 @@ def _read(body: Responses, store: Store) -> Tuple[List[Dict[str, Any]], List[Cha
     """A body's items as they are stored, its dialog without instructions, and its chat request."""
     given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     given = [store.item(item.id) if item.type == "item_reference" else item for item in given]
-    own = [_message(i, item) for i, item in enumerate(given)]
+    own = [_message(i, item) for i, item in enumerate(given) if item.type != "reasoning"]
     earlier = body.previous_response_id
     known = store.get(earlier, "previous_response_id").messages if earlier else []
     messages = _joined([*known, *own])

@@ -306,6 +306,31 @@ def test_parameters_are_those_of_chat_requests(llama, more):
     serving(llama, test)
 
 
+def test_reasoning_of_earlier_answers_is_taken_and_left_out(llama):
+    """As OpenAI's SDK sends it back with the rest of an answer: before a call, for example."""
+
+    async def test(client, app):
+        call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+        result = {"type": "function_call_output", "call_id": "c1", "output": "4"}
+        dialog = [{"role": "user", "content": "a"}, call, result]
+        thought = {"type": "reasoning", "id": "rs_1", "status": None, "encrypted_content": "x==",
+                   "summary": [{"type": "summary_text", "text": "Call f."}],
+                   "content": [{"type": "reasoning_text", "text": "Shall I?"}]}  # fmt: skip
+        empty = {"type": "reasoning", "id": "rs_2", "summary": []}
+        plain = await post(client, input=dialog, **BODY)
+        found = await post(client, input=[dialog[0], thought, *dialog[1:], empty], **BODY)
+        assert content(found) == content(plain)
+        assert found["usage"]["input_tokens"] == plain["usage"]["input_tokens"]
+        reply = await client.get(f"/v1/responses/{found['id']}/input_items?order=asc")
+        assert [one["type"] for one in reply.json()["data"]] == [
+            "message", "reasoning", "function_call", "function_call_output", "reasoning",
+        ]  # fmt: skip
+        reply = await client.post("/v1/responses", json={"input": [empty]})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "input"
+
+    serving(llama, test)
+
+
 def test_a_branch_leaves_its_origin_as_it_is(llama):
     async def test(client, app):
         first = await post(client, input="a", **BODY)
