@@ -11,7 +11,13 @@ from llama.server.offline import Offline, Reply, Request
 from llama.server.settings import UNLIMITED, Settings
 
 PATHS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
-LOST = ("n", "stream", "tools", "logprobs")  # parameters whose answers are more than a text
+LOST = (
+    "n",
+    "stream",
+    "tools",
+    "functions",
+    "logprobs",
+)  # parameters whose answers are more than a text
 
 
 class Predictor:

@@ -128,7 +128,7 @@ class Part(Struct, forbid_unknown_fields=True):
 class ChatMessage(Struct, forbid_unknown_fields=True):
     """A message. What follows `tool_call_id` is in answers of the API, and comes back with them."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool", "ipython"]
+    role: Literal["developer", "system", "user", "assistant", "tool", "ipython", "function"]
     content: Union[str, List[Part], None] = None
     name: Optional[str] = None
     tool_calls: Optional[List[Call]] = None
@@ -136,6 +136,14 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     refusal: Optional[str] = None
     annotations: Optional[List[Any]] = None
     parsed: Any = None  # the SDK's own
+    function_call: Optional[FunctionCall] = None  # of clients from before there were tools
+
+    def __post_init__(self) -> None:
+        if self.function_call is not None:
+            if self.tool_calls:
+                raise ValueError("tool_calls and function_call: give one")
+            self.tool_calls = [Call(self.function_call)]
+        self.role = "tool" if self.role == "function" else self.role
 
 
 class FunctionTool(Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
@@ -176,6 +184,20 @@ class Chat(Generation, kw_only=True):
     modalities: Optional[List[Literal["text"]]] = None
     reasoning_effort: Optional[Literal["none"]] = None
     verbosity: Optional[Literal["medium"]] = None
+    # What `tools` and `tool_choice` were before; the answer then has a call as it was then, too.
+    functions: Optional[List[Dict[str, Any]]] = None
+    function_call: Union[Literal["none", "auto"], Function, None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice = self.function_call
+        if (self.functions is not None and self.tools) or (choice and self.tool_choice):
+            raise ValueError("functions and function_call: leave them out beside tools")
+        if self.functions is not None:
+            self.tools = [FunctionTool(function) for function in self.functions]
+            self.parallel_tool_calls = False
+        if choice is not None:
+            self.tool_choice = NamedTool(choice) if isinstance(choice, Function) else choice
 
 
 class Embeddings(Body, kw_only=True):
@@ -216,7 +238,7 @@ _PAIR = r"\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
 _ESCAPE = re.compile(rf"({_PAIR}|\\(?!u[dD][89a-fA-F]).)|\\u[dD][89a-fA-F][\da-fA-F]{{2}}")
 # The objects within a body that aren't a client's own, as schemas and arguments are.
 _OBJECTS: Mapping[str, Any] = {
-    "messages": {"content": {}, "tool_calls": {"function": {}}},
+    "messages": {"content": {}, "tool_calls": {"function": {}}, "function_call": {}},
     "input": {"content": {}, "output": {}},
     "tools": {"function": {}},
     "stream_options": {},

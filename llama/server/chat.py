@@ -48,12 +48,14 @@ class ChatAnswer:
     Attributes:
         running: their counts.
         logprobs: whether they were asked for.
+        one_call: a call is told as `function_call`, since `functions` were given.
     """
 
     def __init__(self, service: Service, running: Running, body: Chat):
         self.tokenizer = service.llama.tokenizer
         self.running, self.logprobs = running, bool(body.logprobs)
         self.choices = len(running.answers) * running.each
+        self.one_call = body.functions is not None
         self._tools = shown_tools(body)
         self._most_calls = 1 if body.parallel_tool_calls is False else MOST_TOOLS
         self._streams: Dict[int, ToolCallStream] = {}
@@ -86,7 +88,8 @@ class ChatAnswer:
         """A reply that a stop string cut off within a call doesn't end in calls."""
         reason, choice = piece.event.finish_reason, piece.choice
         calls = self.calling[choice] and self.complete(choice)
-        return "tool_calls" if reason == "stop" and calls else reason
+        told = "function_call" if self.one_call else "tool_calls"
+        return told if reason == "stop" and calls else reason
 
 
 async def start(
@@ -193,9 +196,11 @@ async def _collected(answer: ChatAnswer, head: Dict[str, Any]) -> Dict[str, Any]
             if entry is not None:
                 choice["logprobs"]["content"].append(entry)
             choice["finish_reason"] = answer.finish_reason(piece)
-    for choice in choices:
-        if "tool_calls" in choice["message"]:
-            choice["message"]["content"] = choice["message"]["content"] or None
+    for message in (choice["message"] for choice in choices):
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
+            if answer.one_call:
+                message["function_call"] = message.pop("tool_calls")[0]["function"]
     return {**head, "choices": choices, "usage": answer.running.usage()}
 
 
@@ -226,8 +231,9 @@ async def _chunks(
         async for piece in pieces:
             entry = chat_logprob(answer.tokenizer, piece.event)
             logprobs = {"content": [entry], "refusal": None} if entry else None
-            for at, delta in enumerate(map(delta_of, piece.deltas or [Delta()] * bool(entry))):
-                yield chunk(piece.choice, delta, None if at else logprobs, None)
+            for at, delta in enumerate(piece.deltas or [Delta()] * bool(entry)):
+                told = delta_of(delta, answer.one_call)
+                yield chunk(piece.choice, told, None if at else logprobs, None)
             reason = answer.finish_reason(piece)
             if reason is not None:
                 yield chunk(piece.choice, {}, None, reason)
@@ -235,11 +241,11 @@ async def _chunks(
         yield {**head, "choices": [], "usage": answer.running.usage()}
 
 
-def delta_of(delta: Delta) -> Dict[str, Any]:
+def delta_of(delta: Delta, one_call: bool) -> Dict[str, Any]:
     if delta.index is None:
         return {"content": delta.text}
     call: Dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
     if delta.name:
         call.update(id=delta.id, type="function")
         call["function"]["name"] = delta.name
-    return {"tool_calls": [call]}
+    return {"function_call": call["function"]} if one_call else {"tool_calls": [call]}

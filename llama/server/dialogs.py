@@ -79,7 +79,8 @@ def _message(i: int, message: ChatMessage, images: bool) -> Message:
     found: Dict[str, Any] = {"role": role, "content": content}
     if message.tool_calls:
         found["tool_calls"] = [
-            {"id": call.id or "", "name": call.function.name, "arguments": _object(call)}
+            {"name": call.function.name, "arguments": _object(call)}
+            | ({"id": call.id} if call.id else {})
             for call in message.tool_calls
         ]
     elif found["content"] is None:

@@ -271,6 +271,37 @@ def test_messages_of_all_kinds(ask):
     assert answer.choices[0].message.content
 
 
+def test_functions_as_they_were_before_tools(ask, client):
+    """`functions`, `function_call` and the role "function": asked, answered, sent back."""
+    body = dict(model=MODEL, functions=[tool["function"] for tool in TOOLS], temperature=0)
+    body |= {"function_call": {"name": "get_time"}, "max_tokens": 40}
+    [choice] = ask("chat.completions.create", messages=PARIS, **body).choices
+    call = choice.message.function_call
+    assert (choice.finish_reason, choice.message.content) == ("function_call", None)
+    assert call.name == "get_time" and Place.model_validate_json(call.arguments)
+    assert choice.message.tool_calls is None
+    chunks = list(client.chat.completions.create(messages=PARIS, stream=True, **body))
+    assert chunks[-1].choices[0].finish_reason == "function_call"
+    deltas = [chunk.choices[0].delta.function_call for chunk in chunks]
+    name, *pieces = [delta for delta in deltas if delta is not None]
+    assert name.name == "get_time" and {piece.name for piece in pieces} == {None}
+    assert "".join(piece.arguments for piece in [name, *pieces]) == call.arguments
+    body |= {"function_call": "none"}
+    answers = [
+        [choice.message, {"role": "function", "name": "get_time", "content": "noon"}],
+        [  # the same, of tools
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": "noon"},
+        ],
+    ]
+    told = [
+        ask("chat.completions.create", messages=[*PARIS, *answer], **body) for answer in answers
+    ]
+    assert told[0].usage.prompt_tokens == told[1].usage.prompt_tokens
+    texts = {one.choices[0].message.content for one in told}
+    assert len(texts) == 1 and texts != {None}
+
+
 def test_parts_are_joined(client):
     """A text in parts, and the same in one, are the same prompt."""
     parts = [{"type": "text", "text": text} for text in (QUESTION[:9], QUESTION[9:])]
@@ -566,6 +597,8 @@ def test_parsed_responses_and_the_helpers_stream(client):
         ("chat.completions.create", {"messages": HELLO, "model": "gpt-9"}, 404, "model"),
         ("chat.completions.create", {"messages": HELLO, "tools": TOOLS, "tool_choice": {
             "type": "function", "function": {"name": "x"}}}, 400, "tool_choice"),
+        ("chat.completions.create", {"messages": HELLO, "tools": TOOLS, "functions": []}, 400,
+         None),
         ("chat.completions.create", {"messages": HELLO, "tools": TOOLS, "tool_choice": {
             "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
                 {"type": "function", "function": {"name": "x"}}]}}}, 400, "tool_choice"),
