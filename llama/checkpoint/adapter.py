@@ -80,7 +80,9 @@ def read_adapter(path: str | Path, args: ModelArgs, *, classifier: bool = False)
         file = path / "adapter_model.bin"
     for needed in (config_file, file):
         if not needed.is_file():
-            raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there")
+            below = sorted(str(one.parent) for one in path.glob(f"*/{config_file.name}"))
+            hint = f"; there are {', '.join(below)}: name one" if below else ""
+            raise FileNotFoundError(f"no adapter at {path}: {needed.name} isn't there{hint}")
     config = read_object(config_file)
     for key in sorted(config, key=lambda key: key != "peft_type"):  # the others depend on it
         value = config[key]

@@ -12,6 +12,7 @@ from typing import Dict
 import torch
 
 from llama.checkpoint.source import CODES, DTYPES, Stored
+from llama.families.names import unwrapped
 
 IGNORED_WEIGHTS = {"rope.freqs"}  # Llama 1 and 2 stored what follows from rope_theta
 
@@ -50,7 +51,7 @@ def index_pth(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
             )
         offset = start + tensor.storage_offset() * tensor.dtype.itemsize
         stored[name] = Stored(path, offset, tuple(tensor.shape), tensor.dtype)
-    return stored
+    return unwrapped(stored)
 
 
 def mend_checksums(path: Path, checksums: Dict[int, int]) -> None:

@@ -19,6 +19,7 @@ from llama.checkpoint.fused import fused_shape, join, plan
 from llama.checkpoint.shapes import weight_shapes
 from llama.checkpoint.source import CODES, DTYPES, Checkpoint, Shape, Stored, dtype_name
 from llama.checkpoint.writing import Progress, read_whole, rows, write_tensor
+from llama.families.names import unwrapped
 from llama.families.registry import family_of
 from llama.text.files import unique_keys
 
@@ -86,7 +87,7 @@ def index_safetensors(path: Path, *, codes: bool = False) -> Dict[str, Stored]:
             raise ValueError(f"its tensors end at {ends[-1]} of {size - 8 - length} bytes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    return stored
+    return unwrapped(stored)
 
 
 def write_safetensors(

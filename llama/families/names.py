@@ -1,7 +1,20 @@
 """Names of weights: Meta's, which are the project's, and those of another format."""
 
 import re
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple, TypeVar
+
+T = TypeVar("T")
+# What torch.compile, FSDP, activation checkpointing and DDP put into the names of what they wrap.
+_WRAPPERS = re.compile(
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def unwrapped(weights: Dict[str, T]) -> Dict[str, T]:
+    """Weights without the names of wrappers, unless these tell two apart."""
+    found = {_WRAPPERS.sub("", name): weight for name, weight in weights.items()}
+    return found if len(found) == len(weights) else weights
 
 
 class Names(NamedTuple):

@@ -1,12 +1,14 @@
 """Opening and loading, whatever the format: strictness, and resharding as arithmetic on slices."""
 
 import ast
+import re
 from dataclasses import replace
 from graphlib import TopologicalSorter
 
 import pytest
 import torch
 from conftest import ROOT, TINY, random_weights, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from llama import Llama, Transformer, checkpoint
 from llama.checkpoint import InMemory, local_shape, read_shard, shapes, weight_shapes
@@ -70,6 +72,40 @@ def test_loading_is_strict_about_names_and_shapes():
         load(weights | {"layers.0.attention.wq.bias": torch.zeros(64)})
     with pytest.raises(ValueError, match=r"norm\.weight has the shape \(32,\).*asks for \(64,\)"):
         load(weights | {"norm.weight": torch.ones(32)})
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: re.sub(r"\.(\d)\.", r".\1._checkpoint_wrapped_module._orig_mod.", name),
+    ],
+    ids=["DDP", "torch.compile", "layers alone"],
+)
+def test_names_of_wrappers_are_taken_off(tmp_path, wrapped):
+    """Of torch.compile, DDP and FSDP, from `torch.save(model.state_dict())`."""
+    plain = write_checkpoint(tmp_path / "meta", TINY)
+    convert(plain, tmp_path / "hf", "hf", quiet=True)
+    for path, file, read, write in (
+        (plain, "consolidated.00.pth", torch.load, torch.save),
+        (tmp_path / "hf", "model.safetensors", load_file, save_file),
+    ):
+        source = checkpoint.open(path)
+        expected = {
+            name: source.read(name, 0, 0, shape[0]).clone()
+            for name, shape in weight_shapes(TINY).items()
+        }
+        weights = {name: weight.clone() for name, weight in read(path / file).items()}
+        write({wrapped(name): weight for name, weight in weights.items()}, path / file)
+        source = checkpoint.open(path)
+        checkpoint.check_shapes(source)
+        for name, weight in expected.items():
+            assert torch.equal(source.read(name, 0, 0, len(weight)), weight)
+        name, weight = next(iter(weights.items()))
+        write({**weights, f"module.{name}": weight + 1}, path / file)
+        with pytest.raises(ValueError, match="no place for: module"):  # which of the two?
+            checkpoint.check_shapes(checkpoint.open(path))
 
 
 def test_tied_embeddings_share_one_tensor():

@@ -291,6 +291,8 @@ def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json isn't there"):
         read_adapter(tmp_path, TINY)
     write_adapter(adapter(), tmp_path / "a", TINY)
+    with pytest.raises(FileNotFoundError, match=rf"there are {tmp_path}/a: name one"):
+        read_adapter(tmp_path, TINY)  # PEFT puts adapters with names of their own into folders
     with pytest.raises(FileExistsError, match="force"):
         write_adapter(adapter(), tmp_path / "a", TINY)
     write_adapter(adapter(), tmp_path / "a", TINY, force=True)
