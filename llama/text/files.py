@@ -120,14 +120,15 @@ def beside(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Write a file or directory atomically: yields a path beside it, renamed to `path` at the end.
 
     Whatever interrupts the writing, nothing incomplete ever has the final name, and with `force`
-    the old file or directory stays until the new one is complete.
+    the old file or directory stays until the new one is complete. Through a link, what it leads to
+    is written.
 
     Raises:
         FileExistsError: `path` exists and not `force`; or it has directories in it, so that it's no
             checkpoint but perhaps the place of all of them.
         ValueError: somebody else is writing it.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
         recovered(path)
@@ -193,10 +194,16 @@ def check_plain(path: Path) -> None:
 def recovered(path: str | Path) -> Path:
     """The path; what it held is back there if a process was killed as it was being replaced."""
     path = Path(path)
-    old = _beside(path)[1]
-    if old.exists() and not path.exists():
-        old.rename(path)
+    place = _followed(path)
+    old = _beside(place)[1]
+    if old.exists() and not place.exists():
+        old.rename(place)
     return path
+
+
+def _followed(path: Path) -> Path:
+    """Where a link leads to; any other path is left as it is written."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _beside(path: Path) -> Tuple[Path, Path]:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 
 from llama.apps.score import read_lines
-from llama.text.files import Results, beside, read_object, read_text, write_json
+from llama.text.files import Results, beside, read_object, read_text, recovered, write_json
 
 
 def test_text_is_read_without_what_editors_add_unless_it_is_to_be_exact(tmp_path):
@@ -46,6 +46,27 @@ def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):
     with beside(path, force=True) as partial:
         write_json(partial, {"é": 2})
     assert read_object(path) == {"é": 2} and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a directory", "nothing yet"])
+def test_what_a_link_leads_to_is_written(tmp_path, there):
+    """A checkpoint on another disk, for example."""
+    place, link = tmp_path / "disk" / "model", tmp_path / "here" / "link"
+    link.parent.mkdir()
+    link.symlink_to(place)
+    if there:
+        place.mkdir(parents=True)
+        write_json(place / "a.json", {"old": 1})
+        with pytest.raises(FileExistsError), beside(link):
+            raise AssertionError
+    with beside(link, force=True) as partial:
+        assert partial.parent == place.parent  # so that a rename is enough
+        partial.mkdir()
+        write_json(partial / "b.json", {"new": 1})
+    assert link.is_symlink() and read_object(place / "b.json") == {"new": 1}
+    assert [*link.parent.iterdir()] == [link] and [*place.iterdir()] == [place / "b.json"]
+    place.rename(place.with_name(".model.old"))  # as if killed between two renames
+    assert recovered(link) == link and (link / "b.json").exists() and link.is_symlink()
 
 
 def test_two_writers_of_a_file_do_not_meet_and_what_a_killed_one_leaves_is_cleared(tmp_path):
