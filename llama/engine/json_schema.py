@@ -17,7 +17,10 @@ _VALUES = {
     "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
 }  # fmt: skip
 # Of OpenAPI and pydantic: formats that any text has.
-_ANY_FORMAT = ("binary", "byte", "password", "path", "file-path", "directory-path")
+_ANY_FORMAT = ("binary", "password", "path", "file-path", "directory-path")
+_BASE64 = "^(?:[A-Za-z0-9{0}]{{4}})*(?:[A-Za-z0-9{0}]{{2}}==|[A-Za-z0-9{0}]{{3}}=)?$"
+_PATTERNS = {"byte": _BASE64.format("+/"), "base64": _BASE64.format("+/")}
+_PATTERNS["base64url"] = _BASE64.format("_-")
 # pydantic's uuid4, for example; versions by RFC 9562.
 _UUID = "^[0-9a-f]{{8}}-[0-9a-f]{{4}}-{}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}$"
 
@@ -27,6 +30,8 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     if not isinstance(schema, dict):
         return schema
     unknown = schema.keys() - _ONE - LISTS - _NAMED - _VALUES - {"nullable", "discriminator"}
+    if schema.get("uniqueItems") is False:
+        unknown -= {"uniqueItems"}
     if unknown:
         raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
     required, least = schema.get("required", []), schema.get("minProperties", 0)
@@ -47,11 +52,17 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         return plain_schema(value, where, base)
 
     copy = dict(schema)
-    if schema.get("format") in _ANY_FORMAT:
+    if copy.get("uniqueItems") is False:
+        del copy["uniqueItems"]
+    form = str(schema.get("format"))
+    version = re.fullmatch(r"uuid([1-8])", form)
+    pattern = _UUID.format(version[1]) if version else _PATTERNS.get(form)
+    if pattern or form in (*_ANY_FORMAT, "ipvanyaddress"):
         del copy["format"]
-    if version := re.fullmatch(r"uuid([1-8])", str(schema.get("format"))):
-        del copy["format"]
-        copy.setdefault("pattern", _UUID.format(version[1]))
+    if pattern:
+        copy.setdefault("pattern", pattern)
+    if form == "ipvanyaddress":  # pydantic's
+        copy.setdefault("anyOf", [{"type": "string", "format": f} for f in ("ipv4", "ipv6")])
     # Of OpenAPI, too: the parts differ in a property. llguidance doesn't see it.
     if copy.pop("discriminator", None) and "anyOf" not in copy and "oneOf" in copy:
         copy["anyOf"] = copy.pop("oneOf")

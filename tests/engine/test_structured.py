@@ -80,6 +80,18 @@ SCHEMAS = {
     "tuple": ({"type": "array", "prefixItems": [DIGIT, SHORT], "items": False, "minItems": 2},
               [[1, "a"]]),
     "uuid4": ({"type": "string", "format": "uuid4"}, ["9c5b94b1-35ad-49bb-b118-8e8fc24abf80"]),
+    "base64": (  # pydantic's Base64Str and Base64UrlStr; as OpenAPI has it
+        closed(**{name: {"type": "string", "format": name}
+                  for name in ("base64", "base64url", "byte")}),
+        [{"base64": "YQ==", "base64url": "_-8=", "byte": ""}],
+    ),
+    "addresses": (
+        closed(**{name: {"type": "string", "format": name} for name in ("ipv4", "ipvanyaddress")}),
+        [{"ipv4": "10.0.0.1", "ipvanyaddress": "192.168.1.255"},
+         {"ipv4": "1.2.3.4", "ipvanyaddress": "2001:db8::1"}],
+    ),
+    "not unique": ({"type": "array", "items": DIGIT, "maxItems": 2, "uniqueItems": False},
+                   [[1, 1]]),
     "discriminated": (  # by pydantic: a union with Field(discriminator="kind"), Path and SecretStr
         {"$defs": {
             "A": closed(kind={"const": "a"}, path={"type": "string", "format": "path"}),
@@ -568,6 +580,8 @@ NODE["self"] = NODE
         ({"type": "json_schema", "schema": {"enum": ["\ud800"]}}, "json_schema: "),
         ({"type": "json_schema", "schema": {"type": "object", "minProperties": 1}}, "minProp"),
         ({"type": "json_schema", "schema": {"format": "nonsense", "type": "string"}}, "nonsense"),
+        *(({"type": "json_schema", "schema": {"format": form, "type": "string"}}, form)
+          for form in ("ipv4network", "ipv6interface", "multi-host-uri", "json-string")),
         ({"type": "json_schema", "schema": {"pattern": "(", "type": "string"}}, "unclosed"),
         ({"type": "json_schema", "schema": {"minimum": 3, "maximum": 1, "type": "integer"}},
          "minimum .3. is greater"),
