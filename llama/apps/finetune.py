@@ -151,6 +151,9 @@ def finetune(
     ranks = f"{parallel.world_size()} rank(s)" + f" x {devices.copies()}" * (devices.copies() > 1)
     say(f"{len(learned)} examples to learn from, {held_out} held out, {trainer.steps} steps; "
         f"{n:,} values to learn on each of {ranks}")  # fmt: skip
+    if recipe.warmup_steps > trainer.steps:
+        say(f"note: {trainer.steps} steps end within --warmup-steps={recipe.warmup_steps}: the "
+            f"learning rate never reaches {learning_rate:g}")  # fmt: skip
     if max_seq_len > source.args.max_seq_len:
         say(f"note: {ckpt_dir} was trained for {source.args.max_seq_len} tokens at most")
     if examples.cut:

@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import psutil
 import torch
@@ -98,11 +98,11 @@ def machine(device: torch.device) -> Kind:
     return Kind(1, read, flops, whole, 0, device.type)
 
 
-def write(options: PlanOptions, path: Path) -> str:
+def write(options: PlanOptions, path: Path) -> Dict[str, Any]:
     """Time the passes of a model on this machine and write them.
 
     Returns:
-        A line about them.
+        About them, for `line`.
 
     Raises:
         FileNotFoundError, ValueError: those of `Llama.build`.
@@ -129,9 +129,18 @@ def write(options: PlanOptions, path: Path) -> str:
     cost = fit(timed)
     off = [abs(cost(made) / seconds - 1) for made, seconds in timed]
     one, many = cost(Pass.of([(1, 64)])), cost(Pass.of([(most, 0)]))
+    return {
+        "file": str(path), "passes": len(timed), "one_token_s": one, "most_tokens": most,
+        "most_tokens_s": many, "off_median": statistics.median(off), "off_most": max(off),
+        "bandwidth": here.bandwidth, "flops": here.flops,
+    }  # fmt: skip
+
+
+def line(found: Dict[str, Any]) -> str:
+    """What was measured, for people."""
     return (
-        f"{path}: {len(timed)} passes; 1 token {one * 1e3:.2f} ms, {most} tokens "
-        f"{many * 1e3:.1f} ms; the fitted cost model is off by {statistics.median(off):.1%} in the "
-        f"median, {max(off):.1%} at most; {here.bandwidth / 1e9:.0f} GB/s, "
-        f"{here.flops / 1e12:.2g} TFLOP/s"
+        f"{found['file']}: {found['passes']} passes; 1 token {found['one_token_s'] * 1e3:.2f} ms, "
+        f"{found['most_tokens']} tokens {found['most_tokens_s'] * 1e3:.1f} ms; the fitted cost "
+        f"model is off by {found['off_median']:.1%} in the median, {found['off_most']:.1%} at "
+        f"most; {found['bandwidth'] / 1e9:.0f} GB/s, {found['flops'] / 1e12:.2g} TFLOP/s"
     )

@@ -22,19 +22,20 @@ def plan(options: Planned, *, measure: Optional[Path] = None, json: bool = False
     Args:
         measure: measure the model's passes on this machine, and write them to this file, for
             --machine. Takes a minute or more; nothing else should run.
-        json: print a line of JSON.
+        json: print a line of JSON, of what was measured too.
 
     Raises:
         ValueError: options out of range; a model that fits no machine, or a load that none serves.
         FileNotFoundError: no checkpoint there, to be measured.
     """
+    from json import dumps
+
     if measure is not None:
         from llama.apps import measuring
 
-        print(measuring.write(options, measure))
+        measured = measuring.write(options, measure)
+        print(dumps(measured) if json else measuring.line(measured))
         return
-    from json import dumps
-
     from llama.apps import planning
 
     found = planning.plan(options)

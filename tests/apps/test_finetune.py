@@ -239,6 +239,13 @@ def test_examples_longer_than_the_model_was_trained_for_are_said(base, tmp_path,
         assert noted == (length > known)
 
 
+def test_a_warmup_that_never_ends_is_said(base, tmp_path, capfd):
+    for warmup in (1, 2):  # of a single step
+        here(base, tmp_path / str(warmup), epochs=1, held_out=16, warmup_steps=warmup)
+        said = "1 steps end within --warmup-steps=2: the learning rate never reaches 0.01"
+        assert (said in capfd.readouterr().err) == (warmup == 2)
+
+
 def test_a_second_interrupt_does_not_wait_for_the_step(base, tmp_path, monkeypatch):
     """The first waits, as do copies of it that launchers send; a step may take minutes."""
     now, out, learned = [0.0], tmp_path / "run", Trainer.one_step

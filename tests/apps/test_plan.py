@@ -129,7 +129,11 @@ def test_measured_here_and_planned_for(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "CHUNKS", (1, 4, 16, 64))
     path, asked = tmp_path / "here.json", ["plan", str(tiny_dir), "--dtype", "fp32"]
     assert cli.main([*asked, "--measure", str(path)]) == 0
-    assert str(path) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert cli.main([*asked, "--measure", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["file"] == str(path) and f"{path}: {told['passes']} passes; 1 token" in said
+    assert told["one_token_s"] > 0 and told["most_tokens"] == 64
     found = machines.Measured.read(str(path))
     assert {made.tokens for made, _ in found.passes} == {1, 4, 16, 64}
     assert all(seconds > 0 for _, seconds in found.passes)
