@@ -11,6 +11,7 @@ from typing import List, Optional
 import fire
 
 from llama import Dialog, Llama
+from llama.apps.scripts import check_options
 from llama.layers.parallel import is_rank_zero
 
 
@@ -81,6 +82,7 @@ def main(
 
 if __name__ == "__main__":
     try:
+        check_options(main)
         fire.Fire(main)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

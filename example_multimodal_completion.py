@@ -10,6 +10,7 @@ from typing import Any, List, Optional
 import fire
 
 from llama import Dialog, Llama
+from llama.apps.scripts import check_options
 from llama.layers.parallel import is_rank_zero
 
 
@@ -84,6 +85,7 @@ def _shown(content: Any) -> str:
 
 if __name__ == "__main__":
     try:
+        check_options(main)
         fire.Fire(main)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

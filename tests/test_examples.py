@@ -90,6 +90,8 @@ def test_help_and_mistakes(script, monkeypatch, capfd):
     for arguments, message in (
         (["--ckpt_dir", "nowhere"], "error: no checkpoint at nowhere: `llama download smollm2`"),
         (["--max_seq_len", "0"], "error: max_seq_len=0 must be at least 1"),
+        (["--ckpt-dir=x", "--max_new_tokens", "8"], "error: there is no option --max_new_tokens: "),
+        (["--max_seq_len=8", "--no-x"], "there are --ckpt_dir, --tokenizer_path, --temperature"),
     ):
         code, out, err = main(*arguments)  # a text: python prints it and ends with 1, as above
         assert message in str(code) and "Traceback" not in err and out == ""
