@@ -5,7 +5,7 @@ bit-identical whatever else is computed with it, in whatever chunks, after howev
 """
 
 import threading
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Unpack
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Unpack
 
 import torch
 
@@ -13,15 +13,15 @@ from llama.engine.chunks import make_blocks
 from llama.engine.events import advance, details_of_all, stopped
 from llama.engine.images import Images
 from llama.engine.predictions import Event, Speculation
-from llama.engine.requests import Part, Reading, Request, Stats
+from llama.engine.requests import Part, Reading, Request, Stats, stats_of
 from llama.engine.rows import Options, constrain, make_rows, params_of
 from llama.engine.scheduler import Sequence as Scheduled
 from llama.engine.seeing import laid_out
 from llama.engine.speculative import Speculators
 from llama.engine.steps import compute, make_scheduler
 from llama.engine.structured import GrammarCompiler
-from llama.engine.tokens import FAILS, STOPS, draw, propose
-from llama.layers.paged import PAGE, blocks_for
+from llama.engine.tokens import FAILS, STOPS, draw, learn, propose
+from llama.layers.paged import PAGE, blocks_for, erase_blocks
 from llama.layers.revision import revision
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -55,16 +55,16 @@ class Engine:
         for name, value in {**sizes, "cache_tokens": cache_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._generator = model, tokenizer, generator
         self.pool = model.new_cache(1 + blocks_for(cache_tokens), PAGE)
         blocks, device = make_blocks(self.pool, model.params), self.pool.k.device.type
         self.scheduler = make_scheduler(blocks, max_tokens_per_step, max_rows, device)
         self.speculators = Speculators(draft, blocks.total)
         self.images = Images(model)
         self._parts: Dict[Scheduled, Part] = {}
+        self._stepping, self._leaving = 0, dict[Request, None]()  # steps within steps; see `cancel`
         self._revision = revision(model)  # of its weights
         self._compiler: Optional[GrammarCompiler] = None
-        self._generator = generator  # of the seeds of rows
         self.lock, self._compiling = threading.RLock(), threading.Lock()  # the first during steps
 
     @property
@@ -75,11 +75,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """Counts; during a step, of its beginning or its end."""
-        scheduler, blocks = self.scheduler, self.scheduler.blocks
-        return Stats(
-            len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known, blocks.total,
-            scheduler.computed, scheduler.reused, scheduler.preemptions, scheduler.queried,
-        )  # fmt: skip
+        return stats_of(self.scheduler)
 
     def make(self, prompt_tokens: Sequence[int], max_gen_len: int, **options: Any) -> Request:
         """A request for `submit`, checked, its response format compiled. It waits for no step.
@@ -120,8 +116,7 @@ class Engine:
         stops = self.tokenizer.stop_tokens if stops is None else stops
         prompts = laid_out(self.model, self.tokenizer, prompts, options.get("images"))
         rows = make_rows(self.model, prompts, max_gen_len, params, self._generator, options)
-        images = any(row.images for row in rows)
-        speculator = self.speculators(options.get("speculate"), images)
+        speculator = self.speculators(options.get("speculate"), any(row.images for row in rows))
         request = Request(
             rows, stop_tokens=stops, words=self.tokenizer.n_words, logprobs=logprobs,
             top_logprobs=options.get("top_logprobs", 0), echo=echo, priority=priority,
@@ -156,8 +151,12 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request: its blocks are free at once, and nothing more is computed for it."""
+        """End a request: its blocks are free at once, and nothing more is computed for it. Within a
+        step (by its own code, or as an iterator is collected), at the step's end."""
         with self.lock:
+            if self._stepping:  # which has planned with its blocks
+                self._leaving[request] = None
+                return
             for part in request.parts:
                 self._end(part)
 
@@ -175,23 +174,13 @@ class Engine:
         """
         with self.lock:
             self.sync()
-            proposed = propose([self._parts[sequence] for sequence in self.scheduler.running])
-            plan = self.scheduler.plan()
-            if not plan.counts:
-                return []
+            self._stepping += 1
             try:
-                found, sampled = self._sample(
-                    *compute(self.model, self.pool, self.scheduler, plan, self._parts, self.images)
-                )
-            except BaseException:
-                self.scheduler.restart()
-                raise
-            for speculator, (parts, tokens) in proposed.items():
-                alone = tokens == sum(plan.counts.values()) and len(parts) == len(plan.counts)
-                speculator.learn([sampled.get(part, []) for part in parts], alone)
-            for request, event in found:
-                request.events.append(event)
-            return found
+                return self._step()
+            finally:
+                self._stepping -= 1
+                while self._leaving and not self._stepping:
+                    self.cancel(self._leaving.popitem()[0])
 
     def sync(self) -> None:
         """Forget what was computed with weights that have been changed since."""
@@ -237,6 +226,23 @@ class Engine:
 
     # --- a step -----------------------------------------------------------------------------------
 
+    def _step(self) -> List[Tuple[Request, Event]]:
+        proposed = propose([self._parts[sequence] for sequence in self.scheduler.running])
+        plan = self.scheduler.plan()
+        if not plan.counts:
+            return []
+        try:
+            found, sampled = self._sample(
+                *compute(self.model, self.pool, self.scheduler, plan, self._parts, self.images)
+            )
+        except BaseException:
+            self.scheduler.restart()
+            raise
+        learn(proposed, plan, sampled)
+        for request, event in found:
+            request.events.append(event)
+        return found
+
     def _queue(self, part: Part, beside: Optional[Part] = None) -> None:
         for sequence in part.sequences:
             self.scheduler.add(sequence, None if beside is None else beside.sequence)
@@ -254,9 +260,7 @@ class Engine:
             if not broken or sequence not in self.scheduler.running:
                 self.scheduler.remove(sequence)
                 continue
-            for block in self.scheduler.discard(sequence):
-                for values in self.pool.parts.values():
-                    values[:, block] = 0  # a mask hides a value, but not that it isn't a number
+            erase_blocks(self.pool, self.scheduler.discard(sequence))
 
     def _sample(
         self, parts: List[Part], own: torch.Tensor, logits: torch.Tensor
@@ -269,22 +273,18 @@ class Engine:
         stopping = [request for request, answer in asked.items() if answer == STOPS]
         for part in broken:
             self._end(part, broken=True)
-        failed: Set[Request] = set()
         found: List[Tuple[Request, Event]] = []
         details = details_of_all(parts, sampled, own)
         for part, draft, tokens, of_tokens in zip(parts, drafts, sampled, details, strict=True):
             request = part.request
-            ended = part not in broken and id(part.row) not in request.unfinished  # by its own code
-            if request in failed or ended:
+            if request in self._leaving:  # failed, or cancelled
                 continue
             if request.scored and part.row.echo and not part.row.sample:
                 part.sequence.reusable = None if request.cache_prompt else 0
-            if asked.get(request) == FAILS:
-                tokens = []
+            tokens = [] if asked.get(request) == FAILS else tokens
             events = advance(part, tokens, of_tokens, request in stopping)
             found += [(request, event) for event in events]
             if events[-1].finish_reason == "error":
-                failed.add(request)
                 self.cancel(request)
             elif events[-1].finish_reason is not None:
                 self._end(part)

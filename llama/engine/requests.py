@@ -9,7 +9,7 @@ import torch
 from llama.engine.images import keyed
 from llama.engine.predictions import Event
 from llama.engine.rows import Row
-from llama.engine.scheduler import Sequence
+from llama.engine.scheduler import Scheduler, Sequence
 from llama.engine.speculative import Speculator
 from llama.model import Transformer
 
@@ -28,6 +28,14 @@ class Stats(NamedTuple):
     cached_tokens: int  # found in the cache
     preemptions: int  # sequences that lost their blocks and are computed again
     queried_tokens: int  # looked up in the cache
+
+
+def stats_of(scheduler: Scheduler) -> Stats:
+    blocks = scheduler.blocks
+    return Stats(
+        len(scheduler.waiting), len(scheduler.running), blocks.used, blocks.known, blocks.total,
+        scheduler.computed, scheduler.reused, scheduler.preemptions, scheduler.queried,
+    )  # fmt: skip
 
 
 class Reading(Protocol):

@@ -9,6 +9,7 @@ import torch
 from llama.engine.requests import Part, Request
 from llama.engine.rows import Row
 from llama.engine.sampling import most_probable, sample_token
+from llama.engine.scheduler import Plan
 from llama.engine.speculative import MAX_DRAFT, Speculator
 from llama.layers import parallel
 
@@ -33,6 +34,15 @@ def propose(parts: Iterable[Part]) -> Dict[Speculator, Tuple[List[Part], int]]:
             part.sequence.draft = draft
         found[speculator] = those, len(those) + sum(map(len, drafts))
     return found
+
+
+def learn(
+    proposed: Dict[Speculator, Tuple[List[Part], int]], plan: Plan, sampled: Dict[Part, List[int]]
+) -> None:
+    """Tell the speculators of `propose` what came of their drafts in a pass."""
+    for speculator, (parts, tokens) in proposed.items():
+        alone = tokens == sum(plan.counts.values()) and len(parts) == len(plan.counts)
+        speculator.learn([sampled.get(part, []) for part in parts], alone)
 
 
 class Drawn(NamedTuple):

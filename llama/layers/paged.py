@@ -126,6 +126,13 @@ def copy_block(pool: KVCache, source: int, target: int) -> None:
         part[:, target] = part[:, source]
 
 
+def erase_blocks(pool: KVCache, blocks: Sequence[int]) -> None:
+    """Zeros for what may not be numbers: a mask hides a value, but not that it isn't one."""
+    for block in blocks:
+        for part in pool.parts.values():
+            part[:, block] = 0
+
+
 def free_layers(pool: KVCache, layers: Sequence[int], blocks: Iterable[int]) -> None:
     """Give the memory of some layers' keys and values in blocks back to the operating system, whole
     pages of it. They can be written again, and what is read before that is nothing in particular.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import InMemory, meta
+from llama.engine import engine as engine_module
 from llama.layers.revision import changed
 
 SMALL = replace(TINY, head_dim=32)  # as the kernels take it
@@ -251,6 +252,29 @@ def test_a_request_may_be_cancelled_by_its_own_processor(llama):
         engine.step()
         steps += 1
     assert request.finished and steps == 5 and engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("name", ["propose", "compute", "draw", "advance"])
+def test_iterators_are_collected_at_any_moment(llama, monkeypatch, name):
+    """Of a request that is in the pass, too: a reader in a cycle is found by Python's collector."""
+    engine = llama.engine(cache_tokens=256)
+    expected = alone(llama, TEXTS[0], 8, SamplingParams(temperature=0), 0)
+    reader = {"events": engine.run(engine.make(TEXTS[1], 50, stop_tokens=set()))}
+    reader["itself"] = reader
+    next(reader["events"])
+    del reader
+    own = getattr(engine_module, name)
+
+    def collecting(*args):
+        gc.collect()
+        return own(*args)
+
+    monkeypatch.setattr(engine_module, name, collecting)
+    options = dict(temperature=0, logprobs=True, stop_tokens=set())
+    request = engine.add(TEXTS[0], 8, **options)
+    for _ in range(9):
+        engine.step()
+    assert equal(llama, request, expected) and engine.idle and engine.stats.blocks_used == 0
 
 
 def test_the_last_events_are_read_whichever_thread_makes_them(llama):
