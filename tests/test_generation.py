@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, random_weights, write_checkpoint
 
-from llama import Dialog, Llama
+from llama import Dialog, Llama, SamplingParams
 from llama.engine.passes import similar
 
 PROMPTS = [[1, 2, 3], [250] * 40, [9], [17, 3, 99, 4, 200, 6, 7, 8], [0, 0]]
@@ -302,6 +302,37 @@ ERRORS = {
         lambda x: x.stream_chat([[USER]], top_k=3, stopp=[], min_p=0.1),
         r"options: min_p, stopp, top_k; pass params=SamplingParams\(min_p=..., top_k=...\)",
     ),
+    "no number of samples": (lambda x: x.generate([[1]], 4, n=None), "n=None isn't a whole number"),
+    "half a sample": (lambda x: x.generate([[1]], 4, n=1.5), "n=1.5 isn't a whole number"),
+    "whether in place of how many": (
+        lambda x: x.generate([[1]], 4, top_logprobs=True),
+        "top_logprobs=True isn't a whole",
+    ),
+    "whether to stop": (
+        lambda x: x.generate([[1]], 4, should_stop=True),
+        "should_stop=True isn't a function",
+    ),
+    "an adapter's number": (lambda x: x.generate([[1]], 4, adapter=1), "no adapter 1: there is"),
+    "stop ids": (lambda x: x.generate([[1]], 4, stop=[5]), r"stop=\[5\]: pass a list of strings"),
+    "a number to stop at": (lambda x: x.generate([[1]], 4, stop=5), "stop=5: pass a list of str"),
+    "processors": (
+        lambda x: SamplingParams(logits_processor=[max]),
+        "logits_processor=.* must be one func",
+    ),
+    "a bias of a word": (
+        lambda x: SamplingParams(logit_bias={5: "x"}),
+        "logit_bias={5: 'x'} must map token ids to",
+    ),
+    "a bias that is no number": (lambda x: SamplingParams(logit_bias={5: np.nan}), "must map"),
+    "biased ids": (lambda x: SamplingParams(logit_bias=[5]), r"logit_bias=\[5\] must map"),
+    "bans read once": (
+        lambda x: SamplingParams(banned_tokens=iter([5])),
+        "banned_tokens=.* must be a list of",
+    ),
+    "a tensor": (
+        lambda x: x.generate([[1]], 4, params=SamplingParams(negative_prompt=torch.ones(2))),
+        "negative_prompt has the token id tensor",
+    ),
     "an engine's options": (lambda x: x.engine(1, 1, 9).add([1], 4, tempratur=1), ": tempratur"),
     "prompts read once": (
         lambda x: x.text_completion(str(i) for i in range(2)),
@@ -337,6 +368,16 @@ def test_mistakes_are_named_with_value_limit_and_way_out(tiny, case):
     make, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         make(tiny)
+
+
+def test_stop_strings_come_in_anything(tiny):
+    """In what can be read but once, too, and None, as OpenAI's clients have it, is none."""
+    [whole] = tiny.text_completion(["ab"], 0, max_gen_len=12)
+    stop = whole["generation"][4:6]
+    for stops in [stop], {stop}, iter([stop]):
+        found = tiny.text_completion(["ab"], 0, max_gen_len=12, n=2, stop=stops)
+        assert [p["generation"] for p in found] == 2 * [whole["generation"].partition(stop)[0]]
+    assert tiny.text_completion(["ab"], 0, max_gen_len=12, stop=None) == [whole]
 
 
 def test_numpys_seeds_are_seeds(tiny):

@@ -92,6 +92,16 @@ class SamplingParams:
             check(name, 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
         check("typical_p", 0 < self.typical_p <= 1, "be more than 0 and at most 1")
         check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be more than 0")
+        biases = self.logit_bias  # None is as good as none
+        numbers = isinstance(biases, Mapping) and all(
+            isinstance(value, Real) and value < math.inf for value in biases.values()
+        )
+        check("logit_bias", numbers or biases is None, "map token ids to numbers, or to -inf")
+        banned = self.banned_tokens
+        several = isinstance(banned, Collection) and not isinstance(banned, str)
+        check("banned_tokens", several, "be a list of token ids")
+        processor = self.logits_processor
+        check("logits_processor", processor is None or callable(processor), "be one function")
         check("guidance_scale", math.isfinite(self.guidance_scale), "be a finite number")
         if self.negative_prompt is not None and not len(self.negative_prompt):
             raise ValueError("negative_prompt is empty: it takes at least one token")

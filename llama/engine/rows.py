@@ -7,6 +7,7 @@ from typing import (
     Any,
     Callable,
     Collection,
+    Iterable,
     List,
     Literal,
     Mapping,
@@ -23,7 +24,7 @@ import torch
 from llama.engine.params import SamplingParams
 from llama.engine.predictions import Speculation
 from llama.engine.sampling import RandomNumbers
-from llama.engine.stopping import StopStrings
+from llama.engine.stopping import StopStrings, stop_strings
 from llama.engine.structured import Constraint, GrammarCompiler, ResponseFormat
 from llama.layers.ids import check_ids
 from llama.layers.low_rank import number
@@ -43,7 +44,7 @@ class Options(TypedDict, total=False):
         prompt, its parameters and its seed, not on the batch that it is in. By default new ones for
         each call, from the seed given to `build`.
     n: samples of each prompt (1), adjacent in the result; they share its prefill.
-    stop: strings: a text ends before the first of them.
+    stop: strings: a text ends before the first of them; None: there are none.
     stop_tokens: ids that end a row and aren't returned; the tokenizer's by default.
     top_logprobs: how many most probable tokens to return for each token of the answer (0).
     should_stop: called after each step that gives a token, on rank 0; True ends all rows.
@@ -64,7 +65,7 @@ class Options(TypedDict, total=False):
     params: Optional[SamplingParams]
     seed: Optional[int | Sequence[int]]
     n: int
-    stop: Sequence[str]
+    stop: Optional[Sequence[str]]
     stop_tokens: Optional[Set[int]]
     top_logprobs: int
     should_stop: Optional[Callable[[], bool]]
@@ -155,7 +156,7 @@ def check_batch(args: ModelArgs, prompts: Sequence[Sequence[int]], n: int) -> No
         raise ValueError("no prompts: pass at least one")
     if isinstance(prompts[0], Integral):
         raise ValueError("prompts is one list of token ids: pass a list of such lists")
-    if len(prompts) * n > args.max_batch_size:
+    if isinstance(n, Integral) and len(prompts) * n > args.max_batch_size:  # else see `check`
         samples = f" of {n} samples" if n > 1 else ""
         raise ValueError(
             f"{len(prompts)} prompts{samples}, and max_batch_size is {args.max_batch_size}: "
@@ -166,6 +167,8 @@ def check_batch(args: ModelArgs, prompts: Sequence[Sequence[int]], n: int) -> No
 def check(model: Transformer, prompts: Sequence[Sequence[int]], max_gen_len: int, n: int) -> None:
     """Raises ValueError for prompts that the model can't take, with the limit and a way out."""
     params = model.params
+    if not isinstance(n, Integral):
+        raise ValueError(f"n={n!r} isn't a whole number")
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     if not isinstance(max_gen_len, Integral):
@@ -195,8 +198,11 @@ def check_options(options: Options) -> None:
     several = isinstance(stops, Collection) and not isinstance(stops, (str, bytes))
     if stops is not None and not (several and all(isinstance(id, Integral) for id in stops)):
         raise ValueError(f"stop_tokens={stops!r} isn't a set of token ids")
-    if not isinstance(top, Integral):
+    if not isinstance(top, Integral) or isinstance(top, bool):
         raise ValueError(f"top_logprobs={top!r} isn't a whole number")
+    should_stop = options.get("should_stop")
+    if should_stop is not None and not callable(should_stop):
+        raise ValueError(f"should_stop={should_stop!r} isn't a function")
 
 
 def params_of(options: Options, temperature: float, top_p: float) -> SamplingParams:
@@ -222,7 +228,8 @@ def params_of(options: Options, temperature: float, top_p: float) -> SamplingPar
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises ValueError for token ids in them that the model doesn't know."""
     for name in ("negative_prompt", "logit_bias", "banned_tokens"):
-        for id in getattr(params, name) or ():
+        ids = getattr(params, name)
+        for id in () if ids is None else ids:
             if not isinstance(id, Integral) or not 0 <= int(id) < vocab_size:
                 raise ValueError(
                     f"{name} has the token id {id!r}: this model knows 0 to {vocab_size - 1}"
@@ -298,16 +305,18 @@ def make_rows(
         raise ValueError(f"seed={seed!r} isn't a whole number, nor a list of them")
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: pass one for each")
-    names = options.get("adapter")
-    names = [names] * len(prompts) if names is None or isinstance(names, str) else list(names)
+    names = cast(Any, options.get("adapter"))
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    names = list(names) if several else [names] * len(prompts)
     if len(names) != len(prompts):
         raise ValueError(f"{len(names)} adapters for {len(prompts)} prompts: pass one for each")
     adapters = [number(model, name) for name in names]
     images = check_images(model, prompts, options.get("images"))
+    stop = stop_strings(options.get("stop"))
     return [
         Row(
             index, sample, prompt, min(model.params.max_seq_len, len(prompt) + max_gen_len), params,
-            (int(seeds[index]) + sample * SEED_STEP) % (1 << 63), options.get("stop", ()),
+            (int(seeds[index]) + sample * SEED_STEP) % (1 << 63), stop,
             adapters[index], images[index], tokens_of(model, images[index]), model_image_id(model),
         )
         for index, prompt in enumerate(prompts)

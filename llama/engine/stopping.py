@@ -1,6 +1,19 @@
 """Stop strings: end a stream of text before the first of them."""
 
-from typing import Sequence
+from typing import Any, Iterable, List, Sequence
+
+
+def stop_strings(stops: Any) -> List[str]:
+    """Stop strings as a list, whatever they come in; None: there are none.
+
+    Raises:
+        ValueError: one string, or anything but strings that aren't empty.
+    """
+    several = isinstance(stops, Iterable) and not isinstance(stops, str)
+    found = list(stops) if several else []
+    if not (several or stops is None) or not all(isinstance(s, str) and s for s in found):
+        raise ValueError(f"stop={found or stops!r}: pass a list of strings that aren't empty")
+    return found
 
 
 class StopStrings:
@@ -14,9 +27,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]):
-        if isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"stop={stops!r}: pass a list of strings that aren't empty")
-        self._stops = list(stops)
+        self._stops = stop_strings(stops)
         self._held = ""
         self.stopped = False
 
