@@ -16,7 +16,7 @@ def call_format(
 ) -> Any:
     """The response format for tool_choice: a call of any tool ("required") or of the named one; for
     "auto" `strict_format`, if any, or `call_or_format` beside one of JSON among the options, or
-    one of another kind alone.
+    one of another kind alone. Of a response format for each prompt, a list for each.
 
     Args:
         parallel: several calls are allowed too.
@@ -25,6 +25,9 @@ def call_format(
         ValueError: no such tool, or one without a schema; the options have a response format too.
     """
     given = options.get("response_format")
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        each = ({"response_format": one} for one in given)
+        return [call_format(tools, tool_choice, one, parallel) for one in each]
     schemas, _ = split_tools(tools or [])
     if tool_choice == "auto":
         if given is None:

@@ -173,3 +173,13 @@ def test_what_is_no_json_goes_beside_no_calls():
             call_or_format(TOOLS, form)
     with pytest.raises(ValueError, match="response_format json_schema: .*'if' isn't supported"):
         call_or_format(TOOLS, {"type": "json_schema", "schema": {"if": {}}})
+
+
+def test_each_prompt_may_have_a_format_of_its_own():
+    """Beside tools: what each would be alone."""
+    of_json = {"type": "json_object"}
+    expected = [call_format(TOOLS, "auto", {"response_format": one}) for one in (of_json, None)]
+    assert call_format(TOOLS, "auto", {"response_format": [of_json, None]}) == expected
+    assert expected[0] != of_json and expected[1] == strict_format(TOOLS)
+    with pytest.raises(ValueError, match="choose one"):
+        call_format(TOOLS, "required", {"response_format": [None, of_json]})
