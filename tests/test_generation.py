@@ -291,6 +291,7 @@ ERRORS = {
     ),
     "top_p": (lambda x: x.generate([[1]], 4, top_p=1.1), "top_p=1.1 must lie between 0 and 1"),
     "max_gen_len": (lambda x: x.generate([[1]], -1), "max_gen_len=-1 must be 0 or more"),
+    "an id that isn't whole": (lambda x: x.generate([[1.5]], 4), "prompt 0 isn't a list of token"),
     "half a token": (lambda x: x.generate([[1]], 2.5), "max_gen_len=2.5 isn't a whole number"),
     "a word": (lambda x: x.generate([[1]], 4, temperature="hot"), "temperature=hot must be a num"),
     "ids instead of prompts": (lambda x: x.generate([1] * 99, 4), "pass a list of such lists"),
@@ -378,6 +379,19 @@ def test_stop_strings_come_in_anything(tiny):
         found = tiny.text_completion(["ab"], 0, max_gen_len=12, n=2, stop=stops)
         assert [p["generation"] for p in found] == 2 * [whole["generation"].partition(stop)[0]]
     assert tiny.text_completion(["ab"], 0, max_gen_len=12, stop=None) == [whole]
+
+
+@pytest.mark.parametrize("made", [torch.tensor, np.array])
+def test_prompts_may_be_tensors(tiny, made):
+    """As tokenizers of transformers return them: known to the cache, and echoed, as lists are."""
+    ids = [[5, 6, 7] * 9]
+    found, _ = tiny.generate(made(ids), 4, 0, echo=True)
+    assert found == tiny.generate(ids, 4, 0, echo=True)[0]
+    assert all(type(id) is int for id in found[0])
+    engine = tiny.engine(cache_tokens=256)
+    for cached in (0, 26):
+        *_, last = engine.events(engine.add(made(ids)[0], 4))
+        assert last.cached_tokens == cached
 
 
 def test_numpys_seeds_are_seeds(tiny):

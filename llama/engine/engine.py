@@ -59,8 +59,7 @@ class Engine:
         self.pool = model.new_cache(1 + blocks_for(cache_tokens), PAGE)
         blocks, device = make_blocks(self.pool, model.params), self.pool.k.device.type
         self.scheduler = make_scheduler(blocks, max_tokens_per_step, max_rows, device)
-        self.speculators = Speculators(draft, blocks.total)
-        self.images = Images(model)
+        self.speculators, self.images = Speculators(draft, blocks.total), Images(model)
         self._parts: Dict[Scheduled, Part] = {}
         self._stepping, self._leaving = 0, dict[Request, None]()  # steps within steps; see `cancel`
         self._revision = revision(model)  # of its weights
@@ -125,8 +124,7 @@ class Engine:
         )  # fmt: skip
         for part in request.parts:
             self.scheduler.check(part.sequences)
-        formats = options.get("response_format")
-        if formats is not None:
+        if (formats := options.get("response_format")) is not None:
             with self._compiling:
                 if self._compiler is None:
                     self._compiler = GrammarCompiler(self.tokenizer, self.model.params.vocab_size)
@@ -207,7 +205,7 @@ class Engine:
         """The events of a request, as steps are made for it. Closing the iterator cancels it.
 
         Raises:
-            Exception: its error.
+            Exception: its error; ValueError for one that was never queued.
         """
         try:
             while True:
@@ -220,7 +218,8 @@ class Engine:
                     yield event
                 if finished:
                     return
-                self.step()
+                if not self.step() and self.idle and not request.finished:
+                    raise ValueError("this request isn't queued: submit it before reading it")
         finally:
             self.cancel(request)
 

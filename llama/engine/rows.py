@@ -292,6 +292,7 @@ def make_rows(
     check_options(options)
     n, seed = options.get("n", 1), cast(Any, options.get("seed"))
     check(model, prompts, max_gen_len, n)
+    prompts = [[int(id) for id in prompt] for prompt in prompts]  # tensors and arrays have others
     top, most = options.get("top_logprobs", 0), model.params.vocab_size
     check_params(params, most)
     if not 0 <= top <= most:

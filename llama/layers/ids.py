@@ -4,6 +4,7 @@ An embedding that is sharded over ranks silently returns zeros for ids outside o
 wrong tokenizer, or padding with -1, would go unnoticed.
 """
 
+from operator import index
 from typing import Sequence
 
 import torch
@@ -15,7 +16,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str = "promp
     for row, ids in enumerate(rows):
         try:
             ends = (min(ids), max(ids)) if len(ids) else ()
-            wrong = [id for id in ends if not 0 <= id < vocab_size]
+            wrong = [id for id in ends if not 0 <= index(id) < vocab_size]
         except TypeError:
             raise ValueError(f"{what} {row} isn't a list of token ids: {ids!r:.60}") from None
         if wrong:

@@ -520,4 +520,6 @@ def test_what_can_not_be_is_refused_with_the_numbers(llama):
         engine.add([1], 49, params=guided)  # two sequences, a block each
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
         llama.engine(max_rows=0)
+    with pytest.raises(ValueError, match="isn't queued: submit it"):
+        list(engine.events(engine.make([1], 5)))  # which would be waited for forever
     assert engine.idle
