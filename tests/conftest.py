@@ -207,8 +207,7 @@ def write_checkpoint(path: Path, args: ModelArgs, mp: int = 1, seed: int = 0) ->
 def _rank_server() -> subprocess.Popen:
     """What forks the ranks; it ends with this process, whose pipe it reads."""
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "ranks.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [*forked_python(), str(ROOT / "tests" / "ranks.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -2,10 +2,12 @@
 
 `python tests/forked.py -m llama ...` does what `python -m llama ...` does, but for the seconds that
 imports take; a script's path may stand in place of -m. Tests of starting, of signals while
-importing, of terminals and of memory start Python itself.
+importing, of terminals and of memory start Python itself. With a node's pid in the environment, it
+runs on that node of `namespaces.network`.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -15,11 +17,10 @@ import select
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ADDRESS = "LLAMA_TESTS_FORKED"
+ADDRESS, NODE = "LLAMA_TESTS_FORKED", "LLAMA_TESTS_NODE"
 PYTHON = [sys.executable, "-S", "-E", __file__]
 
 
@@ -41,14 +42,28 @@ def client(words: list) -> int:
     return os.WEXITSTATUS(status)
 
 
+def enter(pid: int) -> None:
+    """Move this process, which has one thread, to the network and the host name of a node, whose
+    `pid` it is."""
+    for kind in ("net", "uts"):
+        with open(f"/proc/{pid}/ns/{kind}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"no way into the namespace {kind} of {pid}")
+
+
 def be_program(job: dict, streams: list) -> int:
-    """In the forked process: as Python itself would run it; its exit status."""
+    """In the forked process: as Python itself would run it; its exit status.
+
+    An error isn't caught: it ends this process as it would end Python, which takes its time.
+    """
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
     os.chdir(job["directory"])
     os.environ.clear()
     os.environ.update(job["environment"])
+    if NODE in os.environ:
+        enter(int(os.environ[NODE]))
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
@@ -61,15 +76,13 @@ def be_program(job: dict, streams: list) -> int:
             del sys.argv[0]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
             runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     return code

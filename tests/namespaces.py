@@ -13,7 +13,6 @@ processes of the nodes are killed, and with them the namespaces go.
 It takes root's rights (in a container: CAP_SYS_ADMIN and CAP_NET_ADMIN), util-linux and iproute2.
 """
 
-import ctypes
 import os
 import subprocess
 from contextlib import contextmanager
@@ -128,15 +127,6 @@ class Node:
         self._keeper.end()
         for process in self._started:
             process.wait()
-
-
-def enter(pid: int) -> None:
-    """Move this process, which has one thread, to the network and the host name of a node, whose
-    `pid` it is."""
-    for kind in ("net", "uts"):
-        with open(f"/proc/{pid}/ns/{kind}") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
-                raise OSError(ctypes.get_errno(), f"no way into the namespace {kind} of {pid}")
 
 
 @contextmanager

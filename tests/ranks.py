@@ -8,7 +8,6 @@ the example scripts start torchrun itself.
 import asyncio
 import dataclasses
 import gc
-import importlib
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from namespaces import enter
+from forked import enter
 from vision import tiled
 
 from llama import Llama, SamplingParams, checkpoint, training
@@ -504,10 +503,6 @@ def offloaded(ckpts, tokenizer, prompts, build):
     return report
 
 
-# torch.optim imports torch._dynamo, which would take each rank half a second.
-OPTIMIZING = ("learned", "copies_learn", "finetuned", "by_torch_compile")
-
-
 def be_rank(rank: int, job: dict) -> None:
     """One of the ranks: a process of its own, with torchrun's environment."""
     os.setsid()  # what it starts is ended with it
@@ -543,12 +538,10 @@ def wait(ranks: list, until_all: bool) -> list:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     gc.freeze()  # as in forked.py
     for line in sys.stdin:
         job, ranks = json.loads(line), []
-        if job["task"] in OPTIMIZING and "torch._dynamo" not in sys.modules:
-            importlib.import_module("torch._dynamo")
-            gc.freeze()
         for rank in range(job["world"]):
             if (pid := os.fork()) == 0:
                 be_rank(rank, job)

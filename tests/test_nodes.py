@@ -7,6 +7,7 @@
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ import psutil
 import pytest
 import torch
 import vision
-from conftest import ROOT, TINY, run_ranks, write_checkpoint
+from conftest import ROOT, TINY, run_ranks, torchrun, write_checkpoint
+from forked import NODE
 from namespaces import Node, network
 
 from llama import Llama
@@ -45,11 +47,11 @@ def answers(ckpt_dir, **options):
     return llama.generate(PROMPTS, 9, temperature=0, stop_tokens=set())[0]
 
 
-def documented() -> list[str]:
+def documented(torchrun: str = f"{BIN}/torchrun") -> list[str]:
     """What docs/distributed.md has people type on each machine."""
     text = (ROOT / "docs" / "distributed.md").read_text()
     blocks = re.findall(r"^```\n(export .*?)```", text, flags=re.DOTALL | re.MULTILINE)
-    return [block.replace(".venv/bin/", f"{BIN}/") for block in blocks]
+    return [block.replace(".venv/bin/torchrun", torchrun) for block in blocks]
 
 
 def start(nodes: list[Node], commands: list[str], folder: Path) -> list[subprocess.Popen]:
@@ -58,6 +60,7 @@ def start(nodes: list[Node], commands: list[str], folder: Path) -> list[subproce
     for i, (node, command) in enumerate(zip(nodes, commands, strict=True)):
         with (folder / f"{i}.out").open("w") as out, (folder / f"{i}.err").open("w") as err:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            environment[NODE] = str(node.pid)
             started.append(
                 node.popen(["sh", "-c", command], ROOT, stdout=out, stderr=err, env=environment)
             )
@@ -87,7 +90,7 @@ def until(reached, what: str):
 def test_the_documented_commands_say_on_the_first_machine_what_one_rank_says(
     smollm2_path, tmp_path, capfd
 ):
-    commands = documented()
+    commands = documented(shlex.join(torchrun()))
     assert cli.main(["complete", str(smollm2_path), "--prompt", "The capital of France is",
                      "--max-gen-len", "4"]) == 0  # fmt: skip
     alone = capfd.readouterr().out
@@ -101,7 +104,7 @@ def test_rank_zero_is_on_the_machine_with_node_rank_zero(tmp_path):
     script = tmp_path / "who.py"
     script.write_text("import os, socket\nprint(os.environ['RANK'], socket.gethostname())\n")
     job = re.compile(r"-m llama .*", flags=re.DOTALL)
-    commands = [job.sub(str(script), command) for command in documented()]
+    commands = [job.sub(str(script), command) for command in documented(shlex.join(torchrun()))]
     with network(2) as nodes:
         for number in range(1, STARTS):
             delayed = [f"sleep {number % 2 * 2}; {commands[0]}", commands[1]]
