@@ -3,6 +3,7 @@
 import atexit
 import base64
 import gc
+import importlib
 import json
 import os
 import shlex
@@ -91,6 +92,25 @@ def pytest_collection():
     finally:
         gc.freeze()
         gc.enable()
+
+
+class Later:
+    """A module, or a name in one, that is imported when it is used: each worker collects all tests
+    and runs some of them."""
+
+    def __init__(self, module: str, name: Optional[str] = None):
+        self._place = module, name
+
+    def _found(self):
+        module, name = self._place
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
+
+    def __getattr__(self, attribute: str):
+        return getattr(self._found(), attribute)
+
+    def __call__(self, *args, **options):
+        return self._found()(*args, **options)
 
 
 def shared(name: str, make: Callable[[Path], object]) -> Path:

@@ -5,22 +5,24 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, random_model, random_weights
+from conftest import ROOT, TINY, Later, random_model, random_weights
 from test_model import SHAPES, TOLERANCE, ids
 
 from llama import Llama, checkpoint
-from llama.backends.flax import from_checkpoint, to_checkpoint
 from llama.checkpoint import InMemory
-from llama.families import flax_generation
-from llama.families.flax_generation import generate
-from llama.families.flax_model import weights
 from llama.layers import parallel
+
+jax, jnp = Later("jax"), Later("jax.numpy")
+from_checkpoint = Later("llama.backends.flax", "from_checkpoint")
+to_checkpoint = Later("llama.backends.flax", "to_checkpoint")
+flax_generation = Later("llama.families.flax_generation")
+generate = Later("llama.families.flax_generation", "generate")
+weights = Later("llama.families.flax_model", "weights")
 
 VARIANTS = SHAPES | {"positions divided": {"rope_linear_factor": 4.0}}
 
@@ -29,12 +31,25 @@ def twin(args=TINY, seed=0, **options):
     return from_checkpoint(InMemory(args, random_weights(args, seed)), **options)
 
 
-forward = jax.jit(lambda model, tokens: model(tokens))
+def passed(model, tokens):
+    return model(tokens)
 
 
-@jax.jit
-def extend(model, tokens, start_pos, cache):
+def continued(model, tokens, start_pos, cache):
     return model(tokens, start_pos, cache), cache
+
+
+@cache
+def compiled(function):
+    return jax.jit(function)
+
+
+def forward(model, tokens):
+    return compiled(passed)(model, tokens)
+
+
+def extend(model, tokens, start_pos, cache):
+    return compiled(continued)(model, tokens, start_pos, cache)
 
 
 def gap(ours, theirs) -> float:
