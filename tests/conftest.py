@@ -22,6 +22,8 @@ from typing import Callable, Dict, List, Optional, Sequence
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test has two threads after all, one that waits for the other leaves the core to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Of workers and what they start: pages of 2 MB for large tensors, whose places are found sooner.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # torch.compile would start processes that import torch, to compile side by side.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # It would try each instruction set that the processor has by compiling programs, for 15 s.
