@@ -10,8 +10,10 @@ from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# What a program of one's own needn't be kept from.
-UNLIMITED: Mapping[str, Any] = {"log": "off", "max_queue": sys.maxsize, "max_body_mb": math.inf}
+# What a program of one's own needn't be kept from; of images, what Python takes.
+UNLIMITED: Mapping[str, Any] = {
+    "log": "off", "max_queue": sys.maxsize, "max_body_mb": math.inf, "max_image_pixels": 50_000_000
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,10 @@ class Fetcher:
             for family, _, _, _, address in self._resolve(host, port, type=socket.SOCK_STREAM)
         ]
         if not all(self._allowed(address[0]) for _, address in addresses):
-            raise ValueError(f"the image {url[:200]} isn't fetched: its address isn't public")
+            raise ValueError(
+                f"the image {url[:200]} isn't fetched: its address isn't public; pass the file "
+                "itself"
+            )
         # The connection goes to an address that was checked: resolved again it might be another.
         with _connected(addresses, deadline) as plain:
             left = max(deadline - time.monotonic(), 0.001)

@@ -20,7 +20,8 @@ from llama import Llama
 from llama.server.app import make_app
 from llama.server.offline import Offline, Request
 from llama.server.service import Service
-from llama.server.settings import Settings
+from llama.server.settings import UNLIMITED, Settings
+from llama.vision.images import DEFAULTS
 
 
 def png(seed: int, width: int = 90, height: int = 60) -> bytes:
@@ -286,6 +287,19 @@ def test_batches_read_the_images_of_this_machine(path, llama, tmp_path):
     }  # fmt: skip
     assert texts[0] == texts[2] != texts[1]
     assert replies[3].status == 400 and b"no such image file" in replies[3].body
+
+
+def test_batches_take_images_as_large_as_python_does(path, tmp_path):
+    """A photo of 24 million pixels, which a server refuses."""
+    assert UNLIMITED["max_image_pixels"] == DEFAULTS.max_pixels
+    Image.new("L", (6000, 4000)).save(photo := tmp_path / "photo.png")
+    part = {"type": "image_url", "image_url": str(photo)}
+    body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+    options = dict(ckpt_dir=str(path), device="cpu", dtype="fp32", max_seq_len=64)
+    for settings, status in (({}, 400), (UNLIMITED, 200)):
+        with Offline(options, Settings(**settings)) as model:
+            request = Request(1, "/v1/chat/completions", json.dumps(body).encode(), 1)
+            assert model.submit(request).result().status == status
 
 
 def test_llama4s_images_are_counted_by_their_tokens(tmp_path):
