@@ -21,7 +21,8 @@ def convert(
     Memory: a few blocks of one tensor. An interrupted run leaves nothing under the final name.
 
     Args:
-        src: a directory in Meta's or Hugging Face's format, or a .gguf file.
+        src: a directory in Meta's or Hugging Face's format, or a .gguf file; remote ones are
+            downloaded first.
         dst: the directory, or for gguf the file, to write.
         to: the format to write.
         mp: number of shards, for meta.

@@ -5,7 +5,8 @@ def inspect(path: str, *, max_seq_len: int = 2048, max_batch_size: int = 8) -> N
     """Describe a checkpoint, and the memory that it needs on each of 1, 2, 4, ... ranks.
 
     Args:
-        path: a directory in Meta's or Hugging Face's format, or a .gguf file.
+        path: a directory in Meta's or Hugging Face's format, or a .gguf file; remote ones are
+            downloaded first.
         max_seq_len: tokens of prompt and answer together, for the cache.
         max_batch_size: sequences computed at once, for the cache.
     """

@@ -35,8 +35,8 @@ def serve(model: ServedModel = MODEL, server: Server = SERVER, replicas: OnRay =
     """Serve a model to clients of OpenAI's API, and a chat page to browsers.
 
     Listens on 127.0.0.1:8000. Endpoints: /v1/chat/completions, /v1/completions, /v1/responses,
-    /v1/embeddings, /v1/models, /tokenize, /detokenize, /apply-template, /health, /metrics. The chat
-    page is at /. Ctrl-C answers what runs and then ends; a second one ends at once.
+    /v1/embeddings, /v1/models, /tokenize, /detokenize, /apply-template, /health, /metrics, /stats.
+    The chat page is at /. Ctrl-C answers what runs and then ends; a second one ends at once.
 
     Raises:
         ValueError: options out of range; what `Llama.build` raises; missing packages.
