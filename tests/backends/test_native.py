@@ -473,7 +473,7 @@ OTHERS = "-O3" if THOROUGH else "-O0"
 def test_other_processors_compute_the_same(tmp_path, instructions):
     """The code that isn't written for AVX-512, on this processor, if it is one that knows it."""
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/backends', 'tests/engine']\n"
+        "import sys; sys.path[:0] = ['.', 'tests', 'tests/backends', 'tests/engine']\n"
         "import test_adapters, torch\n"
         "from test_native import OTHERS, SIZES, SMALL, check_a_product, difference, ids, kernels\n"
         "from test_native import pair, stepped\n"
