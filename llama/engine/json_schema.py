@@ -29,9 +29,9 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
     """A copy in llguidance's keywords, whose references are relative to the pointer `base`."""
     if not isinstance(schema, dict):
         return schema
+    if schema.get("uniqueItems") is False:  # as is any list's default
+        schema = {key: value for key, value in schema.items() if key != "uniqueItems"}
     unknown = schema.keys() - _ONE - LISTS - _NAMED - _VALUES - {"nullable", "discriminator"}
-    if schema.get("uniqueItems") is False:
-        unknown -= {"uniqueItems"}
     if unknown:
         raise ValueError(f"{where}: the keyword {min(unknown)!r} isn't supported: take it out")
     required, least = schema.get("required", []), schema.get("minProperties", 0)
@@ -52,8 +52,6 @@ def plain_schema(schema: Any, where: str, base: str = "#") -> Any:
         return plain_schema(value, where, base)
 
     copy = dict(schema)
-    if copy.get("uniqueItems") is False:
-        del copy["uniqueItems"]
     form = str(schema.get("format"))
     version = re.fullmatch(r"uuid([1-8])", form)
     pattern = _UUID.format(version[1]) if version else _PATTERNS.get(form)

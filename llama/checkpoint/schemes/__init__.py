@@ -120,15 +120,11 @@ def assemble(
     for name, stored in plain.items():
         if stored.dtype not in DTYPES.values():
             hint = (
-                ""
-                if scheme
-                else (
-                    ". Quantized weights need a quantization_config in config.json, or a "
-                    "quantize_config.json beside it"
-                )
+                ". Quantized weights need a quantization_config in config.json, or a "
+                "quantize_config.json beside it"
             )
             raise ValueError(
                 f"{stored.file}: {name} has the dtype {stored.dtype}: not a float; unsupported"
-                f"{hint}"
+                f"{'' if scheme else hint}"
             )
     return plain, quantized
